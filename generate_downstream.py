@@ -1,0 +1,102 @@
+"""Labelled sentences for the downstream tasks A, B and C: a training and a validation CSV file that share no sentence.
+
+    python generate_downstream.py --rule-path rule_deep_mlm.txt --save-path pcfg_dataset --sentence-num 10000 --task-type B
+
+A version for a laptop:
+
+    python generate_downstream.py --rule-path rule_mini_mlm.txt --save-path mini --task-type C --sentence-num 1000 \\
+        --validation-num 200
+
+Writes into --save-path, for task B: pcfg_B.csv and pcfg_B_validation.csv (columns text,label), pcfg_B_labels.json (the
+nonterminal of each label id) and manifest_downstream_B.json. What a label means is told in pcfg/labels.py. A rerun of the
+same command skips what is complete.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from pcfg.artefacts import InputError, Manifest, write_json
+from pcfg.chart import MAX_WORDS
+from pcfg.cli import non_negative_int, positive_int, run_main
+from pcfg.grammar import Grammar, find_rules
+from pcfg.labels import LABEL_RULES, TASK_SPANS, LabelledSentences, Labeller
+from pcfg.sampler import Sampler
+from pcfg.text import write_labelled
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    files = parser.add_argument_group("files")
+    files.add_argument("--rule-path", required=True, help="rules file, or the name of a shipped grammar")
+    files.add_argument("--save-path", required=True, help="folder for the CSV files; made if missing")
+    files.add_argument("--overwrite", action="store_true", help="replace files that were made otherwise; default: refuse")
+    rows = parser.add_argument_group("rows")
+    rows.add_argument("--sentence-num", type=positive_int, default=10_000, help="training rows; default 10000")
+    rows.add_argument("--validation-num", type=positive_int, default=2_000, help="validation rows; default 2000")
+    rows.add_argument("--min-words", type=positive_int, default=5, help="shortest sentence, in words; default 5")
+    rows.add_argument("--length-limit", type=positive_int, default=32, help="sentences have fewer words than this; default 32")
+    rows.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
+    labels = parser.add_argument_group("labels")
+    labels.add_argument("--task-type", choices=list(TASK_SPANS), required=True, help="which label, see above")
+    labels.add_argument("--label-rule", choices=LABEL_RULES, default="likelihood", help="what is maximised; default likelihood")
+    labels.add_argument(
+        "--span", type=positive_int, help="words that the label of B or C is taken from; default 4 for B, 2 for C"
+    )
+    return parser
+
+
+def _check_lengths(options) -> None:
+    if options.min_words >= options.length_limit:
+        raise InputError(
+            f"--min-words {options.min_words}: no sentence has that many words and fewer than "
+            f"--length-limit {options.length_limit}; change one of them"
+        )
+    if options.length_limit > MAX_WORDS + 1:
+        raise InputError(f"--length-limit {options.length_limit}: must be {MAX_WORDS + 1} or less")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    _check_lengths(options)
+    task, folder = options.task_type, Path(options.save_path)
+    grammar = Grammar.read(find_rules(options.rule_path))
+    labeller = Labeller(grammar, task, options.span, options.label_rule)
+    numbers = {"training": options.sentence_num, "validation": options.validation_num}
+    made_from = {
+        "grammar_sha256": grammar.sha256,
+        "task": task,
+        "label_rule": options.label_rule,
+        "span": labeller.span,
+        "sentence_num": numbers,
+        "min_words": options.min_words,
+        "length_limit": options.length_limit,
+        "seed": options.seed,
+    }
+    manifest = Manifest(folder / f"manifest_downstream_{task}.json", made_from, options.overwrite)
+    names = {"training": f"pcfg_{task}.csv", "validation": f"pcfg_{task}_validation.csv"}
+    label_file = f"pcfg_{task}_labels.json"
+    todo = [split for split, name in names.items() if not manifest.is_complete(name)]
+    for split in (split for split in names if split not in todo):
+        print(f"{folder / names[split]}: skipped, complete already")
+    sentences = LabelledSentences(
+        Sampler(grammar, options.length_limit - 1), labeller, numbers, options.seed, options.min_words
+    )
+    # Both are drawn before either is written: a grammar that can't fill one leaves no file behind.
+    for split, (texts, labels, dropped) in {split: sentences.draw(split) for split in todo}.items():
+        write_labelled(folder / names[split], texts, labels)
+        counts = Counter(labels)
+        facts = {"rows": len(texts), "distinct": len(set(texts)), "classes": len(counts), "dropped": dropped}
+        manifest.add(names[split], **facts)
+        print(
+            f"{folder / names[split]}: {facts['rows']} rows, {facts['distinct']} of them distinct, {facts['classes']} "
+            f"classes, majority {max(counts.values()) / len(labels):.1%}; {dropped} sentences without a label dropped"
+        )
+    if not manifest.is_complete(label_file):
+        ids = {str(number): name for number, name in enumerate(labeller.names)}
+        write_json(folder / label_file, {**made_from, "names": ids})
+        manifest.add(label_file)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,206 @@
+r"""Pre-training text: sentences drawn from a grammar, in shards.
+
+    python generate_pretraining.py --rule-path rule_deep_mlm.txt --save-path pcfg_dataset
+
+That is 200 million sentences, 16 GB. A version that a laptop finishes in seconds:
+
+    python generate_pretraining.py --rule-path rule_mini_mlm.txt --save-path mini \
+        --sentence-num 100000 --shard-num 4 --test-shard-num 1
+
+Writes into --save-path: training{i}.txt and test{i}.txt (a sentence a line, an empty line between two), vocab.txt (the
+special tokens, then the grammar's words) and manifest_pretraining.json. A shard is a function of the grammar, the seed, the
+length limit, its kind and its number, so a rerun, which skips what is complete, gives the same bytes after any crash and
+with any number of processes.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pcfg.artefacts import InputError, Manifest, atomic_open, keyed_rng, sha256
+from pcfg.cli import non_negative_int, positive_int, run_jobs, run_main
+from pcfg.grammar import Grammar, find_rules
+from pcfg.sampler import Sampler
+from pcfg.text import SPLITS, decoded, shard_name, shard_paths, write_shard
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MANIFEST = "manifest_pretraining.json"
+# Sentences that are in memory at once; each block seeds its draws anew, so another number gives other text.
+BLOCK = 20_000
+# Sentences from which the plan estimates bytes.
+PLAN_SAMPLE = 2_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What decides the bytes of one shard, and where it goes."""
+
+    sampler: Sampler
+    folder: Path
+    split: str
+    number: int
+    sentences: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return shard_name(self.split, self.number)
+
+
+def make_shard(shard: Shard) -> int:
+    """Draw and write one shard, a block of sentences at a time; returns its number of words."""
+    rng = keyed_rng(shard.seed, f"pretraining-{shard.split}", shard.number)
+    words = 0
+
+    def blocks() -> Iterator[bytes]:
+        nonlocal words
+        for first in range(0, shard.sentences, BLOCK):
+            tokens, lengths = shard.sampler.sample(min(BLOCK, shard.sentences - first), rng)
+            words += int(lengths.sum())
+            yield shard.sampler.to_text(tokens, lengths, blank_line=True)
+
+    write_shard(shard.folder / shard.name, blocks())
+    return words
+
+
+def vocabulary_bytes(grammar: Grammar, vocab_file: str | None) -> bytes:
+    """The content of vocab.txt: the special tokens and the grammar's words, or that of `vocab_file`, checked.
+
+    Raises:
+        InputError: `vocab_file` can't be read, or lacks a special token or a word of the grammar; a word of the grammar is
+            a special token.
+    """
+    for token in SPECIAL_TOKENS:
+        if token in grammar.words:
+            raise InputError(f"{token}: a special token as a word of the grammar; rename the word")
+    if vocab_file is None:
+        return "".join(f"{token}\n" for token in (*SPECIAL_TOKENS, *grammar.words)).encode()
+    known = set(decoded(Path(vocab_file)).replace("\r\n", "\n").split("\n"))
+    missing = [word for word in (*SPECIAL_TOKENS, *grammar.words) if word not in known]
+    if missing:
+        raise InputError(
+            f"{vocab_file}: {missing[0]!r} is not in this vocabulary ({len(missing)} of {len(grammar.words)} words and "
+            "special tokens missing); one word must be one token: take another vocabulary, or leave --vocab-file out"
+        )
+    return Path(vocab_file).read_bytes()
+
+
+def open_manifest(folder: Path, made_from: dict, overwrite: bool) -> Manifest:
+    """The manifest of `folder`; text that was made otherwise is removed if `overwrite`, else refused."""
+    path = folder / MANIFEST
+    present = [shard for split in SPLITS for shard in shard_paths(folder, split)] if folder.is_dir() else []
+    if present and not path.exists() and not overwrite:
+        raise InputError(
+            f"{present[0]}: text that this script has no record of ({MANIFEST} is missing); "
+            "give another --save-path, or --overwrite to replace it"
+        )
+    manifest = Manifest(path, made_from, overwrite)
+    if overwrite:
+        # Shards beyond the new number would be read with the new ones.
+        for shard in present:
+            if shard.name not in manifest.names():
+                shard.unlink()
+    return manifest
+
+
+def write_vocabulary(manifest: Manifest, folder: Path, content: bytes, overwrite: bool) -> None:
+    """Write vocab.txt if it is not complete. It comes first, so that no shard is ever there without a manifest."""
+    path = folder / "vocab.txt"
+    if manifest.is_complete(path.name):
+        return
+    if path.exists() and not overwrite and not manifest.names() and path.read_bytes() != content:
+        raise InputError(f"{path}: another vocabulary is here; give another --save-path, or --overwrite to replace it")
+    with atomic_open(path, "wb") as file:
+        file.write(content)
+    manifest.add(path.name, tokens=len(content.split()))
+
+
+def check_disk(folder: Path, wanted: list[Shard], shards: list[Shard]) -> None:
+    """Print the plan, and raise an `InputError` if the disk can't hold the shards that are `wanted`."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    sampler = shards[0].sampler
+    sample = sampler.sample(PLAN_SAMPLE, keyed_rng(shards[0].seed, "pretraining-plan"))
+    sentence_bytes = (len(sampler.to_text(*sample, blank_line=True)) + 1) / PLAN_SAMPLE
+    needed = sum(shard.sentences for shard in wanted) * sentence_bytes
+    for split in SPLITS:
+        numbers = [shard.sentences for shard in shards if shard.split == split]
+        total = sum(numbers)
+        print(f"plan: {len(numbers):,} {split} shards, {total:,} sentences, {total * sentence_bytes / 1e9:.3g} GB")
+    print(
+        f"plan: {len(shards) - len(wanted):,} shards are complete, {len(wanted):,} to make, {needed / 1e9:.3g} GB in {folder} "
+        f"({free / 1e9:.3g} GB free); sentences of at most {sampler.width} words, "
+        f"{sampler.length_probability.sum():.2%} of the grammar's"
+    )
+    if needed > free:
+        raise InputError(
+            f"{folder}: {needed / 1e9:.3g} GB to write, but the disk has {free / 1e9:.3g} GB free; "
+            "choose another --save-path or fewer sentences"
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--rule-path", required=True, help="grammar file (rules format or nltk's PCFG format), or the name of a shipped one"
+    )
+    files.add_argument("--save-path", type=Path, required=True, help="folder for the text; made if missing")
+    files.add_argument(
+        "--vocab-file", help="copy this vocabulary to vocab.txt, after a check; default: special tokens and grammar's words"
+    )
+    files.add_argument("--overwrite", action="store_true", help="replace text that was made otherwise; default: refuse")
+    sizes = parser.add_argument_group("sizes")
+    sizes.add_argument(
+        "--sentence-num", type=positive_int, default=1_000_000, help="sentences a training shard; default 1000000"
+    )
+    sizes.add_argument("--shard-num", type=non_negative_int, default=200, help="training shards; default 200")
+    sizes.add_argument("--test-sentence-num", type=positive_int, default=10_000, help="sentences a test shard; default 10000")
+    sizes.add_argument("--test-shard-num", type=non_negative_int, default=10, help="test shards; default 10")
+    sizes.add_argument("--length-limit", type=positive_int, default=32, help="sentences have fewer words than this; default 32")
+    running = parser.add_argument_group("running")
+    running.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
+    running.add_argument(
+        "--n_processes",
+        type=positive_int,
+        default=os.cpu_count(),
+        help="processes, at most one a core; changes the time and nothing else; default: the number of cores",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    if options.length_limit < 2:
+        raise InputError(f"--length-limit {options.length_limit}: no sentence has fewer words; it must be 2 or more")
+    if options.shard_num + options.test_shard_num == 0:
+        raise InputError("--shard-num 0 --test-shard-num 0: nothing to make; ask for a shard at least")
+    grammar = Grammar.read(find_rules(options.rule_path))
+    sampler = Sampler(grammar, options.length_limit - 1)
+    vocabulary = vocabulary_bytes(grammar, options.vocab_file)
+
+    folder, seed = options.save_path, options.seed
+    shards = [Shard(sampler, folder, "training", i, options.sentence_num, seed) for i in range(options.shard_num)]
+    shards += [Shard(sampler, folder, "test", i, options.test_sentence_num, seed) for i in range(options.test_shard_num)]
+    made_from = {
+        "grammar_sha256": grammar.sha256,
+        "seed": seed,
+        "max_words": sampler.width,
+        "sentence_num": options.sentence_num,
+        "test_sentence_num": options.test_sentence_num,
+        "vocabulary": "the grammar's words" if options.vocab_file is None else sha256(options.vocab_file),
+    }
+    manifest = open_manifest(folder, made_from, options.overwrite)
+    wanted = [shard for shard in shards if not manifest.is_complete(shard.name)]
+    check_disk(folder, wanted, shards)
+    write_vocabulary(manifest, folder, vocabulary, options.overwrite)
+    for shard, words in run_jobs(make_shard, wanted, options.n_processes, "text shards"):
+        manifest.add(shard.name, sentences=shard.sentences, words=words)
+    print(f"{folder}: {len(wanted)} shards made, {len(shards) - len(wanted)} skipped as complete; vocab.txt beside them")
+
+
+if __name__ == "__main__":
+    run_main(main)

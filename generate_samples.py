@@ -1,0 +1,178 @@
+"""Masked samples (HDF5) from text shards, with the tokenizer that they were made with.
+
+    python generate_samples.py --dir pcfg_dataset -o pcfg_dataset/pretraining --dup_factor 5 --vocab_file vocab.txt \\
+        --do_lower_case 1 --masked_lm_prob 0.15 --max_seq_length 32 --model_name bert-large-uncased \\
+        --max_predictions_per_seq 5 --n_processes 32
+
+On a laptop, with text that generate_pretraining.py made in seconds, and the objective of the paper (one mask a sentence):
+
+    python generate_pretraining.py --rule-path rule_mini_mlm.txt --save-path mini --shard-num 2 --test-shard-num 1 \\
+        --sentence-num 10000 --test-sentence-num 1000
+    python generate_samples.py --dir mini -o mini/pretraining --vocab_file vocab.txt --max_seq_length 32 --single_mask
+
+training{i}.txt becomes train_shard_{k}.hdf5 with k = i * dup_factor + j, test{i}.txt becomes test_shard_{k}.hdf5. The tokenizer
+goes into a folder named after --model_name beside them. A rerun of the same command makes what is missing or damaged.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from pcfg.artefacts import InputError, Manifest, atomic_folder
+from pcfg.cli import non_negative_int, positive_int, probability, run_jobs, run_main
+from pretraining.data.masking import MaskingRule
+from pretraining.data.shards import (
+    SAMPLES_MANIFEST,
+    Recipe,
+    SampleJob,
+    find_text_shards,
+    make_samples,
+    missing_shards,
+)
+from pretraining.data.vocabulary import (
+    TOKENIZER_FILES,
+    Vocabulary,
+    build_tokenizer,
+    changed_words,
+    find_vocabulary,
+    save_tokenizer,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    files = parser.add_argument_group("files")
+    files.add_argument("--dir", type=Path, required=True, help="folder of training{i}.txt and test{i}.txt")
+    files.add_argument("-o", "--output_dir", type=Path, required=True, help="folder for the samples and the tokenizer")
+    files.add_argument(
+        "--vocab_file",
+        default="vocab.txt",
+        help="vocabulary; a bare name is looked up in --dir, then in the working directory (default: vocab.txt)",
+    )
+    files.add_argument(
+        "--model_name",
+        default="bert-large-uncased",
+        help="name under which the tokenizer is saved in --output_dir; run_pretraining.py finds it by this name as "
+        "--tokenizer_name (default: bert-large-uncased)",
+    )
+    files.add_argument("--overwrite", action="store_true", help="replace samples that were made otherwise")
+
+    text = parser.add_argument_group("tokens")
+    text.add_argument(
+        "--do_lower_case",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="whether the tokenizer lower-cases; it may not change a word of the text (default: 1)",
+    )
+    text.add_argument(
+        "--max_seq_length",
+        type=positive_int,
+        default=32,
+        help="tokens a sample, [CLS], [SEP] and padding included; longer sentences are an error (default: 32)",
+    )
+
+    masks = parser.add_argument_group("masks")
+    masks.add_argument(
+        "--dup_factor",
+        type=positive_int,
+        default=1,
+        help="sample shards of each text shard, with different masks (default: 1)",
+    )
+    masks.add_argument(
+        "--masked_lm_prob",
+        type=probability,
+        default=0.15,
+        help="share of the tokens that are masked, [CLS] and [SEP] counted (default: 0.15)",
+    )
+    masks.add_argument("--max_predictions_per_seq", type=positive_int, default=5, help="most masks a sentence (default: 5)")
+    masks.add_argument(
+        "--mask_token_prob",
+        type=probability,
+        default=0.8,
+        help="probability that a masked word becomes [MASK] (default: 0.8)",
+    )
+    masks.add_argument(
+        "--random_token_prob",
+        type=probability,
+        default=0.1,
+        help="probability that it becomes a uniformly drawn word; else it stays as it is (default: 0.1)",
+    )
+    masks.add_argument(
+        "--single_mask",
+        action="store_true",
+        help="the paper's objective: one mask a sentence, always [MASK]; the options above then count for nothing, "
+        "--dup_factor excepted",
+    )
+    masks.add_argument("--seed", type=non_negative_int, default=0, help="seed of all masks (default: 0)")
+
+    work = parser.add_argument_group("work")
+    work.add_argument(
+        "--n_processes",
+        type=positive_int,
+        default=os.cpu_count() or 1,
+        help="text shards worked on at once, at most one a core; changes only the time (default: the number of cores)",
+    )
+    return parser
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a --model_name that would lead out of the output folder."""
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts or name.startswith("."):
+        raise InputError(f"--model_name: {name!r} can't be a folder in --output_dir; give a name like bert-large-uncased")
+
+
+def save_tokenizer_once(recipe: Recipe, model_name: str, manifest: Manifest) -> None:
+    """Save the recipe's tokenizer as folder `model_name` beside the manifest, unless it is there and unchanged."""
+    names = [f"{model_name}/{file}" for file in TOKENIZER_FILES]
+    if all(manifest.is_complete(name) for name in names):
+        return
+    tokenizer = build_tokenizer(recipe.vocabulary, recipe.do_lower_case, recipe.max_seq_length)
+    tokenizer.name_or_path = model_name
+    with atomic_folder(manifest.path.parent / model_name) as folder:
+        save_tokenizer(folder, tokenizer, recipe.vocabulary)
+    for name in names:
+        manifest.add(name)
+
+
+def words_changed_by_tokenizer(recipe: Recipe) -> frozenset[str]:
+    """The words of the vocabulary that the recipe's tokenizer would split or change."""
+    tokenizer = build_tokenizer(recipe.vocabulary, recipe.do_lower_case, recipe.max_seq_length)
+    return frozenset(changed_words(tokenizer, [recipe.vocabulary.words[i] for i in recipe.vocabulary.ordinary_ids()]))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
+    check_model_name(args.model_name)
+    recipe = Recipe(
+        vocabulary=Vocabulary.read(find_vocabulary(args.vocab_file, [args.dir])),
+        do_lower_case=bool(args.do_lower_case),
+        max_seq_length=args.max_seq_length,
+        dup_factor=args.dup_factor,
+        rule=MaskingRule(
+            masked_lm_prob=args.masked_lm_prob,
+            max_predictions=args.max_predictions_per_seq,
+            mask_token_prob=args.mask_token_prob,
+            random_token_prob=args.random_token_prob,
+            single_mask=args.single_mask,
+        ),
+        seed=args.seed,
+    )
+    text = find_text_shards(args.dir, args.dup_factor)
+    manifest = Manifest(args.output_dir / SAMPLES_MANIFEST, recipe.facts(), args.overwrite)
+    remaining = missing_shards(text, manifest, args.overwrite)
+    wanted, missing = (sum(len(shard.numbers) for shard in shards) for shards in (text, remaining))
+    print(f"{len(text)} text shards, {wanted} sample shards: {wanted - missing} skipped (complete), {missing} to make")
+
+    save_tokenizer_once(recipe, args.model_name, manifest)
+    if remaining:
+        changed = words_changed_by_tokenizer(recipe)
+        jobs = [SampleJob(shard, recipe, changed, args.output_dir) for shard in remaining]
+        for job, made in run_jobs(make_samples, jobs, args.n_processes, "masking"):
+            for name, samples in made.items():
+                manifest.add(name, samples=samples, source=job.shard.path.name, source_sha256=job.shard.sha256)
+    print(f"samples: {args.output_dir}; tokenizer: {args.output_dir / args.model_name}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Grammars with a known distribution: sampling, charts, labels and masked conditionals."""

@@ -1,0 +1,208 @@
+"""What all files of the project have in common: atomic writing, hashes, provenance and keyed random numbers.
+
+The rules (README, section Files): whatever is written is complete or absent; a rerun skips what is complete and proves it
+by a checksum; random numbers are a function of (seed, purpose, index) and of nothing else.
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+
+class InputError(Exception):
+    """What the user gave can't be used. The message names file, line or flag, the value, and what to do.
+
+    `pcfg.cli.run_main` prints it without a traceback and exits with code 2.
+    """
+
+
+def _temporary(path: Path) -> Path:
+    """The name under which `path` is written: always the same one, so that a rerun replaces what a kill left."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path):
+    """Turn the operating system's refusal to write `path` into an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InputError(f"{path}: the disk is full; free some space and run the same command again") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EISDIR, errno.ENOTDIR):
+            raise InputError(f"{path}: can't be written ({error.strerror}); choose another place") from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path`; on success it is synced and renamed, on an exception removed.
+
+    For libraries that want a file name (h5py). `path` is complete or absent at any moment.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            descriptor = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def atomic_open(path, mode="w"):
+    """Yield a file object ("w": UTF-8 text, "wb": bytes); `path` appears, complete, when the block ends."""
+    with atomic_path(path) as temporary:
+        options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        with open(temporary, mode, **options) as file:
+            yield file
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """Yield a temporary folder; its files are synced and it is renamed to `path`, which it replaces, at the end."""
+    path = Path(path)
+    temporary = _temporary(path)
+    with disk_errors(path):
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def sha256(path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path, value) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinity are refused: JSON has neither."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    with atomic_open(path) as file:
+        file.write(text)
+
+
+def read_json(path):
+    """The value in a JSON file.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a JSON file ({error}); delete it and make it again") from None
+
+
+def keyed_rng(seed: int, purpose: str, *index: int) -> np.random.Generator:
+    """The random generator of (seed, purpose, index): the same key gives the same numbers everywhere.
+
+    >>> bool(keyed_rng(0, "training", 3).integers(100) == keyed_rng(0, "training", 3).integers(100))
+    True
+    >>> bool(keyed_rng(0, "training", 3).random() == keyed_rng(0, "test", 3).random())
+    False
+    """
+    purpose_key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
+    return np.random.default_rng(np.random.SeedSequence([seed, purpose_key, *index]))
+
+
+def versions(*packages: str) -> dict:
+    """Versions of Python and of the named packages, for the record of what made a file."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+class Manifest:
+    """The record beside a set of files: what they were made from, and each file's size and SHA-256.
+
+    Args:
+        path: the manifest's JSON file.
+        made_from: everything that decides the bytes of the files (hashes of inputs, seed, arguments). The number of files
+            does not belong here: a set may be extended later.
+        overwrite: forget a manifest that was made from something else, instead of refusing.
+
+    Raises:
+        InputError: the manifest on disk was made from something else.
+    """
+
+    def __init__(self, path, made_from: dict, overwrite: bool = False):
+        self.path = Path(path)
+        self.content = {"made_from": made_from, "versions": versions("numpy"), "files": {}}
+        if self.path.exists():
+            found = read_json(self.path)
+            if found.get("made_from") == made_from:
+                self.content = found
+            elif not overwrite:
+                old = found.get("made_from") or {}
+                differing = sorted(key for key in old.keys() | made_from.keys() if old.get(key) != made_from.get(key))
+                what = ", ".join(f"{key} was {old.get(key)!r}, now {made_from.get(key)!r}" for key in differing)
+                raise InputError(
+                    f"{self.path}: the files here were made otherwise ({what}); "
+                    "give another folder, or --overwrite to replace them"
+                )
+
+    @classmethod
+    def read(cls, path) -> "Manifest":
+        """The manifest at `path`, whatever it was made from."""
+        return cls(path, read_json(path).get("made_from"))
+
+    def names(self) -> list:
+        return list(self.content["files"])
+
+    def entry(self, name: str) -> dict:
+        """What the manifest says of file `name`: size, sha256 and what `add` was given."""
+        return self.content["files"][name]
+
+    def is_complete(self, name: str) -> bool:
+        """Whether file `name` is listed and on disk with the size and the SHA-256 of its entry."""
+        entry, file = self.content["files"].get(name), self.path.parent / name
+        return entry is not None and file.is_file() and file.stat().st_size == entry["size"] and sha256(file) == entry["sha256"]
+
+    def add(self, name: str, **facts) -> None:
+        """Record the finished file `name`, with further facts (counts), and write the manifest."""
+        file = self.path.parent / name
+        self.content["files"][name] = {"size": file.stat().st_size, "sha256": sha256(file), **facts}
+        write_json(self.path, self.content)

@@ -1,0 +1,1 @@
+"""Masked language models: data, model, training and the measurements of what came out."""

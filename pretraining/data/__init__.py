@@ -1,0 +1,1 @@
+"""Vocabulary and tokenizer, masking, and the files of masked samples."""

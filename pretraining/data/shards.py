@@ -1,0 +1,193 @@
+"""From text shards to shards of masked samples: what has to be made, and the making of one text shard's samples.
+
+Text shard i with `dup_factor` d gives the sample shards k = i * d + j, j = 0..d-1: the same sentences, other masks. A sample
+shard is a pure function of (text shard, vocabulary, masking rule, seed, split, k).
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pcfg.artefacts import InputError, Manifest, keyed_rng, sha256, versions
+from pcfg.text import read_texts, shard_paths
+from pretraining.data.masking import MaskingRule, mask_sentences
+from pretraining.data.samples import sample_name, sample_paths, write_samples
+from pretraining.data.vocabulary import Vocabulary
+
+SPLITS = {"training": "train", "test": "test"}  # of text files -> of sample files
+TEXT_MANIFEST = "manifest_pretraining.json"
+SAMPLES_MANIFEST = "manifest_samples.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What decides the bytes of all sample shards, the text aside.
+
+    Attributes:
+        vocabulary: words and ids.
+        do_lower_case: whether the tokenizer lower-cases; it then must not change any word of the data.
+        max_seq_length: tokens of a sample, [CLS], [SEP] and padding included.
+        dup_factor: sample shards of each text shard.
+        rule: how words are masked.
+        seed: of all masks.
+    """
+
+    vocabulary: Vocabulary
+    do_lower_case: bool
+    max_seq_length: int
+    dup_factor: int
+    rule: MaskingRule
+    seed: int
+
+    def facts(self) -> dict:
+        """The recipe as plain values, for manifests and file attributes."""
+        return {
+            "vocab_sha256": self.vocabulary.sha256,
+            "vocab_size": self.vocabulary.size,
+            "do_lower_case": self.do_lower_case,
+            "max_seq_length": self.max_seq_length,
+            "dup_factor": self.dup_factor,
+            **dataclasses.asdict(self.rule),
+            "seed": self.seed,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class TextShard:
+    """A text shard, its SHA-256 and the sample shards to be made of it.
+
+    Attributes:
+        path: the text file.
+        sha256: of its bytes.
+        split: "train" or "test".
+        numbers: numbers k of the sample shards that are wanted.
+    """
+
+    path: Path
+    sha256: str
+    split: str
+    numbers: tuple[int, ...]
+
+
+def find_text_shards(folder, dup_factor: int) -> list[TextShard]:
+    """All text shards of a folder, checked against the manifest of generate_pretraining.py if there is one.
+
+    Raises:
+        InputError: no text shards, or one that is not what the manifest says.
+    """
+    found = [(split, path) for split in SPLITS for path in shard_paths(folder, split)]
+    if not found:
+        raise InputError(f"{folder}: no training{{i}}.txt or test{{i}}.txt; make text with generate_pretraining.py first")
+    manifest_path = Path(folder) / TEXT_MANIFEST
+    manifest = Manifest.read(manifest_path) if manifest_path.exists() else None
+    if manifest is None:
+        print(f"{manifest_path}: not there, so the text is taken as it is")
+
+    shards = []
+    for split, path in tqdm(found, desc="checking text", unit="file"):
+        if manifest is not None and not manifest.is_complete(path.name):
+            raise InputError(
+                f"{path}: not the file that {manifest_path} lists (changed, incomplete or of another run); "
+                "run generate_pretraining.py again, or remove the file"
+            )
+        first = int(path.stem.removeprefix(split)) * dup_factor
+        digest = sha256(path) if manifest is None else manifest.entry(path.name)["sha256"]
+        shards.append(TextShard(path, digest, SPLITS[split], tuple(range(first, first + dup_factor))))
+    return shards
+
+
+def missing_shards(shards: list[TextShard], manifest: Manifest, overwrite: bool) -> list[TextShard]:
+    """The text shards with those of their sample shards that are not on disk, complete and made from this very text.
+
+    With `overwrite`, sample files that no text shard asks for are removed: readers would take them for part of the set.
+
+    Raises:
+        InputError: without `overwrite`, a sample shard was made from other text, or a file is of another set.
+    """
+    _handle_strangers(shards, manifest, overwrite)
+    remaining = []
+    for shard in tqdm(shards, desc="checking samples", unit="file"):
+        wanted = []
+        for number in shard.numbers:
+            name = sample_name(shard.split, number)
+            listed = manifest.entry(name)["source_sha256"] if name in manifest.names() else shard.sha256
+            if listed != shard.sha256 and not overwrite:
+                raise InputError(
+                    f"{manifest.path.parent / name}: was made from another {shard.path.name} (sha256 {listed[:12]}, now "
+                    f"{shard.sha256[:12]}); give another folder, or --overwrite to replace it"
+                )
+            if listed != shard.sha256 or not manifest.is_complete(name):
+                wanted.append(number)
+        if wanted:
+            remaining.append(dataclasses.replace(shard, numbers=tuple(wanted)))
+    return remaining
+
+
+def _handle_strangers(shards: list[TextShard], manifest: Manifest, overwrite: bool) -> None:
+    """Remove (`overwrite`) or refuse sample files in the folder that neither the text shards nor the manifest know."""
+    known = {sample_name(shard.split, number) for shard in shards for number in shard.numbers} | set(manifest.names())
+    for path in (path for split in SPLITS.values() for path in sample_paths(manifest.path.parent, split)):
+        if path.name in known:
+            continue
+        if not overwrite:
+            raise InputError(f"{path}: a sample file of another set; remove it, or give --overwrite to have it removed")
+        path.unlink()
+        print(f"{path}: removed, it belonged to another set")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleJob:
+    """The work of one process: the sample shards of one text shard.
+
+    Attributes:
+        shard: the text and the numbers of the sample shards.
+        recipe: how they are made.
+        changed_words: the words of the vocabulary that the tokenizer would split or change.
+        folder: where the samples go.
+    """
+
+    shard: TextShard
+    recipe: Recipe
+    changed_words: frozenset[str]
+    folder: Path
+
+
+def make_samples(job: SampleJob) -> dict[str, int]:
+    """Write the sample shards of one text shard.
+
+    Returns:
+        For each file written, by name: its number of samples.
+
+    Raises:
+        InputError: the text can't be read, a sentence is too long, or a word of it is not one token.
+    """
+    shard, recipe = job.shard, job.recipe
+    tokens, lengths = recipe.vocabulary.encode(read_texts(shard.path), shard.path)
+    if job.changed_words:
+        used = [recipe.vocabulary.words[index] for index in np.flatnonzero(np.bincount(tokens.ravel()))]
+        changed = [word for word in used if word in job.changed_words]
+        if changed:
+            raise InputError(
+                f"{shard.path}: word {changed[0]!r} is not one token: the tokenizer would split or change it "
+                f"(--do_lower_case {int(recipe.do_lower_case)}); {len(changed)} such words; replace them or use another "
+                "--do_lower_case"
+            )
+
+    made = {}
+    for number in shard.numbers:
+        rng = keyed_rng(recipe.seed, f"masking-{shard.split}", number)
+        samples = mask_sentences(tokens, lengths, recipe.vocabulary, recipe.rule, recipe.max_seq_length, rng, source=shard.path)
+        samples.attributes = {
+            **recipe.facts(),
+            "source": shard.path.name,
+            "source_sha256": shard.sha256,
+            "split": shard.split,
+            "shard": number,
+            **{f"version_{package}": version for package, version in versions("numpy", "h5py").items()},
+        }
+        name = sample_name(shard.split, number)
+        write_samples(job.folder / name, samples)
+        made[name] = len(samples)
+    return made

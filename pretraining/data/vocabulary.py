@@ -1,0 +1,351 @@
+"""The vocabulary file (`vocab.txt`, one entry a line, the id is the line number from 0) and the tokenizer made from it.
+
+One word of the data is one token: a word that is unknown, or that the tokenizer would split or change, is an error.
+
+`transformers` takes seconds to import and many users of this module need nothing but `Vocabulary`, so it is imported
+inside the functions that build or load tokenizers. The hub is off unless the user sets HF_HUB_OFFLINE=0: without a
+network huggingface_hub retries for 46 s before it gives up. The variable counts only when it is set before huggingface_hub is
+imported, hence the line below, and `local_files_only` for programs that imported it first.
+"""
+
+import hashlib
+import itertools
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from pcfg.artefacts import InputError, atomic_open, read_json, write_json
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+NOT_A_WORD = re.compile(r"##.*|\[unused\d+\]", re.DOTALL)
+VOCABULARY_FILE = "vocab.txt"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", VOCABULARY_FILE)
+SENTENCES_AT_ONCE = 1 << 16  # split into words at once; bounds the memory of `Vocabulary.encode`
+
+
+class Vocabulary:
+    """The entries of a vocabulary and their ids.
+
+    Args:
+        words: the entries; the position is the id. [PAD] comes first, the other special tokens anywhere.
+        source: named in errors, usually the file.
+
+    Attributes:
+        words: list of all entries, special tokens included.
+        ids: entry -> id.
+        size: number of entries.
+        pad_id, unk_id, cls_id, sep_id, mask_id: ids of the special tokens.
+        special_ids: (5,) int64, the same as an array.
+        sha256: hexadecimal SHA-256 of the entries joined by line feeds.
+
+    Raises:
+        InputError: empty, an entry that is empty or has white space in it, duplicates, a special token missing, [PAD]
+            not first, no word but special tokens.
+
+    >>> vocabulary = Vocabulary([*SPECIAL_TOKENS, "cat", "##s", "dog"])
+    >>> vocabulary.size, vocabulary.mask_id, vocabulary.ordinary_ids().tolist()
+    (8, 4, [5, 7])
+    >>> tokens, lengths = vocabulary.encode(["dog", "cat dog"], "example")
+    >>> tokens.tolist(), lengths.tolist()
+    ([[7, 0], [5, 7]], [1, 2])
+    """
+
+    def __init__(self, words: list[str], source="vocabulary"):
+        self.words = list(words)
+        self.ids = {word: index for index, word in enumerate(self.words)}
+        self._check(source)
+        self.size = len(self.words)
+        self.special_ids = np.array([self.ids[token] for token in SPECIAL_TOKENS])
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids.tolist()
+        self.sha256 = hashlib.sha256("\n".join(self.words).encode()).hexdigest()
+
+        special = set(SPECIAL_TOKENS)
+        self._word_ids = {
+            word: index for word, index in self.ids.items() if word not in special and not NOT_A_WORD.fullmatch(word)
+        }
+        if not self._word_ids:
+            raise InputError(f"{source}: no words but special tokens; add the words of the data, one a line")
+
+    def _check(self, source) -> None:
+        if not self.words:
+            raise InputError(f"{source}: empty; one entry a line is needed, first {SPECIAL_TOKENS[0]}")
+        for index, word in enumerate(self.words):
+            if word.split() != [word]:
+                raise InputError(f"{source}:{index + 1}: entry {word!r} is empty or has white space in it; remove it")
+            if self.ids[word] != index:
+                last = self.ids[word] + 1
+                raise InputError(f"{source}:{last}: entry {word!r} stands on line {index + 1} too; remove one of them")
+        missing = [token for token in SPECIAL_TOKENS if token not in self.ids]
+        if missing:
+            wanted = " ".join(SPECIAL_TOKENS)
+            raise InputError(f"{source}: special token {missing[0]} is missing; the file needs {wanted}")
+        if self.words[0] != SPECIAL_TOKENS[0]:
+            raise InputError(f"{source}:1: the first entry is {self.words[0]!r}, not [PAD]; [PAD] must have the id 0")
+
+    @classmethod
+    def read(cls, path) -> "Vocabulary":
+        """The vocabulary in a file (UTF-8, one entry a line).
+
+        Raises:
+            InputError: the file is missing or not UTF-8, or its content is refused by the class.
+        """
+        try:
+            content = Path(path).read_bytes()
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file; give a vocabulary with one entry a line") from None
+        except IsADirectoryError:
+            raise InputError(f"{path}: a folder; give the vocabulary file in it") from None
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise InputError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file") from None
+        # not splitlines(): it would also split at characters like U+2028, which are not line ends in this format
+        lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+        return cls([] if lines == [""] else lines, path)
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer) -> "Vocabulary":
+        """The vocabulary of a tokenizer, ordered by id.
+
+        Raises:
+            InputError: the ids have gaps, or the entries are refused by the class.
+        """
+        entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        name = f"tokenizer {tokenizer.name_or_path}"
+        if [index for _, index in entries] != list(range(len(entries))):
+            raise InputError(f"{name}: its ids are not 0..{len(entries) - 1}; use a tokenizer of BERT's kind")
+        return cls([word for word, _ in entries], name)
+
+    def ordinary_ids(self) -> np.ndarray:
+        """Ids of the real words, ascending, (W,) int64: no special tokens, no [unusedN], no ##pieces."""
+        return np.fromiter(self._word_ids.values(), dtype=np.int64)
+
+    def encode(self, texts: list[str], source) -> tuple[np.ndarray, np.ndarray]:
+        """Sentences as ids.
+
+        Args:
+            texts: sentences, words separated by white space, without [CLS] and [SEP].
+            source: named in errors, usually the file the sentences come from.
+
+        Returns:
+            tokens (n, T) int32, padded with `pad_id` to T = words of the longest sentence; lengths (n,) int32 in words.
+
+        Raises:
+            InputError: a sentence without words, or a word that is no ordinary word of this vocabulary; names the
+                source, the sentence (from 1) and the word.
+        """
+        flat, lengths = [np.zeros(0, dtype=np.int32)], np.zeros(len(texts), dtype=np.int32)
+        for first in range(0, len(texts), SENTENCES_AT_ONCE):
+            sentences = [text.split() for text in texts[first : first + SENTENCES_AT_ONCE]]
+            here = lengths[first : first + len(sentences)]
+            here[:] = np.fromiter(map(len, sentences), dtype=np.int32, count=len(sentences))
+            words = itertools.chain.from_iterable(sentences)
+            try:
+                flat.append(np.fromiter(map(self._word_ids.__getitem__, words), dtype=np.int32, count=int(here.sum())))
+            except KeyError:
+                raise self._unknown_word(sentences, first, source) from None
+        if len(texts) and lengths.min() == 0:
+            raise InputError(f"{source}: sentence {int(lengths.argmin()) + 1}: no words; remove it")
+
+        longest = int(lengths.max(initial=0))
+        tokens = np.full((len(texts), longest), self.pad_id, dtype=np.int32)
+        tokens[np.arange(longest) < lengths[:, None]] = np.concatenate(flat)  # (n, T), filled row by row
+        return tokens, lengths
+
+    def _unknown_word(self, sentences: list[list[str]], first: int, source) -> InputError:
+        """The error for the first word of `sentences` (the first has number `first` + 1) that is no word of ours."""
+        number, word = next(
+            (first + index + 1, word)
+            for index, sentence in enumerate(sentences)
+            for word in sentence
+            if word not in self._word_ids
+        )
+        if word in self.ids:
+            why = "is reserved in the vocabulary and can't be a word; replace it"
+        elif word.lower() in self._word_ids:
+            why = f"is not in the vocabulary, {word.lower()!r} is; write the text in lower case"
+        else:
+            why = f"is not in the vocabulary ({self.size} entries); add it or take the vocabulary made for this text"
+        return InputError(f"{source}: sentence {number}: word {word!r} {why}")
+
+    def write(self, path) -> None:
+        """Write one entry a line; `read` gives the same vocabulary back."""
+        with atomic_open(path) as file:
+            file.write("\n".join(self.words) + "\n")
+
+
+def find_vocabulary(name, beside: list[Path]) -> Path:
+    """The vocabulary file a user means by `name`; prints what was taken and its size.
+
+    Args:
+        name: a path with a folder in it is taken as it stands; a bare name is looked up in each folder of `beside`,
+            then in the working directory.
+        beside: folders, most wanted first.
+
+    Raises:
+        InputError: found nowhere (the message lists the places), or not a vocabulary.
+    """
+    name = os.fspath(name)
+    bare = not os.path.dirname(name)
+    places = list(dict.fromkeys([Path(folder) / name for folder in beside] + [Path(name)])) if bare else [Path(name)]
+    for path in places:
+        if path.is_file():
+            print(f"vocabulary: {path}, {Vocabulary.read(path).size} entries")
+            return path
+    raise InputError(f"vocabulary {name}: no such file; looked for {', '.join(map(str, places))}; give its path")
+
+
+def build_tokenizer(vocabulary: Vocabulary, do_lower_case: bool, max_length: int):
+    """BERT's tokenizer for a vocabulary.
+
+    Args:
+        do_lower_case: whether text is lower-cased (and accents stripped) before it is looked up.
+        max_length: longest input in tokens, [CLS] and [SEP] included.
+
+    Raises:
+        InputError: transformers made another vocabulary of it.
+    """
+    from transformers import BertTokenizerFast
+
+    # vocab=, not vocab_file=: transformers 5 ignores vocab_file and silently builds a tokenizer of 5 entries
+    tokenizer = BertTokenizerFast(vocab=vocabulary.ids, do_lower_case=do_lower_case, model_max_length=max_length)
+    _check_same_entries(tokenizer, vocabulary, "the new tokenizer")
+    return tokenizer
+
+
+def _check_same_entries(tokenizer, vocabulary: Vocabulary, source) -> None:
+    if tokenizer.get_vocab() != vocabulary.ids:
+        raise InputError(
+            f"{source}: the tokenizer has {len(tokenizer)} entries that are not the {vocabulary.size} of its "
+            "vocabulary; make it again"
+        )
+
+
+def changed_words(tokenizer, words: list[str]) -> list[str]:
+    """Those of `words` that the tokenizer doesn't turn into one token that is the word: unknown, split, changed."""
+    words = list(words)
+    if not words:
+        return []
+    ids = tokenizer.get_vocab()
+    encoded = tokenizer(words, add_special_tokens=False)["input_ids"]
+    return [word for word, pieces in zip(words, encoded, strict=True) if pieces != [ids.get(word)]]
+
+
+def check_single_tokens(tokenizer, words: list[str]) -> None:
+    """Check that each word is one token.
+
+    Raises:
+        InputError: a word is unknown to the tokenizer, or it would split or change it; names the first and its pieces.
+    """
+    changed = changed_words(tokenizer, words)
+    if changed:
+        raise InputError(
+            f"word {changed[0]!r} is not one token: the tokenizer {tokenizer.name_or_path} makes "
+            f"{' '.join(tokenizer.tokenize(changed[0]))} of it ({len(changed)} such words); "
+            "replace the word, or use a vocabulary (or letter case) that has it"
+        )
+
+
+def save_tokenizer(folder, tokenizer, vocabulary: Vocabulary) -> None:
+    """Write the tokenizer's files, its name (`tokenizer.name_or_path`) and vocab.txt into a folder that is being made.
+
+    The folder is made if it doesn't exist; callers that need all or nothing hand in one from `atomic_folder`.
+
+    Raises:
+        InputError: the tokenizer's entries are not the vocabulary's.
+    """
+    folder = Path(folder)
+    _check_same_entries(tokenizer, vocabulary, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    vocabulary.write(folder / VOCABULARY_FILE)
+    # transformers leaves the name out; resolve_tokenizer needs it to recognise the tokenizer of a model folder
+    config = read_json(folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", {**config, "name_or_path": tokenizer.name_or_path})
+
+
+def _is_tokenizer_folder(folder: Path) -> bool:
+    # vocab.txt alone is no sign: folders of text have one too
+    return any((folder / name).is_file() for name in TOKENIZER_FILES if name != VOCABULARY_FILE)
+
+
+def _has_name(folder: Path, name: str) -> bool:
+    """Whether the tokenizer saved directly in `folder` was called `name` (a path counts by its last part).
+
+    The name is in tokenizer_config.json, and in the arguments that the model of a model folder was trained with.
+    """
+    if not _is_tokenizer_folder(folder):
+        return False
+    saved = []
+    if (folder / "tokenizer_config.json").is_file():
+        saved.append(read_json(folder / "tokenizer_config.json").get("name_or_path"))
+    if (folder / "args.json").is_file():
+        saved.append((read_json(folder / "args.json").get("arguments") or {}).get("tokenizer_name"))
+    return any(name in (other, Path(other).name) for other in saved if other)
+
+
+def _load_tokenizer(folder: Path, name: str):
+    """The tokenizer in a local folder, checked against the vocab.txt there, if any."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: the tokenizer there can't be loaded ({error}); make the folder again") from error
+    Vocabulary.from_tokenizer(tokenizer)  # without tokenizer.json transformers silently gives one of 5 entries: refused
+    if (folder / VOCABULARY_FILE).is_file():
+        _check_same_entries(tokenizer, Vocabulary.read(folder / VOCABULARY_FILE), folder)
+    tokenizer.name_or_path = name
+    return tokenizer
+
+
+def resolve_tokenizer(name: str, beside: list[Path]):
+    """The tokenizer a user means by `name`; prints where it was found.
+
+    Looked up in this order: for each folder of `beside` its subfolder `name`, then the folder itself if the tokenizer
+    in it was saved under that name (model folders); then `name` as a local folder; then the hub (its local cache only,
+    unless the environment says HF_HUB_OFFLINE=0).
+
+    Args:
+        name: a folder or a name on the hub.
+        beside: sample folders or model folders, most wanted first.
+
+    Returns:
+        A fast tokenizer whose `name_or_path` is `name`.
+
+    Raises:
+        InputError: found nowhere (at once; the message lists the places), or broken.
+    """
+    candidates = []
+    for folder in map(Path, beside):
+        candidates.append((folder / name, _is_tokenizer_folder(folder / name)))
+        candidates.append((folder, _has_name(folder, name)))
+    candidates.append((Path(name), _is_tokenizer_folder(Path(name))))
+    found = next((place for place, is_wanted in candidates if is_wanted), None)
+    if found is None:
+        return _load_from_hub(name, [place for place, _ in candidates])
+    print(f"tokenizer: {found}")
+    return _load_tokenizer(found, name)
+
+
+def _load_from_hub(name: str, places: list[Path]):
+    from transformers import AutoTokenizer
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "1").lower() not in ("0", "false", "no", "off")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
+    except (OSError, ValueError) as error:
+        hub = "the hub's local cache (the hub is off; HF_HUB_OFFLINE=0 turns it on)" if offline else f"the hub: {error}"
+        looked = ", ".join([*map(str, places), hub])
+        raise InputError(
+            f"tokenizer {name}: not found; looked in {looked}; give the --model_name that generate_samples.py was "
+            "given, or a folder with a tokenizer"
+        ) from error
+    Vocabulary.from_tokenizer(tokenizer)
+    print(f"tokenizer: {name} from the hub")
+    return tokenizer

@@ -1,0 +1,120 @@
+"""The contexts that a masked language model is measured in: each sentence with one position masked, for every position."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from pcfg.artefacts import InputError
+from pretraining.data.samples import read_samples
+from pretraining.data.vocabulary import Vocabulary
+from pretraining.model.config import ModelConfig
+
+
+@dataclasses.dataclass
+class Contexts:
+    """Masked inputs, one masked position each, grouped by the sentence they come from.
+
+    Args:
+        input_ids: (sentences, length) int64, [CLS] words [SEP] and padding; not yet masked where `mask_id` is set.
+        lengths: (sentences,) int64 tokens, [CLS] and [SEP] included.
+        sentence: (M,) int64, the sentence of each context.
+        position: (M,) int64, the position of its masked token in `input_ids`.
+        label: (M,) int64, the id of the true word.
+        mask_id: the id put at `position`; None where the file has its masks in it already (all masks of a sample at once).
+    """
+
+    input_ids: np.ndarray
+    lengths: np.ndarray
+    sentence: np.ndarray
+    position: np.ndarray
+    label: np.ndarray
+    mask_id: int | None
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(sentences,) int64: contexts of each sentence."""
+        return np.bincount(self.sentence, minlength=len(self.lengths))
+
+    def batch(self, chosen: np.ndarray, device) -> tuple:
+        """Model inputs for the contexts `chosen`, trimmed to the longest of them.
+
+        Returns:
+            input_ids (m, length) int64, input_mask (m, length) or None when nothing is padded, flat_positions (m,).
+        """
+        lengths = self.lengths[self.sentence[chosen]]
+        longest = int(lengths.max())
+        ids = self.input_ids[self.sentence[chosen], :longest].copy()  # (m, length)
+        if self.mask_id is not None:
+            ids[np.arange(len(chosen)), self.position[chosen]] = self.mask_id
+        mask = None
+        if lengths.min() < longest:
+            mask = torch.from_numpy(np.arange(longest) < lengths[:, None]).to(device)
+        flat = torch.from_numpy(np.arange(len(chosen)) * longest + self.position[chosen]).to(device)
+        return torch.from_numpy(ids).to(device), mask, flat
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(sentences + 1,) int64: the contexts of sentence i are offsets[i] .. offsets[i + 1] - 1."""
+        return np.concatenate([[0], np.cumsum(self.counts)])
+
+    def batches(self, size: int, window: int = 4096) -> list[np.ndarray]:
+        """Batches of at most `size` contexts, each context once.
+
+        A batch stays within `window` consecutive sentences, which bounds what else must be read for it, and is sorted by
+        length there, so that little is padded.
+        """
+        batches, offsets = [], self.offsets
+        for low in range(0, len(self.lengths), window):
+            inside = np.arange(offsets[low], offsets[min(low + window, len(self.lengths))])
+            inside = inside[np.argsort(self.lengths[self.sentence[inside]], kind="stable")]
+            batches += [inside[start : start + size] for start in range(0, len(inside), size)]
+        return batches
+
+
+def from_texts(texts: list[str], vocabulary: Vocabulary, source) -> Contexts:
+    """Every position of every sentence, masked alone: x_-t for all t."""
+    tokens, words = vocabulary.encode(texts, source)
+    sentences, longest = tokens.shape
+    input_ids = np.full((sentences, longest + 2), vocabulary.pad_id, np.int64)
+    input_ids[:, 0] = vocabulary.cls_id
+    input_ids[:, 1:-1] = tokens
+    input_ids[np.arange(sentences), words + 1] = vocabulary.sep_id
+    sentence, word = np.nonzero(np.arange(longest) < words[:, None])  # in the order of the text
+    label = tokens[sentence, word].astype(np.int64)
+    return Contexts(input_ids, words.astype(np.int64) + 2, sentence, word + 1, label, vocabulary.mask_id)
+
+
+def from_samples(path, vocabulary: Vocabulary, max_sentences: int | None = None) -> Contexts:
+    """The masked positions of (the first `max_sentences`) HDF5 samples, with the masks that are in the file.
+
+    Raises:
+        InputError: the samples were made with another vocabulary.
+    """
+    samples = read_samples(path)
+    if samples.attributes.get("vocab_sha256") != vocabulary.sha256:
+        raise InputError(f"{path}: was made with another vocabulary than the one given; make the samples again with it")
+    positions = samples.masked_lm_positions[:max_sentences]
+    sentence, slot = np.nonzero(positions)  # position 0 is [CLS] and stands for "none"
+    return Contexts(
+        samples.input_ids[:max_sentences].astype(np.int64),
+        samples.input_mask[:max_sentences].sum(1, dtype=np.int64),
+        sentence,
+        positions[sentence, slot].astype(np.int64),
+        samples.masked_lm_ids[sentence, slot].astype(np.int64),
+        None,
+    )
+
+
+def check_length(contexts: Contexts, config: ModelConfig, source) -> None:
+    """Refuse sentences that the model has no positions for.
+
+    Raises:
+        InputError: names the length needed.
+    """
+    longest = int(contexts.lengths.max())
+    if longest > config.max_position_embeddings:
+        raise InputError(
+            f"{source}: its longest sentence has {longest} tokens with [CLS] and [SEP], the model has "
+            f"{config.max_position_embeddings} positions; measure on shorter sentences"
+        )

@@ -1,0 +1,116 @@
+"""What calculate_loss.py and calculate_hessian.py are given: models, sentences, a vocabulary and true conditionals."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from pcfg.grammar import Grammar, find_rules
+from pcfg.lookup import LookupTable
+from pcfg.text import read_texts
+
+from pcfg.artefacts import InputError
+from pretraining.data.vocabulary import Vocabulary, find_vocabulary
+from pretraining.evaluation.contexts import Contexts, from_samples, from_texts
+from pretraining.evaluation.records import describe_file
+
+HDF5_SUFFIXES = (".hdf5", ".h5")
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that the measurements share."""
+    group = parser.add_argument_group("what is measured, and on what")
+    group.add_argument(
+        "--model-path", required=True, help="a model folder, or a folder that holds model folders at any depth"
+    )
+    group.add_argument(
+        "--datafile",
+        required=True,
+        help="sentences: a text shard (.txt), a labelled file (.csv), or masked samples (.hdf5)",
+    )
+    group.add_argument(
+        "--vocabfile", required=True, help="the models' vocabulary; a bare name is looked up beside --datafile first"
+    )
+    truth = group.add_mutually_exclusive_group()
+    truth.add_argument("--condprobfile", help="true conditionals of --datafile, made by python -m pcfg.lookup")
+    truth.add_argument("--rule-path", help="grammar to compute the true conditionals with, instead of --condprobfile")
+    group = parser.add_argument_group("how it runs")
+    group.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: cuda if it is there)",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="measure again what is measured already (default: skip it)"
+    )
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Sentences as contexts, with the true conditionals where they were given."""
+
+    vocabulary: Vocabulary
+    vocabulary_path: Path
+    contexts: Contexts
+    table: LookupTable | None
+    columns: np.ndarray | None
+    described: dict
+
+
+def _table_columns(table, vocabulary, source) -> np.ndarray:
+    """(words,) int64: the vocabulary id of each word of a lookup table."""
+    missing = [word for word in table.words if word not in vocabulary.ids]
+    if missing:
+        raise InputError(f"{source}: word {missing[0]!r} is not in the vocabulary; it was made for another one")
+    return np.array([vocabulary.ids[word] for word in table.words])
+
+
+def _check_sentences(table, contexts: Contexts, columns: np.ndarray, source) -> None:
+    """Refuse a lookup table that does not begin with the sentences of the contexts."""
+    sentences, positions = len(contexts.lengths), len(contexts.label)
+    same = np.array_equal(np.asarray(table.lengths[:sentences]), contexts.counts)
+    if not same or not np.array_equal(columns[np.asarray(table.true_words[:positions])], contexts.label):
+        raise InputError(f"{source}: the lookup table is of other sentences; make one with python -m pcfg.lookup")
+
+
+def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None) -> Inputs:
+    """Read what the flags of `add_input_arguments` name, and check that it belongs together.
+
+    Args:
+        max_sentences: take the first ones only; None for all.
+
+    Raises:
+        InputError: a file is missing, malformed, or made from or for something else than the others.
+    """
+    data = Path(arguments.datafile)
+    if not data.is_file():
+        raise InputError(f"--datafile {data}: no such file")
+    vocabulary_path = find_vocabulary(arguments.vocabfile, [data.parent])
+    vocabulary = Vocabulary.read(vocabulary_path)
+    described = {"data": describe_file(data), "vocabulary": vocabulary.sha256}
+    if data.suffix in HDF5_SUFFIXES:
+        if arguments.condprobfile or arguments.rule_path:
+            flag = "--condprobfile" if arguments.condprobfile else "--rule-path"
+            raise InputError(
+                f"{flag}: true conditionals are for sentences with one mask, not for the samples in {data}"
+            )
+        contexts = from_samples(data, vocabulary, max_sentences)
+        return Inputs(vocabulary, vocabulary_path, contexts, None, None, described)
+    texts = read_texts(data)[:max_sentences]
+    contexts = from_texts(texts, vocabulary, data)
+    table = columns = None
+    if arguments.condprobfile:
+        source = arguments.condprobfile
+        table = LookupTable.open(source)
+        table.check_text(data)
+        described["conditionals"] = {"grammar": table.grammar_sha256}
+    elif arguments.rule_path:
+        source = find_rules(arguments.rule_path)
+        grammar = Grammar.read(source)
+        table = LookupTable.compute(grammar, texts, data)
+        described["conditionals"] = {"grammar": grammar.sha256}
+    if table is not None:
+        columns = _table_columns(table, vocabulary, source)
+        _check_sentences(table, contexts, columns, source)
+    return Inputs(vocabulary, vocabulary_path, contexts, table, columns, described)

@@ -1,0 +1,119 @@
+"""A BERT-style masked language model, pre-LN or post-LN, with tied embeddings.
+
+Sources: Devlin et al. 2019 (post-LN); Xiong et al. 2020, section 3 (pre-LN); Izsak et al. 2021 ("academic budget BERT"), whose
+pre-LN encoder has a LayerNorm after the embeddings and one after the last layer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pretraining.model.config import ModelConfig
+from pretraining.model.layers import ACTIVATION_FUNCTIONS, SelfAttention, layer_norm
+
+
+class Embeddings(nn.Module):
+    """LayerNorm(word + position + token type), then dropout."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = layer_norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids):
+        """(batch, length) int64 -> (batch, length, hidden)."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        # Samples here are one segment: token type 0 everywhere.
+        summed = self.words(input_ids) + self.positions(positions) + self.token_types.weight[0]
+        return self.dropout(self.norm(summed))
+
+
+class Layer(nn.Module):
+    """Self-attention and feed-forward, each with a residual connection.
+
+    Pre-LN: h + f(LN(h)). Post-LN: LN(h + f(h)).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.pre_ln = config.encoder_ln_mode == "pre-ln"
+        self.attention_norm = layer_norm(config)
+        self.attention = SelfAttention(config)
+        self.feed_forward_norm = layer_norm(config)
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def feed_forward(self, hidden):
+        return self.dropout(self.output(self.activation(self.intermediate(hidden))))
+
+    def forward(self, hidden, mask):
+        """(batch, length, hidden) -> the same."""
+        if self.pre_ln:
+            hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), mask))
+            return hidden + self.feed_forward(self.feed_forward_norm(hidden))
+        hidden = self.attention_norm(hidden + self.dropout(self.attention(hidden, mask)))
+        return self.feed_forward_norm(hidden + self.feed_forward(hidden))
+
+
+class MaskedLM(nn.Module):
+    """An encoder and the MLM head: f_theta(x_-t)[w] = softmax(E g(h_t) + b)[w], E the word table itself (tied weights).
+
+    The head works on the masked positions only; no other position is ever predicted.
+
+    Args:
+        config: shapes and variants.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.final_norm = layer_norm(config) if config.encoder_ln_mode == "pre-ln" else nn.Identity()
+        self.head_dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.head_norm = layer_norm(config)
+        self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.head_activation = F.gelu if config.encoder_ln_mode == "pre-ln" else ACTIVATION_FUNCTIONS[config.hidden_act]
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        """BERT's initialisation: normal weights of standard deviation `initializer_range`, zero biases."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def encode(self, input_ids, input_mask=None):
+        """Hidden states after the last LayerNorm.
+
+        Args:
+            input_ids: (batch, length) int64.
+            input_mask: (batch, length), 1 for a token, 0 for padding; None where nothing is padded.
+
+        Returns:
+            (batch, length, hidden). Rows of padding hold no meaning.
+        """
+        mask = None if input_mask is None else input_mask.bool()[:, None, None, :]  # (batch, 1, 1, length)
+        hidden = self.embeddings(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, mask)
+        return self.final_norm(hidden)
+
+    def predict(self, hidden):
+        """Logits (..., vocab_size) of the words at positions with hidden states (..., hidden)."""
+        transformed = self.head_norm(self.head_activation(self.head_dense(hidden)))
+        return F.linear(transformed, self.embeddings.words.weight, self.decoder_bias)
+
+    def forward(self, input_ids, input_mask, flat_positions):
+        """Logits (M, vocab_size) at `flat_positions`, (M,) int64 indices into the flattened (batch * length)."""
+        hidden = self.encode(input_ids, input_mask)
+        return self.predict(hidden.reshape(-1, hidden.shape[-1])[flat_positions])
+
+    def number_of_parameters(self) -> int:
+        """Trainable numbers, the tied table counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,211 @@
+"""Model folders: `config.json`, weights, tokenizer files, `vocab.txt`, `args.json`; every measurement adds a JSON beside them.
+
+The folders are plain Hugging Face ones: pre-LN models load as `RobertaPreLayerNormForMaskedLM`, post-LN models as
+`BertForMaskedLM`, without remote code. Weights are safetensors; a folder that has only `pytorch_model.bin` is read without
+executing what is pickled in it.
+"""
+
+import pickle
+import re
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from pcfg.artefacts import InputError, atomic_folder, read_json, sha256, write_json
+from pretraining.data.vocabulary import Vocabulary, save_tokenizer
+from pretraining.model.bert import MaskedLM
+from pretraining.model.config import ModelConfig
+
+CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, FACTS_FILE, VOCABULARY_FILE = (
+    *("config.json", "model.safetensors", "pytorch_model.bin", "args.json", "vocab.txt"),
+)
+
+# (our name, transformers' name) of modules; {base} is "bert" or "roberta_prelayernorm".
+_COMMON = (
+    ("embeddings.words", "{base}.embeddings.word_embeddings"),
+    ("embeddings.positions", "{base}.embeddings.position_embeddings"),
+    ("embeddings.token_types", "{base}.embeddings.token_type_embeddings"),
+    ("embeddings.norm", "{base}.embeddings.LayerNorm"),
+    *(
+        (f"layers.*.attention.{ours}", f"{{base}}.encoder.layer.*.attention.self.{ours}")
+        for ours in ("query", "key", "value")
+    ),
+    ("layers.*.attention.output", "{base}.encoder.layer.*.attention.output.dense"),
+    ("layers.*.intermediate", "{base}.encoder.layer.*.intermediate.dense"),
+    ("layers.*.output", "{base}.encoder.layer.*.output.dense"),
+)
+_PRE_LN = (
+    ("layers.*.attention_norm", "{base}.encoder.layer.*.attention.LayerNorm"),
+    ("layers.*.feed_forward_norm", "{base}.encoder.layer.*.intermediate.LayerNorm"),
+    ("final_norm", "{base}.LayerNorm"),
+    ("head_dense", "lm_head.dense"),
+    ("head_norm", "lm_head.layer_norm"),
+    ("decoder_bias", "lm_head.bias"),
+)
+_POST_LN = (
+    ("layers.*.attention_norm", "{base}.encoder.layer.*.attention.output.LayerNorm"),
+    ("layers.*.feed_forward_norm", "{base}.encoder.layer.*.output.LayerNorm"),
+    ("head_dense", "cls.predictions.transform.dense"),
+    ("head_norm", "cls.predictions.transform.LayerNorm"),
+    ("decoder_bias", "cls.predictions.bias"),
+)
+
+
+def _stored_name(name: str, pre_ln: bool) -> str:
+    """The name under which transformers' class keeps our parameter `name`."""
+    base = "roberta_prelayernorm" if pre_ln else "bert"
+    for ours, theirs in (*_COMMON, *(_PRE_LN if pre_ln else _POST_LN)):
+        pattern = re.escape(ours).replace(r"\*", r"(\d+)") + r"(\.weight|\.bias|)"
+        if match := re.fullmatch(pattern, name):
+            *layer, kind = match.groups()
+            return theirs.format(base=base).replace("*", layer[0] if layer else "") + kind
+    raise KeyError(name)
+
+
+def to_stored(state: dict, config: ModelConfig) -> dict:
+    """Our parameters under transformers' names (pre-LN: the position table with one row prepended, that of padding)."""
+    pre_ln = config.encoder_ln_mode == "pre-ln"
+    stored = {_stored_name(name, pre_ln): tensor for name, tensor in state.items()}
+    if pre_ln:
+        key = _stored_name("embeddings.positions.weight", pre_ln)
+        stored[key] = torch.cat([torch.zeros_like(stored[key][:1]), stored[key]])
+    return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in stored.items()}
+
+
+def from_stored(stored: dict, config: ModelConfig, source) -> dict:
+    """The inverse of `to_stored`; what our model has no use for (pooler, next-sentence head) is left out.
+
+    Raises:
+        InputError: a weight is missing or has another shape than `config` says; names it and `source`.
+    """
+    pre_ln = config.encoder_ln_mode == "pre-ln"
+    with torch.device("meta"):
+        expected = MaskedLM(config).state_dict()
+    state = {}
+    for name, parameter in expected.items():
+        key = _stored_name(name, pre_ln)
+        if key not in stored:
+            raise InputError(f"{source}: has no weight {key!r}; is {CONFIG_FILE} beside it the one of this model?")
+        tensor = stored[key].to(torch.float32)
+        if pre_ln and name == "embeddings.positions.weight":
+            tensor = tensor[1:]
+        if tensor.shape != parameter.shape:
+            found, wanted = tuple(tensor.shape), tuple(parameter.shape)
+            raise InputError(f"{source}: weight {key!r} has shape {found}, {CONFIG_FILE} says {wanted}")
+        state[name] = tensor
+    return state
+
+
+def save_model(folder, model: MaskedLM, tokenizer, vocabulary: Vocabulary, facts: dict) -> None:
+    """Write a model folder, atomically; one that is there is replaced with all measurements in it.
+
+    Args:
+        folder: where to.
+        tokenizer: the tokenizer of the samples; saved with the model, so that the folder is whole.
+        facts: what `args.json` says (arguments, step, samples seen, ...).
+    """
+    with atomic_folder(folder) as temporary:
+        weights = to_stored(model.state_dict(), model.config)
+        safetensors.torch.save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_json(temporary / CONFIG_FILE, model.config.to_transformers())
+        save_tokenizer(temporary, tokenizer, vocabulary)
+        write_json(temporary / FACTS_FILE, facts)
+
+
+def weights_file(folder) -> Path:
+    """The file of a folder that holds its weights: safetensors if there, else `pytorch_model.bin`."""
+    path = Path(folder) / WEIGHTS_FILE
+    return path if path.is_file() else Path(folder) / PICKLE_FILE
+
+
+def _read_weights(path: Path) -> dict:
+    """The stored tensors of a weights file."""
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a whole safetensors file ({error}); make the model again") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{path}: refused, it holds more than tensors or is damaged ({reason})") from None
+
+
+def load_model(folder, device="cpu", attention: str = "sdpa", weights=None) -> MaskedLM:
+    """The model of a folder, in float32 and eval mode.
+
+    Args:
+        weights: a file with other weights of the same shape to take instead of the folder's.
+
+    Raises:
+        InputError: no such folder, a file of it is missing or damaged, or another kind of model.
+    """
+    folder = Path(folder)
+    if not is_model_folder(folder):
+        raise InputError(f"{folder}: not a model folder ({CONFIG_FILE} and {WEIGHTS_FILE} or {PICKLE_FILE} are needed)")
+    config = ModelConfig.from_transformers(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE, attention)
+    path = Path(weights or weights_file(folder))
+    model = MaskedLM(config)
+    model.load_state_dict(from_stored(_read_weights(path), config, path))
+    return model.to(device).eval()
+
+
+def is_model_folder(folder) -> bool:
+    """Whether `folder` has a configuration and weights."""
+    return weights_file(folder).is_file() and (Path(folder) / CONFIG_FILE).is_file()
+
+
+def model_folders(path) -> list[Path]:
+    """All model folders at or below `path`, in the order of their names; hidden folders and training states are passed over.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; give a model folder, or one that holds model folders")
+    below = (config.parent for config in path.rglob(CONFIG_FILE))
+    found = sorted(
+        folder
+        for folder in below
+        if is_model_folder(folder)
+        and not any(part.startswith(".") or part == "training_state" for part in folder.relative_to(path).parts)
+    )
+    if not found:
+        raise InputError(
+            f"{path}: no model folder in it ({CONFIG_FILE} with {WEIGHTS_FILE}); was anything saved there?"
+        )
+    return found
+
+
+def read_facts(folder) -> dict:
+    """What `args.json` says of the model; empty for a folder that others made."""
+    path = Path(folder) / FACTS_FILE
+    return read_json(path) if path.exists() else {}
+
+
+def load_vocabulary(folder) -> Vocabulary:
+    """The vocabulary that the model of `folder` was trained with."""
+    return Vocabulary.read(Path(folder) / VOCABULARY_FILE)
+
+
+def check_vocabulary(folder, vocabulary: Vocabulary, source) -> None:
+    """Refuse a vocabulary that is not the model's: its ids would mean other words.
+
+    Raises:
+        InputError: the hashes differ.
+    """
+    own = load_vocabulary(folder)
+    if own.sha256 != vocabulary.sha256:
+        raise InputError(
+            f"{source}: {vocabulary.size} words with hash {vocabulary.sha256[:12]}, but the model was trained with "
+            f"{Path(folder) / VOCABULARY_FILE} ({own.size} words, hash {own.sha256[:12]}); give --vocabfile that one"
+        )
+
+
+def weights_sha256(folder) -> str:
+    """Hash of the weights' file."""
+    return sha256(weights_file(folder))

@@ -1,0 +1,118 @@
+"""The shape of a masked language model, and its translation to and from transformers' `config.json`."""
+
+import dataclasses
+
+from pcfg.artefacts import InputError
+
+ACTIVATIONS = ("gelu", "relu", "tanh", "swish")
+LAYER_NORMS = ("pytorch", "apex", "rms_norm")
+LAYER_NORM_MODES = ("pre-ln", "post-ln")
+ATTENTIONS = ("sdpa", "eager", "apex")
+# transformers has no BERT with RMSNorm: a name of our own makes its Auto classes refuse the folder by name.
+RMS_NORM_MODEL_TYPE = "bert-rms-norm"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Hyperparameters of `pretraining.model.bert.MaskedLM`, named as in transformers' `BertConfig`.
+
+    Args:
+        vocab_size: rows of the word table, special tokens included.
+        hidden_size: width of the hidden states; a multiple of `num_attention_heads`.
+        intermediate_size: width of the feed-forward layers.
+        hidden_act: activation of the encoder's feed-forward layers, one of `ACTIVATIONS`. In post-LN also that of the MLM
+            head, which in pre-LN is always gelu.
+        max_position_embeddings: rows of the position table: the longest sentence, [CLS] and [SEP] included.
+        layer_norm_type: "pytorch" and "apex" compute the same LayerNorm; "rms_norm" has neither mean nor bias.
+        encoder_ln_mode: "pre-ln" normalises the input of each sub-layer, "post-ln" its sum with the input.
+        attention: how attention is computed; says nothing of the weights and is not stored.
+
+    Raises:
+        InputError: a value that no model can have.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    layer_norm_type: str = "pytorch"
+    encoder_ln_mode: str = "pre-ln"
+    attention: str = "sdpa"
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("hidden_act", ACTIVATIONS),
+            ("layer_norm_type", LAYER_NORMS),
+            ("encoder_ln_mode", LAYER_NORM_MODES),
+            ("attention", ATTENTIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"--{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in (
+            *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+            *("intermediate_size", "max_position_embeddings", "type_vocab_size"),
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name}: {getattr(self, name)} is not 1 or more")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise InputError(f"--{name}: {getattr(self, name)} is not in [0, 1)")
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"--hidden_size: {self.hidden_size} is not a multiple of --num_attention_heads {self.num_attention_heads}"
+            )
+
+    def to_transformers(self) -> dict:
+        """The content of a `config.json` that transformers' Auto classes read.
+
+        Pre-LN is `RobertaPreLayerNormForMaskedLM`, whose position ids are 1..T for a [PAD] id of 0: its position table has
+        one more row. Post-LN is `BertForMaskedLM`.
+        """
+        fields = dataclasses.asdict(self)
+        del fields["attention"]
+        mode, norm = fields.pop("encoder_ln_mode"), fields.pop("layer_norm_type")
+        common = {"pad_token_id": 0, "tie_word_embeddings": True, "dtype": "float32", **fields}
+        if norm == "rms_norm":
+            return {**common, "model_type": RMS_NORM_MODEL_TYPE, "encoder_ln_mode": mode, "layer_norm_type": norm}
+        if mode == "pre-ln":
+            common["max_position_embeddings"] += 1
+            architecture = {"model_type": "roberta-prelayernorm", "architectures": ["RobertaPreLayerNormForMaskedLM"]}
+            return {**common, **architecture, "bos_token_id": None, "eos_token_id": None}
+        return {**common, "model_type": "bert", "architectures": ["BertForMaskedLM"]}
+
+    @classmethod
+    def from_transformers(cls, content: dict, source, attention: str = "sdpa") -> "ModelConfig":
+        """The configuration in a `config.json`.
+
+        Raises:
+            InputError: another kind of model, or a value that this model does not have; names `source`.
+        """
+        kind = content.get("model_type")
+        modes = {
+            "bert": "post-ln",
+            "roberta-prelayernorm": "pre-ln",
+            RMS_NORM_MODEL_TYPE: content.get("encoder_ln_mode"),
+        }
+        if kind not in modes:
+            raise InputError(f"{source}: model_type {kind!r} is not one of {', '.join(modes)}")
+        names = {field.name for field in dataclasses.fields(cls)} - {"attention", "encoder_ln_mode", "layer_norm_type"}
+        values = {name: content[name] for name in names if name in content}
+        if values.get("hidden_act") == "silu":
+            values["hidden_act"] = "swish"  # two names of one function
+        if kind == "roberta-prelayernorm":
+            if content.get("pad_token_id") != 0:
+                raise InputError(f"{source}: pad_token_id is {content.get('pad_token_id')}; only 0 can be read")
+            values["max_position_embeddings"] -= 1
+        norm = "rms_norm" if kind == RMS_NORM_MODEL_TYPE else "pytorch"
+        try:
+            return cls(encoder_ln_mode=modes[kind], layer_norm_type=norm, attention=attention, **values)
+        except (InputError, TypeError) as error:
+            raise InputError(f"{source}: {error}") from None

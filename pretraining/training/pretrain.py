@@ -1,0 +1,193 @@
+"""A pre-training run from the command line's options: where it begins, what it needs, and its end."""
+
+import argparse
+import dataclasses
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from pcfg.artefacts import InputError, keyed_rng, read_json, versions
+from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer
+from pretraining.model.bert import MaskedLM
+from pretraining.model.checkpoints import FACTS_FILE, read_facts
+from pretraining.model.config import ModelConfig
+from pretraining.training import state
+from pretraining.training.arguments import accumulation_steps, differences, job_folder, model_config
+from pretraining.training.distributed import Ranks
+from pretraining.training.engine import build_engine, precision, zero_stage
+from pretraining.training.metrics import METRICS_FILE
+from pretraining.training.shards import Shards
+from pretraining.training.state import Progress
+from pretraining.training.trainer import STATE_FOLDER, Data, Trainer
+
+# Of a model's configuration: what may change between a training state and the run that goes on from it.
+FREE_TO_CHANGE = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "attention")
+
+
+def finished_model(job: Path, arguments: dict) -> Path | None:
+    """The final model folder of an earlier run with the same deciding arguments, or None."""
+    for path in sorted(job.glob(f"step*/{FACTS_FILE}")):
+        facts = read_facts(path.parent)
+        if facts.get("final") and not differences(facts["arguments"], arguments):
+            return path.parent
+    return None
+
+
+def starting_state(options: argparse.Namespace, job: Path) -> Path | None:
+    """The training state to go on from: the run's own, else that of `--load_training_checkpoint`, else None.
+
+    Raises:
+        InputError: a run with other arguments has been here, or there is no such state.
+    """
+    arguments, found = vars(options), {}
+    own = state.latest(job / STATE_FOLDER)
+    if own is not None:
+        found[own] = differences(read_json(own / state.STATE_FILE)["arguments"], arguments)
+        if not found[own]:
+            return own
+    if options.load_training_checkpoint:
+        root = Path(options.load_training_checkpoint)
+        if options.overwrite and root.resolve().is_relative_to(job.resolve()):
+            raise InputError(f"--overwrite: would delete the state that is to be loaded, {root}; leave one of them out")
+        return state.find(root, options.load_checkpoint_id)
+    for path in sorted(job.glob(f"step*/{FACTS_FILE}")):
+        found[path.parent] = differences(read_facts(path.parent).get("arguments", {}), arguments)
+    if options.overwrite:
+        return None
+    for path, changed in found.items():
+        if changed:
+            raise InputError(
+                f"{path}: from a run with other arguments ({changed}); give another --job_name, --overwrite to delete what "
+                f"is in {job}, or --load_training_checkpoint {job / STATE_FOLDER} to go on from there with the new ones"
+            )
+    return None
+
+
+def clear(job: Path) -> None:
+    """Delete what a run has left in its folder, and nothing else."""
+    for path in [*job.glob("step*"), job / STATE_FOLDER]:
+        if path.is_dir():
+            shutil.rmtree(path)
+    (job / METRICS_FILE).unlink(missing_ok=True)
+
+
+def git_revision() -> str | None:
+    """The project's commit, None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def load_data(options: argparse.Namespace) -> tuple[Data, int]:
+    """Tokenizer and shards, checked against each other, and the samples' `max_seq_length`.
+
+    Raises:
+        InputError: one of them is missing or doesn't fit the other.
+    """
+    tokenizer = resolve_tokenizer(options.tokenizer_name, beside=[Path(options.dataset_path)])
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    train = Shards(options.dataset_path, "train", vocabulary)
+    test = Shards(options.dataset_path, "test", vocabulary) if options.do_validation else None
+    length = int(train.read(0).attributes["max_seq_length"])
+    if options.max_position_embeddings is not None and options.max_position_embeddings < length:
+        raise InputError(
+            f"--max_position_embeddings: {options.max_position_embeddings}, but the samples in {options.dataset_path} have "
+            f"{length} tokens (max_seq_length); give {length} or more"
+        )
+    facts = {
+        "job_name": options.job_name,
+        "seed": options.seed,
+        "vocabulary_sha256": vocabulary.sha256,
+        "git_revision": git_revision(),
+        "versions": versions("torch", "deepspeed", "transformers"),
+        "arguments": vars(options),
+    }
+    return Data(train, test, tokenizer, facts), length
+
+
+def check_fits(saved: dict, folder: Path, facts: dict) -> None:
+    """Refuse a training state of another model, vocabulary, optimizer or, where it is split over them, number of ranks.
+
+    Raises:
+        InputError: names what differs.
+    """
+
+    def relevant(content: dict) -> dict:
+        shape = {name: value for name, value in content["model"].items() if name not in FREE_TO_CHANGE}
+        return shape | {
+            "vocabulary": content["vocabulary_sha256"],
+            "optimizer_type": content["arguments"]["optimizer_type"],
+            "zero_stage": content["zero_stage"],
+            "float16": content["precision"] == "float16",
+            "ranks": content["world_size"] if content["zero_stage"] else "any",
+        }
+
+    old, new = relevant(saved), relevant(facts)
+    changed = ", ".join(f"{name} was {old[name]!r}, now {new[name]!r}" for name in new if old.get(name) != new[name])
+    if changed:
+        raise InputError(f"{folder}: doesn't fit this run: {changed}; change the flags, or begin without it")
+
+
+def build_model(config: ModelConfig, seed: int) -> MaskedLM:
+    """A new model; its weights are a function of the seed and the configuration."""
+    torch.manual_seed(int(keyed_rng(seed, "initial weights").integers(1 << 63)))
+    return MaskedLM(config)
+
+
+def pretrain(options: argparse.Namespace, now=time.monotonic) -> Path:
+    """Run the pre-training that the options describe, or the rest of it; returns the final model folder.
+
+    Args:
+        options: of `pretraining.training.arguments.build_parser`, checked.
+        now: seconds of a monotonic clock.
+
+    Raises:
+        InputError: something that was given can't be used.
+    """
+    job = job_folder(options)
+    folder = starting_state(options, job)
+    ranks = Ranks(options)
+    accumulation = accumulation_steps(options, ranks.world_size)
+    data, length = load_data(options)
+    config = model_config(options, data.train.vocabulary.size, length)
+    model = build_model(config, options.seed)
+    arithmetic = precision(options, ranks.device)
+    data.facts |= {"number_of_parameters": model.number_of_parameters(), "world_size": ranks.world_size}
+    data.facts |= {"precision": arithmetic, "zero_stage": zero_stage(options, arithmetic)}
+    data.facts |= {"model": dataclasses.asdict(config)}
+    progress = Progress()
+    if folder is not None:
+        saved = state.read(folder)
+        check_fits(saved, folder, data.facts)
+        progress = Progress(**saved["progress"])
+
+    # Every rank has looked at what is there; from here on the main rank writes.
+    ranks.wait()
+    if ranks.is_main:
+        announce(options, data.facts, folder, ranks)
+        if options.overwrite and folder is None:
+            clear(job)
+        job.mkdir(parents=True, exist_ok=True)
+    engine = build_engine(options, model, accumulation, arithmetic)
+    if folder is not None:
+        state.load(engine, folder)
+    return Trainer(options, engine, ranks, data, progress, now).run()
+
+
+def announce(options: argparse.Namespace, facts: dict, folder: Path | None, ranks: Ranks) -> None:
+    """Say what is about to happen, and which flags have no effect."""
+    if options.layernorm_embedding:
+        print("--layernorm_embedding: changes nothing, the embeddings always have a LayerNorm")
+    if options.fp16 and facts["precision"] != "float16":
+        print("warning: --fp16 needs CUDA; training in bfloat16 instead")
+    print(
+        f"{facts['number_of_parameters']:,} parameters, {ranks.world_size} rank(s) on {ranks.device.type}, "
+        f"{facts['precision']}, batches of {options.train_batch_size} sentences"
+    )
+    print(f"going on from {folder}" if folder else f"new run in {job_folder(options)}", flush=True)

@@ -1,0 +1,79 @@
+"""Learning rate as a function of the position in training, and the clock of a run.
+
+The schedules are those of academic-budget-bert (Izsak et al. 2021, section 3.3, and its released code): warmup, then a
+curve; the position is the number of finished steps, or the hours of training so far.
+"""
+
+import argparse
+import dataclasses
+import time
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """lr(p) = peak x warmup(p / W) for p < W, else peak x curve(p).
+
+    warmup(r) = r, r^2 for the exponential curve. curve(p) = (total - p) / (total - W) for "linear",
+    decay_rate^((p - W) / decay_step) for "exp", 1 for "const". At p = 0 with a warmup the learning rate is 0, as in the
+    released code and in transformers' schedules.
+
+    Args:
+        peak: highest learning rate.
+        total: end of training, in steps or hours.
+        warmup: end of the warmup W, in the same unit.
+        curve: "linear", "exp" or "const".
+        decay_rate, decay_step: of "exp"; `decay_step` in the same unit.
+
+    >>> schedule = Schedule(peak=1.0, total=100, warmup=20, curve="linear")
+    >>> schedule(0), schedule(10), schedule(20), schedule(60), schedule(100), schedule(200)
+    (0.0, 0.5, 1.0, 0.5, 0.0, 0.0)
+    """
+
+    peak: float
+    total: float
+    warmup: float
+    curve: str
+    decay_rate: float = 0.99
+    decay_step: float = 1000
+
+    def __call__(self, position: float) -> float:
+        """The learning rate of the step that begins at `position` (steps done, or hours)."""
+        if position < self.warmup:
+            part = position / self.warmup
+            return self.peak * (part**2 if self.curve == "exp" else part)
+        if self.curve == "linear":
+            # warmup = total leaves nothing to decay over.
+            return self.peak * max(0.0, self.total - position) / max(self.total - self.warmup, 1e-12)
+        if self.curve == "exp":
+            return self.peak * self.decay_rate ** ((position - self.warmup) / self.decay_step)
+        return self.peak
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> "Schedule":
+        """The schedule that the command line describes; positions are hours for `--lr_schedule time`, else steps."""
+        total = options.total_training_time if options.lr_schedule == "time" else options.max_steps
+        if options.lr_schedule == "constant_step":
+            warmup = options.num_warmup_steps
+        else:
+            warmup = options.warmup_proportion * total
+        return cls(options.lr, total, warmup, options.curve, options.decay_rate, options.decay_step)
+
+
+class Clock:
+    """Hours of training, those before an interruption included.
+
+    Args:
+        hours: already trained.
+        now: seconds of some monotonic clock; another one in tests.
+
+    >>> seconds = iter([100.0, 1900.0])
+    >>> Clock(hours=2.0, now=lambda: next(seconds)).hours()
+    2.5
+    """
+
+    def __init__(self, hours: float = 0.0, now=time.monotonic):
+        self._now = now
+        self._start = now() - 3600 * hours
+
+    def hours(self) -> float:
+        return (self._now() - self._start) / 3600

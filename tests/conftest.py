@@ -1,0 +1,92 @@
+"""Small artefacts that many tests need, made once a session through the project's own scripts."""
+
+import os
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+import torch
+
+torch.set_num_threads(1)
+
+# Three binary levels, early words on two of them: sentences of 2 to 8 words.
+RULES = """\
+S S1 0.4
+S S2 0.35
+S S3 0.25
+S1 A0 A1 1.0
+S2 A1 A0 1.0
+S3 A2 A2 1.0
+A0 B0 B1 0.6
+A0 B1 B1 0.4
+A1 B1 B2 0.7
+A1 cat 0.3
+A2 B2 B0 0.5
+A2 B0 B0 0.5
+B0 C0 C1 0.8
+B0 dog 0.2
+B1 C1 C2 0.9
+B1 C2 C0 0.1
+B2 C2 C2 0.5
+B2 C0 C1 0.5
+C0 cat 0.3
+C0 bird 0.3
+C0 fish 0.4
+C1 dog 0.5
+C1 tree 0.25
+C1 house 0.25
+C2 river 0.6
+C2 stone 0.3
+C2 bird 0.1
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_rules(tmp_path_factory):
+    """A rules file whose sentences have 2 to 8 words, of 8 words."""
+    path = tmp_path_factory.mktemp("rules") / "tiny_rules.txt"
+    path.write_text(RULES)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_rules, tmp_path_factory):
+    """A data folder: two training shards of 600 sentences, a test shard of 200, vocab.txt."""
+    import generate_pretraining
+
+    folder = tmp_path_factory.mktemp("data")
+    sizes = "--sentence-num 600 --shard-num 2 --test-shard-num 1 --test-sentence-num 200 --seed 1".split()
+    generate_pretraining.main(["--rule-path", str(tiny_rules), "--save-path", str(folder), *sizes])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_samples(tiny_data, tmp_path_factory):
+    """Masked samples of `tiny_data` at 10 tokens, with the tokenizer saved as bert-large-uncased."""
+    import generate_samples
+
+    folder = tmp_path_factory.mktemp("samples")
+    flags = "--vocab_file vocab.txt --do_lower_case 1 --max_seq_length 10 --max_predictions_per_seq 3 --masked_lm_prob 0.15"
+    names = ["--dir", str(tiny_data), "-o", str(folder), "--model_name", "bert-large-uncased"]
+    generate_samples.main([*names, *flags.split()])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_data, tmp_path_factory):
+    """A model folder with a random pre-LN model: hidden 16, 2 layers, 10 positions, the vocabulary of `tiny_data`."""
+    from pretraining.data.vocabulary import Vocabulary, build_tokenizer
+    from pretraining.model.bert import MaskedLM
+    from pretraining.model.checkpoints import save_model
+    from pretraining.model.config import ModelConfig
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    vocabulary = Vocabulary.read(tiny_data / "vocab.txt")
+    torch.manual_seed(0)
+    model = MaskedLM(ModelConfig(vocabulary.size, 16, 2, 2, 32, max_position_embeddings=10, initializer_range=0.3))
+    tokenizer = build_tokenizer(vocabulary, True, 10)
+    tokenizer.name_or_path = "bert-large-uncased"
+    save_model(folder, model, tokenizer, vocabulary, {"step": 0, "job_name": "tiny"})
+    return folder

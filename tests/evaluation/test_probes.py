@@ -1,0 +1,204 @@
+"""Features against a loop over single sentences without padding, and the probe on data whose accuracy is known."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from pcfg.artefacts import InputError
+from pcfg.grammar import Grammar
+from pcfg.lookup import LookupTable
+from pcfg.text import read_texts
+from pretraining.evaluation.contexts import from_texts
+from pretraining.evaluation.downstream import DownstreamTrainingArguments
+from pretraining.evaluation.heads import concatenate, conditional_features, hidden_features, linear_head, table_features
+from pretraining.evaluation.probes import fit_probe
+from pretraining.model.checkpoints import load_model, load_vocabulary
+
+LENGTH = 12  # longer than any sentence needs: the padding must be zeros
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return load_model(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def texts(tiny_data):
+    return read_texts(tiny_data / "test0.txt")[:40]
+
+
+@pytest.fixture(scope="module")
+def contexts(tiny_model, texts):
+    return from_texts(texts, load_vocabulary(tiny_model), "texts")
+
+
+def arguments(tmp_path, **changes):
+    flags = {
+        "learning_rate": 0.05,
+        "num_train_epochs": 20,
+        "per_device_train_batch_size": 64,
+        "lr_scheduler_type": "polynomial",
+    }
+    return DownstreamTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{**flags, **changes})
+
+
+def sentence_ids(text, vocabulary):
+    return [vocabulary.cls_id, *(vocabulary.ids[word] for word in text.split()), vocabulary.sep_id]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 7, 512])
+def test_hidden_features_agree_with_one_sentence_at_a_time(model, tiny_model, texts, contexts, batch_size):
+    features = hidden_features(model, contexts, LENGTH, batch_size)
+    vocabulary, width = load_vocabulary(tiny_model), model.config.hidden_size
+    assert features.shape == (len(texts), LENGTH * width)
+    for row, text in zip(features, texts, strict=True):
+        hidden = model.encode(torch.tensor([sentence_ids(text, vocabulary)]))[0].flatten()
+        torch.testing.assert_close(row[: len(hidden)], hidden, atol=1e-5, rtol=1e-5)
+        assert (row[len(hidden) :] == 0).all()
+
+
+@torch.no_grad()
+def test_conditional_features_agree_with_one_position_at_a_time(model, tiny_model, texts, contexts):
+    features = conditional_features(model, contexts, LENGTH - 2, 16)
+    vocabulary, size = load_vocabulary(tiny_model), model.config.vocab_size
+    for row, text in zip(features, texts, strict=True):
+        ids = sentence_ids(text, vocabulary)
+        expected = torch.zeros(LENGTH - 2, size)
+        for position in range(1, len(ids) - 1):
+            masked = [*ids[:position], vocabulary.mask_id, *ids[position + 1 :]]
+            logits = model.predict(model.encode(torch.tensor([masked]))[0, position])
+            expected[position - 1] = torch.softmax(logits, -1)
+        torch.testing.assert_close(row.view(LENGTH - 2, size), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_table_features_are_the_true_conditionals(tiny_rules, texts):
+    """P(w | x_-t) = P(x with w at t) / sum over w: by substitution of every word."""
+    grammar = Grammar.read(tiny_rules)
+    features = table_features(LookupTable.compute(grammar, texts, "texts"), 8).view(len(texts), 8, -1)
+    for row, text in zip(features[:10], texts[:10], strict=True):
+        words = text.split()
+        substituted = [[*words[:t], word, *words[t + 1 :]] for t in range(len(words)) for word in grammar.words]
+        probabilities = sentence_probabilities(grammar, substituted).reshape(len(words), -1)
+        expected = probabilities / probabilities.sum(1, keepdims=True)
+        np.testing.assert_allclose(row[: len(words)].numpy(), expected, atol=1e-6)
+        assert (row[len(words) :] == 0).all()
+
+
+def sentence_probabilities(grammar, sentences):
+    """Inside probability by recursion over spans; the grammar's unary chains through its closure."""
+
+    def inside(words):
+        chart = {}
+        for width in range(1, len(words) + 1):
+            for start in range(len(words) - width + 1):
+                if width == 1:
+                    cell = grammar.emission[:, grammar.words.index(words[start])].copy()
+                else:
+                    cell = np.zeros(len(grammar.names))
+                    for (lhs, left, right), p in zip(grammar.binary, grammar.binary_probability, strict=True):
+                        for split in range(1, width):
+                            cell[lhs] += p * chart[start, split][left] * chart[start + split, width - split][right]
+                chart[start, width] = grammar.closure @ cell
+        return chart[0, len(words)][0]
+
+    return np.array([inside(words) for words in sentences])
+
+
+def test_concatenate_puts_zeros_at_padding():
+    vectors = torch.arange(12.0).view(2, 3, 2) + 1
+    rows = concatenate(vectors, torch.tensor([[1, 1, 1], [1, 0, 0]]), 4)
+    assert rows.tolist() == [[1, 2, 3, 4, 5, 6, 0, 0], [7, 8, 0, 0, 0, 0, 0, 0]]
+
+
+def test_too_large_features_are_refused(model, contexts):
+    with pytest.raises(InputError, match="GiB"):
+        hidden_features(model, contexts, 1 << 36)
+
+
+def separable(n, seed):
+    """Three well separated clusters in 6 dimensions."""
+    rng = np.random.default_rng(seed)
+    labels = torch.from_numpy(rng.integers(0, 3, n))
+    centres = torch.tensor(np.random.default_rng(99).normal(0, 4, (3, 6)), dtype=torch.float32)
+    return centres[labels] + torch.tensor(rng.normal(0, 0.3, (n, 6)), dtype=torch.float32), labels
+
+
+def test_probe_on_separable_and_on_random_labels(tmp_path):
+    (train, labels), (validation, validation_labels) = separable(600, 0), separable(900, 1)
+    fitted = fit_probe(train, labels, validation, validation_labels, 3, arguments(tmp_path), 0)
+    assert fitted["last"] > 0.99 and fitted["train"] > 0.99
+    rng = np.random.default_rng(2)
+    noise, noise_labels = (torch.from_numpy(rng.integers(0, 3, n)) for n in (600, 900))
+    chance = fit_probe(train, noise, validation, noise_labels, 3, arguments(tmp_path), 0)
+    assert abs(chance["last"] - 1 / 3) < 4 * (2 / 9 / 900) ** 0.5
+
+
+def test_probe_is_reproducible_and_depends_on_the_seed(tmp_path):
+    (train, labels), (validation, validation_labels) = separable(200, 0), separable(500, 1)
+    settings = arguments(tmp_path, num_train_epochs=1, max_steps=3, learning_rate=1e-3)
+    heads = [fit_probe(train, labels, validation, validation_labels, 3, settings, seed) for seed in (0, 0, 1)]
+    assert heads[0] == heads[1] != heads[2]
+
+
+def naive_probe(features_of, labels, validation_of, validation_labels, training, seed):
+    """The probe with features computed anew in every step, and the schedule written out."""
+    from pcfg.artefacts import keyed_rng
+
+    head = linear_head(validation_of(slice(0, 1)).shape[1], 3, seed)
+    batch = training.per_device_train_batch_size
+    an_epoch = -(-len(labels) // batch)
+    total, warmup, step = int(training.num_train_epochs) * an_epoch, training.warmup_steps, 0
+    optimizer = torch.optim.AdamW(
+        [{"params": [head.weight], "weight_decay": 0.01}, {"params": [head.bias], "weight_decay": 0.0}], lr=1.0, eps=1e-8
+    )
+    for epoch in range(int(training.num_train_epochs)):
+        order = keyed_rng(seed, "probe-order", epoch).permutation(len(labels))
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            rate = step / warmup if step < warmup else 1 - (step - warmup) / (total - warmup) * (1 - 1e-7 / 0.01)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * rate
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(head(features_of(chosen)), labels[chosen]).backward()
+            torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+    return (head(validation_of(slice(None))).argmax(-1) == validation_labels).float().mean().item()
+
+
+def test_cached_features_equal_uncached(model, contexts, tmp_path):
+    """The same accuracy as when the frozen encoder runs in every step, with schedule and clipping written out."""
+    labels = torch.from_numpy(contexts.input_ids[:, 1] % 3)
+
+    def features_of(chosen):
+        part = copy.copy(contexts)
+        part.input_ids, part.lengths = contexts.input_ids[chosen], contexts.lengths[chosen]
+        return hidden_features(model, part, LENGTH).clone()
+
+    settings = arguments(
+        tmp_path, learning_rate=0.01, weight_decay=0.01, num_train_epochs=6, per_device_train_batch_size=16, warmup_steps=3
+    )
+    cached = features_of(slice(None))
+    fitted = fit_probe(cached, labels, cached, labels, 3, settings, 0)
+    assert fitted["last"] == fitted["train"] == naive_probe(features_of, labels, features_of, labels, settings, 0)
+    assert fitted["last"] > 0.6
+
+
+def test_best_accuracy_is_over_the_evaluations(tmp_path):
+    """The best of 6 steps evaluated one by one is the best of the last accuracies of runs of 1 .. 6 steps."""
+    (train, labels), (validation, validation_labels) = separable(300, 0), separable(300, 1)
+    constant = {"learning_rate": 0.3, "lr_scheduler_type": "constant"}
+
+    def fit(**changes):
+        settings = arguments(tmp_path, **constant, **changes)
+        return fit_probe(train, labels + torch.arange(300) % 2, validation, validation_labels, 4, settings, 0)
+
+    last = [fit(max_steps=steps)["last"] for steps in range(1, 7)]
+    fitted = fit(max_steps=6, eval_strategy="steps", eval_steps=1)
+    assert (fitted["best"], fitted["last"]) == (max(last), last[-1])
+    assert len(set(last)) > 1
+    every_epoch = fit(max_steps=6, eval_strategy="epoch")  # 5 steps an epoch
+    assert every_epoch["best"] == max(last[4], last[5])

@@ -1,0 +1,198 @@
+"""The report against a tree of records that the test writes itself, and against numbers recomputed from those JSON files."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+
+from pcfg.artefacts import InputError, write_json
+from pretraining.evaluation import report
+from pretraining.evaluation.records import write_record
+from pretraining.model.config import ModelConfig
+
+COMMON = {"inputs": {}, "arguments": {"seed": 0}, "seconds": 1.0, "device": "cpu"}
+
+
+def both_means(value, error):
+    return {
+        "pairs": {"mean": value + 1, "standard_error": error},
+        "sentences": {"mean": value, "standard_error": error / 2},
+    }
+
+
+def write_model(folder, hidden, job, step):
+    config = ModelConfig(50, hidden, 2, 2, 2 * hidden, max_position_embeddings=10)
+    write_json(folder / "config.json", config.to_transformers())
+    (folder / "model.safetensors").write_bytes(b"the report reads no weights")
+    write_json(folder / "args.json", {"step": step, "job_name": job})
+    # tables: words, positions and 2 token types; LayerNorms: 2 a layer, embeddings, final, head
+    tables = (50 + 10 + 2) * hidden
+    layer = 4 * (hidden * hidden + hidden) + 2 * (2 * hidden * hidden) + 3 * hidden + 4 * hidden
+    return tables + 2 * layer + 2 * 3 * hidden + hidden * hidden + hidden + 50
+
+
+def write_accuracy(folder, name, accuracies, n=400, **details):
+    error = float(np.std(accuracies, ddof=1) / len(accuracies) ** 0.5) if len(accuracies) > 1 else None
+    write_record(
+        folder,
+        f"{name}.json",
+        measurement=name.split("_")[0],
+        value=float(np.mean(accuracies)),
+        standard_error=error,
+        n=n,
+        unit="accuracy",
+        accuracies=accuracies,
+        best_accuracy=max(accuracies),
+        sampling_standard_error=0.02,
+        majority=0.3,
+        **COMMON,
+        **details,
+    )
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two jobs of two checkpoints, one of them not measured at all, and a lookup table."""
+    rng = np.random.default_rng(0)
+    parameters = {}
+    for job, hidden in (("wide", 16), ("narrow", 8)):
+        for step in (1000, 0):
+            folder = tmp_path / "models" / job / f"step{step:07d}"
+            folder.mkdir(parents=True)
+            parameters[f"{job}/step{step:07d}"] = write_model(folder, hidden, job, step)
+            if (job, step) == ("narrow", 0):
+                continue
+            gap, trace = float(rng.uniform(0.01, 1)), float(rng.uniform(10, 100))
+            parts = {"loss": both_means(3 + gap, 0.1), "entropy": both_means(3.0, 0.1), "gap": both_means(gap, 0.01)}
+            sizes = {"value": 3 + gap, "standard_error": 0.1, "n": 100, "unit": "nats"}
+            sampled = both_means(3 + gap, 0.2)
+            write_record(folder, "loss.json", measurement="loss", sampled_loss=sampled, **parts, **sizes, **COMMON)
+            sizes |= {"value": trace, "unit": "nats"}
+            write_record(folder, "hessian.json", measurement="hessian", estimator="fisher", **sizes, **COMMON)
+            write_accuracy(folder, "probe_pcfg_B", rng.uniform(0.3, 0.6, 3).tolist())
+            write_accuracy(folder, "finetune_pcfg_B", rng.uniform(0.3, 0.6, 1).tolist())
+    table = tmp_path / "models" / "lookup_table"
+    table.mkdir()
+    write_json(table / "args.json", {"model": "lookup table"})
+    write_accuracy(table, "probe_pcfg_B", [0.5, 0.52])
+    # what a kill leaves, and the trainer's own state: no models
+    for name in (".step0000500.tmp", "training_state"):
+        (tmp_path / "models" / "wide" / name).mkdir()
+        write_model(tmp_path / "models" / "wide" / name, 8, "wide", 500)
+    return tmp_path / "models", parameters
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_csv_agrees_with_the_json_files(tree, tmp_path):
+    folder, parameters = tree
+    report.main([str(folder), "--output", str(tmp_path / "out")])
+    rows = read_csv(tmp_path / "out" / "results.csv")
+    assert [row["model"] for row in rows] == [
+        "narrow/step0000000",
+        "narrow/step0001000",
+        "wide/step0000000",
+        "wide/step0001000",
+        "lookup_table",
+    ]
+    for row in rows[1:4]:
+        assert int(row["parameters"]) == parameters[row["model"]]
+        loss = json.loads((folder / row["model"] / "loss.json").read_text())
+        for what in ("loss", "entropy", "gap", "sampled_loss"):
+            for mean in ("pairs", "sentences"):
+                assert float(row[f"{what}_{mean}"]) == loss[what][mean]["mean"]
+                assert float(row[f"{what}_{mean}_se"]) == loss[what][mean]["standard_error"]
+        trace = json.loads((folder / row["model"] / "hessian.json").read_text())
+        assert (float(row["trace"]), float(row["trace_se"])) == (trace["value"], trace["standard_error"])
+        probe = json.loads((folder / row["model"] / "probe_pcfg_B.json").read_text())["accuracies"]
+        assert float(row["probe_pcfg_B"]) == pytest.approx(np.mean(probe))
+        assert float(row["probe_pcfg_B_se"]) == pytest.approx(np.std(probe, ddof=1) / 3**0.5)
+        assert (row["probe_pcfg_B_seeds"], row["finetune_pcfg_B_seeds"]) == ("3", "1")
+        assert row["finetune_pcfg_B_se"] == "" and float(row["finetune_pcfg_B_sampling_se"]) == 0.02
+        assert row["trace_hutchinson"] == ""
+
+
+def test_missing_measurements_are_empty_cells(tree, tmp_path):
+    report.write_csv(tmp_path / "results.csv", report.collect(tree[0])[0])
+    rows = read_csv(tmp_path / "results.csv")
+    known = {key for key, value in rows[0].items() if value}
+    assert known == {"model", "kind", "job", "step", "parameters", "hidden_size", "layers"}
+    table = rows[-1]
+    assert (table["kind"], table["gap_sentences"], table["trace"], table["parameters"]) == ("lookup table", "0.0", "", "")
+
+
+def test_same_tree_gives_same_bytes_wherever_it_lies(tree, tmp_path):
+    report.main([str(tree[0]), "--output", str(tmp_path / "out1")])
+    moved = tree[0].rename(tmp_path / "moved")
+    report.main([str(moved), "--output", str(tmp_path / "out2")])
+    names = sorted(path.name for path in (tmp_path / "out1").iterdir())
+    assert {"results.csv", "report.html", "overview.png", "gap.png", "trace.png"} < set(names)
+    for name in names:
+        assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes(), name
+    assert str(tmp_path) not in (tmp_path / "out2" / "results.csv").read_text()
+
+
+def test_terminal_table(tree, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report.report_plots, "write_plots", lambda *_: [])  # only the text is of interest
+    report.main([str(tree[0]), "--output", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("lookup_table"))
+    assert "0 by construction" in line and "51.0 ± 1.0" in line
+    wide = next(line for line in printed.splitlines() if line.startswith("wide/step0001000"))
+    assert wide.count("±") == 4 and wide.count("*") == 1  # the one-seed accuracy is marked
+    assert "mean over sentences" in printed and "binomial" in printed
+
+
+def test_html_is_self_contained(tree, tmp_path):
+    record = tree[0] / "wide" / "step0001000" / "probe_pcfg_B.json"
+    write_json(record, {**json.loads(record.read_text()), "arguments": {"note": "<script>alert(1)</script>"}})
+    report.main([str(tree[0]), "--output", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<script" not in page and "&lt;script" in page
+    sources = re.findall(r'src="([^"]{0,30})', page)
+    assert len(sources) >= 5 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r'(href|src)="(?!data:)', page)
+    assert "torch " in page and "0 by construction" in page
+
+
+def test_partial_trees_are_reported(tmp_path):
+    """Only a lookup table; only a model without steps or measurements: no plots, but a report."""
+    for name in ("table", "model"):
+        (tmp_path / name).mkdir()
+    write_json(tmp_path / "table" / "args.json", {"model": "lookup table"})
+    write_accuracy(tmp_path / "table", "probe_pcfg_A", [0.5])
+    rows = report.make_report(tmp_path / "table", tmp_path / "out1")
+    assert [row["model"] for row in rows] == ["table"]
+    write_model(tmp_path / "model", 8, "job", 0)
+    (tmp_path / "model" / "args.json").unlink()
+    rows = report.make_report(tmp_path / "model", tmp_path / "out2")
+    assert rows[0]["step"] is None and rows[0]["job"] == "model"
+    assert not list((tmp_path / "out2").glob("*.png"))
+
+
+def test_one_model_with_accuracy_only(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_model(folder, 8, "job", 100)
+    write_accuracy(folder, "probe_conditional_pcfg_A", [0.5])
+    report.make_report(folder, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
+        "overview.png",
+        "accuracy_probe_conditional_pcfg_A.png",
+    }
+
+
+def test_errors(tmp_path):
+    with pytest.raises(InputError, match="no model folder and no records"):
+        report.main([str(tmp_path)])
+    with pytest.raises(InputError, match="no model folder"):
+        report.main([str(tmp_path / "missing")])
+    assert not (tmp_path / "report").exists()
+    (tmp_path / "loss.json").write_text('{"value": 1}')
+    with pytest.raises(InputError, match="not a record"):
+        report.main([str(tmp_path)])

@@ -1,0 +1,114 @@
+import dataclasses
+import importlib.util
+import math
+
+import pytest
+import torch
+
+from pcfg.artefacts import InputError
+from pretraining.model.bert import MaskedLM
+from pretraining.model.config import ModelConfig
+from pretraining.model.layers import eager_attention, sdpa_attention
+
+CONFIG = ModelConfig(30, 16, 2, 4, 32, max_position_embeddings=9)
+HAS_APEX = importlib.util.find_spec("apex") is not None
+
+
+def random_model(**changes) -> MaskedLM:
+    torch.manual_seed(0)
+    model = MaskedLM(dataclasses.replace(CONFIG, **changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def naive_attention(query, key, value, mask):
+    """One query at a time, over the visible keys only."""
+    batch, heads, length, head_dim = query.shape
+    out = torch.zeros_like(query)
+    for b in range(batch):
+        visible = [j for j in range(length) if mask is None or mask[b, 0, 0, j]]
+        for h in range(heads):
+            for i in range(length):
+                scores = torch.stack([query[b, h, i] @ key[b, h, j] / math.sqrt(head_dim) for j in visible])
+                out[b, h, i] = sum(w * value[b, h, j] for w, j in zip(scores.softmax(0), visible, strict=True))
+    return out
+
+
+@pytest.mark.parametrize("attend", [eager_attention, sdpa_attention])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_against_a_loop(attend, masked):
+    query, key, value = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()[:, None, None] if masked else None
+    assert torch.allclose(attend(query, key, value, mask, 0.0), naive_attention(query, key, value, mask), atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["pre-ln", "post-ln"])
+@pytest.mark.parametrize("norm", ["pytorch", "rms_norm"])
+def test_padding_changes_nothing(mode, norm):
+    model = random_model(encoder_ln_mode=mode, layer_norm_type=norm)
+    ids = torch.randint(1, 30, (3, 6))
+    padded = torch.cat([ids, torch.zeros(3, 3, dtype=torch.long)], 1)
+    mask = (torch.arange(9) < 6).expand(3, 9)
+    assert torch.allclose(model.encode(padded, mask)[:, :6], model.encode(ids), atol=1e-5)
+
+
+def test_forward_is_predict_at_the_masked_positions():
+    model = random_model()
+    ids = torch.randint(1, 30, (2, 5))
+    flat = torch.tensor([1, 4, 7])
+    everywhere = model.predict(model.encode(ids)).reshape(10, 30)
+    assert torch.allclose(model(ids, None, flat), everywhere[flat], atol=1e-6)
+
+
+def test_the_tied_table_gets_both_gradients_and_the_bias_is_trained():
+    model = random_model()
+    ids = torch.tensor([[1, 2, 3]])
+    model(ids, None, torch.tensor([1])).log_softmax(-1)[0, 7].backward()
+    gradient = model.embeddings.words.weight.grad
+    assert gradient[7].abs().sum() > 0  # as an output
+    assert gradient[1].abs().sum() > 0  # as an input
+    assert model.decoder_bias.grad[7] > 0
+    assert sum("words" in name for name, _ in model.named_parameters()) == 1
+
+
+def test_the_head_is_always_gelu_in_pre_ln():
+    hidden = torch.randn(4, 16)
+    relu, gelu = (random_model(hidden_act=act) for act in ("relu", "gelu"))
+    assert torch.equal(relu.predict(hidden), gelu.predict(hidden))
+    relu, gelu = (random_model(hidden_act=act, encoder_ln_mode="post-ln") for act in ("relu", "gelu"))
+    assert not torch.allclose(relu.predict(hidden), gelu.predict(hidden))
+
+
+def test_dropout_acts_in_training_only():
+    model = random_model(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    ids = torch.randint(1, 30, (2, 5))
+    assert torch.equal(model.encode(ids), model.encode(ids))
+    model.train()
+    assert not torch.equal(model.encode(ids), model.encode(ids))
+
+
+def test_number_of_parameters_by_hand():
+    h, i, v = 16, 32, 30
+    layer = 4 * (h * h + h) + (h * i + i) + (i * h + h) + 2 * 2 * h
+    expected = (v + 9 + 2) * h + 2 * h + 2 * layer + 2 * h + (h * h + h) + 2 * h + v
+    assert MaskedLM(CONFIG).number_of_parameters() == expected
+
+
+@pytest.mark.skipif(HAS_APEX, reason="apex is installed")
+@pytest.mark.parametrize("flag", [{"layer_norm_type": "apex"}, {"attention": "apex"}])
+def test_missing_apex_says_how_to_build_it(flag):
+    with pytest.raises(InputError, match="--no-build-isolation"):
+        MaskedLM(dataclasses.replace(CONFIG, **flag))
+
+
+@pytest.mark.skipif(not HAS_APEX, reason="NVIDIA apex is not installed")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="apex needs CUDA")
+@pytest.mark.parametrize("flag", [{"layer_norm_type": "apex"}, {"attention": "apex"}])
+def test_apex_agrees_with_pytorch(flag):
+    plain, fused = random_model().cuda(), random_model(**flag).cuda()
+    fused.load_state_dict(plain.state_dict())
+    ids = torch.randint(1, 30, (4, 9), device="cuda")
+    mask = torch.arange(9, device="cuda").expand(4, 9) < torch.tensor([[9], [7], [5], [9]], device="cuda")
+    difference = (plain.encode(ids, mask) - fused.encode(ids, mask))[mask].abs().max()
+    assert difference < 1e-5

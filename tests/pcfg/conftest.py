@@ -1,0 +1,135 @@
+"""A naive parser and random grammars, the reference for charts, labels and lookup tables."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pcfg.artefacts import InputError
+from pcfg.grammar import Grammar
+
+PUBLISHED_RULES = Path(__file__).parents[3] / "shared" / "data" / "rule_deep_mlm.txt"
+
+
+class Naive:
+    """The textbook recursions over dense rule lists, with no pruning and no scaling; long double never underflows here."""
+
+    def __init__(self, grammar, kind=np.float64):
+        self.grammar, self.kind = grammar, kind
+        self.unary = np.zeros((len(grammar.names), len(grammar.names)), kind)
+        for (parent, child), probability in zip(grammar.unary, grammar.unary_probability, strict=True):
+            self.unary[parent, child] += probability
+
+    def table(self, columns):
+        """inside of sentences given as T columns (N, W): W variants of a sentence at once. {(i, j): (N, W)}."""
+        lhs, left, right = self.grammar.binary.T
+        probability = self.grammar.binary_probability[:, None].astype(self.kind)
+        table, length = {}, len(columns)
+        for width in range(1, length + 1):
+            for i in range(length - width + 1):
+                j = i + width
+                cell = np.zeros(np.broadcast_shapes(*(column.shape for column in columns)), self.kind)
+                if width == 1:
+                    cell += columns[i]
+                for k in range(i + 1, j):
+                    np.add.at(cell, lhs, probability * table[i, k][left] * table[k, j][right])
+                chain = cell
+                while chain.any():
+                    chain = self.unary @ chain
+                    cell = cell + chain
+                table[i, j] = cell
+        return table
+
+    def columns(self, sentence):
+        return [self.grammar.emission[:, [word]].astype(self.kind) for word in sentence]
+
+    def inside(self, sentence):
+        return {cell: values[:, 0] for cell, values in self.table(self.columns(sentence)).items()}
+
+    def outside(self, sentence, i, j):
+        """P(start =>* x_<i A x_>=j) for all A: the span becomes one symbol that A and nothing else derives."""
+        columns = self.columns(sentence)
+        columns[i:j] = [np.eye(len(self.grammar.names), dtype=self.kind)]
+        return self.table(columns)[0, len(columns)][0]
+
+    def conditionals(self, sentence):
+        """P(x_t = w | x_-t), (T, V), from the probabilities of the sentences with every word put at every place."""
+        rows = []
+        for position in range(len(sentence)):
+            columns = self.columns(sentence)
+            columns[position] = self.grammar.emission.astype(self.kind)
+            total = self.table(columns)[0, len(sentence)][0]
+            rows.append(total / total.sum())
+        return np.array(rows)
+
+
+def enumerate_sentences(grammar, max_words):
+    """{sentence (tuple of word indices): probability} of all sentences up to max_words, derivation by derivation."""
+    rules = [[] for _ in grammar.names]
+    for (parent, left, right), probability in zip(grammar.binary, grammar.binary_probability, strict=True):
+        rules[parent].append(((left, right), probability))
+    for (parent, child), probability in zip(grammar.unary, grammar.unary_probability, strict=True):
+        rules[parent].append(((child,), probability))
+    found = {}
+
+    def expand(words, stack, probability):
+        if len(words) + len(stack) > max_words:
+            return
+        if not stack:
+            found[words] = found.get(words, 0.0) + probability
+            return
+        symbol, rest = stack[0], stack[1:]
+        for word in np.flatnonzero(grammar.emission[symbol]):
+            expand((*words, int(word)), rest, probability * grammar.emission[symbol, word])
+        for children, factor in rules[symbol]:
+            expand(words, (*children, *rest), probability * factor)
+
+    expand((), (0,), 1.0)
+    return found
+
+
+def random_grammar(seed):
+    """A small grammar with recursion, unary chains and words that several nonterminals emit; some words are rare."""
+    rng = np.random.default_rng(seed)
+    names = ["S"] + [f"N{i}" for i in rng.permutation(rng.integers(1, 5))]
+    rules = []
+    for index, name in enumerate(names):
+        options = [(word,) for word in "abcd" if rng.random() < 0.4]
+        options += [(child,) for child in names[index + 1 :] if rng.random() < 0.4]
+        options += [pair for pair in itertools.product(names, repeat=2) if rng.random() < 0.25]
+        options = options or [("a",)]
+        weights = rng.gamma(0.5, size=len(options)) + 1e-6
+        rules += [(name, option, weight) for option, weight in zip(options, weights / weights.sum(), strict=True)]
+    used = {symbol for _, right, _ in rules for symbol in right}
+    try:
+        return Grammar.from_rules([rule for rule in rules if rule[0] == "S" or rule[0] in used])
+    except InputError:
+        return None
+
+
+@pytest.fixture(scope="session")
+def naive():
+    return Naive
+
+
+@pytest.fixture(scope="session")
+def enumerated():
+    return enumerate_sentences
+
+
+@pytest.fixture(scope="session")
+def random_grammars():
+    """Thirty random grammars, recursive ones, ones with unary chains and ones with neither among them."""
+    grammars = [grammar for seed in range(200) if (grammar := random_grammar(seed)) is not None][:30]
+    assert len(grammars) == 30
+    assert any((grammar.longest > 1000).any() for grammar in grammars)
+    assert any(len(grammar.unary) > 1 for grammar in grammars)
+    return grammars
+
+
+@pytest.fixture
+def published_rules():
+    if not PUBLISHED_RULES.exists():
+        pytest.skip(f"the published grammar is not there ({PUBLISHED_RULES})")
+    return PUBLISHED_RULES

@@ -1,0 +1,178 @@
+import numpy as np
+import pytest
+
+from pcfg.artefacts import InputError
+from pcfg.grammar import RULES_FOLDER, Grammar
+from pcfg.labels import LabelledSentences, Labeller
+from pcfg.sampler import Sampler
+
+SHIPPED = sorted(RULES_FOLDER.glob("rule_*.txt"))
+TASKS = {"A": None, "B": 4, "C": 2}
+
+
+def cyk_labels(grammar, words, spans):
+    """Labels by CYK over dictionaries of symbol names, the definition word for word: {task: id or -1}."""
+    names = grammar.names
+    emission, unary, binary = {}, [], {}
+    for symbol, word in np.argwhere(grammar.emission > 0):
+        emission.setdefault(grammar.words[word], []).append((names[symbol], grammar.emission[symbol, word]))
+    for (parent, child), probability in zip(grammar.unary.tolist(), grammar.unary_probability, strict=True):
+        unary.append((names[parent], names[child], probability))
+    for (parent, left, right), probability in zip(grammar.binary.tolist(), grammar.binary_probability, strict=True):
+        binary.setdefault((names[left], names[right]), []).append((names[parent], probability))
+
+    def with_chains(cell):
+        added = dict(cell)
+        while added:
+            fresh = {}
+            for parent, child, probability in unary:
+                if child in added:
+                    fresh[parent] = fresh.get(parent, 0.0) + probability * added[child]
+            for symbol, value in fresh.items():
+                cell[symbol] = cell.get(symbol, 0.0) + value
+            added = fresh
+        return cell
+
+    chart = {(i, i + 1): with_chains(dict(emission.get(word, []))) for i, word in enumerate(words)}
+    for width in range(2, len(words) + 1):
+        for i in range(len(words) - width + 1):
+            cell = {}
+            for k in range(i + 1, i + width):
+                for left, left_value in chart[i, k].items():
+                    for right, right_value in chart[k, i + width].items():
+                        for parent, probability in binary.get((left, right), []):
+                            cell[parent] = cell.get(parent, 0.0) + probability * left_value * right_value
+            chart[i, i + width] = with_chains(cell)
+
+    labels = {}
+    for task, span in spans.items():
+        candidates = [child for parent, child, _ in unary if parent == names[0]] if task == "A" else sorted(names)
+        cell = chart.get((0, span or len(words)), {})
+        best = max((cell.get(name, 0.0) for name in candidates), default=0.0)
+        labels[task] = next((i for i, name in enumerate(candidates) if best and cell.get(name, 0) >= best * (1 - 1e-9)), -1)
+    return labels
+
+
+def check_labels(grammar, number, max_words, spans=TASKS):
+    tokens, lengths = Sampler(grammar, max_words).sample(number, np.random.default_rng(5), min_words=5)
+    texts = [[grammar.words[word] for word in row[:length]] for row, length in zip(tokens, lengths, strict=True)]
+    expected = [cyk_labels(grammar, text, spans) for text in texts]
+    for task, span in spans.items():
+        found = Labeller(grammar, task, span).label(tokens, lengths)
+        assert found.tolist() == [labels[task] for labels in expected]
+        assert len(set(found.tolist())) > 1
+
+
+def test_labels_of_the_published_grammar_equal_cyk(published_rules):
+    check_labels(Grammar.read(published_rules), 200, 31)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_labels_of_shipped_grammars_equal_cyk(path):
+    grammar = Grammar.read(path)
+    check_labels(grammar, 200 if grammar.longest[0] <= 16 else 40, 31)
+
+
+@pytest.fixture(scope="module")
+def recursive():
+    """Recursive, with chains of two unary rules, and names that sort in another order than they appear."""
+    return Grammar.from_rules(
+        [
+            ("S", ("T2",), 0.3),
+            ("S", ("T1",), 0.7),
+            ("T2", ("X", "X"), 0.6),
+            ("T2", ("A", "T1"), 0.4),
+            ("T1", ("X", "A"), 0.7),
+            ("T1", ("S", "A"), 0.3),
+            ("X", ("A",), 0.5),
+            ("X", ("x",), 0.2),
+            ("X", ("X", "X"), 0.3),
+            ("A", ("B",), 0.5),
+            ("A", ("y",), 0.5),
+            ("B", ("x",), 0.6),
+            ("B", ("z",), 0.4),
+        ]
+    )
+
+
+def test_labels_of_a_recursive_grammar_equal_cyk(recursive):
+    check_labels(recursive, 200, 12, {"A": None, "B": 3, "C": 1})
+
+
+@pytest.mark.parametrize(("task", "span"), [("A", None), ("B", 3), ("C", None)])
+def test_posterior_labels_equal_naive_inside_times_outside(recursive, naive, task, span):
+    tokens, lengths = Sampler(recursive, 7).sample(60, np.random.default_rng(6), min_words=5)
+    labeller = Labeller(recursive, task, span, "posterior")
+    found = labeller.label(tokens, lengths)
+    order = [recursive.names.index(name) for name in labeller.names]
+    reference, expected = naive(recursive), []
+    for row, length in zip(tokens, lengths, strict=True):
+        sentence = row[:length]
+        width = {"A": int(length), "B": 3, "C": 2}[task]
+        score = (reference.inside(sentence)[0, width] * reference.outside(sentence, 0, width))[order]
+        expected.append(int(np.argmax(score >= score.max() * (1 - 1e-9))))
+    assert found.tolist() == expected
+    assert found.tolist() != Labeller(recursive, task, span).label(tokens, lengths).tolist()
+
+
+def test_names_and_ids(recursive):
+    assert Labeller(recursive, "A").names == ["T2", "T1"]
+    assert Labeller(recursive, "B").names == ["A", "B", "S", "T1", "T2", "X"]
+    assert (Labeller(recursive, "B").span, Labeller(recursive, "C").span) == (4, 2)
+
+
+def test_ties_take_the_lowest_id_even_when_sums_round_differently():
+    grammar = Grammar.from_rules(
+        [("S", (name,), 1 / 3) for name in ("Z", "Y", "X")]
+        + [("Z", ("A", "B"), 0.1), ("Z", ("B", "A"), 0.2), ("Z", ("A", "A"), 0.7)]
+        + [("Y", ("A", "A"), 0.7), ("Y", ("B", "A"), 0.2), ("Y", ("A", "B"), 0.1)]
+        + [("X", ("A", "A"), 0.1), ("X", ("B", "A"), 0.9)]
+        + [(name, (word,), 0.5) for name in "AB" for word in "ab"]
+    )
+    tokens = np.array([[0, 0], [0, 1], [1, 1]])
+    assert Labeller(grammar, "A").label(tokens, np.array([2, 2, 2])).tolist() == [0, 0, 0]
+    assert Labeller(grammar, "C").label(tokens, np.array([2, 2, 2])).tolist() == [2, 2, 2]  # S, too
+
+
+def test_a_span_that_nothing_derives_has_no_label(recursive):
+    tokens, lengths = Sampler(recursive, 6).sample(5, np.random.default_rng(0), min_words=5)
+    assert Labeller(recursive, "B", 20).label(tokens, lengths).tolist() == [-1] * 5
+
+
+def test_what_task_a_cannot_do(recursive):
+    with pytest.raises(InputError, match="--span 3: task A labels whole sentences"):
+        Labeller(recursive, "A", 3)
+    flat = Grammar.from_rules([("S", ("A", "A"), 1.0), ("A", ("a",), 1.0)])
+    with pytest.raises(InputError, match="start symbol 'S' has no unary rules"):
+        Labeller(flat, "A")
+
+
+def test_splits_share_no_sentence_and_keep_frequencies(recursive):
+    labeller = Labeller(recursive, "C", 1)
+    drawn = LabelledSentences(Sampler(recursive, 8), labeller, {"training": 3000, "validation": 1000}, 0, 5)
+    (training, labels, dropped), (validation, _, _) = drawn.draw("training"), drawn.draw("validation")
+    assert (len(training), len(labels), len(validation), dropped) == (3000, 3000, 1000, 0)
+    assert not set(training) & set(validation)
+    assert len(set(training)) < 3000
+    assert all(5 <= len(text.split()) <= 8 for text in training + validation)
+    again = LabelledSentences(Sampler(recursive, 8), labeller, {"training": 3000, "validation": 1000}, 0, 5)
+    assert again.draw("validation")[0] == validation
+    other = LabelledSentences(Sampler(recursive, 8), labeller, {"training": 3000, "validation": 1000}, 1, 5)
+    assert other.draw("validation")[0] != validation
+
+
+def test_published_class_counts_and_majorities(published_rules):
+    """9, 29 and 39 classes with majorities of 20.3, 21.2 and 14.3% at 5 words and more.
+
+    How many of the rare classes turn up depends on the number of sentences.
+    """
+    grammar = Grammar.read(published_rules)
+    tokens, lengths = Sampler(grammar, 31).sample(20_000, np.random.default_rng(7), min_words=5)
+    for task, (least, most), majority in (("A", (9, 9), 0.203), ("B", (24, 30), 0.212), ("C", (36, 40), 0.143)):
+        labels = Labeller(grammar, task).label(tokens, lengths)
+        counts = np.bincount(labels[labels >= 0])
+        share = counts.max() / len(labels)
+        assert (labels >= 0).all()
+        assert least <= np.count_nonzero(counts) <= most
+        # 4 standard errors of ours, and as much for the rounded figures that we compare with
+        assert abs(share - majority) < 4 * np.sqrt(share * (1 - share) / len(labels)) + 0.005

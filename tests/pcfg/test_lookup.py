@@ -1,0 +1,188 @@
+import numpy as np
+import pytest
+
+from pcfg import lookup
+from pcfg.artefacts import InputError
+from pcfg.chart import Chart
+from pcfg.grammar import Grammar
+from pcfg.lookup import LookupTable, main, mean_by_pairs, mean_by_sentences
+from pcfg.sampler import Sampler
+from pcfg.text import write_labelled
+
+RULES = """S S S 0.3
+S A B 0.7
+A a 0.5
+A b 0.4
+A c 0.1
+B b 0.3
+B d 0.7
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lookup")
+    (folder / "rules.txt").write_text(RULES)
+    sampler = Sampler(Grammar.read(folder / "rules.txt"), 12)
+    for name, seed in (("text.txt", 0), ("other.txt", 1)):
+        (folder / name).write_bytes(sampler.to_text(*sampler.sample(300, np.random.default_rng(seed)), blank_line=True))
+    return folder
+
+
+def run(folder, text="text.txt", save="lookup.hdf5", rules="rules.txt", *flags):
+    main(["--rule-path", str(folder / rules), "--datafile", str(folder / text), "--save-path", str(folder / save), *flags])
+    return folder / save
+
+
+@pytest.fixture(scope="module")
+def table_path(folder):
+    return run(folder)
+
+
+def test_file_memory_and_chart_agree(folder, table_path, monkeypatch):
+    grammar = Grammar.read(folder / "rules.txt")
+    texts = [line for line in (folder / "text.txt").read_text().splitlines() if line]
+    tokens, lengths = grammar.encode(texts, "text")
+    expected, offsets = Chart(grammar).conditionals(tokens, lengths)
+    # the table in memory is made a few sentences at a time
+    monkeypatch.setattr(lookup, "CHUNK_ELEMENTS", 7 * len(grammar.words) * tokens.shape[1])
+    for table in (LookupTable.open(table_path), LookupTable.compute(grammar, texts, folder / "text.txt")):
+        assert table.words == grammar.words
+        assert table.lengths.tolist() == lengths.tolist()
+        assert table.offsets.tolist() == offsets.tolist()
+        assert [table.words[word] for word in table.true_words] == " ".join(texts).split()
+        found = table.conditionals(0, len(texts))
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, expected, atol=1e-7)
+        np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-14)
+        np.testing.assert_array_equal(table.conditionals(5, 9), found[offsets[5] : offsets[9]])
+        for row in range(0, len(expected), 17):
+            probabilities = expected[row][expected[row] > 0]
+            assert table.entropy[row] == pytest.approx(-np.sum(probabilities * np.log(probabilities)), abs=1e-14)
+            assert table.log_true[row] == pytest.approx(np.log(expected[row, table.true_words[row]]), abs=1e-14)
+        table.check_text(folder / "text.txt")
+        with pytest.raises(InputError, match="made from another text"):
+            table.check_text(folder / "other.txt")
+
+
+def test_csv_gives_the_same_table(folder, table_path):
+    texts = [line for line in (folder / "text.txt").read_text().splitlines() if line]
+    write_labelled(folder / "labelled.csv", texts, [0] * len(texts))
+    table = LookupTable.open(run(folder, "labelled.csv", "csv.hdf5"))
+    np.testing.assert_array_equal(table.entropy, LookupTable.open(table_path).entropy)
+    table.check_text(folder / "labelled.csv")
+
+
+def test_expected_log_probability_is_the_entropy(folder):
+    sampler = Sampler(Grammar.read(folder / "rules.txt"), 8)
+    texts = sampler.texts(*sampler.sample(20_000, np.random.default_rng(2)))
+    table = LookupTable.compute(Grammar.read(folder / "rules.txt"), texts, "memory")
+    mean, error = mean_by_pairs(-table.log_true - table.entropy, table.lengths)
+    # Sentences were cut at 8 words, which changes no conditional: x_-t fixes the length.
+    assert abs(mean) < 4 * error < 0.02
+    with pytest.raises(InputError, match="sha256 none"):
+        table.check_text(folder / "text.txt")
+
+
+def test_rerun_skips_and_other_inputs_are_refused(folder, table_path, capsys):
+    before = table_path.stat().st_mtime_ns
+    run(folder)
+    assert "skipped" in capsys.readouterr().out
+    assert table_path.stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="another text; .*--overwrite"):
+        run(folder, "other.txt")
+    (folder / "changed.txt").write_text(RULES.replace("0.3\nS A B 0.7", "0.2\nS A B 0.8"))
+    with pytest.raises(InputError, match="another grammar"):
+        run(folder, rules="changed.txt")
+    copy = folder / "copy.hdf5"
+    copy.write_bytes(table_path.read_bytes())
+    run(folder, "other.txt", "copy.hdf5", "rules.txt", "--overwrite")
+    LookupTable.open(copy).check_text(folder / "other.txt")
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a b\na z\n", "sentence 2.*'z'"), ("a b\n\nb a\n", "can't derive sentence 2 .'b a'"), ("", "empty|no sentence")],
+)
+def test_a_text_of_another_grammar_is_refused(folder, text, message):
+    (folder / "bad.txt").write_text(text)
+    with pytest.raises(InputError, match=message):
+        run(folder, "bad.txt", "bad.hdf5")
+    assert not list(folder.glob("*bad.hdf5*"))
+
+
+def test_missing_text_and_text_as_target(folder):
+    with pytest.raises(InputError, match="missing.txt: no such file"):
+        run(folder, "missing.txt")
+    with pytest.raises(InputError, match="is the text itself"):
+        run(folder, "text.txt", "text.txt", "rules.txt", "--overwrite")
+
+
+def test_what_is_not_a_table_is_refused(folder, table_path):
+    with pytest.raises(InputError, match="no such file"):
+        LookupTable.open(folder / "nothing.hdf5")
+    content = np.frombuffer(table_path.read_bytes(), np.uint8)
+    rng = np.random.default_rng(0)
+    broken = folder / "broken.hdf5"
+    for size in (0, 1, 100, 5000):
+        broken.write_bytes(rng.bytes(size))
+        with pytest.raises(InputError, match="not a lookup table"):
+            LookupTable.open(broken)
+    for size in (50, len(content) // 2, len(content) - 1):
+        broken.write_bytes(content[:size].tobytes())
+        with pytest.raises(InputError):
+            LookupTable.open(broken)
+
+
+@pytest.mark.parametrize("change", ["conditionals", "true_words", "text_sha256", "format", "range", "shape"])
+def test_a_table_with_parts_missing_or_wrong_is_refused(folder, table_path, change):
+    broken = folder / "broken.hdf5"
+    broken.write_bytes(table_path.read_bytes())
+    with lookup.h5py.File(broken, "r+") as file:
+        if change in ("conditionals", "true_words"):
+            del file[change]
+        elif change == "text_sha256":
+            del file.attrs[change]
+        elif change == "format":
+            file.attrs["format"] = 99
+        elif change == "range":
+            file["true_words"][3] = 1000
+        else:
+            del file["entropy"]
+            file["entropy"] = np.zeros(3)
+    with pytest.raises(InputError, match="broken.hdf5"):
+        LookupTable.open(broken)
+
+
+def test_means_and_their_errors():
+    rng = np.random.default_rng(3)
+    estimates = {mean_by_pairs: [], mean_by_sentences: []}
+    errors = {mean_by_pairs: [], mean_by_sentences: []}
+    for _ in range(400):
+        lengths = rng.integers(1, 6, size=200)
+        # values of a sentence depend on each other and on its length, so positions are no independent sample
+        values = np.repeat(rng.normal(size=200) + lengths, lengths) + rng.normal(size=lengths.sum())
+        for function in estimates:
+            mean, error = function(values, lengths)
+            estimates[function].append(mean)
+            errors[function].append(error)
+    assert np.mean(estimates[mean_by_pairs]) == pytest.approx(55 / 15, abs=0.02)
+    assert np.mean(estimates[mean_by_sentences]) == pytest.approx(3, abs=0.02)
+    for function in estimates:
+        assert np.mean(errors[function]) == pytest.approx(np.std(estimates[function]), rel=0.12)
+    with pytest.raises(InputError, match="at least 2"):
+        mean_by_pairs(np.ones(3), np.array([3]))
+
+
+def test_entropy_of_the_published_grammar(published_rules):
+    """4.4565 (pairs) and 4.1850 (sentences) nats, known from 1e6 sentences to 0.0004 and 0.0010; all lengths."""
+    grammar = Grammar.read(published_rules)
+    sampler = Sampler(grammar, 31)
+    texts = sampler.texts(*sampler.sample(20_000, np.random.default_rng(8)))
+    table = LookupTable.compute(grammar, texts, "sampled sentences")
+    for function, expected in ((mean_by_pairs, 4.4565), (mean_by_sentences, 4.1850)):
+        mean, error = function(table.entropy, table.lengths)
+        print(f"{function.__name__}: {mean:.4f} +- {error:.4f}")
+        assert abs(mean - expected) < 4 * error
+        assert error < 0.01

@@ -1,0 +1,102 @@
+import json
+import shutil
+
+import pytest
+
+import calculate_loss
+import pcfg.lookup
+from pcfg.artefacts import InputError
+from pcfg.text import read_texts
+from pretraining.data.samples import sample_paths
+
+
+@pytest.fixture
+def setting(tiny_rules, tiny_data, tiny_model, tmp_path):
+    """Two copies of a model under one folder, a text beside its vocabulary, and the text's lookup table."""
+    for name in ("step1", "step2"):
+        shutil.copytree(tiny_model, tmp_path / "models" / name)
+    for name in ("test0.txt", "vocab.txt"):
+        shutil.copy(tiny_data / name, tmp_path)
+    table = tmp_path / "lookup.hdf5"
+    pcfg.lookup.main(["--rule-path", str(tiny_rules), "--datafile", str(tmp_path / "test0.txt"), "--save-path", str(table)])
+    return tmp_path, table
+
+
+def flags(folder, **changes):
+    given = {"--model-path": folder / "models", "--datafile": folder / "test0.txt", "--vocabfile": "vocab.txt", **changes}
+    return [str(part) for pair in given.items() for part in pair]
+
+
+def test_the_readmes_command(setting, capsys):
+    folder, table = setting
+    calculate_loss.main(flags(folder, **{"--condprobfile": table}))
+    printed = capsys.readouterr().out
+    for name in ("step1", "step2"):
+        record = json.loads((folder / "models" / name / "loss.json").read_text())
+        loss, entropy, gap = (record[key]["pairs"]["mean"] for key in ("loss", "entropy", "gap"))
+        assert loss == pytest.approx(entropy + gap) and gap > 0.1
+        assert float((folder / "models" / name / "loss.txt").read_text()) == pytest.approx(loss, abs=1e-6)
+        assert record["sentences"] == len(read_texts(folder / "test0.txt")) and record["value"] == loss
+    assert str(folder / "vocab.txt") in printed and "gap" in printed
+
+
+def test_a_rerun_skips_and_other_inputs_are_refused(setting, tiny_rules, capsys):
+    folder, table = setting
+    calculate_loss.main(flags(folder, **{"--condprobfile": table}))
+    before = (folder / "models" / "step1" / "loss.json").read_bytes()
+    calculate_loss.main(flags(folder, **{"--condprobfile": table}))
+    assert capsys.readouterr().out.count("skipped") == 2
+    # the grammar's own conditionals are the same inputs
+    calculate_loss.main(flags(folder, **{"--rule-path": tiny_rules}))
+    assert (folder / "models" / "step1" / "loss.json").read_bytes() == before
+    (folder / "test0.txt").write_text("\n\n".join(read_texts(folder / "test0.txt")[:50]) + "\n")
+    with pytest.raises(InputError, match="was measured otherwise.*--overwrite"):
+        calculate_loss.main(flags(folder, **{"--rule-path": tiny_rules}))
+    calculate_loss.main([*flags(folder, **{"--rule-path": tiny_rules}), "--overwrite"])
+    assert json.loads((folder / "models" / "step1" / "loss.json").read_text())["sentences"] == 50
+
+
+def test_conditionals_from_the_grammar_or_the_table_agree(setting, tiny_rules):
+    folder, table = setting
+    values = []
+    for truth in ({"--condprobfile": table}, {"--rule-path": tiny_rules}):
+        calculate_loss.main([*flags(folder, **truth), "--overwrite"])
+        values.append(json.loads((folder / "models" / "step1" / "loss.json").read_text())["gap"]["sentences"]["mean"])
+    assert values[0] == pytest.approx(values[1], rel=1e-5)  # the table is float32
+
+
+def test_plain_loss_on_samples(setting, tiny_samples):
+    folder, _ = setting
+    data = sample_paths(tiny_samples, "test")[0]
+    calculate_loss.main(flags(folder, **{"--datafile": data, "--vocabfile": folder / "vocab.txt"}))
+    record = json.loads((folder / "models" / "step1" / "loss.json").read_text())
+    assert "gap" not in record and record["value"] == record["sampled_loss"]["pairs"]["mean"] > 0
+
+
+def test_what_does_not_belong_together(setting, tiny_samples, tmp_path):
+    folder, table = setting
+    with pytest.raises(InputError, match="--condprobfile or --rule-path"):
+        calculate_loss.main(flags(folder))
+    with pytest.raises(InputError, match="no such file"):
+        calculate_loss.main(flags(folder, **{"--datafile": folder / "nowhere.txt", "--condprobfile": table}))
+    with pytest.raises(InputError, match="no such folder"):
+        calculate_loss.main(flags(folder, **{"--model-path": folder / "nowhere", "--condprobfile": table}))
+    samples = sample_paths(tiny_samples, "test")[0]
+    with pytest.raises(InputError, match="not for the samples"):
+        calculate_loss.main(
+            flags(folder, **{"--datafile": samples, "--condprobfile": table, "--vocabfile": folder / "vocab.txt"})
+        )
+    (folder / "other.txt").write_text("cat dog\n")
+    with pytest.raises(InputError, match="lookup.hdf5"):
+        calculate_loss.main(flags(folder, **{"--datafile": folder / "other.txt", "--condprobfile": table}))
+    words = (folder / "vocab.txt").read_text().split()
+    (folder / "vocab.txt").write_text("\n".join([*words, "zebra"]) + "\n")
+    with pytest.raises(InputError, match="the model was trained with"):
+        calculate_loss.main(flags(folder, **{"--condprobfile": table}))
+    assert not list((folder / "models").rglob("loss*"))
+
+
+def test_errors_exit_with_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        calculate_loss.main(["--model-path", "x"])
+    assert stopped.value.code == 2 and "--datafile" in capsys.readouterr().err

@@ -1,0 +1,178 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import generate_downstream
+from generate_downstream import main
+from pcfg.artefacts import InputError, sha256
+from pcfg.text import read_labelled
+
+ROOT = Path(generate_downstream.__file__).parent
+RULES = """S S1 0.5
+S S2 0.5
+S1 A B 1.0
+S2 B A 1.0
+A C E 0.6
+A C C 0.4
+B E C 0.5
+B E E 0.5
+C D D 0.9
+C F D 0.1
+E F F 0.8
+E W 0.2
+D a 0.2
+D b 0.3
+D c 0.4
+D d 0.1
+F a 0.5
+F b 0.1
+F c 0.1
+F d 0.3
+W a 1.0
+"""
+SMALL = ["--sentence-num", "200", "--validation-num", "50"]
+
+
+@pytest.fixture
+def rules(tmp_path):
+    path = tmp_path / "rules.txt"
+    path.write_text(RULES)
+    return path
+
+
+def run(rules, folder, *flags):
+    main(["--rule-path", str(rules), "--save-path", str(folder), *flags])
+
+
+def hashes(folder):
+    return {path.name: sha256(path) for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("task", ["A", "B", "C"])
+def test_files_of_a_task(rules, tmp_path, task):
+    folder = tmp_path / "data"
+    run(rules, folder, "--task-type", task, *SMALL)
+    training, labels = read_labelled(folder / f"pcfg_{task}.csv")
+    validation, validation_labels = read_labelled(folder / f"pcfg_{task}_validation.csv")
+    assert (len(training), len(validation)) == (200, 50)
+    assert not set(training) & set(validation)
+    assert all(5 <= len(text.split()) <= 31 for text in training + validation)
+    names = json.loads((folder / f"pcfg_{task}_labels.json").read_text())["names"]
+    assert set(names) >= {str(label) for label in labels + validation_labels}
+    assert list(names.values()) == (["S1", "S2"] if task == "A" else list("ABCDEFS") + ["S1", "S2", "W"])
+    assert len(set(labels)) > 1
+    facts = json.loads((folder / f"manifest_downstream_{task}.json").read_text())["files"][f"pcfg_{task}.csv"]
+    assert facts["rows"] == 200
+    assert facts["classes"] == len(set(labels))
+
+
+def test_limits_rule_span_and_seed_decide_the_rows(rules, tmp_path):
+    flags = ("--task-type", "B", *SMALL)
+    run(rules, tmp_path / "base", *flags)
+    run(rules, tmp_path / "same", *flags)
+    assert hashes(tmp_path / "base") == hashes(tmp_path / "same")
+    base = read_labelled(tmp_path / "base" / "pcfg_B.csv")
+    for name, more in (("seed", ["--seed", "1"]), ("span", ["--span", "2"]), ("rule", ["--label-rule", "posterior"])):
+        run(rules, tmp_path / name, *flags, *more)
+        other = read_labelled(tmp_path / name / "pcfg_B.csv")
+        assert other != base
+        assert (other[0] == base[0]) == (name == "span")
+    run(rules, tmp_path / "limits", *flags, "--min-words", "6", "--length-limit", "8")
+    assert {len(text.split()) for text in read_labelled(tmp_path / "limits" / "pcfg_B.csv")[0]} == {6, 7}
+
+
+def test_rerun_skips_repairs_and_refuses(rules, tmp_path, capsys):
+    folder = tmp_path / "data"
+    run(rules, folder, "--task-type", "C", *SMALL)
+    made = hashes(folder)
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    capsys.readouterr()
+    run(rules, folder, "--task-type", "C", *SMALL)
+    assert capsys.readouterr().out.count("skipped") == 2
+    assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (folder / "pcfg_C_validation.csv").write_text("text,label\na b,0\n")
+    run(rules, folder, "--task-type", "C", *SMALL)
+    assert hashes(folder) == made
+    with pytest.raises(InputError, match="seed was 0, now 1.*--overwrite"):
+        run(rules, folder, "--task-type", "C", *SMALL, "--seed", "1")
+    run(rules, folder, "--task-type", "C", *SMALL, "--seed", "1", "--overwrite")
+    assert hashes(folder).keys() == made.keys()
+    assert hashes(folder)["pcfg_C.csv"] != made["pcfg_C.csv"]
+
+
+def test_a_killed_run_leaves_nothing_half_and_is_finished_by_a_rerun(rules, tmp_path):
+    flags = ["--task-type", "B", "--sentence-num", "30000", "--validation-num", "10000"]
+    run(rules, tmp_path / "whole", *flags)
+    folder = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "generate_downstream.py"), "--rule-path", str(rules)]
+    process = subprocess.Popen([*command, "--save-path", str(folder), *flags], stdout=subprocess.DEVNULL)
+    # The folder is made when the first file is begun.
+    while not folder.exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    complete = hashes(tmp_path / "whole")
+    for name, found in hashes(folder).items():
+        assert name.startswith(".") or name.startswith("manifest") or found == complete[name]
+    # what a kill in the middle of a write leaves
+    (folder / ".pcfg_B.csv.tmp").write_text("text,la")
+    subprocess.run([*command, "--save-path", str(folder), *flags], check=True, stdout=subprocess.DEVNULL)
+    assert hashes(folder) == complete
+
+
+ERRORS = [
+    (["--task-type", "A", "--span", "3"], "--span 3: task A labels whole sentences"),
+    (["--task-type", "B", "--min-words", "9", "--length-limit", "9"], "--min-words 9"),
+    (["--task-type", "B", "--length-limit", "66"], "--length-limit 66"),
+    (["--task-type", "B", "--span", "20"], "no nonterminal derives the first 20 words"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), ERRORS, ids=lambda value: value if isinstance(value, str) else None)
+def test_errors_name_the_flag(rules, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        run(rules, tmp_path / "data", *flags, *SMALL)
+    # Nothing is left that would stand in the way of a corrected command.
+    assert not (tmp_path / "data").exists()
+
+
+def test_task_a_needs_unary_rules_of_the_start(tmp_path):
+    path = tmp_path / "flat.txt"
+    path.write_text("S A A 0.6\nS S S 0.4\nA a 0.5\nA b 0.5\n")
+    with pytest.raises(InputError, match="--task-type A: the start symbol 'S' has no unary rules"):
+        run(path, tmp_path / "data", "--task-type", "A", *SMALL)
+
+
+def test_too_few_distinct_sentences_are_counted(tmp_path):
+    path = tmp_path / "few.txt"
+    path.write_text("S A A 1.0\nA B B 1.0\nB C C 1.0\nC c 1.0\n")
+    with pytest.raises(InputError, match=r"not enough distinct sentences .*\(1 were seen"):
+        run(path, tmp_path / "data", "--task-type", "B", *SMALL)
+    assert not (tmp_path / "data").exists()
+
+
+def test_some_sentences_without_a_label_are_dropped_and_counted(tmp_path):
+    """Nothing derives the first 2 words of the sentences that begin with a bare word."""
+    path = tmp_path / "drop.txt"
+    path.write_text("S P T 0.7\nS W T 0.3\nT P Q 1.0\nP W V 1.0\nQ W V 1.0\nW a 0.4\nW b 0.6\nV c 0.1\nV d 0.2\nV e 0.7\n")
+    run(path, tmp_path / "data", "--task-type", "C", *SMALL, "--seed", "3")
+    facts = json.loads((tmp_path / "data" / "manifest_downstream_C.json").read_text())["files"]["pcfg_C.csv"]
+    texts, _ = read_labelled(tmp_path / "data" / "pcfg_C.csv")
+    assert len(texts) == 200
+    # 30% have no label: 200 / 0.7 - 200 = 86 are expected to be dropped on the way to 200 rows, give or take 11
+    assert 86 - 4 * 11 < facts["dropped"] < 86 + 4 * 11
+    assert not any(text.split()[1] in "ab" for text in texts)
+
+
+def test_a_missing_grammar_is_exit_code_2_without_a_traceback(tmp_path):
+    command = [sys.executable, str(ROOT / "generate_downstream.py"), "--rule-path", "nothing.txt", "--task-type", "B"]
+    result = subprocess.run([*command, "--save-path", str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "nothing.txt" in result.stderr
+    assert "Traceback" not in result.stderr

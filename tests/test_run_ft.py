@@ -1,0 +1,100 @@
+"""run_ft.py's main() on a tiny model: the README's flags, the record, skipping, and the errors."""
+
+import json
+
+import pytest
+
+import run_ft
+from pcfg.artefacts import InputError
+from pcfg.text import read_texts, write_labelled
+from pretraining.data.vocabulary import build_tokenizer
+from pretraining.model.checkpoints import load_model, load_vocabulary, read_facts, save_model
+
+# The README's flags; the test adds fewer epochs.
+README = """--tokenizer_name bert-large-uncased --max_seq_length 32 --do_train --do_eval --evaluation_strategy steps
+    --per_device_train_batch_size 128 --gradient_accumulation_steps 1 --per_device_eval_batch_size 128 --learning_rate 1e-4
+    --weight_decay 0.01 --eval_steps 200 --evaluation_strategy steps --max_grad_norm 1.0 --num_train_epochs 50
+    --lr_scheduler_type polynomial --warmup_steps 50""".split()
+SHORT = "--max_seq_length 12 --max_steps 3 --disable_tqdm true".split()
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path):
+    """A model folder whose tokenizer has the name of the README's command."""
+    vocabulary = load_vocabulary(tiny_model)
+    tokenizer = build_tokenizer(vocabulary, True, 10)
+    tokenizer.name_or_path = "bert-large-uncased"
+    folder = tmp_path / "models" / "job" / "step0000000"
+    save_model(folder, load_model(tiny_model), tokenizer, vocabulary, read_facts(tiny_model))
+    return folder
+
+
+@pytest.fixture
+def data(tiny_data, tmp_path):
+    """Labelled files: the class is that of the first word, labels 4, 7 and 9."""
+    texts = list(dict.fromkeys(read_texts(tiny_data / "training0.txt")))
+    classes = {word: (4, 7, 9)[index % 3] for index, word in enumerate(sorted({text.split()[0] for text in texts}))}
+    labels = [classes[text.split()[0]] for text in texts]
+    train, validation = tmp_path / "pcfg_B.csv", tmp_path / "pcfg_B_validation.csv"
+    write_labelled(train, texts[:300], labels[:300])
+    write_labelled(validation, texts[300:400], labels[300:400])
+    return ["--train_file", str(train), "--validation_file", str(validation)]
+
+
+def record_of(folder):
+    return json.loads((folder / "finetune_pcfg_B.json").read_text())
+
+
+def test_readme_command(model, data, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    before = {path.name for path in model.iterdir()} | {"finetune_pcfg_B.json"}
+    run_ft.main(["--model_name_or_path", str(model), *data, *README, "--num_train_epochs", "20", "--warmup_steps", "5"])
+    record = record_of(model)
+    assert (record["measurement"], record["task"], record["n"], record["classes"]) == ("finetune", "pcfg_B", 100, 3)
+    assert record["best_accuracy"] >= record["value"] > record["majority"] - 0.1
+    assert record["train_accuracies"][0] > record["majority"]
+    # nothing but the record is left: no checkpoints, no trainer_output in the working directory
+    assert {path.name for path in model.iterdir()} == before
+    assert not (tmp_path / "trainer_output").exists()
+
+
+def test_seeds_are_reproducible_and_finished_ones_skipped(model, data, capsys):
+    flags = ["--model_name_or_path", str(model.parent.parent), *data, *SHORT, "--seeds", "3,4"]
+    run_ft.main(flags)
+    first = record_of(model)
+    assert len(first["accuracies"]) == 2 and first["standard_error"] is not None
+    run_ft.main(flags)
+    assert "skipped" in capsys.readouterr().out
+    run_ft.main([*flags, "--overwrite", "--logging_steps", "1"])
+    assert {**first, "seconds": 0} == {**record_of(model), "seconds": 0}
+    with pytest.raises(InputError, match="--overwrite"):
+        run_ft.main([*flags, "--label_smoothing_factor", "0.1"])
+
+
+def test_one_seed_says_that_there_is_no_error(model, data, capsys):
+    run_ft.main(["--model_name_or_path", str(model), *data, *SHORT, "--seed", "7"])
+    assert record_of(model)["seeds"] == [7] and record_of(model)["standard_error"] is None
+    assert "no standard error with one seed" in capsys.readouterr().out
+
+
+def test_errors(model, data, tmp_path):
+    with pytest.raises(InputError, match="--model_name_or_path"):
+        run_ft.main([*data, *SHORT])
+    with pytest.raises(InputError, match="bert-large-uncased"):
+        run_ft.main(["--model_name_or_path", "bert-large-uncased", *data, *SHORT])
+    with pytest.raises(InputError, match="--warmup_steps 3: the training has 3 steps"):
+        run_ft.main(["--model_name_or_path", str(model), *data, *SHORT, "--warmup_steps", "3"])
+    with pytest.raises(InputError, match="--max_seq_length"):
+        run_ft.main(["--model_name_or_path", str(model), *data, *SHORT, "--max_seq_length", "4"])
+    bad = tmp_path / "bad.csv"
+    bad.write_text("text,label\ncat dog,1\nbird mouse,0\n")
+    with pytest.raises(InputError, match="mouse"):
+        run_ft.main(["--model_name_or_path", str(model), "--train_file", str(bad), *data[2:], *SHORT])
+    assert not (model / "finetune_pcfg_B.json").exists()
+
+
+@pytest.mark.parametrize("flags", [["--no_such_flag"], ["--learning_rate", "fast"], ["--save_strategy", "steps"]])
+def test_usage_errors_exit_with_2(model, data, flags):
+    with pytest.raises(SystemExit) as stopped:
+        run_ft.main(["--model_name_or_path", str(model), *data, *flags])
+    assert stopped.value.code == 2

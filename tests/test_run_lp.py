@@ -1,0 +1,226 @@
+"""run_lp.py's main() on tiny models: the README's flags, records, skipping, the lookup table, and the errors."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import run_lp
+from pcfg import lookup
+from pcfg.artefacts import InputError
+from pcfg.text import read_texts, write_labelled
+from pretraining.data.vocabulary import build_tokenizer
+from pretraining.evaluation import report
+from pretraining.model.checkpoints import load_model, load_vocabulary, read_facts, save_model
+
+# The README's flags; the test adds sizes.
+README = """--tokenizer_name bert-large-uncased --max_seq_length 32 --do_train --do_eval --evaluation_strategy steps
+    --per_device_train_batch_size 512 --gradient_accumulation_steps 1 --per_device_eval_batch_size 512 --learning_rate 1e-3
+    --weight_decay 0.01 --eval_steps 200 --evaluation_strategy steps --max_grad_norm 1.0 --num_train_epochs 50
+    --lr_scheduler_type polynomial --warmup_steps 50""".split()
+SHORT = "--max_seq_length 12 --num_train_epochs 2 --learning_rate 1e-2".split()
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path):
+    """A model folder whose tokenizer has the name of the README's commands."""
+    vocabulary = load_vocabulary(tiny_model)
+    tokenizer = build_tokenizer(vocabulary, True, 10)
+    tokenizer.name_or_path = "bert-large-uncased"
+    folder = tmp_path / "models" / "job" / "step0000000"
+    save_model(folder, load_model(tiny_model), tokenizer, vocabulary, read_facts(tiny_model))
+    return folder
+
+
+@pytest.fixture
+def data(tiny_data, tmp_path):
+    """Labelled files: the class is that of the first word."""
+    texts = list(dict.fromkeys(read_texts(tiny_data / "training0.txt")))
+    classes = {word: index % 3 for index, word in enumerate(sorted({text.split()[0] for text in texts}))}
+    labels = [classes[text.split()[0]] for text in texts]
+    train, validation = tmp_path / "pcfg_B.csv", tmp_path / "pcfg_B_validation.csv"
+    write_labelled(train, texts[:300], labels[:300])
+    write_labelled(validation, texts[300:400], labels[300:400])
+    return ["--train_file", str(train), "--validation_file", str(validation)]
+
+
+def record_of(folder, name="probe_pcfg_B.json"):
+    return json.loads((folder / name).read_text())
+
+
+def test_readme_command(model, data, capsys):
+    smaller = ["--num_train_epochs", "100", "--per_device_train_batch_size", "128"]
+    run_lp.main(["--model_name_or_path", str(model), *data, *README, *smaller])
+    record, n = record_of(model), 100
+    assert record["measurement"] == "probe" and record["task"] == "pcfg_B" and record["n"] == n
+    assert record["value"] > record["majority"] + 0.1
+    assert record["standard_error"] is None and record["seeds"] == [0]
+    assert "no standard error with one seed" in capsys.readouterr().out
+    assert record["sampling_standard_error"] == pytest.approx((record["value"] * (1 - record["value"]) / n) ** 0.5)
+    assert record["arguments"]["warmup_steps"] == 50 and record["arguments"]["lr_scheduler_type"] == "polynomial"
+    assert set(record["inputs"]) == {"train", "validation", "model"}
+
+
+def test_seeds_give_a_standard_error_and_the_report_shows_it(model, data, tmp_path, capsys):
+    run_lp.main(["--model_name_or_path", str(tmp_path / "models"), *data, *SHORT, "--seeds", "0,1,2"])
+    record = record_of(model)
+    accuracies = record["accuracies"]
+    assert record["value"] == pytest.approx(np.mean(accuracies)) and len(accuracies) == 3
+    assert record["standard_error"] == pytest.approx(np.std(accuracies, ddof=1) / 3**0.5)
+    report.main([str(tmp_path / "models")])
+    shown = f"{100 * record['value']:.1f} ± {100 * record['standard_error']:.1f}"
+    assert shown in capsys.readouterr().out
+
+
+def test_finished_measurements_are_skipped(model, data, capsys):
+    flags = ["--model_name_or_path", str(model), *data, *SHORT]
+    run_lp.main(flags)
+    first = record_of(model)
+    run_lp.main(flags)
+    assert "skipped" in capsys.readouterr().out
+    with pytest.raises(InputError, match="num_train_epochs was 2.0, now 3.0.*--overwrite"):
+        run_lp.main([*flags, "--num_train_epochs", "3"])
+    run_lp.main([*flags, "--overwrite"])
+    again = record_of(model)
+    assert {**first, "seconds": 0} == {**again, "seconds": 0}
+    run_lp.main([*flags, "--num_train_epochs", "3", "--overwrite"])
+    assert record_of(model)["arguments"]["num_train_epochs"] == 3
+
+
+def test_predicted_conditionals_of_a_model(model, data):
+    run_lp.main(["--model_name_or_path", str(model), *data, *SHORT, "--features", "conditional"])
+    record = record_of(model, "probe_conditional_pcfg_B.json")
+    assert record["features"] == "conditional" and not (model / "probe_pcfg_B.json").exists()
+
+
+def test_lookup_table_from_rules_and_from_tables(data, tiny_rules, tmp_path, capsys):
+    flags = [*data, *SHORT, "--features", "conditional", "--num_train_epochs", "60"]
+    by_rules = tmp_path / "by_rules"
+    run_lp.main([*flags, "--rule-path", str(tiny_rules), "--output_dir", str(by_rules)])
+    tables = []
+    for flag, part in (("--condprobfile_train", data[1]), ("--condprobfile_validation", data[3])):
+        table = str(tmp_path / f"{flag}.h5")
+        lookup.main(["--rule-path", str(tiny_rules), "--datafile", part, "--save-path", table])
+        tables += [flag, table]
+    by_tables = tmp_path / "by_tables"
+    run_lp.main([*flags, *tables, "--output_dir", str(by_tables)])
+    first, second = record_of(by_rules), record_of(by_tables)
+    assert (by_rules / "args.json").read_bytes() == (by_tables / "args.json").read_bytes()
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert first["value"] > first["majority"]
+    rows, _ = report.collect(by_rules)
+    assert rows[0]["kind"] == "lookup table" and rows[0]["gap_sentences"] == 0.0
+    capsys.readouterr()
+    run_lp.main([*flags, "--rule-path", str(tiny_rules), "--output_dir", str(by_rules)])
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_lookup_table_errors(data, model, tiny_rules, tmp_path):
+    base = [*data, *SHORT]
+    rules, out = ["--rule-path", str(tiny_rules)], ["--output_dir", str(tmp_path / "out")]
+    conditional = ["--features", "conditional"]
+    for flags, message in (
+        ([], "what is probed"),
+        ([*conditional, *rules, *out, "--model_name_or_path", str(model)], "what is probed"),
+        ([*rules, *out], "has no hidden states"),
+        ([*conditional, *rules], "--output_dir"),
+        ([*conditional, "--condprobfile_train", "x.h5", *out], "both --condprobfile_train and"),
+        ([*conditional, *rules, "--output_dir", str(model)], "holds a model"),
+        ([*conditional, *rules, *out, "--max_seq_length", "4"], "--max_seq_length 1?[0-9] or more, not 4"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_lp.main([*base, *flags])
+    other = tmp_path / "other.txt"
+    other.write_text("S A A 1.0\nA cat 1.0\n")
+    run_lp.main([*base, *conditional, *rules, *out])
+    with pytest.raises(InputError, match="another model or grammar"):
+        run_lp.main([*base, *conditional, "--rule-path", str(other), *out])
+    table = tmp_path / "table.h5"
+    lookup.main([*rules, "--datafile", data[3], "--save-path", str(table)])
+    both = ["--condprobfile_train", str(table), "--condprobfile_validation", str(table)]
+    with pytest.raises(InputError):
+        run_lp.main([*base, *conditional, *both, "--output_dir", str(tmp_path / "out2")])
+
+
+def rewrite(data, tmp_path, text, part=1):
+    """The data flags with one of the files replaced."""
+    path = tmp_path / "other.csv"
+    path.write_text(text)
+    return [*data[:part], str(path), *data[part + 1 :]]
+
+
+def test_data_errors(model, data, tmp_path):
+    start = ["--model_name_or_path", str(model), *SHORT]
+    for text, message in (
+        ("text\ncat\n", "label"),
+        ("text,label\ncat dog,one\n", "one"),
+        ("text,label\ncat dog,1\nbird cat,1\n", "at least 2 classes"),
+        ("text,label\ncat dog,1\nbird mouse,0\n", "mouse"),
+        ("text,label\ncat dog,1\n" + "cat " * 11 + ",0\n", "sentence 2 has 11 words.*--max_seq_length 13"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_lp.main([*start, *rewrite(data, tmp_path, text)])
+    with pytest.raises(InputError, match="missing.csv"):
+        run_lp.main([*start, "--train_file", str(tmp_path / "missing.csv"), *data[2:]])
+    # room for the features, but no such position in the model's table (10 positions)
+    long = rewrite(data, tmp_path, "text,label\ncat dog,1\n" + "cat " * 9 + ",0\n")
+    with pytest.raises(InputError, match="10 positions"):
+        run_lp.main([*start, *long])
+
+
+def test_overlap_and_unseen_labels_are_counted(model, data, tmp_path, capsys):
+    lines = open(data[1]).read().splitlines()[1:4]
+    text = "text,label\n" + "\n".join(lines) + "\ncat river,77\n"
+    run_lp.main(["--model_name_or_path", str(model), *SHORT, *rewrite(data, tmp_path, text, part=3)])
+    printed = capsys.readouterr().out
+    assert "3 of 4 sentences" in printed and "1 sentences of" in printed
+    assert record_of(model)["overlap"] == 3
+
+
+def test_model_errors(model, data, tmp_path):
+    with pytest.raises(InputError, match="bert-base-uncased"):
+        run_lp.main(["--model_name_or_path", "bert-base-uncased", *data, *SHORT])
+    with pytest.raises(InputError, match="tokenizer roberta-nowhere"):
+        run_lp.main(["--model_name_or_path", str(model), "--tokenizer_name", "roberta-nowhere", *data, *SHORT])
+    with pytest.raises(InputError, match="--warmup_steps 76.*76 steps"):
+        run_lp.main(["--model_name_or_path", str(model), *data, *SHORT, "--warmup_steps", "76"])
+    with pytest.raises(InputError, match="--seeds"):
+        run_lp.main(["--model_name_or_path", str(model), *data, *SHORT, "--seeds", "0,0"])
+    other = tmp_path / "tokenizer"
+    shutil.copytree(model, other, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary, save_tokenizer
+
+    small = Vocabulary([*SPECIAL_TOKENS, "cat"])
+    save_tokenizer(other, build_tokenizer(small, True, 10), small)
+    with pytest.raises(InputError, match="6 words are not the"):
+        run_lp.main(["--model_name_or_path", str(model), "--tokenizer_name", str(other), *data, *SHORT])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--no_such_flag"],
+        ["--num_train_epochs", "many"],
+        ["--do_train", "false"],
+        ["--save_strategy", "epoch"],
+        ["--max_seq_length", "2"],
+    ],
+)
+def test_usage_errors_exit_with_2(model, data, flags):
+    with pytest.raises(SystemExit) as stopped:
+        run_lp.main(["--model_name_or_path", str(model), *data, *flags])
+    assert stopped.value.code == 2
+
+
+def test_flags_without_effect_are_named(model, data, capsys):
+    run_lp.main(["--model_name_or_path", str(model), *data, *SHORT, "--label_smoothing_factor", "0.1"])
+    assert "no effect on a linear probe: --label_smoothing_factor\n" in capsys.readouterr().out
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_lp.main(["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--evaluation_strategy" in printed and "model and data" in printed

@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pcfg.artefacts import InputError
+from pretraining.data.samples import Samples
+from pretraining.model.bert import MaskedLM
+from pretraining.model.config import ModelConfig
+from pretraining.training.batches import (
+    global_batches,
+    micro_batch,
+    number_of_masks,
+    rank_micro_batches,
+    sorted_micro_batches,
+)
+from pretraining.training.trainer import masked_loss
+
+VOCABULARY, LENGTH, MASKS = 30, 12, 3
+
+
+def random_samples(number, seed=0):
+    """Sentences of 3..LENGTH tokens with 1..MASKS masks each."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(5, LENGTH + 1, number)
+    mask = np.arange(LENGTH) < lengths[:, None]
+    ids = np.where(mask, rng.integers(5, VOCABULARY, (number, LENGTH)), 0)
+    positions, words = np.zeros((2, number, MASKS), np.int32)
+    for row in range(number):
+        chosen = np.sort(rng.choice(np.arange(1, lengths[row] - 1), rng.integers(1, MASKS + 1), replace=False))
+        positions[row, : len(chosen)] = chosen
+        words[row, : len(chosen)] = rng.integers(5, VOCABULARY, len(chosen))
+    return Samples(ids.astype(np.int32), mask.astype(np.int8), 0 * mask.astype(np.int8), positions, words)
+
+
+def naive_loss(model, samples, rows):
+    """Mean over the masks of -log f, from logits at every position of one batch padded to the full length."""
+    ids = torch.from_numpy(samples.input_ids[rows]).long()
+    hidden = model.encode(ids, torch.from_numpy(samples.input_mask[rows]))
+    logits = model.predict(hidden)
+    labels = torch.full(ids.shape, -100)
+    for i, row in enumerate(rows):
+        for position, word in zip(samples.masked_lm_positions[row], samples.masked_lm_ids[row], strict=True):
+            if position:
+                labels[i, position] = int(word)
+    return F.cross_entropy(logits.reshape(-1, VOCABULARY), labels.reshape(-1))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_grouping_leaves_loss_and_gradient_alone(dtype, tolerance):
+    samples, rows = random_samples(100), np.random.default_rng(1).permutation(100)[:48]
+    torch.manual_seed(0)
+    config = ModelConfig(VOCABULARY, 16, 2, 2, 32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = MaskedLM(config).to(dtype)
+    expected = naive_loss(model, samples, rows)
+    gradient = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+
+    total = torch.zeros((), dtype=torch.float64)
+    for rank in range(2):
+        parts = rank_micro_batches(samples, rows, 8, rank, 2)
+        assert [len(part) for part in parts] == [8, 8, 8]
+        for part in parts:
+            share = masked_loss(model, micro_batch(samples, part)) / number_of_masks(samples, rows)
+            share.backward()
+            total += share.detach()
+    torch.testing.assert_close(total, expected.double(), rtol=tolerance, atol=0)
+    norm = torch.sqrt(sum((g.double() ** 2).sum() for g in gradient if g is not None))
+    for parameter, wanted in zip(model.parameters(), gradient, strict=True):
+        difference = parameter.grad if wanted is None else parameter.grad - wanted
+        assert difference.norm() < tolerance * norm
+
+
+def test_every_row_is_dealt_once():
+    samples, rows = random_samples(64), np.arange(64)
+    dealt = [row for rank in range(4) for part in rank_micro_batches(samples, rows, 4, rank, 4) for row in part]
+    assert sorted(dealt) == list(range(64))
+
+
+def test_sorting_saves_padding():
+    samples = random_samples(200)
+    parts = [micro_batch(samples, part) for part in sorted_micro_batches(samples, np.arange(200), 20)]
+    widths = [part.input_ids.shape[1] for part in parts]
+    assert widths == sorted(widths) and widths[0] < LENGTH
+    padded = sum(part.input_ids.numel() for part in parts)
+    assert padded < 1.15 * samples.input_mask.sum()
+
+
+def test_no_mask_where_nothing_is_padded():
+    samples = random_samples(200)
+    lengths = samples.input_mask.sum(1)
+    assert micro_batch(samples, np.flatnonzero(lengths == 7)).input_mask is None
+    padded = micro_batch(samples, np.array([lengths.argmin(), lengths.argmax()]))
+    assert padded.input_mask.sum().item() == lengths.min() + lengths.max()
+
+
+def test_flat_positions_point_at_the_masked_columns():
+    samples = random_samples(10)
+    rows = np.array([3, 7, 1])
+    batch = micro_batch(samples, rows)
+    width = batch.input_ids.shape[1]
+    expected = [
+        (i * width + position, word)
+        for i, row in enumerate(rows)
+        for position, word in zip(samples.masked_lm_positions[row], samples.masked_lm_ids[row], strict=True)
+        if position
+    ]
+    assert list(zip(batch.flat_positions.tolist(), batch.labels.tolist(), strict=True)) == expected
+
+
+def test_an_epoch_is_a_function_of_seed_and_number():
+    first = global_batches(103, 10, seed=1, epoch=0, source="shard")
+    assert first.shape == (10, 10) and len(np.unique(first)) == 100
+    np.testing.assert_array_equal(first, global_batches(103, 10, seed=1, epoch=0, source="shard"))
+    assert (first != global_batches(103, 10, seed=1, epoch=1, source="shard")).any()
+    assert (first != global_batches(103, 10, seed=2, epoch=0, source="shard")).any()
+
+
+def test_a_shard_smaller_than_a_batch_is_refused():
+    with pytest.raises(InputError, match="train_shard_3.hdf5: has 9 samples, fewer than --train_batch_size 10"):
+        global_batches(9, 10, seed=0, epoch=0, source="train_shard_3.hdf5")

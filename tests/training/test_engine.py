@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from pretraining.data.samples import read_samples
+from pretraining.training import arguments as command_line
+from pretraining.training.batches import micro_batch
+from pretraining.training.distributed import Ranks
+from pretraining.training.engine import build_engine, precision, zero_stage
+from pretraining.training.pretrain import build_model
+from pretraining.training.trainer import masked_loss
+
+FLAGS = (
+    "--dataset_path data --tokenizer_name t --output_dir out --hidden_size 16 --num_hidden_layers 1 "
+    "--num_attention_heads 2 --intermediate_size 32 --train_batch_size 64 --train_micro_batch_size_per_gpu 64 "
+    "--gradient_clipping 0 --optimizer_type sgd --sgd_momentum 0 --lr 0.1 --weight_decay 0 --hidden_dropout_prob 0 "
+    "--attention_probs_dropout_prob 0"
+)
+
+
+def parse(flags=""):
+    return command_line.build_parser("").parse_args([*FLAGS.split(), *flags.split()])
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "expected"),
+    [
+        ("", "cpu", "float32"),
+        ("--bf16", "cpu", "bfloat16"),
+        ("--fp16", "cpu", "bfloat16"),
+        ("--fp16", "cuda", "float16"),
+        ("--bf16", "cuda", "bfloat16"),
+    ],
+)
+def test_precision(flags, device, expected):
+    assert precision(parse(flags), torch.device(device)) == expected
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16", "float16"])
+def test_one_step_of_sgd_is_the_gradient_in_every_precision(tiny_samples, monkeypatch, arithmetic):
+    # DeepSpeed asks the CPU for float16 instructions; slow ones are enough here.
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
+    monkeypatch.setattr(type(get_accelerator()), "supported_dtypes", lambda _: [torch.float32, torch.float16, torch.bfloat16])
+    options = parse("--fp16" if arithmetic == "float16" else "")
+    Ranks(options)
+    samples = read_samples(tiny_samples / "test_shard_0.hdf5")
+    batch = micro_batch(samples, np.arange(64))
+    config = command_line.model_config(options, samples.attributes["vocab_size"], 10)
+    exact, model = build_model(config, seed=0), build_model(config, seed=0)
+    (masked_loss(exact, batch) / len(batch.labels)).backward()
+
+    engine = build_engine(options, model, 1, arithmetic)
+    before = {name: parameter.detach().float().clone() for name, parameter in engine.module.named_parameters()}
+    engine.backward(masked_loss(engine, batch) / len(batch.labels), scale_wrt_gas=False)
+    engine.step()
+    change = engine.module.decoder_bias.float() - before["decoder_bias"]
+    torch.testing.assert_close(change, -0.1 * exact.decoder_bias.grad, rtol=0.02, atol=1e-4)
+
+
+def test_float16_is_never_without_zero():
+    assert zero_stage(parse(), "float16") == 1
+    assert zero_stage(parse("--zero_stage 2"), "float16") == 2
+    assert zero_stage(parse(), "bfloat16") == 0

@@ -1,0 +1,191 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from pcfg.artefacts import InputError, read_json
+from pretraining.data.samples import read_samples
+from pretraining.model.checkpoints import load_model
+from pretraining.training import trainer
+from pretraining.training.batches import global_batches
+from pretraining.training.metrics import read_metrics
+
+NO_DROPOUT = "--hidden_dropout_prob 0 --attention_probs_dropout_prob 0"
+PLAIN_SGD = (
+    "--optimizer_type sgd --sgd_momentum 0 --weight_decay 0 --gradient_clipping 0 --lr_schedule constant_step "
+    "--num_warmup_steps 0 --curve const --lr 1.0"
+)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def curve(job):
+    """Step, loss and learning rate (or validation loss) of each record."""
+    return [(r["step"], r.get("loss"), r.get("lr"), r.get("validation_loss")) for r in read_metrics(job / "metrics.jsonl")]
+
+
+def naive_masked_loss(model, samples, rows):
+    """Mean -log f over all masks of `rows`, from one padded batch and logits everywhere."""
+    hidden = model.encode(torch.from_numpy(samples.input_ids[rows]).long(), torch.from_numpy(samples.input_mask[rows]))
+    logits = model.predict(hidden)
+    row, column = np.nonzero(samples.masked_lm_positions[rows])
+    positions = samples.masked_lm_positions[rows][row, column]
+    labels = torch.from_numpy(samples.masked_lm_ids[rows][row, column]).long()
+    return F.cross_entropy(logits[row, positions], labels)
+
+
+def crash_after_saving(monkeypatch, number):
+    """Make the run die when its training state number `number` has been written."""
+    save, saved = trainer.Trainer._save_state, []
+
+    def dying(self):
+        save(self)
+        saved.append(self.progress.step)
+        if len(saved) == number:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "_save_state", dying)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_one_step_is_the_gradient_of_the_padded_batch(train, tiny_samples, zero_stage):
+    flags = f"{PLAIN_SGD} {NO_DROPOUT} --max_steps 1 --save_steps 0 --zero_stage {zero_stage}"
+    final = train(flags)
+    before = load_model(final.parent / "step0000000").train()
+    after = dict(load_model(final).named_parameters())
+    samples = read_samples(tiny_samples / "train_shard_0.hdf5")
+    loss = naive_masked_loss(before, samples, global_batches(len(samples), 32, 42, 0, "")[0])
+    assert read_metrics(final.parent / "metrics.jsonl")[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    loss.backward()
+    squares = [
+        ((parameter - after[name] - parameter.grad) ** 2).sum() / sum(p.grad.square().sum() for p in before.parameters())
+        for name, parameter in before.named_parameters()
+    ]
+    assert sum(squares).sqrt() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--zero_stage 2 --bf16", "--optimizer_type lamb", "--optimizer_type adafactor", "--max_steps_per_epoch 3"]
+)
+def test_resumed_and_undisturbed_runs_agree_bit_for_bit(train, monkeypatch, flags):
+    flags += " --save_steps 2,5 --do_validation --validation_epochs 1"
+    undisturbed = train(flags, job="undisturbed")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash_after_saving(patch, 2)
+        train(flags, job="crashed")
+    resumed = train(flags, job="crashed")
+    assert_same_weights(undisturbed, resumed)
+    assert curve(undisturbed.parent) == curve(resumed.parent)
+    assert read_json(resumed / "args.json")["samples_seen"] == 8 * 32
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "lamb", "adafactor", "sgd"])
+def test_every_optimizer_learns(train, optimizer):
+    lr = {"sgd": 0.5, "lamb": 0.05}.get(optimizer, 0.01)
+    final = train(f"--optimizer_type {optimizer} --lr {lr} --max_steps 30 {NO_DROPOUT}")
+    losses = [loss for _, loss, _, _ in curve(final.parent)]
+    assert np.mean(losses[-5:]) < losses[0] - 0.2
+
+
+def test_bf16_follows_float32(train, capsys):
+    exact = curve(train(NO_DROPOUT, job="float32").parent)
+    rounded = curve(train(f"{NO_DROPOUT} --fp16", job="fp16").parent)
+    assert "--fp16 needs CUDA" in capsys.readouterr().out
+    assert rounded != exact
+    assert [loss for _, loss, _, _ in rounded] == pytest.approx([loss for _, loss, _, _ in exact], abs=0.02)
+
+
+def test_validation_is_the_mean_over_all_masks(train, tiny_samples):
+    final = train("--do_validation --max_steps 2 --validation_micro_batch 7")
+    record = read_metrics(final.parent / "metrics.jsonl")[-1]
+    samples = read_samples(tiny_samples / "test_shard_0.hdf5")
+    with torch.no_grad():
+        expected = naive_masked_loss(load_model(final), samples, np.arange(len(samples)))
+    assert record["validation_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert record["validation_masks"] == np.count_nonzero(samples.masked_lm_positions)
+
+
+def test_validation_intervals_differ_in_the_parts_of_training(train):
+    parts = "--validation_epochs_begin 1 --validation_epochs 4 --validation_epochs_end 1 "
+    parts += "--validation_begin_proportion 0.25 --validation_end_proportion 0.25 --max_steps_per_epoch 1"
+    final = train(f"--do_validation --max_steps 12 {parts}")
+    validated = [step for step, _, _, loss in curve(final.parent) if loss is not None]
+    assert validated == [1, 2, 4, 8, 10, 11, 12]
+
+
+def test_model_folders_appear_when_asked_for(train):
+    final = train("--save_steps 0,3 --max_steps_per_epoch 2 --num_epochs_between_checkpoints 2 --max_steps 6")
+    found = {path.name: read_json(path / "args.json") for path in final.parent.glob("step*")}
+    assert sorted(found) == ["step0000000", "step0000003", "step0000004", "step0000006"]
+    assert [found[name]["step"] for name in sorted(found)] == [0, 3, 4, 6]
+    assert [facts["final"] for _, facts in sorted(found.items())] == [False, False, False, True]
+    assert found["step0000004"]["epoch"] == 2
+    states = sorted(path.name for path in (final.parent / "training_state").glob("step*"))
+    assert states == ["step0000004", "step0000006"]
+
+
+class FakeTime:
+    """A clock that goes on by `seconds` whenever it is read."""
+
+    def __init__(self, seconds):
+        self.seconds, self.time = seconds, 0.0
+
+    def __call__(self):
+        self.time += self.seconds
+        return self.time
+
+
+def test_the_time_schedule_follows_the_clock(train):
+    flags = "--lr_schedule time --total_training_time 0.1 --warmup_proportion 0.5 --lr 1 --max_steps 1000"
+    final = train(flags + " --optimizer_type sgd --gradient_clipping 0.01 --finetune_time_markers 0.5", now=FakeTime(36.0))
+    expected = [0.2, 0.4, 0.6, 0.8, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+    assert [lr for _, _, lr, _ in curve(final.parent)] == pytest.approx(expected, abs=1e-9)
+    assert read_json(final / "args.json")["hours"] == pytest.approx(0.1)
+    assert sorted(path.name for path in final.parent.glob("step*")) == ["step0000005", "step0000010"]
+
+
+def test_the_clock_goes_on_after_an_interruption(train, monkeypatch):
+    flags = "--lr_schedule time --total_training_time 0.1 --save_steps 3 --max_steps 1000"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash_after_saving(patch, 1)
+        train(flags, now=FakeTime(36.0))
+    final = train(flags, now=FakeTime(18.0))
+    assert [record["seconds"] for record in read_metrics(final.parent / "metrics.jsonl")] == pytest.approx(
+        [36.0 * step for step in (1, 2, 3)] + [108.0 + 18.0 * step for step in range(1, 15)]
+    )
+
+
+def test_early_exit_leaves_the_schedule_alone(train):
+    flags = "--lr_schedule time --total_training_time 0.1 --early_exit_time_marker 0.05 --max_steps 1000"
+    final = train(flags, now=FakeTime(36.0))
+    steps, _, rates, _ = zip(*curve(final.parent), strict=True)
+    assert steps == (1, 2, 3, 4, 5)
+    assert rates[-1] == pytest.approx(5e-3 * 0.05 / 0.094)
+
+
+def test_early_stopping(train, capsys):
+    flags = "--do_validation --use_early_stopping --early_stop_time 3 --early_stop_eval_loss 0.1 --max_steps_per_epoch 2"
+    final = train(flags + " --validation_epochs 1 --max_steps 1000", now=FakeTime(60.0))
+    assert read_json(final / "args.json")["step"] == 4
+    assert "above --early_stop_eval_loss" in capsys.readouterr().out
+
+
+def test_epochs_end_a_run(train):
+    final = train("--num_epochs 3 --max_steps_per_epoch 2 --max_steps 1000")
+    assert read_json(final / "args.json")["step"] == 6
+    assert read_json(final / "args.json")["epoch"] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train):
+    with pytest.raises(InputError, match=r"step \d+: the loss is (nan|inf)"):
+        train("--lr 1e30 --optimizer_type sgd --gradient_clipping 0 --warmup_proportion 0")
