@@ -3,8 +3,10 @@
 import argparse
 import concurrent.futures
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
+import threading
 from pathlib import Path
 
 from tqdm import tqdm
@@ -48,6 +50,16 @@ def probability(text: str) -> float:
     return value
 
 
+def _end_with_parent() -> None:
+    """Make a worker process end when its parent is killed, before a rerun writes the same files."""
+
+    def watch():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_jobs(function, jobs: list, n_processes: int, what: str):
     """Yield `(job, function(job))` as jobs finish, on at most `n_processes` processes of this machine.
 
@@ -63,7 +75,7 @@ def run_jobs(function, jobs: list, n_processes: int, what: str):
             return
         # spawn: a forked child of a process that has threads (numba, BLAS) may deadlock.
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as executor:
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as executor:
             futures = {executor.submit(function, job): job for job in jobs}
             try:
                 for future in concurrent.futures.as_completed(futures):

@@ -11,7 +11,7 @@ import torch
 
 torch.set_num_threads(1)
 
-# Three binary levels, early words on two of them: sentences of 2 to 8 words.
+# Three binary levels, early words on two of them: sentences of 4 to 8 words.
 RULES = """\
 S S1 0.4
 S S2 0.35
@@ -45,7 +45,7 @@ C2 bird 0.1
 
 @pytest.fixture(scope="session")
 def tiny_rules(tmp_path_factory):
-    """A rules file whose sentences have 2 to 8 words, of 8 words."""
+    """A rules file whose sentences have 4 to 8 words."""
     path = tmp_path_factory.mktemp("rules") / "tiny_rules.txt"
     path.write_text(RULES)
     return path

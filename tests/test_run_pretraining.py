@@ -70,9 +70,10 @@ def assert_same_weights(first, second):
 
 
 def test_main_trains_saves_and_is_done(tiny_samples, tmp_path, capsys):
-    arguments = command(tiny_samples, tmp_path, SMALL)
+    arguments = command(tiny_samples, tmp_path, SMALL + " --project_name PROJECT --report_to none")
     run_pretraining.main(arguments)
     job = tmp_path / "job"
+    assert not (job / "wandb").exists()
     folders = model_folders(tmp_path)
     assert [folder.name for folder in folders] == ["step0000000", "step0000002", "step0000004", "step0000006"]
     facts = read_json(folders[-1] / "args.json")
