@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from pcfg.artefacts import InputError
+from pcfg.chart import Chart
 from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.labels import LabelledSentences, Labeller
 from pcfg.sampler import Sampler
@@ -122,16 +123,21 @@ def test_names_and_ids(recursive):
 
 
 def test_ties_take_the_lowest_id_even_when_sums_round_differently():
+    """Y derives two words with 0.3, Z with 0.1 + 0.2, which is 0.30000000000000004 in binary."""
     grammar = Grammar.from_rules(
-        [("S", (name,), 1 / 3) for name in ("Z", "Y", "X")]
-        + [("Z", ("A", "B"), 0.1), ("Z", ("B", "A"), 0.2), ("Z", ("A", "A"), 0.7)]
-        + [("Y", ("A", "A"), 0.7), ("Y", ("B", "A"), 0.2), ("Y", ("A", "B"), 0.1)]
-        + [("X", ("A", "A"), 0.1), ("X", ("B", "A"), 0.9)]
+        [("S", ("Y",), 0.5), ("S", ("Z",), 0.5), ("Y", ("A", "A"), 0.3), ("Y", ("C", "C"), 0.7)]
+        + [("Z", ("A", "A"), 0.1), ("Z", ("A", "B"), 0.2), ("Z", ("C", "C"), 0.7)]
         + [(name, (word,), 0.5) for name in "AB" for word in "ab"]
+        + [("C", ("c",), 1.0)]
     )
-    tokens = np.array([[0, 0], [0, 1], [1, 1]])
-    assert Labeller(grammar, "A").label(tokens, np.array([2, 2, 2])).tolist() == [0, 0, 0]
-    assert Labeller(grammar, "C").label(tokens, np.array([2, 2, 2])).tolist() == [2, 2, 2]  # S, too
+    labeller = Labeller(grammar, "A")
+    tokens, lengths = np.array([[0, 0], [0, 1]]), np.array([2, 2])
+    scores = Chart(grammar).span_scores(tokens, lengths, None)
+    assert (scores[:, grammar.names.index("Z")] > scores[:, grammar.names.index("Y")]).all()
+    assert labeller.names == ["Y", "Z"]
+    assert labeller.label(tokens, lengths).tolist() == [0, 0]
+    # sorted by name, S (0.5 x 0.3 + 0.5 x 0.3) ties too, and comes before Y and Z
+    assert Labeller(grammar, "C").label(tokens, lengths).tolist() == [3, 3]
 
 
 def test_a_span_that_nothing_derives_has_no_label(recursive):

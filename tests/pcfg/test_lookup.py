@@ -53,8 +53,8 @@ def test_file_memory_and_chart_agree(folder, table_path, monkeypatch):
         assert [table.words[word] for word in table.true_words] == " ".join(texts).split()
         found = table.conditionals(0, len(texts))
         assert found.dtype == np.float64
-        np.testing.assert_allclose(found, expected, atol=1e-7)
-        np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-14)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7)
+        np.testing.assert_allclose(found.sum(axis=1), 1, rtol=0, atol=1e-14)
         np.testing.assert_array_equal(table.conditionals(5, 9), found[offsets[5] : offsets[9]])
         for row in range(0, len(expected), 17):
             probabilities = expected[row][expected[row] > 0]
