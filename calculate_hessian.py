@@ -70,9 +70,7 @@ def find_weights(args: argparse.Namespace) -> list[tuple[Path, Path, Path]]:
     if not weights.is_file():
         raise InputError(f"--loadpath {args.loadpath}: no weights there ({weights} is missing)")
     if not is_model_folder(args.model_path):
-        raise InputError(
-            f"--model-path {args.model_path}: with --loadpath it must be one model folder, for its configuration"
-        )
+        raise InputError(f"--model-path {args.model_path}: with --loadpath it must be one model folder, for its configuration")
     return [(Path(args.model_path), weights, weights.parent)]
 
 
@@ -81,9 +79,7 @@ def estimate(args: argparse.Namespace, model, inputs) -> dict:
     draws = args.draws or DEFAULT_DRAWS[args.estimator]
     if args.estimator == "fisher":
         return fisher_trace(model, inputs.contexts, draws, args.seed, args.bs, args.datafile)
-    return hutchinson_trace(
-        model, inputs.contexts, inputs.table, inputs.columns, draws, args.seed, args.bs, args.datafile
-    )
+    return hutchinson_trace(model, inputs.contexts, inputs.table, inputs.columns, draws, args.seed, args.bs, args.datafile)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -115,9 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         with atomic_open((results / name).with_suffix(".txt")) as file:
             file.write(f"{record['value']:.6f}\n")
-        print(
-            f"{results}: trace {record['value']:.4f} +- {record['standard_error']:.4f} ({args.estimator}, n = {record['n']})"
-        )
+        print(f"{results}: trace {record['value']:.4f} +- {record['standard_error']:.4f} ({args.estimator}, n = {record['n']})")
 
 
 if __name__ == "__main__":

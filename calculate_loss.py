@@ -29,9 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_input_arguments(parser)
     group = parser.add_argument_group("how much at a time")
-    group.add_argument(
-        "--batch-size", type=positive_int, default=1024, help="masked sentences a forward pass (default 1024)"
-    )
+    group.add_argument("--batch-size", type=positive_int, default=1024, help="masked sentences a forward pass (default 1024)")
     return parser
 
 

@@ -178,8 +178,7 @@ def hutchinson_trace(
         for draw in range(draws):
             rng = keyed_rng(seed, "hutchinson probes", number, draw)
             probe = [
-                torch.from_numpy(rng.integers(0, 2, tuple(p.shape), np.int8) * 2 - 1).to(device, p.dtype)
-                for p in parameters
+                torch.from_numpy(rng.integers(0, 2, tuple(p.shape), np.int8) * 2 - 1).to(device, p.dtype) for p in parameters
             ]
             products = torch.autograd.grad(gradients, parameters, probe, retain_graph=draw + 1 < draws)
             total += sum((v * hv).sum(dtype=torch.float64) for v, hv in zip(probe, products, strict=True)).item()

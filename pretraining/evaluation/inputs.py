@@ -21,9 +21,7 @@ HDF5_SUFFIXES = (".hdf5", ".h5")
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that the measurements share."""
     group = parser.add_argument_group("what is measured, and on what")
-    group.add_argument(
-        "--model-path", required=True, help="a model folder, or a folder that holds model folders at any depth"
-    )
+    group.add_argument("--model-path", required=True, help="a model folder, or a folder that holds model folders at any depth")
     group.add_argument(
         "--datafile",
         required=True,
@@ -41,9 +39,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda (default: cuda if it is there)",
     )
-    group.add_argument(
-        "--overwrite", action="store_true", help="measure again what is measured already (default: skip it)"
-    )
+    group.add_argument("--overwrite", action="store_true", help="measure again what is measured already (default: skip it)")
 
 
 @dataclasses.dataclass
@@ -92,9 +88,7 @@ def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None)
     if data.suffix in HDF5_SUFFIXES:
         if arguments.condprobfile or arguments.rule_path:
             flag = "--condprobfile" if arguments.condprobfile else "--rule-path"
-            raise InputError(
-                f"{flag}: true conditionals are for sentences with one mask, not for the samples in {data}"
-            )
+            raise InputError(f"{flag}: true conditionals are for sentences with one mask, not for the samples in {data}")
         contexts = from_samples(data, vocabulary, max_sentences)
         return Inputs(vocabulary, vocabulary_path, contexts, None, None, described)
     texts = read_texts(data)[:max_sentences]

@@ -28,10 +28,7 @@ _COMMON = (
     ("embeddings.positions", "{base}.embeddings.position_embeddings"),
     ("embeddings.token_types", "{base}.embeddings.token_type_embeddings"),
     ("embeddings.norm", "{base}.embeddings.LayerNorm"),
-    *(
-        (f"layers.*.attention.{ours}", f"{{base}}.encoder.layer.*.attention.self.{ours}")
-        for ours in ("query", "key", "value")
-    ),
+    *((f"layers.*.attention.{ours}", f"{{base}}.encoder.layer.*.attention.self.{ours}") for ours in ("query", "key", "value")),
     ("layers.*.attention.output", "{base}.encoder.layer.*.attention.output.dense"),
     ("layers.*.intermediate", "{base}.encoder.layer.*.intermediate.dense"),
     ("layers.*.output", "{base}.encoder.layer.*.output.dense"),
@@ -175,9 +172,7 @@ def model_folders(path) -> list[Path]:
         and not any(part.startswith(".") or part == "training_state" for part in folder.relative_to(path).parts)
     )
     if not found:
-        raise InputError(
-            f"{path}: no model folder in it ({CONFIG_FILE} with {WEIGHTS_FILE}); was anything saved there?"
-        )
+        raise InputError(f"{path}: no model folder in it ({CONFIG_FILE} with {WEIGHTS_FILE}); was anything saved there?")
     return found
 
 
