@@ -6,8 +6,8 @@ A laptop's version: fewer sentences (the standard error grows as one over the ro
 
     python calculate_hessian.py --model-path OUT --datafile pcfg_dataset/test0.txt --vocabfile vocab.txt --nsamples 64
 
-fisher: E_{x,t} E_{w ~ f(x_-t)} ||grad log f(x_-t)[w]||^2, labels drawn from the model (Liu et al. 2023, appendix B.1); the trace
-at a model that equals the true distribution. It needs no conditionals: a table that is given is only checked.
+fisher: E_{x,t} E_{w ~ f(x_-t)} ||grad log f(x_-t)[w]||^2, labels drawn from the model (Liu et al. 2023, appendix B.1): the
+trace at a model that equals the true distribution. It needs no conditionals: a table that is given is only checked.
 hutchinson: E_v[v^T H v] (Hutchinson 1990), the trace at any model; true conditionals, if given, replace the drawn words.
 Writes hessian.json and hessian.txt (hutchinson: hessian_hutchinson.json and .txt) beside the weights.
 """
@@ -51,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--seed", type=non_negative_int, default=0, help="of the drawn labels and probes (default 0)")
     group.add_argument(
         "--loadpath",
-        help="other weights (a file, or a folder with model.safetensors or pytorch_model.bin) of the shape of the one model folder "
-        "--model-path; the results go beside them (default: the folder's own)",
+        help="other weights (a file, or a folder with model.safetensors or pytorch_model.bin) of the shape of the one model "
+        "folder --model-path; the results go beside them (default: the folder's own)",
     )
     return parser
 

@@ -2,13 +2,13 @@
 
     python enlarge.py --checkpoint-path SMALL --large-model-path LARGE --enlarged-model-path ENLARGED --time-enlarged K
 
-A laptop's version, after scripts/quickstart.sh (the sizes of its models differ by 2 in each dimension):
+A laptop's version, after scripts/quickstart.sh (its medium model has twice the width of the small one, and a layer more):
 
-    python enlarge.py --checkpoint-path quickstart/models/small/step0003000 \\
-        --large-model-path quickstart/models/medium/step0003000 --enlarged-model-path quickstart/enlarged --time-enlarged 2
+    python enlarge.py --checkpoint-path quickstart/models/small/step0001500 \\
+        --large-model-path quickstart/models/medium/step0001500 --enlarged-model-path quickstart/enlarged --time-enlarged 2
 
-LARGE gives the shape only (its config.json); its weights are not read. The logits of the two models are compared before anything
-is written (Liu et al. 2023: traces of different sizes are compared in one parameterisation).
+LARGE gives the shape only (its config.json); its weights are not read. The logits of the two models are compared before
+anything is written (Liu et al. 2023: traces of different sizes are compared in one parameterisation).
 """
 
 import argparse

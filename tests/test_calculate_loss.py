@@ -73,7 +73,7 @@ def test_plain_loss_on_samples(setting, tiny_samples):
     assert "gap" not in record and record["value"] == record["sampled_loss"]["pairs"]["mean"] > 0
 
 
-def test_what_does_not_belong_together(setting, tiny_samples, tmp_path):
+def test_what_does_not_belong_together(setting, tiny_samples):
     folder, table = setting
     with pytest.raises(InputError, match="--condprobfile or --rule-path"):
         calculate_loss.main(flags(folder))

@@ -1,6 +1,5 @@
 """The real main() of generate_pretraining: files, determinism, refusals, and a kill in the middle."""
 
-import os
 import shutil
 import signal
 import subprocess

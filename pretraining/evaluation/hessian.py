@@ -4,11 +4,11 @@ fisher (default), the estimator of Liu et al. 2023, appendix B.1:
 
     Tr = E_{x,t} E_{w ~ f(x_-t)} || grad_theta log f(x_-t)[w] ||^2
 
-which equals Tr[grad^2 L] where f equals the true conditionals at every context, since there the gradient's covariance equals
-the Hessian (Bartlett's second identity). Labels w are drawn from the model.
+which equals Tr[grad^2 L] where f equals the true conditionals at every context, since there the gradient's covariance
+equals the Hessian (Bartlett's second identity). Labels w are drawn from the model.
 
-hutchinson (Hutchinson 1990), right at every theta: Tr[grad^2 L] = E_v[ v^T (grad^2 L) v ], v uniform in {-1, 1}^parameters, with
-L the loss of a block of sentences; true conditionals, where they are known, take the place of the drawn labels.
+hutchinson (Hutchinson 1990), right at every theta: Tr[grad^2 L] = E_v[ v^T (grad^2 L) v ], v uniform in {-1, 1}^parameters,
+with L the loss of a block of sentences; true conditionals, where they are known, take the place of the drawn labels.
 
 In both the mean is over sentences of the mean over their (masked) positions. The parameters are all but the decoder's bias
 (as in the released code; the model has no pooler), the tied word table counted once.
@@ -18,11 +18,11 @@ import time
 
 import numpy as np
 import torch
-from pcfg.lookup import mean_by_sentences
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
 from pcfg.artefacts import InputError, keyed_rng
+from pcfg.lookup import mean_by_sentences
 from pretraining.evaluation.contexts import Contexts, check_length
 
 LEFT_OUT = ("decoder_bias",)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from pcfg.artefacts import InputError
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
 from pcfg.text import read_texts
-
-from pcfg.artefacts import InputError
 from pretraining.data.vocabulary import Vocabulary, find_vocabulary
 from pretraining.evaluation.contexts import Contexts, from_samples, from_texts
 from pretraining.evaluation.records import describe_file

@@ -1,21 +1,21 @@
 """Pre-training loss against the true conditional probabilities, the entropy, and the gap between them.
 
-    loss    L = E_{x,t}[ -sum_w P(w | x_-t) log f(x_-t)[w] ]       (Liu et al. 2023, section 2; expectation over x_t taken exactly)
+    loss    L = E_{x,t}[ -sum_w P(w | x_-t) log f(x_-t)[w] ]       (Liu et al. 2023, section 2)
     entropy H = E_{x,t}[ -sum_w P(w | x_-t) log P(w | x_-t) ]
     gap     L - H = E_{x,t}[ KL(P(. | x_-t) || f(x_-t)) ] >= 0
 
-all in nats, x_-t being x with the mask token at t. Two means are given. "pairs": over all (sentence, position) pairs.
-"sentences": over sentences of the mean over positions; it is what one mask a sentence minimises. The sampled loss,
-E[ -log f(x_-t)[x_t] ], has the same expectation when the conditionals belong to the text.
+all in nats, the expectation over x_t taken exactly, x_-t being x with the mask token at t. Two means are given. "pairs": over
+all (sentence, position) pairs. "sentences": over sentences of the mean over positions; it is what one mask a sentence
+minimises. The sampled loss, E[ -log f(x_-t)[x_t] ], has the same expectation when the conditionals belong to the text.
 """
 
 import time
 
 import numpy as np
 import torch
-from pcfg.lookup import mean_by_pairs, mean_by_sentences
 from tqdm import tqdm
 
+from pcfg.lookup import mean_by_pairs, mean_by_sentences
 from pretraining.evaluation.contexts import Contexts, check_length
 
 

@@ -1,4 +1,4 @@
-"""A small transformer seen as a large one: the same function in the parameters of a model K times as wide, and as deep or deeper.
+"""A small transformer seen as a large one: the same function in the parameters of a model K times as wide, maybe deeper.
 
 Liu et al. 2023, section 4.3 and appendix: traces of models of different sizes are compared in one parameterisation. The hidden
 vector of the large model is K copies of the small one's, h' = (h, .., h). It follows that
