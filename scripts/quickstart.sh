@@ -80,13 +80,11 @@ for name in A B C; do
         "${probe[@]}" --tokenizer_name "$data/pretraining/bert-large-uncased" --learning_rate 1e-1
 done
 
-stage "8/9 fine-tuning of the final models"
-for name in small medium large; do
-    # shellcheck disable=SC2046
-    python run_ft.py --model_name_or_path "$models/$name/step$(printf %07d "$steps")" $(task B) "${transfer[@]}" \
-        --evaluation_strategy steps --eval_steps 100 --per_device_train_batch_size 128 --gradient_accumulation_steps 1 \
-        --per_device_eval_batch_size 128 --learning_rate 1e-4 --num_train_epochs 30
-done
+stage "8/9 fine-tuning of the models"
+# shellcheck disable=SC2046
+python run_ft.py --model_name_or_path "$models" $(task B) "${transfer[@]}" --evaluation_strategy steps --eval_steps 100 \
+    --per_device_train_batch_size 128 --gradient_accumulation_steps 1 --per_device_eval_batch_size 128 \
+    --learning_rate 1e-4 --num_train_epochs 30
 
 stage "9/9 report"
 python -m pretraining.evaluation.report "$models" --output "$out/report"
