@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     large_config = ModelConfig.from_transformers(read_json(large_path), large_path)
     enlarged = enlarge(small, large_config, args.time_enlarged)
     difference = largest_logit_difference(small, enlarged)
-    if difference > LOGIT_TOLERANCE:
+    if not difference <= LOGIT_TOLERANCE:  # NaN, too
         raise InputError(
             f"--checkpoint-path {args.checkpoint_path}: the enlarged model's logits differ by {difference:.2e}, more than "
             f"{LOGIT_TOLERANCE:.0e}; nothing was written"

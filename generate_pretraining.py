@@ -16,11 +16,10 @@ with any number of processes.
 import argparse
 import dataclasses
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pcfg.artefacts import InputError, Manifest, atomic_open, keyed_rng, sha256
+from pcfg.artefacts import InputError, Manifest, atomic_open, check_space, free_bytes, keyed_rng, sha256
 from pcfg.cli import non_negative_int, positive_int, run_jobs, run_main
 from pcfg.grammar import Grammar, find_rules
 from pcfg.sampler import Sampler
@@ -120,8 +119,6 @@ def write_vocabulary(manifest: Manifest, folder: Path, content: bytes, overwrite
 
 def check_disk(folder: Path, wanted: list[Shard], shards: list[Shard]) -> None:
     """Print the plan, and raise an `InputError` if the disk can't hold the shards that are `wanted`."""
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(existing).free
     sampler = shards[0].sampler
     sample = sampler.sample(PLAN_SAMPLE, keyed_rng(shards[0].seed, "pretraining-plan"))
     sentence_bytes = (len(sampler.to_text(*sample, blank_line=True)) + 1) / PLAN_SAMPLE
@@ -132,14 +129,10 @@ def check_disk(folder: Path, wanted: list[Shard], shards: list[Shard]) -> None:
         print(f"plan: {len(numbers):,} {split} shards, {total:,} sentences, {total * sentence_bytes / 1e9:.3g} GB")
     print(
         f"plan: {len(shards) - len(wanted):,} shards are complete, {len(wanted):,} to make, {needed / 1e9:.3g} GB in {folder} "
-        f"({free / 1e9:.3g} GB free); sentences of at most {sampler.width} words, "
+        f"({free_bytes(folder) / 1e9:.3g} GB free); sentences of at most {sampler.width} words, "
         f"{sampler.length_probability.sum():.2%} of the grammar's"
     )
-    if needed > free:
-        raise InputError(
-            f"{folder}: {needed / 1e9:.3g} GB to write, but the disk has {free / 1e9:.3g} GB free; "
-            "choose another --save-path or fewer sentences"
-        )
+    check_space(folder, needed)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ from pretraining.evaluation.downstream import (
     read_task,
 )
 from pretraining.evaluation.finetuning import finetune_model
-from pretraining.model.checkpoints import model_folders
+from pretraining.model.checkpoints import find_model, model_folders
 
 
 def build_parser() -> HfArgumentParser:
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, training, given = parse_arguments(build_parser(), arguments)
     if options.model_name_or_path is None:
         raise InputError("--model_name_or_path: give a model folder, or a folder that holds model folders")
-    folders = model_folders(options.model_name_or_path)
+    folders = model_folders(find_model(options.model_name_or_path))
     task = read_task(options.train_file, options.validation_file)
     for number, folder in enumerate(folders):
         print(f"fine-tuning {number + 1} of {len(folders)}: {folder}")

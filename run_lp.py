@@ -35,7 +35,7 @@ from pretraining.evaluation.downstream import (
     read_task,
 )
 from pretraining.evaluation.probes import ineffective_flags, probe_lookup_table, probe_model
-from pretraining.model.checkpoints import model_folders
+from pretraining.model.checkpoints import find_model, model_folders
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     if ignored := ineffective_flags(given):
         print(f"warning: no effect on a linear probe: {', '.join('--' + name for name in ignored)}")
     is_table = check_what_is_probed(options, training)
-    folders = [] if is_table else model_folders(options.model_name_or_path)
+    folders = [] if is_table else model_folders(find_model(options.model_name_or_path))
     task = read_task(options.train_file, options.validation_file)
     if is_table:
         probe_lookup_table(task, options, training)

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+# What the operating system says of a place where nothing, or nothing as large, can be written.
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EFBIG)
+
 
 class InputError(Exception):
     """What the user gave can't be used. The message names file, line or flag, the value, and what to do.
@@ -44,11 +47,27 @@ def disk_errors(path: Path):
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"{path}: the disk is full; free some space and run the same command again") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EISDIR, errno.ENOTDIR):
+        if error.errno in UNWRITABLE:
             raise InputError(f"{path}: can't be written ({error.strerror}); choose another place") from error
         raise
+
+
+def free_bytes(path) -> int:
+    """Bytes free on the disk that `path`, which need not exist yet, is on."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
+
+
+def check_space(path, size: float) -> None:
+    """Raise an `InputError` if the disk of `path` has less than `size` bytes free."""
+    free = free_bytes(path)
+    if size > free:
+        raise InputError(
+            f"{path}: {size / 1e9:.3g} GB to write, but the disk has {free / 1e9:.3g} GB free; "
+            "free some space, choose another place, or make fewer sentences"
+        )
 
 
 @contextlib.contextmanager
@@ -121,22 +140,27 @@ def write_json(path, value) -> None:
         file.write(text)
 
 
-def read_json(path):
-    """The value in a JSON file.
+def read_json(path) -> dict:
+    """The object in a JSON file; every JSON file of the project is one.
 
     Raises:
-        InputError: the file is missing or is not JSON.
+        InputError: the file is missing, is not JSON, or holds something else than an object.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a JSON file ({error}); delete it and make it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds no JSON object, but {type(value).__name__}; delete it and make it again")
+    return value
 
 
 def keyed_rng(seed: int, purpose: str, *index: int) -> np.random.Generator:
     """The random generator of (seed, purpose, index): the same key gives the same numbers everywhere.
+
+    A purpose always takes the same number of indices: without one it would share the stream of index 0.
 
     >>> bool(keyed_rng(0, "training", 3).integers(100) == keyed_rng(0, "training", 3).integers(100))
     True

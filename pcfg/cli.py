@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures
+import concurrent.futures.process
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -50,11 +51,11 @@ def probability(text: str) -> float:
     return value
 
 
-def _end_with_parent() -> None:
-    """Make a worker process end when its parent is killed, before a rerun writes the same files."""
+def _end_with(pipe) -> None:
+    """Make a worker process end when the parent closes its end of `pipe` or is killed, before a rerun writes the same files."""
 
     def watch():
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        multiprocessing.connection.wait([pipe])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -65,6 +66,8 @@ def run_jobs(function, jobs: list, n_processes: int, what: str):
 
     More processes than jobs or cores are never started. `function` must be importable and a pure function of its job, so
     that the number of processes changes nothing but the time. Shows a progress bar named `what`.
+
+    An exception of a job is raised here once the jobs in progress are done; Ctrl-C ends them at once.
     """
     workers = max(1, min(n_processes, len(jobs), os.cpu_count() or 1))
     with tqdm(total=len(jobs), desc=what, unit="file") as progress:
@@ -75,12 +78,22 @@ def run_jobs(function, jobs: list, n_processes: int, what: str):
             return
         # spawn: a forked child of a process that has threads (numba, BLAS) may deadlock.
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as executor:
+        for_workers, ours = context.Pipe(duplex=False)
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_end_with, initargs=(for_workers,))
+        with for_workers, ours, pool as executor:
             futures = {executor.submit(function, job): job for job in jobs}
             try:
                 for future in concurrent.futures.as_completed(futures):
                     yield futures[future], future.result()
                     progress.update()
+            except concurrent.futures.process.BrokenProcessPool:
+                raise InputError(
+                    f"{what}: a worker process was killed, for want of memory maybe; run the same command again, "
+                    "with fewer --n_processes"
+                ) from None
+            except (KeyboardInterrupt, GeneratorExit):
+                ours.close()
+                raise
             except BaseException:
                 executor.shutdown(cancel_futures=True)
                 raise

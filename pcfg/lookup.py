@@ -18,16 +18,18 @@ and its attributes: `format` (1), `text_sha256`, `text_name`, `grammar_sha256`, 
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import h5py
 import numpy as np
 from tqdm import tqdm
 
-from pcfg.artefacts import InputError, atomic_path, sha256, versions
+from pcfg.artefacts import InputError, sha256, versions
 from pcfg.chart import Chart
 from pcfg.cli import run_main
 from pcfg.grammar import Grammar, find_rules
+from pcfg.hdf5 import atomic_hdf5
 from pcfg.text import read_texts
 
 FORMAT = 1
@@ -141,8 +143,8 @@ def _shapes(lengths, columns: int) -> dict:
     }
 
 
-def _fill(arrays, grammar, tokens, lengths, source) -> None:
-    """Compute a table, a run of sentences at a time, into `arrays`: HDF5 datasets or numpy arrays by name."""
+def _fill(arrays, grammar, tokens, lengths, source, after_block=lambda: None) -> None:
+    """Compute a table, a block of sentences at a time, into `arrays`: HDF5 datasets or numpy arrays by name."""
     chart = Chart(grammar)
     arrays["lengths"][:] = lengths
     step = max(1, CHUNK_ELEMENTS // (len(grammar.words) * tokens.shape[1]))
@@ -159,6 +161,7 @@ def _fill(arrays, grammar, tokens, lengths, source) -> None:
             arrays["entropy"][rows] = -np.einsum("mv,mv->m", conditionals, logarithms)
             arrays["log_true"][rows] = np.log(conditionals[np.arange(len(true_words)), true_words])
             row = rows.stop
+            after_block()
             progress.update(len(words))
 
 
@@ -166,14 +169,16 @@ def write_table(path, grammar, datafile) -> None:
     """Compute the lookup table of a text or CSV file and write it to `path`; complete or absent.
 
     Raises:
-        InputError: an unknown word, or a sentence that the grammar can't derive.
+        InputError: an unknown word, a sentence that the grammar can't derive, or a disk that can't hold the table.
     """
     tokens, lengths = grammar.encode(read_texts(datafile), datafile)
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    shapes = _shapes(lengths, len(grammar.words))
+    size = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in shapes.values())
+    with atomic_hdf5(path, size) as file:
         file.create_dataset("words", data=[word.encode() for word in grammar.words], dtype=h5py.string_dtype())
-        for name, (shape, kind) in _shapes(lengths, len(grammar.words)).items():
+        for name, (shape, kind) in shapes.items():
             file.create_dataset(name, shape, kind)
-        _fill(file, grammar, tokens, lengths, datafile)
+        _fill(file, grammar, tokens, lengths, datafile, file.flush)
         file.attrs["format"] = FORMAT
         file.attrs["text_sha256"] = sha256(datafile)
         file.attrs["text_name"] = Path(datafile).name

@@ -100,3 +100,10 @@ def test_errors_exit_with_2(capsys):
     with pytest.raises(SystemExit) as stopped:
         calculate_loss.main(["--model-path", "x"])
     assert stopped.value.code == 2 and "--datafile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_devices_that_are_not_there(device, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        calculate_loss.main(["--model-path", "x", "--datafile", "y", "--vocabfile", "z", "--device", device])
+    assert stopped.value.code == 2 and f"{device}: not a device of this machine" in capsys.readouterr().err

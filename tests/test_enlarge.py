@@ -62,3 +62,14 @@ def test_shapes_that_do_not_fit(tiny_model, tmp_path):
     assert not (tmp_path / "enlarged").exists()
     with pytest.raises(InputError, match="not a model folder"):
         run(tmp_path / "nowhere", tmp_path / "large", tmp_path / "enlarged")
+
+
+def test_a_broken_model_is_not_enlarged(tiny_model, tmp_path):
+    vocabulary = load_vocabulary(tiny_model)
+    broken = load_model(tiny_model)
+    with torch.no_grad():
+        broken.head_dense.weight[0, 0] = float("nan")
+    save_model(tmp_path / "broken", broken, build_tokenizer(vocabulary, True, 10), vocabulary, {})
+    with pytest.raises(InputError, match="logits differ by nan"):
+        run(tmp_path / "broken", tmp_path / "broken", tmp_path / "enlarged", times=1)
+    assert not (tmp_path / "enlarged").exists()

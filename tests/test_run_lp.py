@@ -224,3 +224,9 @@ def test_help(capsys):
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert "--evaluation_strategy" in printed and "model and data" in printed
+
+
+@pytest.mark.parametrize("flags, named", [(["--num_train_epochs", "0"], "no training step"), (["--seeds", "x"], "'x'")])
+def test_trainings_that_are_none(model, data, flags, named):
+    with pytest.raises(InputError, match=named):
+        run_lp.main(["--model_name_or_path", str(model), *data, *SHORT, *flags])

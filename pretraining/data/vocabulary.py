@@ -333,10 +333,15 @@ def resolve_tokenizer(name: str, beside: list[Path]):
     return _load_tokenizer(found, name)
 
 
+def hub_is_off() -> bool:
+    """Whether only the hub's local cache may be looked at: unless the user set HF_HUB_OFFLINE=0."""
+    return os.environ.get("HF_HUB_OFFLINE", "1").lower() not in ("0", "false", "no", "off")
+
+
 def _load_from_hub(name: str, places: list[Path]):
     from transformers import AutoTokenizer
 
-    offline = os.environ.get("HF_HUB_OFFLINE", "1").lower() not in ("0", "false", "no", "off")
+    offline = hub_is_off()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
     except (OSError, ValueError) as error:

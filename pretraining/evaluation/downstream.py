@@ -31,7 +31,8 @@ class DownstreamArguments:
     _argument_group_name = "model and data"
 
     model_name_or_path: str | None = HfArg(
-        default=None, help="model folder, or a folder with model folders at any depth (each is measured in turn)"
+        default=None,
+        help="model folder, folder with model folders at any depth (measured in turn), or a name on the hub",
     )
     tokenizer_name: str | None = HfArg(
         default=None, help="tokenizer, looked up in the model folder first; it must have the model's vocabulary"
@@ -123,13 +124,17 @@ def training_steps(training: TrainingArguments, sentences: int) -> int:
     """Optimizer steps of a training on `sentences` sentences.
 
     Raises:
-        InputError: the warm-up takes all of them, so that the learning rate asked for is never reached.
+        InputError: there are none, or the warm-up takes all of them, so that the learning rate asked for is never reached.
     """
     batch_size = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if batch_size < 1:
+        raise InputError(f"batches of {batch_size} sentences: --per_device_train_batch_size and accumulation must be 1 or more")
     steps = training.max_steps
     if steps <= 0:
         steps = math.ceil(training.num_train_epochs * math.ceil(sentences / batch_size))
-    if training.get_warmup_steps(steps) >= max(steps, 1):
+    if steps < 1:
+        raise InputError(f"--num_train_epochs {training.num_train_epochs:g}: that is no training step; give more")
+    if training.get_warmup_steps(steps) >= steps:
         raise InputError(
             f"--warmup_steps {training.warmup_steps:g}: the training has {steps} steps ({sentences} sentences, batches of "
             f"{batch_size}, {training.num_train_epochs:g} epochs); give fewer, or more --num_train_epochs"

@@ -18,6 +18,15 @@ from pretraining.evaluation.records import describe_file
 HDF5_SUFFIXES = (".hdf5", ".h5")
 
 
+def device(text: str) -> str:
+    """An argparse type: a device that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: not a device of this machine ({str(error).splitlines()[0]})") from None
+    return text
+
+
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that the measurements share."""
     group = parser.add_argument_group("what is measured, and on what")
@@ -36,6 +45,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how it runs")
     group.add_argument(
         "--device",
+        type=device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda (default: cuda if it is there)",
     )

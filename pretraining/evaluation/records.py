@@ -95,7 +95,7 @@ def read_records(folder) -> dict[str, dict]:
         if not path.name.startswith(("loss", "hessian", "probe_", "finetune_")):
             continue
         record = read_json(path)
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        if record.get("schema") != SCHEMA:
             raise InputError(f"{path}: not a record of schema {SCHEMA}; delete it and measure again")
         records[path.name] = record
     return records

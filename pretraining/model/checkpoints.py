@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from pcfg.artefacts import InputError, atomic_folder, read_json, sha256, write_json
-from pretraining.data.vocabulary import Vocabulary, save_tokenizer
+from pretraining.data.vocabulary import Vocabulary, hub_is_off, save_tokenizer
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 
@@ -78,6 +78,10 @@ def from_stored(stored: dict, config: ModelConfig, source) -> dict:
         InputError: a weight is missing or has another shape than `config` says; names it and `source`.
     """
     pre_ln = config.encoder_ln_mode == "pre-ln"
+    # Google's BERT weights on the hub still have TensorFlow's names of a LayerNorm.
+    legacy = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+    for old, new in legacy:
+        stored = {name.replace(old, new): tensor for name, tensor in stored.items()}
     with torch.device("meta"):
         expected = MaskedLM(config).state_dict()
     state = {}
@@ -153,6 +157,26 @@ def load_model(folder, device="cpu", attention: str = "sdpa", weights=None) -> M
 def is_model_folder(folder) -> bool:
     """Whether `folder` has a configuration and weights."""
     return weights_file(folder).is_file() and (Path(folder) / CONFIG_FILE).is_file()
+
+
+def find_model(name) -> Path:
+    """The folder that a user means by `name`: a local one, else a model of the hub (its local cache, unless HF_HUB_OFFLINE=0).
+
+    Raises:
+        InputError: found nowhere, at once.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download  # only where it is asked for
+
+    files = [CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE, "tokenizer*"]
+    try:
+        folder = Path(snapshot_download(str(name), allow_patterns=files, local_files_only=hub_is_off()))
+    except (OSError, ValueError) as error:
+        off = "the hub is off; HF_HUB_OFFLINE=0 turns it on" if hub_is_off() else str(error).splitlines()[0]
+        raise InputError(f"model {name}: no such folder, and not in the hub's local cache ({off}); give a folder") from None
+    print(f"model: {name} from the hub, in {folder}")
+    return folder
 
 
 def model_folders(path) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pcfg.artefacts import InputError, keyed_rng, read_json, versions
+from pcfg.artefacts import InputError, disk_errors, keyed_rng, read_json, versions
 from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import FACTS_FILE, read_facts
@@ -173,7 +173,8 @@ def pretrain(options: argparse.Namespace, now=time.monotonic) -> Path:
         announce(options, data.facts, folder, ranks)
         if options.overwrite and folder is None:
             clear(job)
-        job.mkdir(parents=True, exist_ok=True)
+        with disk_errors(job):
+            job.mkdir(parents=True, exist_ok=True)
     engine = build_engine(options, model, accumulation, arithmetic)
     if folder is not None:
         state.load(engine, folder)

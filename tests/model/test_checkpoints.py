@@ -13,6 +13,7 @@ from pretraining.data.vocabulary import Vocabulary, build_tokenizer
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import (
     check_vocabulary,
+    find_model,
     load_model,
     load_vocabulary,
     model_folders,
@@ -137,3 +138,30 @@ def test_another_vocabulary_is_refused(tmp_path):
     check_vocabulary(tmp_path / "model", Vocabulary(WORDS), "vocab.txt")
     with pytest.raises(InputError, match="vocab.txt: 15 words with hash"):
         check_vocabulary(tmp_path / "model", Vocabulary([*WORDS[:-2], "j", "i"]), "vocab.txt")
+
+
+def test_a_hub_name_fails_at_once_offline():
+    with pytest.raises(InputError, match="model bert-base-uncased: no such folder.*HF_HUB_OFFLINE=0"):
+        find_model("bert-base-uncased")
+
+
+def test_a_model_of_the_hub(tmp_path, monkeypatch):
+    """What a download would give, with the weights' names that Google's BERT has there."""
+    model = make_folder(tmp_path / "hub", encoder_ln_mode="post-ln")
+    weights = tmp_path / "hub" / "model.safetensors"
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    renamed = {}
+    for name, tensor in safetensors.torch.load_file(weights).items():
+        kind = ".".join(name.split(".")[-2:])
+        renamed[name.replace(kind, old.get(kind, kind))] = tensor
+    assert any(name.endswith("gamma") for name in renamed)
+    safetensors.torch.save_file(renamed, weights)
+
+    def download(name, allow_patterns, local_files_only):
+        assert name == "somebody/bert" and "model.safetensors" in allow_patterns and not local_files_only
+        return str(tmp_path / "hub")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder = find_model("somebody/bert")
+    assert torch.equal(load_model(folder).embeddings.norm.weight, model.embeddings.norm.weight)

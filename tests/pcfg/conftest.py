@@ -13,32 +13,42 @@ PUBLISHED_RULES = Path(__file__).parents[3] / "shared" / "data" / "rule_deep_mlm
 
 
 class Naive:
-    """The textbook recursions over dense rule lists, with no pruning and no scaling; long double never underflows here."""
+    """The textbook recursions over dense rule lists, without scaling: long double never underflows here.
+
+    Nothing is left out but rules with a child that is zero in its cell, which add zero.
+    """
 
     def __init__(self, grammar, kind=np.float64):
         self.grammar, self.kind = grammar, kind
-        self.unary = np.zeros((len(grammar.names), len(grammar.names)), kind)
+        number = len(grammar.names)
+        self.unary = np.zeros((number, number), kind)
         for (parent, child), probability in zip(grammar.unary, grammar.unary_probability, strict=True):
             self.unary[parent, child] += probability
+        self.binary = np.zeros((number, len(grammar.binary)), kind)  # (N, rules): P(rule) at its left side
+        self.binary[grammar.binary[:, 0], np.arange(len(grammar.binary))] = grammar.binary_probability
 
     def table(self, columns):
-        """inside of sentences given as T columns (N, W): W variants of a sentence at once. {(i, j): (N, W)}."""
-        lhs, left, right = self.grammar.binary.T
-        probability = self.grammar.binary_probability[:, None].astype(self.kind)
-        table, length = {}, len(columns)
+        """inside of a sentence given as T columns, each (N, 1), or (N, W) for W variants of it at once.
+
+        {(i, j): (N, W)}, and (N, 1) where the words i .. j - 1 are the same in all variants.
+        """
+        left, right = self.grammar.binary[:, 1:].T
+        table, nonzero, length = {}, {}, len(columns)
         for width in range(1, length + 1):
             for i in range(length - width + 1):
                 j = i + width
-                cell = np.zeros(np.broadcast_shapes(*(column.shape for column in columns)), self.kind)
+                cell = np.zeros(np.broadcast_shapes(*(column.shape for column in columns[i:j])), self.kind)
                 if width == 1:
                     cell += columns[i]
                 for k in range(i + 1, j):
-                    np.add.at(cell, lhs, probability * table[i, k][left] * table[k, j][right])
+                    rules = np.flatnonzero(nonzero[i, k][left] & nonzero[k, j][right])
+                    if len(rules):
+                        cell += self.binary[:, rules] @ (table[i, k][left[rules]] * table[k, j][right[rules]])
                 chain = cell
                 while chain.any():
                     chain = self.unary @ chain
                     cell = cell + chain
-                table[i, j] = cell
+                table[i, j], nonzero[i, j] = cell, cell.any(axis=1)
         return table
 
     def columns(self, sentence):

@@ -54,24 +54,44 @@ def cyk_labels(grammar, words, spans):
     return labels
 
 
-def check_labels(grammar, number, max_words, spans=TASKS):
-    tokens, lengths = Sampler(grammar, max_words).sample(number, np.random.default_rng(5), min_words=5)
+def check_labels(grammar, tokens, lengths, spans=TASKS):
+    """Compare the labels of every sentence with those of CYK; returns them by task."""
     texts = [[grammar.words[word] for word in row[:length]] for row, length in zip(tokens, lengths, strict=True)]
     expected = [cyk_labels(grammar, text, spans) for text in texts]
-    for task, span in spans.items():
-        found = Labeller(grammar, task, span).label(tokens, lengths)
-        assert found.tolist() == [labels[task] for labels in expected]
-        assert len(set(found.tolist())) > 1
+    found = {task: Labeller(grammar, task, span).label(tokens, lengths).tolist() for task, span in spans.items()}
+    assert found == {task: [labels[task] for labels in expected] for task in spans}
+    return found
 
 
-def test_labels_of_the_published_grammar_equal_cyk(published_rules):
-    check_labels(Grammar.read(published_rules), 200, 31)
+def sentences(grammar, max_words):
+    return Sampler(grammar, max_words).sample(200, np.random.default_rng(5), min_words=5)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_labels_of_shipped_grammars_equal_cyk(path):
     grammar = Grammar.read(path)
-    check_labels(grammar, 200 if grammar.longest[0] <= 16 else 40, 31)
+    found = check_labels(grammar, *sentences(grammar, 31))
+    assert all(len(labels) == 200 and len(set(labels)) > 3 for labels in found.values())
+
+
+def test_labels_of_the_published_grammar_equal_cyk(published_rules):
+    grammar = Grammar.read(published_rules)
+    assert all(len(set(labels)) > 3 for labels in check_labels(grammar, *sentences(grammar, 31)).values())
+
+
+def test_labels_of_random_grammars_equal_cyk(random_grammars):
+    """On random strings, since many of these grammars have sentences of infinite expected length; some strings are none."""
+    rng = np.random.default_rng(5)
+    found = []
+    for grammar in random_grammars:
+        lengths = rng.integers(2, 9, size=200)
+        tokens = rng.integers(len(grammar.words), size=(200, 8))
+        spans = TASKS if (grammar.unary[:, 0] == 0).any() else {"B": 4, "C": 2}
+        found.append(check_labels(grammar, tokens, lengths, spans))
+    for task in TASKS:
+        labels = [set(labels[task]) for labels in found if task in labels]
+        assert sum(len(names - {-1}) > 1 for names in labels) >= 5  # there was something to tell apart
+        assert sum(-1 in names for names in labels) >= 3
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +117,8 @@ def recursive():
 
 
 def test_labels_of_a_recursive_grammar_equal_cyk(recursive):
-    check_labels(recursive, 200, 12, {"A": None, "B": 3, "C": 1})
+    found = check_labels(recursive, *sentences(recursive, 12), {"A": None, "B": 3, "C": 1})
+    assert all(len(set(labels)) > 1 for labels in found.values())
 
 
 @pytest.mark.parametrize(("task", "span"), [("A", None), ("B", 3), ("C", None)])

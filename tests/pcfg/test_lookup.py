@@ -1,3 +1,7 @@
+import errno
+import os
+import shutil
+
 import numpy as np
 import pytest
 
@@ -110,6 +114,29 @@ def test_a_text_of_another_grammar_is_refused(folder, text, message):
     with pytest.raises(InputError, match=message):
         run(folder, "bad.txt", "bad.hdf5")
     assert not list(folder.glob("*bad.hdf5*"))
+
+
+def test_a_disk_that_cannot_hold_the_table_is_refused_before_the_work(folder, monkeypatch):
+    size = 4 * sum(len(line.split()) for line in (folder / "text.txt").read_text().splitlines())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - size, size))
+    monkeypatch.setattr(Chart, "conditionals", None)
+    with pytest.raises(InputError, match=r"full.hdf5: .* GB to write, but the disk has"):
+        run(folder, save="full.hdf5")
+    assert not list(folder.glob("*full.hdf5*"))
+
+
+def test_a_disk_that_fills_up_ends_the_work(folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    computed, conditionals = [], Chart.conditionals
+    monkeypatch.setattr(Chart, "conditionals", lambda *given: computed.append(1) or conditionals(*given))
+    monkeypatch.setattr(lookup, "CHUNK_ELEMENTS", 4 * 12 * 10)  # ten sentences
+    monkeypatch.setattr(os, "write", refuse)
+    with pytest.raises(InputError, match=r"full.hdf5: the disk is full"):
+        run(folder, save="full.hdf5")
+    assert len(computed) == 1
+    assert not list(folder.glob("*full.hdf5*"))
 
 
 def test_missing_text_and_text_as_target(folder):
