@@ -25,11 +25,10 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from pcfg.artefacts import InputError, sha256, versions
+from pcfg.artefacts import InputError, atomic_path, check_space, sha256, versions
 from pcfg.chart import Chart
 from pcfg.cli import run_main
 from pcfg.grammar import Grammar, find_rules
-from pcfg.hdf5 import atomic_hdf5
 from pcfg.text import read_texts
 
 FORMAT = 1
@@ -143,7 +142,7 @@ def _shapes(lengths, columns: int) -> dict:
     }
 
 
-def _fill(arrays, grammar, tokens, lengths, source, after_block=lambda: None) -> None:
+def _fill(arrays, grammar, tokens, lengths, source) -> None:
     """Compute a table, a block of sentences at a time, into `arrays`: HDF5 datasets or numpy arrays by name."""
     chart = Chart(grammar)
     arrays["lengths"][:] = lengths
@@ -161,7 +160,6 @@ def _fill(arrays, grammar, tokens, lengths, source, after_block=lambda: None) ->
             arrays["entropy"][rows] = -np.einsum("mv,mv->m", conditionals, logarithms)
             arrays["log_true"][rows] = np.log(conditionals[np.arange(len(true_words)), true_words])
             row = rows.stop
-            after_block()
             progress.update(len(words))
 
 
@@ -174,11 +172,13 @@ def write_table(path, grammar, datafile) -> None:
     tokens, lengths = grammar.encode(read_texts(datafile), datafile)
     shapes = _shapes(lengths, len(grammar.words))
     size = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in shapes.values())
-    with atomic_hdf5(path, size) as file:
+    # Asked beforehand: the HDF5 library does not survive a write that the disk refuses.
+    check_space(path, size)
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         file.create_dataset("words", data=[word.encode() for word in grammar.words], dtype=h5py.string_dtype())
         for name, (shape, kind) in shapes.items():
             file.create_dataset(name, shape, kind)
-        _fill(file, grammar, tokens, lengths, datafile, file.flush)
+        _fill(file, grammar, tokens, lengths, datafile)
         file.attrs["format"] = FORMAT
         file.attrs["text_sha256"] = sha256(datafile)
         file.attrs["text_name"] = Path(datafile).name

@@ -12,14 +12,14 @@ The file's attributes say how it was made; `REQUIRED_ATTRIBUTES` are what a read
 """
 
 import dataclasses
+import io
 import re
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from pcfg.artefacts import InputError
-from pcfg.hdf5 import atomic_hdf5
+from pcfg.artefacts import InputError, atomic_open
 
 DTYPES = {
     "input_ids": np.int32,
@@ -128,7 +128,9 @@ def write_samples(path, samples: Samples) -> None:
         InputError: `Samples.check` refuses them, or the file can't be written.
     """
     samples.check(path)
-    with atomic_hdf5(path) as file:
+    # made in memory (some 20 MB a million samples): h5py reports a full disk as a RuntimeError that names no cause
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
         for name in DTYPES:
             array = getattr(samples, name)
             # shuffle + the lowest gzip level: ids use one or two of their four bytes. No times: the bytes are a
@@ -144,6 +146,8 @@ def write_samples(path, samples: Samples) -> None:
             )
         for name in sorted(samples.attributes):
             file.attrs[name] = samples.attributes[name]
+    with atomic_open(path, "wb") as file:
+        file.write(buffer.getbuffer())
 
 
 def read_samples(path) -> Samples:
