@@ -39,39 +39,8 @@ from pretraining.data.vocabulary import (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    files = parser.add_argument_group("files")
-    files.add_argument("--dir", type=Path, required=True, help="folder of training{i}.txt and test{i}.txt")
-    files.add_argument("-o", "--output_dir", type=Path, required=True, help="folder for the samples and the tokenizer")
-    files.add_argument(
-        "--vocab_file",
-        default="vocab.txt",
-        help="vocabulary; a bare name is looked up in --dir, then in the working directory (default: vocab.txt)",
-    )
-    files.add_argument(
-        "--model_name",
-        default="bert-large-uncased",
-        help="name under which the tokenizer is saved in --output_dir; run_pretraining.py finds it by this name as "
-        "--tokenizer_name (default: bert-large-uncased)",
-    )
-    files.add_argument("--overwrite", action="store_true", help="replace samples that were made otherwise")
-
-    text = parser.add_argument_group("tokens")
-    text.add_argument(
-        "--do_lower_case",
-        type=int,
-        choices=(0, 1),
-        default=1,
-        help="whether the tokenizer lower-cases; it may not change a word of the text (default: 1)",
-    )
-    text.add_argument(
-        "--max_seq_length",
-        type=positive_int,
-        default=32,
-        help="tokens a sample, [CLS], [SEP] and padding included; longer sentences are an error (default: 32)",
-    )
-
+def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that decide which words are masked, and by what."""
     masks = parser.add_argument_group("masks")
     masks.add_argument(
         "--dup_factor",
@@ -106,6 +75,41 @@ def build_parser() -> argparse.ArgumentParser:
     )
     masks.add_argument("--seed", type=non_negative_int, default=0, help="seed of all masks (default: 0)")
 
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    files = parser.add_argument_group("files")
+    files.add_argument("--dir", type=Path, required=True, help="folder of training{i}.txt and test{i}.txt")
+    files.add_argument("-o", "--output_dir", type=Path, required=True, help="folder for the samples and the tokenizer")
+    files.add_argument(
+        "--vocab_file",
+        default="vocab.txt",
+        help="vocabulary; a bare name is looked up in --dir, then in the working directory (default: vocab.txt)",
+    )
+    files.add_argument(
+        "--model_name",
+        default="bert-large-uncased",
+        help="name under which the tokenizer is saved in --output_dir; run_pretraining.py finds it by this name as "
+        "--tokenizer_name (default: bert-large-uncased)",
+    )
+    files.add_argument("--overwrite", action="store_true", help="replace samples that were made otherwise")
+
+    text = parser.add_argument_group("tokens")
+    text.add_argument(
+        "--do_lower_case",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="whether the tokenizer lower-cases; it may not change a word of the text (default: 1)",
+    )
+    text.add_argument(
+        "--max_seq_length",
+        type=positive_int,
+        default=32,
+        help="tokens a sample, [CLS], [SEP] and padding included; longer sentences are an error (default: 32)",
+    )
+
+    add_mask_arguments(parser)
     work = parser.add_argument_group("work")
     work.add_argument(
         "--n_processes",
