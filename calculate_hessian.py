@@ -15,7 +15,7 @@ Writes hessian.json and hessian.txt (hutchinson: hessian_hutchinson.json and .tx
 import argparse
 from pathlib import Path
 
-from pcfg.artefacts import InputError, atomic_open, sha256
+from pcfg.artefacts import InputError, sha256
 from pcfg.cli import non_negative_int, positive_int, run_main
 from pretraining.evaluation.hessian import fisher_trace, hutchinson_trace
 from pretraining.evaluation.inputs import add_input_arguments, read_inputs
@@ -107,10 +107,9 @@ def main(arguments: list[str] | None = None) -> None:
             inputs=described,
             arguments=settings,
             device=args.device,
+            number_file=True,
             **estimated,
         )
-        with atomic_open((results / name).with_suffix(".txt")) as file:
-            file.write(f"{record['value']:.6f}\n")
         print(f"{results}: trace {record['value']:.4f} +- {record['standard_error']:.4f} ({args.estimator}, n = {record['n']})")
 
 

@@ -15,7 +15,7 @@ Writes loss.json and loss.txt (one number, the mean over (sentence, position) pa
 import argparse
 from pathlib import Path
 
-from pcfg.artefacts import InputError, atomic_open
+from pcfg.artefacts import InputError
 from pcfg.cli import positive_int, run_main
 from pretraining.evaluation.inputs import HDF5_SUFFIXES, add_input_arguments, read_inputs
 from pretraining.evaluation.loss import measure_loss
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = load_model(folder, args.device)
         details = measure_loss(model, inputs.contexts, inputs.table, inputs.columns, args.batch_size, args.datafile)
         mean = details.get("loss", details["sampled_loss"])["pairs"]
-        record = write_record(
+        write_record(
             folder,
             RECORD,
             measurement="loss",
@@ -75,10 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
             inputs=described,
             arguments={},
             device=args.device,
+            number_file=True,
             **details,
         )
-        with atomic_open(folder / "loss.txt") as file:
-            file.write(f"{record['value']:.6f}\n")
         print(f"{folder}: {describe(details)}")
 
 

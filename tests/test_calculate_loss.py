@@ -73,6 +73,13 @@ def test_plain_loss_on_samples(setting, tiny_samples):
     assert "gap" not in record and record["value"] == record["sampled_loss"]["pairs"]["mean"] > 0
 
 
+def test_the_vocabulary_beside_the_samples_folder_is_found(setting, tiny_samples, capsys):
+    folder, _ = setting
+    shutil.copytree(tiny_samples, folder / "pretraining")
+    calculate_loss.main(flags(folder, **{"--datafile": sample_paths(folder / "pretraining", "test")[0]}))
+    assert f"vocabulary: {folder / 'vocab.txt'}" in capsys.readouterr().out
+
+
 def test_what_does_not_belong_together(setting, tiny_samples):
     folder, table = setting
     with pytest.raises(InputError, match="--condprobfile or --rule-path"):

@@ -205,6 +205,9 @@ def test_model_errors(model, data, tmp_path):
         ["--do_train", "false"],
         ["--save_strategy", "epoch"],
         ["--max_seq_length", "2"],
+        *(["--learning_rate", "-1"], ["--learning_rate", "nan"], ["--weight_decay", "nan"], ["--max_grad_norm", "inf"]),
+        *(["--num_train_epochs", "nan"], ["--adam_beta1", "1"], ["--per_device_eval_batch_size", "0"], ["--eval_steps", "0"]),
+        *(["--gradient_accumulation_steps", "0"], ["--per_device_train_batch_size", "-2"], ["--seed", "-1"]),
     ],
 )
 def test_usage_errors_exit_with_2(model, data, flags):
@@ -226,7 +229,10 @@ def test_help(capsys):
     assert "--evaluation_strategy" in printed and "model and data" in printed
 
 
-@pytest.mark.parametrize("flags, named", [(["--num_train_epochs", "0"], "no training step"), (["--seeds", "x"], "'x'")])
+@pytest.mark.parametrize(
+    "flags, named",
+    [(["--num_train_epochs", "0"], "no training step"), (["--seeds", "x"], "'x'"), (["--seeds", str(1 << 32)], "2.32")],
+)
 def test_trainings_that_are_none(model, data, flags, named):
     with pytest.raises(InputError, match=named):
         run_lp.main(["--model_name_or_path", str(model), *data, *SHORT, *flags])

@@ -28,7 +28,13 @@ DTYPES = {
     "masked_lm_positions": np.int32,
     "masked_lm_ids": np.int32,
 }
-REQUIRED_ATTRIBUTES = ("vocab_sha256", "vocab_size", "max_seq_length", "source", "source_sha256")
+REQUIRED_ATTRIBUTES = {
+    "vocab_sha256": str,
+    "vocab_size": int | np.integer,
+    "max_seq_length": int | np.integer,
+    "source": str,
+    "source_sha256": str,
+}
 SPLITS = ("train", "test")
 ROWS_A_CHUNK = 4096  # of the HDF5 datasets: about 100 kB once compressed, and one read serves many batches
 
@@ -60,16 +66,20 @@ class Samples:
         """Check shapes and values against the layout that the module describes.
 
         Raises:
-            InputError: an attribute is missing, shapes disagree, ids are out of range, or masks stand outside the
-                sentence.
+            InputError: an attribute is missing or of the wrong type, shapes disagree, ids are out of range, or masks stand
+                outside the sentence.
         """
-        problem = self._missing_attribute() or self._wrong_shape() or self._wrong_tokens() or self._wrong_masks()
+        problem = self._wrong_attribute() or self._wrong_shape() or self._wrong_tokens() or self._wrong_masks()
         if problem:
             raise InputError(f"{source}: {problem}; make the samples again with generate_samples.py")
 
-    def _missing_attribute(self) -> str | None:
-        missing = [name for name in REQUIRED_ATTRIBUTES if name not in self.attributes]
-        return f"attribute {missing[0]} is missing" if missing else None
+    def _wrong_attribute(self) -> str | None:
+        for name, kind in REQUIRED_ATTRIBUTES.items():
+            if name not in self.attributes:
+                return f"attribute {name} is missing"
+            if not isinstance(self.attributes[name], kind):
+                return f"attribute {name} is {self.attributes[name]!r}, of the wrong type"
+        return None
 
     def _wrong_shape(self) -> str | None:
         arrays = {name: getattr(self, name) for name in DTYPES}

@@ -295,7 +295,7 @@ def _load_tokenizer(folder: Path, name: str):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:  # TypeError, ...: JSON of another shape
         raise InputError(f"{folder}: the tokenizer there can't be loaded ({error}); make the folder again") from error
     Vocabulary.from_tokenizer(tokenizer)  # without tokenizer.json transformers silently gives one of 5 entries: refused
     if (folder / VOCABULARY_FILE).is_file():
@@ -327,10 +327,13 @@ def resolve_tokenizer(name: str, beside: list[Path]):
         candidates.append((folder, _has_name(folder, name)))
     candidates.append((Path(name), _is_tokenizer_folder(Path(name))))
     found = next((place for place, is_wanted in candidates if is_wanted), None)
+    if found is None and Path(name).is_dir():  # transformers would make an empty tokenizer of it
+        raise InputError(f"tokenizer {name}: the folder has no tokenizer.json or tokenizer_config.json; make it again")
     if found is None:
         return _load_from_hub(name, [place for place, _ in candidates])
-    print(f"tokenizer: {found}")
-    return _load_tokenizer(found, name)
+    tokenizer = _load_tokenizer(found, name)
+    print(f"tokenizer: {found}, {len(tokenizer)} entries")
+    return tokenizer
 
 
 def hub_is_off() -> bool:
@@ -352,5 +355,5 @@ def _load_from_hub(name: str, places: list[Path]):
             "given, or a folder with a tokenizer"
         ) from error
     Vocabulary.from_tokenizer(tokenizer)
-    print(f"tokenizer: {name} from the hub")
+    print(f"tokenizer: {name} from the hub, {len(tokenizer)} entries")
     return tokenizer

@@ -19,6 +19,8 @@ from pretraining.evaluation.records import describe_file, is_measured, write_rec
 from pretraining.model.checkpoints import load_vocabulary
 from pretraining.model.config import ModelConfig
 
+SEEDS = 1 << 32  # numpy, which the Trainer seeds, knows no more
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The description as it stands, and each flag's default."""
@@ -80,6 +82,22 @@ class DownstreamTrainingArguments(TrainingArguments):
             raise ValueError("--save_strategy: a measurement keeps no checkpoints; leave it out")
 
 
+# Training flags whose values neither argparse nor TrainingArguments checks: what is accepted, and the test for it.
+RANGES = {
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "num_train_epochs"),
+        ("a finite number of 0 or more", lambda value: 0 <= value < math.inf),
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), ("in [0, 1)", lambda value: 0 <= value < 1)),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        ("1 or more", lambda value: value >= 1),
+    ),
+    "eval_steps": ("a number of steps, 1 or more", lambda value: value is None or value >= 1),
+    "seed": ("in [0, 2^32)", lambda value: 0 <= value < SEEDS),
+}
+
+
 def parse_arguments(parser: HfArgumentParser, arguments: list[str] | None) -> tuple:
     """The parser's two dataclasses, and the training flags that were given another value than their default.
 
@@ -97,6 +115,9 @@ def parse_arguments(parser: HfArgumentParser, arguments: list[str] | None) -> tu
     given = {
         name: value for name, value in sorted(vars(namespace).items()) if name in training_names and value != defaults[name]
     }
+    for name, (accepted, is_accepted) in RANGES.items():
+        if not is_accepted(getattr(namespace, name)):
+            parser.error(f"--{name}: {getattr(namespace, name)} is not {accepted}")
     try:
         options, training = parser.parse_dict(vars(namespace))
     except (ValueError, TypeError) as error:
@@ -110,14 +131,15 @@ def parse_seeds(options: DownstreamArguments, training: TrainingArguments) -> li
     """The seeds of --seeds, or the one of --seed.
 
     Raises:
-        InputError: not distinct integers of 0 or more.
+        InputError: not distinct integers in [0, 2^32).
     """
     if options.seeds is None:
         return [training.seed]
     parts = options.seeds.split(",")
-    if not all(part.strip().isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
-        raise InputError(f"--seeds: {options.seeds!r}; give distinct integers of 0 or more, such as 0,1,2")
-    return [int(part) for part in parts]
+    seeds = [int(part) for part in parts if part.strip().isdecimal() and int(part) < SEEDS]
+    if len(set(seeds)) < len(parts):
+        raise InputError(f"--seeds: {options.seeds!r}; give distinct integers in [0, 2^32), such as 0,1,2")
+    return seeds
 
 
 def training_steps(training: TrainingArguments, sentences: int) -> int:
@@ -127,8 +149,6 @@ def training_steps(training: TrainingArguments, sentences: int) -> int:
         InputError: there are none, or the warm-up takes all of them, so that the learning rate asked for is never reached.
     """
     batch_size = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    if batch_size < 1:
-        raise InputError(f"batches of {batch_size} sentences: --per_device_train_batch_size and accumulation must be 1 or more")
     steps = training.max_steps
     if steps <= 0:
         steps = math.ceil(training.num_train_epochs * math.ceil(sentences / batch_size))

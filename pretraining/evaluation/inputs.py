@@ -92,7 +92,9 @@ def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None)
     data = Path(arguments.datafile)
     if not data.is_file():
         raise InputError(f"--datafile {data}: no such file")
-    vocabulary_path = find_vocabulary(arguments.vocabfile, [data.parent])
+    # Samples lie in a folder of their own inside the dataset's.
+    beside = [data.parent, data.resolve().parent.parent] if data.suffix in HDF5_SUFFIXES else [data.parent]
+    vocabulary_path = find_vocabulary(arguments.vocabfile, beside)
     vocabulary = Vocabulary.read(vocabulary_path)
     described = {"data": describe_file(data), "vocabulary": vocabulary.sha256}
     if data.suffix in HDF5_SUFFIXES:

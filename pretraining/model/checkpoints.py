@@ -5,7 +5,6 @@ The folders are plain Hugging Face ones: pre-LN models load as `RobertaPreLayerN
 executing what is pickled in it.
 """
 
-import pickle
 import re
 from pathlib import Path
 
@@ -129,10 +128,16 @@ def _read_weights(path: Path) -> dict:
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a whole safetensors file ({error}); make the model again") from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: refused, it holds more than tensors or is damaged ({reason})") from None
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch's reader makes of damaged bytes: OSError, KeyError, UnicodeDecodeError, ...
+        # torch's own text is long, and advises to load the file unsafely
+        reason = type(error).__name__
+        raise InputError(
+            f"{path}: refused, it holds more than tensors or is damaged ({reason}); make it again, or as {WEIGHTS_FILE}"
+        ) from None
+    if not isinstance(stored, dict):
+        raise InputError(f"{path}: holds a {type(stored).__name__}, not tensors by name; make it again")
+    return {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
 
 
 def load_model(folder, device="cpu", attention: str = "sdpa", weights=None) -> MaskedLM:

@@ -60,8 +60,11 @@ class ModelConfig:
             *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
             *("intermediate_size", "max_position_embeddings", "type_vocab_size"),
         ):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name}: {getattr(self, name)} is not 1 or more")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InputError(f"--{name}: {getattr(self, name)!r} is not an integer of 1 or more")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps"):
+            if not isinstance(getattr(self, name), int | float):
+                raise InputError(f"--{name}: {getattr(self, name)!r} is not a number")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"--{name}: {getattr(self, name)} is not in [0, 1)")
@@ -101,7 +104,7 @@ class ModelConfig:
             "roberta-prelayernorm": "pre-ln",
             RMS_NORM_MODEL_TYPE: content.get("encoder_ln_mode"),
         }
-        if kind not in modes:
+        if not isinstance(kind, str) or kind not in modes:
             raise InputError(f"{source}: model_type {kind!r} is not one of {', '.join(modes)}")
         names = {field.name for field in dataclasses.fields(cls)} - {"attention", "encoder_ln_mode", "layer_norm_type"}
         values = {name: content[name] for name in names if name in content}
@@ -110,6 +113,9 @@ class ModelConfig:
         if kind == "roberta-prelayernorm":
             if content.get("pad_token_id") != 0:
                 raise InputError(f"{source}: pad_token_id is {content.get('pad_token_id')}; only 0 can be read")
+            if not isinstance(content.get("max_position_embeddings"), int):
+                found = content.get("max_position_embeddings")
+                raise InputError(f"{source}: max_position_embeddings is {found!r}; it must be an integer")
             values["max_position_embeddings"] -= 1
         norm = "rms_norm" if kind == RMS_NORM_MODEL_TYPE else "pytorch"
         try:

@@ -40,6 +40,22 @@ def non_negative(text: str) -> float:
     return value
 
 
+def finite(text: str) -> float:
+    """An argparse type: a finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def decay(text: str) -> float:
+    """An argparse type: a number in [0, 1), the weight of the past in a running mean."""
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
 def steps(text: str) -> list[int]:
     """An argparse type: a comma-separated list of steps.
 
@@ -119,10 +135,10 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--optimizer_type", choices=OPTIMIZERS, default="adamw", help="default: adamw")
     group.add_argument("--lr", type=non_negative, default=1e-3, help="highest learning rate (default: 1e-3)")
     group.add_argument("--weight_decay", type=non_negative, default=0.01, help="of matrices only (default: 0.01)")
-    group.add_argument("--adam_beta1", type=probability, default=0.9, help="adam, adamw, lamb (default: 0.9)")
-    group.add_argument("--adam_beta2", type=probability, default=0.999, help="adam, adamw, lamb (default: 0.999)")
+    group.add_argument("--adam_beta1", type=decay, default=0.9, help="adam, adamw, lamb (default: 0.9)")
+    group.add_argument("--adam_beta2", type=decay, default=0.999, help="adam, adamw, lamb (default: 0.999)")
     group.add_argument("--adam_eps", type=non_negative, default=1e-6, help="adam, adamw, lamb (default: 1e-6)")
-    group.add_argument("--sgd_momentum", type=probability, default=0.9, help="sgd (default: 0.9)")
+    group.add_argument("--sgd_momentum", type=decay, default=0.9, help="sgd (default: 0.9)")
     group.add_argument(
         "--gradient_clipping", type=non_negative, default=1.0, help="highest gradient norm; 0: no clipping (default: 1.0)"
     )
@@ -183,7 +199,7 @@ def _add_duration(parser: argparse.ArgumentParser) -> None:
     )
     _switch(group, "use_early_stopping", "stop when --early_stop_time has passed with a high validation loss")
     group.add_argument("--early_stop_time", type=non_negative, default=720.0, help="minutes (default: 720)")
-    group.add_argument("--early_stop_eval_loss", type=float, default=2.1, help="nats (default: 2.1)")
+    group.add_argument("--early_stop_eval_loss", type=finite, default=2.1, help="nats (default: 2.1)")
     group.add_argument(
         "--scale_cnt_limit",
         type=positive_int,
@@ -305,8 +321,12 @@ def check(options: argparse.Namespace) -> None:
         raise InputError("--gradient_predivide_factor: gradients can't be divided by 0; give another value")
     if options.load_checkpoint_id and not options.load_training_checkpoint:
         raise InputError("--load_checkpoint_id: say with --load_training_checkpoint which folder it is in")
-    if not options.job_name or "/" in options.job_name + options.current_run_id:
-        raise InputError(f"--job_name: {options.job_name!r} is no name of a folder; leave out '/'")
+    # A hidden folder would be passed over by the measurements, and ".." would put the run beside --output_dir.
+    if not options.job_name or options.job_name.startswith(".") or "/" in options.job_name + options.current_run_id:
+        raise InputError(
+            f"--job_name, --current_run_id: {job_folder(options).name!r} is no name of a folder here; leave out '/' and a "
+            "'.' at the beginning"
+        )
     model_config(options, vocab_size=1, max_seq_length=1)
 
 

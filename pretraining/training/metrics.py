@@ -12,9 +12,22 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(path) -> list[dict]:
-    """The records of a metrics file. A last line without its end, left by a kill, is passed over."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True) if Path(path).exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of a metrics file. A last line without its end, left by a kill, is passed over.
+
+    Raises:
+        InputError: another line is no record (with its number).
+    """
+    lines = Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise InputError(f"{path}:{number}: not a JSON record ({error}); remove the line") from None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise InputError(f"{path}:{number}: not a record with its step; remove the line")
+        records.append(record)
+    return records
 
 
 class Metrics:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pcfg.artefacts import InputError, disk_errors, keyed_rng, read_json, versions
+from pcfg.artefacts import InputError, disk_errors, keyed_rng, versions
 from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import FACTS_FILE, read_facts
@@ -31,7 +31,7 @@ def finished_model(job: Path, arguments: dict) -> Path | None:
     """The final model folder of an earlier run with the same deciding arguments, or None."""
     for path in sorted(job.glob(f"step*/{FACTS_FILE}")):
         facts = read_facts(path.parent)
-        if facts.get("final") and not differences(facts["arguments"], arguments):
+        if facts.get("final") and not differences(facts.get("arguments", {}), arguments):
             return path.parent
     return None
 
@@ -45,7 +45,7 @@ def starting_state(options: argparse.Namespace, job: Path) -> Path | None:
     arguments, found = vars(options), {}
     own = state.latest(job / STATE_FOLDER)
     if own is not None:
-        found[own] = differences(read_json(own / state.STATE_FILE)["arguments"], arguments)
+        found[own] = differences(state.describe(own)["arguments"], arguments)
         if not found[own]:
             return own
     if options.load_training_checkpoint:

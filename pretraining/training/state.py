@@ -15,6 +15,7 @@ from pathlib import Path
 from pcfg.artefacts import InputError, atomic_folder, atomic_open, read_json, sha256, write_json
 
 STATE_FILE, LATEST_FILE = "state.json", "latest"
+KEYS = ("progress", "arguments", "model", "vocabulary_sha256", "precision", "zero_stage", "world_size", "files")
 
 
 @dataclasses.dataclass
@@ -49,9 +50,40 @@ class Progress:
 
 
 def latest(root: Path) -> Path | None:
-    """The newest state under `root`, or None."""
+    """The newest state under `root`, or None.
+
+    Raises:
+        InputError: `latest` names a state that is not there.
+    """
     path = root / LATEST_FILE
-    return root / path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    if not path.is_file():
+        return None
+    tag = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not (root / tag / STATE_FILE).is_file():
+        raise InputError(f"{path}: names {tag!r}, which has no {STATE_FILE}; {_another(root / tag)}")
+    return root / tag
+
+
+def _another(folder: Path) -> str:
+    """What a user can do about the broken state `folder`."""
+    others = ", ".join(path.name for path in _states(folder.parent) if path != folder)
+    if not others:
+        return f"no other state is there: delete {folder.parent} and begin anew"
+    return f"delete {folder} and write the tag of another state ({others}) into {folder.parent / LATEST_FILE}"
+
+
+def describe(folder: Path) -> dict:
+    """The `state.json` of a state, with all keys that a run needs; the files beside it are not looked at.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    path = folder / STATE_FILE
+    state = read_json(path)
+    missing = [key for key in KEYS if key not in state]
+    if missing:
+        raise InputError(f"{path}: {missing[0]!r} is missing, not a whole training state; {_another(folder)}")
+    return state
 
 
 def find(root: Path, identifier: str | None) -> Path:
@@ -74,17 +106,14 @@ def read(folder: Path) -> dict:
     Raises:
         InputError: a file of the state is missing, damaged or not one that was saved with it.
     """
-    state = read_json(folder / STATE_FILE)
+    state = describe(folder)
     found = {path.name for path in folder.iterdir()} - {STATE_FILE}
     for name in sorted(found ^ state["files"].keys()):
         what = "isn't part of this training state; remove it" if name in found else "is missing; take another state"
         raise InputError(f"{folder / name}: {what}")
     for name, expected in state["files"].items():
         if sha256(folder / name) != expected:
-            raise InputError(
-                f"{folder / name}: damaged, its SHA-256 is not the one saved; delete {folder} and write the tag of "
-                f"another state ({', '.join(path.name for path in _states(folder.parent))}) into {LATEST_FILE}"
-            )
+            raise InputError(f"{folder / name}: damaged, its SHA-256 is not the one saved; {_another(folder)}")
     return state
 
 

@@ -115,6 +115,8 @@ def spoil_array(name, change):
         (spoil_array("masked_lm_ids", lambda a: a[:-1]), r"masked_lm_ids has shape \(29, 3\), expected \(30, 3\)"),
         (spoil_array("input_ids", lambda a: a[0]), r"input_ids has shape \(9,\)"),
         (spoil_array("attributes", lambda a: {**a, "max_seq_length": 8}), "9 columns, the attribute max_seq_length is 8"),
+        (spoil_array("attributes", lambda a: {**a, "vocab_size": "15"}), "attribute vocab_size is .*'15'.*, of the wrong type"),
+        (spoil_array("attributes", lambda a: {**a, "max_seq_length": [9, 9]}), "attribute max_seq_length is .*wrong type"),
     ],
 )
 def test_spoilt_samples_are_refused_by_reader_and_writer(tmp_path, spoil, message):

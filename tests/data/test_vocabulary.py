@@ -189,7 +189,7 @@ def test_resolve_order(tmp_path, vocabulary, monkeypatch, capsys):
 
     found = resolve_tokenizer("bert", [samples])
     assert (len(found), found.name_or_path) == (vocabulary.size, "bert")
-    assert str(samples / "bert") in capsys.readouterr().out
+    assert f"{samples / 'bert'}, {vocabulary.size} entries" in capsys.readouterr().out
     assert len(resolve_tokenizer("bert", [model])) == other.size
     assert len(resolve_tokenizer("bert", [model, samples])) == other.size
     assert len(resolve_tokenizer("bert", [tmp_path / "none"])) == third.size
@@ -218,6 +218,19 @@ def test_a_damaged_tokenizer_is_refused(tmp_path, vocabulary):
     (tmp_path / "b" / "vocab.txt").unlink()
     with pytest.raises(InputError, match="b: no words but special tokens"):
         resolve_tokenizer("b", [tmp_path])
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path, vocabulary):
+    vocabulary.write(tmp_path / "vocab.txt")
+    with pytest.raises(InputError, match="the folder has no tokenizer.json"):
+        resolve_tokenizer(str(tmp_path), [])
+
+
+def test_a_tokenizer_configuration_of_another_shape_is_refused(tmp_path, vocabulary):
+    save_tokenizer(tmp_path, build_tokenizer(vocabulary, True, 12), vocabulary)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(InputError, match="can't be loaded"):
+        resolve_tokenizer(str(tmp_path), [])
 
 
 def test_a_damaged_tokenizer_json_is_refused(tmp_path, vocabulary):

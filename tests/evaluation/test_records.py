@@ -45,6 +45,45 @@ def test_finished_ones_are_known(tmp_path):
         is_measured(tmp_path, "loss.json", RECORD["inputs"], {"seed": 1}, overwrite=False)
 
 
+@pytest.mark.parametrize(
+    "measurement, field, damaged",
+    [
+        ("loss", "inputs", [1]),
+        ("loss", "value", "1.5"),
+        ("loss", "gap", {"pairs": {"mean": "0.1", "standard_error": 0.1}}),
+        ("loss", "gap", [0.1]),
+        ("hessian", "standard_error", "0.1"),
+        ("probe", "accuracies", None),
+        ("finetune", "majority", "half"),
+    ],
+)
+def test_damaged_fields_are_named(tmp_path, measurement, field, damaged):
+    path = tmp_path / f"{measurement}_x.json"
+    means = {"pairs": {"mean": 0.1, "standard_error": 0.1}}
+    accuracy = {"accuracies": [0.5], "best_accuracy": 0.5, "sampling_standard_error": 0.1, "majority": 0.2}
+    record = write_record(tmp_path, path.name, **{**RECORD, "measurement": measurement}, gap=means, **accuracy)
+    assert read_records(tmp_path) == {path.name: record}
+    for broken in ({**record, field: damaged}, {key: value for key, value in record.items() if key != field}):
+        if broken.get(field) is None and field == "gap":
+            continue  # a loss on masked samples has none
+        path.write_text(json.dumps(broken))
+        with pytest.raises(InputError, match=f"{path.name}: not a whole record, '{field}' is missing or damaged"):
+            read_records(tmp_path)
+        with pytest.raises(InputError, match=path.name):
+            is_measured(tmp_path, path.name, RECORD["inputs"], {"seed": 1}, overwrite=False)
+        assert not is_measured(tmp_path, path.name, RECORD["inputs"], {"seed": 1}, overwrite=True)
+
+
+def test_a_record_is_written_after_its_number(tmp_path):
+    (tmp_path / "loss.txt").mkdir()
+    with pytest.raises(InputError, match="loss.txt"):
+        write_record(tmp_path, "loss.json", **RECORD, number_file=True)
+    assert not (tmp_path / "loss.json").exists()
+    (tmp_path / "loss.txt").rmdir()
+    write_record(tmp_path, "loss.json", **RECORD, number_file=True)
+    assert (tmp_path / "loss.txt").read_text() == "1.500000\n"
+
+
 def test_a_broken_model_leaves_no_record(tmp_path):
     with pytest.raises(InputError, match="the loss is nan"):
         write_record(tmp_path, "loss.json", **{**RECORD, "value": float("nan")})

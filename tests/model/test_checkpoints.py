@@ -108,6 +108,27 @@ def test_damaged_weights(tmp_path):
         load_model(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("hello world\n"),
+        lambda path: path.write_bytes(path.read_bytes()[:5000]),
+        lambda path: path.write_bytes(path.read_bytes()[:200] + bytes(200) + path.read_bytes()[400:]),
+        lambda path: torch.save([torch.ones(2)], path),
+        lambda path: torch.save({"bert.embeddings.word_embeddings.weight": "text", 3: torch.ones(2)}, path),
+    ],
+)
+def test_damaged_pytorch_bin(tmp_path, spoil):
+    make_folder(tmp_path / "model")
+    weights, path = tmp_path / "model" / "model.safetensors", tmp_path / "model" / "pytorch_model.bin"
+    torch.save(safetensors.torch.load_file(weights), path)
+    weights.unlink()
+    spoil(path)
+    with pytest.raises(InputError, match="pytorch_model.bin: "):
+        load_model(tmp_path / "model")
+
+
 def test_config_of_another_model(tmp_path):
     make_folder(tmp_path / "model")
     path = tmp_path / "model" / "config.json"

@@ -56,3 +56,20 @@ def test_missing_values_name_the_file():
     del stored["hidden_size"]
     with pytest.raises(InputError, match="config.json: .*hidden_size"):
         ModelConfig.from_transformers(stored, "config.json")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model_type": ["bert"]},
+        {"hidden_size": "8"},
+        {"hidden_size": 8.0},
+        {"max_position_embeddings": None},
+        {"layer_norm_eps": "small"},
+        {"hidden_dropout_prob": None},
+    ],
+)
+def test_values_of_another_type_name_the_file(wrong):
+    stored = {**ModelConfig(**SIZES).to_transformers(), **wrong}
+    with pytest.raises(InputError, match=f"config.json: .*{next(iter(wrong))}"):
+        ModelConfig.from_transformers(stored, "config.json")

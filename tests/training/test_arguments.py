@@ -54,6 +54,9 @@ def test_the_job_folder_carries_the_run_id(tmp_path):
         ("--total_training_time 0", "--total_training_time"),
         ("--load_checkpoint_id step0000004", "--load_training_checkpoint"),
         ("--job_name a/b", "--job_name"),
+        ("--job_name ..", "--job_name"),
+        ("--job_name .hidden", "--job_name"),
+        ("--current_run_id ../x", "--current_run_id"),
         ("--gradient_predivide_factor 0", "--gradient_predivide_factor"),
     ],
 )
@@ -80,7 +83,13 @@ def test_batch_sizes_that_do_not_fit(tmp_path, flags, ranks, message):
         command_line.accumulation_steps(parse(tmp_path, flags), ranks)
 
 
-@pytest.mark.parametrize("flags", ["--lr -1", "--lr nan", "--save_steps 1,x", "--warmup_proportion 2", "--fp16 maybe"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("--lr -1", "--lr nan", "--save_steps 1,x", "--warmup_proportion 2", "--fp16 maybe"),
+        *("--early_stop_eval_loss nan", "--adam_beta1 1", "--adam_beta2 1", "--sgd_momentum 1"),
+    ],
+)
 def test_bad_values_are_argparse_errors(tmp_path, flags, capsys):
     with pytest.raises(SystemExit) as error:
         parse(tmp_path, flags)

@@ -65,6 +65,20 @@ def test_foreign_and_missing_files_are_refused(train, states):
         train(f"--max_steps 10 --load_training_checkpoint {states}", job="second")
 
 
+def test_broken_descriptions_say_what_to_do(train, states):
+    last = states / "step0000008"
+    next(last.glob("*.pt")).write_bytes(b"")
+    others = rf"write the tag of another state \(step000000[46], step000000[46]\) into {states / 'latest'}"
+    with pytest.raises(InputError, match=f"damaged.*{others}"):
+        train(f"--max_steps 10 --load_training_checkpoint {states}", job="second")
+    (last / "state.json").write_text('{"progress": {}}')
+    with pytest.raises(InputError, match="state.json: 'arguments' is missing"):
+        train("--max_steps 10", job="first")
+    (states / "latest").write_text("step0000007")
+    with pytest.raises(InputError, match="latest: names 'step0000007', which has no state.json"):
+        train("--max_steps 10", job="first")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -102,6 +116,14 @@ def test_metrics_forget_what_will_be_done_again(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     Metrics(tmp_path, 2, options).close()
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ['{"step": 2', "[1]", '{"loss": 1.0}', "\udcff"])
+def test_damaged_metrics_are_named(tmp_path, line):
+    content = '{"step": 1}\n' + line + '\n{"step": 3}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match="metrics.jsonl:2: not a"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_samples_of_another_vocabulary_are_refused(train, tiny_samples, tmp_path):
