@@ -1,4 +1,4 @@
-"""Labelled sentences for the downstream tasks A, B and C: a training and a validation CSV file that share no sentence.
+"""Labelled sentences for downstream tasks: a training and a validation CSV file that share no sentence.
 
     python generate_downstream.py --rule-path rule_deep_mlm.txt --save-path pcfg_dataset --sentence-num 10000 --task-type B
 
@@ -8,19 +8,21 @@ A version for a laptop:
         --validation-num 200
 
 Writes into --save-path, for task B: pcfg_B.csv and pcfg_B_validation.csv (columns text,label), pcfg_B_labels.json (the
-nonterminal of each label id) and manifest_downstream_B.json. What a label means is told in pcfg/labels.py. A rerun of the
-same command skips what is complete.
+nonterminal of each label id) and manifest_downstream_B.json; for the sixth state of a hidden Markov model (--task-type state
+--position 6, a grammar of python -m pcfg.hmm): pcfg_state6.csv and so on. What a label means is told in pcfg/labels.py. A
+rerun of the same command skips what is complete. Memory: about 60 bytes a row and 200 MB.
 """
 
 import argparse
-from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 from pcfg.artefacts import InputError, Manifest, write_json
 from pcfg.chart import MAX_WORDS
 from pcfg.cli import non_negative_int, positive_int, run_main
 from pcfg.grammar import Grammar, find_rules
-from pcfg.labels import LABEL_RULES, TASK_SPANS, LabelledSentences, Labeller
+from pcfg.labels import LABEL_RULES, STATE_TASK, TASK_SPANS, LabelledSentences, Labeller
 from pcfg.sampler import Sampler
 from pcfg.text import write_labelled
 
@@ -34,44 +36,55 @@ def build_parser() -> argparse.ArgumentParser:
     rows = parser.add_argument_group("rows")
     rows.add_argument("--sentence-num", type=positive_int, default=10_000, help="training rows; default 10000")
     rows.add_argument("--validation-num", type=positive_int, default=2_000, help="validation rows; default 2000")
-    rows.add_argument("--min-words", type=positive_int, default=5, help="shortest sentence, in words; default 5")
+    rows.add_argument(
+        "--min-words", type=positive_int, default=5, help="shortest sentence, in words; at least --position; default 5"
+    )
     rows.add_argument("--length-limit", type=positive_int, default=32, help="sentences have fewer words than this; default 32")
     rows.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     labels = parser.add_argument_group("labels")
-    labels.add_argument("--task-type", choices=list(TASK_SPANS), required=True, help="which label, see above")
-    labels.add_argument("--label-rule", choices=LABEL_RULES, default="likelihood", help="what is maximised; default likelihood")
+    labels.add_argument("--task-type", choices=[*TASK_SPANS, STATE_TASK], required=True, help="which label, see above")
+    labels.add_argument(
+        "--label-rule", choices=LABEL_RULES, help="what is maximised; default: posterior for states, else likelihood"
+    )
     labels.add_argument(
         "--span", type=positive_int, help="words that the label of B or C is taken from; default 4 for B, 2 for C"
     )
+    labels.add_argument("--position", type=positive_int, help="of the state, in words from 1; required with --task-type state")
     return parser
 
 
-def _check_lengths(options) -> None:
-    if options.min_words >= options.length_limit:
+def _shortest(options) -> int:
+    """Words of the shortest sentence that is drawn, checked against the longest."""
+    least, what = options.min_words, f"--min-words {options.min_words}"
+    if options.position is not None and options.position > least:
+        least, what = options.position, f"--position {options.position}"
+    if least >= options.length_limit:
         raise InputError(
-            f"--min-words {options.min_words}: no sentence has that many words and fewer than "
-            f"--length-limit {options.length_limit}; change one of them"
+            f"{what}: no sentence has that many words and fewer than --length-limit {options.length_limit}; change one of them"
         )
     if options.length_limit > MAX_WORDS + 1:
         raise InputError(f"--length-limit {options.length_limit}: must be {MAX_WORDS + 1} or less")
+    return least
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    _check_lengths(options)
-    task, folder = options.task_type, Path(options.save_path)
+    min_words = _shortest(options)
+    folder = Path(options.save_path)
     grammar = Grammar.read(find_rules(options.rule_path))
-    labeller = Labeller(grammar, task, options.span, options.label_rule)
+    labeller = Labeller(grammar, options.task_type, options.span, options.label_rule, options.position)
+    task = labeller.task
     numbers = {"training": options.sentence_num, "validation": options.validation_num}
     made_from = {
         "grammar_sha256": grammar.sha256,
         "task": task,
-        "label_rule": options.label_rule,
+        "label_rule": labeller.rule,
         "span": labeller.span,
         "sentence_num": numbers,
-        "min_words": options.min_words,
+        "min_words": min_words,
         "length_limit": options.length_limit,
         "seed": options.seed,
+        "split_by": "SplitMix64 of words",
     }
     manifest = Manifest(folder / f"manifest_downstream_{task}.json", made_from, options.overwrite)
     names = {"training": f"pcfg_{task}.csv", "validation": f"pcfg_{task}_validation.csv"}
@@ -79,18 +92,16 @@ def main(arguments: list[str] | None = None) -> None:
     todo = [split for split, name in names.items() if not manifest.is_complete(name)]
     for split in (split for split in names if split not in todo):
         print(f"{folder / names[split]}: skipped, complete already")
-    sentences = LabelledSentences(
-        Sampler(grammar, options.length_limit - 1), labeller, numbers, options.seed, options.min_words
-    )
+    sentences = LabelledSentences(Sampler(grammar, options.length_limit - 1), labeller, numbers, options.seed, min_words)
     # Both are drawn before either is written: a grammar that can't fill one leaves no file behind.
-    for split, (texts, labels, dropped) in {split: sentences.draw(split) for split in todo}.items():
-        write_labelled(folder / names[split], texts, labels)
-        counts = Counter(labels)
-        facts = {"rows": len(texts), "distinct": len(set(texts)), "classes": len(counts), "dropped": dropped}
-        manifest.add(names[split], **facts)
+    for split, rows in {split: sentences.draw(split) for split in todo}.items():
+        write_labelled(folder / names[split], rows.texts(), rows.labels)
+        counts = np.bincount(rows.labels)
+        facts = {"rows": len(rows.labels), "distinct": rows.distinct, "classes": int(np.count_nonzero(counts))}
+        manifest.add(names[split], **facts, dropped=rows.dropped)
         print(
             f"{folder / names[split]}: {facts['rows']} rows, {facts['distinct']} of them distinct, {facts['classes']} "
-            f"classes, majority {max(counts.values()) / len(labels):.1%}; {dropped} sentences without a label dropped"
+            f"classes, majority {counts.max() / len(rows.labels):.1%}; {rows.dropped} sentences without a label dropped"
         )
     if not manifest.is_complete(label_file):
         ids = {str(number): name for number, name in enumerate(labeller.names)}

@@ -10,59 +10,56 @@ That is 200 million sentences, 16 GB. A version that a laptop finishes in second
 Writes into --save-path: training{i}.txt and test{i}.txt (a sentence a line, an empty line between two), vocab.txt (the
 special tokens, then the grammar's words) and manifest_pretraining.json. A shard is a function of the grammar, the seed, the
 length limit, its kind and its number, so a rerun, which skips what is complete, gives the same bytes after any crash and
-with any number of processes.
+with any number of workers: threads of this machine, or the tasks of a Ray cluster (--executor ray).
 """
 
 import argparse
+import contextlib
 import dataclasses
-import os
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 from pcfg.artefacts import InputError, Manifest, atomic_open, check_space, free_bytes, keyed_rng, sha256
-from pcfg.cli import non_negative_int, positive_int, run_jobs, run_main
+from pcfg.cli import non_negative_int, positive_int, run_main
+from pcfg.executors import add_executor_arguments, end_if_asked, executor_options, run_jobs
 from pcfg.grammar import Grammar, find_rules
-from pcfg.sampler import Sampler
+from pcfg.sampler import DRAWING, Sampler
 from pcfg.text import SPLITS, decoded, shard_name, shard_paths, write_shard
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MANIFEST = "manifest_pretraining.json"
-# Sentences that are in memory at once; each block seeds its draws anew, so another number gives other text.
-BLOCK = 20_000
 # Sentences from which the plan estimates bytes.
 PLAN_SAMPLE = 2_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What decides the bytes of one shard, and where it goes."""
+    """One of the text files to make."""
 
-    sampler: Sampler
-    folder: Path
     split: str
     number: int
     sentences: int
-    seed: int
 
     @property
     def name(self) -> str:
         return shard_name(self.split, self.number)
 
 
-def make_shard(shard: Shard) -> int:
-    """Draw and write one shard, a block of sentences at a time; returns its number of words."""
-    rng = keyed_rng(shard.seed, f"pretraining-{shard.split}", shard.number)
+def make_shard(sampler: Sampler, folder: Path, seed: int, shard: Shard) -> dict:
+    """Draw and write one shard, a block of sentences at a time; returns what the manifest says of it."""
+    rng = keyed_rng(seed, f"pretraining-{shard.split}", shard.number)
     words = 0
 
-    def blocks() -> Iterator[bytes]:
+    def blocks() -> Iterator[memoryview]:
         nonlocal words
-        for first in range(0, shard.sentences, BLOCK):
-            tokens, lengths = shard.sampler.sample(min(BLOCK, shard.sentences - first), rng)
-            words += int(lengths.sum())
-            yield shard.sampler.to_text(tokens, lengths, blank_line=True)
+        for text, number in sampler.draw_text(shard.sentences, rng):
+            end_if_asked()
+            words += number
+            yield text
 
-    write_shard(shard.folder / shard.name, blocks())
-    return words
+    written = write_shard(folder / shard.name, blocks())
+    return {**written, "sentences": shard.sentences, "words": words}
 
 
 def vocabulary_bytes(grammar: Grammar, vocab_file: str | None) -> bytes:
@@ -117,11 +114,17 @@ def write_vocabulary(manifest: Manifest, folder: Path, content: bytes, overwrite
     manifest.add(path.name, tokens=len(content.split()))
 
 
-def check_disk(folder: Path, wanted: list[Shard], shards: list[Shard]) -> None:
+def complete_names(manifest: Manifest, shards: list[Shard]) -> set[str]:
+    """The names of the shards that are there and unchanged; several are read at once."""
+    listed = sorted({shard.name for shard in shards} & set(manifest.names()))
+    with contextlib.closing(run_jobs(manifest.is_complete, listed, len(listed), "verifying", "threads")) as verified:
+        return {name for name, complete in verified if complete}
+
+
+def check_disk(sampler: Sampler, seed: int, folder: Path, wanted: list[Shard], shards: list[Shard]) -> None:
     """Print the plan, and raise an `InputError` if the disk can't hold the shards that are `wanted`."""
-    sampler = shards[0].sampler
-    sample = sampler.sample(PLAN_SAMPLE, keyed_rng(shards[0].seed, "pretraining-plan"))
-    sentence_bytes = (len(sampler.to_text(*sample, blank_line=True)) + 1) / PLAN_SAMPLE
+    sample = sampler.draw_text(PLAN_SAMPLE, keyed_rng(seed, "pretraining-plan"))
+    sentence_bytes = sum(len(text) + 1 for text, _ in sample) / PLAN_SAMPLE
     needed = sum(shard.sentences for shard in wanted) * sentence_bytes
     for split in SPLITS:
         numbers = [shard.sentences for shard in shards if shard.split == split]
@@ -156,12 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     sizes.add_argument("--length-limit", type=positive_int, default=32, help="sentences have fewer words than this; default 32")
     running = parser.add_argument_group("running")
     running.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
-    running.add_argument(
-        "--n_processes",
-        type=positive_int,
-        default=os.cpu_count(),
-        help="processes, at most one a core; changes the time and nothing else; default: the number of cores",
-    )
+    add_executor_arguments(running)
     return parser
 
 
@@ -171,15 +169,17 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError(f"--length-limit {options.length_limit}: no sentence has fewer words; it must be 2 or more")
     if options.shard_num + options.test_shard_num == 0:
         raise InputError("--shard-num 0 --test-shard-num 0: nothing to make; ask for a shard at least")
+    executor = executor_options(options, local="threads")
     grammar = Grammar.read(find_rules(options.rule_path))
     sampler = Sampler(grammar, options.length_limit - 1)
     vocabulary = vocabulary_bytes(grammar, options.vocab_file)
 
     folder, seed = options.save_path, options.seed
-    shards = [Shard(sampler, folder, "training", i, options.sentence_num, seed) for i in range(options.shard_num)]
-    shards += [Shard(sampler, folder, "test", i, options.test_sentence_num, seed) for i in range(options.test_shard_num)]
+    shards = [Shard("training", i, options.sentence_num) for i in range(options.shard_num)]
+    shards += [Shard("test", i, options.test_sentence_num) for i in range(options.test_shard_num)]
     made_from = {
         "grammar_sha256": grammar.sha256,
+        "drawing": DRAWING,
         "seed": seed,
         "max_words": sampler.width,
         "sentence_num": options.sentence_num,
@@ -187,11 +187,15 @@ def main(arguments: list[str] | None = None) -> None:
         "vocabulary": "the grammar's words" if options.vocab_file is None else sha256(options.vocab_file),
     }
     manifest = open_manifest(folder, made_from, options.overwrite)
-    wanted = [shard for shard in shards if not manifest.is_complete(shard.name)]
-    check_disk(folder, wanted, shards)
+    complete = complete_names(manifest, shards)
+    wanted = [shard for shard in shards if shard.name not in complete]
+    check_disk(sampler, seed, folder, wanted, shards)
     write_vocabulary(manifest, folder, vocabulary, options.overwrite)
-    for shard, words in run_jobs(make_shard, wanted, options.n_processes, "text shards"):
-        manifest.add(shard.name, sentences=shard.sentences, words=words)
+    # Absolute, as a Ray task may run in another working directory.
+    function = functools.partial(make_shard, sampler, folder.absolute(), seed)
+    with contextlib.closing(run_jobs(function, wanted, what="text shards", **executor)) as made:
+        for shard, facts in made:
+            manifest.add(shard.name, **facts)
     print(f"{folder}: {len(wanted)} shards made, {len(shards) - len(wanted)} skipped as complete; vocab.txt beside them")
 
 

@@ -15,11 +15,12 @@ goes into a folder named after --model_name beside them. A rerun of the same com
 """
 
 import argparse
-import os
+import contextlib
 from pathlib import Path
 
 from pcfg.artefacts import InputError, Manifest, atomic_folder
-from pcfg.cli import non_negative_int, positive_int, probability, run_jobs, run_main
+from pcfg.cli import non_negative_int, positive_int, probability, run_main
+from pcfg.executors import add_executor_arguments, executor_options, run_jobs
 from pretraining.data.masking import MaskingRule
 from pretraining.data.shards import (
     SAMPLES_MANIFEST,
@@ -29,14 +30,8 @@ from pretraining.data.shards import (
     make_samples,
     missing_shards,
 )
-from pretraining.data.vocabulary import (
-    TOKENIZER_FILES,
-    Vocabulary,
-    build_tokenizer,
-    changed_words,
-    find_vocabulary,
-    save_tokenizer,
-)
+from pretraining.data.vocabulary import TOKENIZER_FILES, Vocabulary, find_vocabulary
+from pretraining.data.wordpiece import ordinary_words_changed, save_wordpiece
 
 
 def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,12 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_mask_arguments(parser)
     work = parser.add_argument_group("work")
-    work.add_argument(
-        "--n_processes",
-        type=positive_int,
-        default=os.cpu_count() or 1,
-        help="text shards worked on at once, at most one a core; changes only the time (default: the number of cores)",
-    )
+    add_executor_arguments(work)
     return parser
 
 
@@ -131,23 +121,16 @@ def save_tokenizer_once(recipe: Recipe, model_name: str, manifest: Manifest) -> 
     names = [f"{model_name}/{file}" for file in TOKENIZER_FILES]
     if all(manifest.is_complete(name) for name in names):
         return
-    tokenizer = build_tokenizer(recipe.vocabulary, recipe.do_lower_case, recipe.max_seq_length)
-    tokenizer.name_or_path = model_name
     with atomic_folder(manifest.path.parent / model_name) as folder:
-        save_tokenizer(folder, tokenizer, recipe.vocabulary)
+        save_wordpiece(folder, recipe.vocabulary, recipe.do_lower_case, recipe.max_seq_length, model_name)
     for name in names:
         manifest.add(name)
-
-
-def words_changed_by_tokenizer(recipe: Recipe) -> frozenset[str]:
-    """The words of the vocabulary that the recipe's tokenizer would split or change."""
-    tokenizer = build_tokenizer(recipe.vocabulary, recipe.do_lower_case, recipe.max_seq_length)
-    return frozenset(changed_words(tokenizer, [recipe.vocabulary.words[i] for i in recipe.vocabulary.ordinary_ids()]))
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     check_model_name(args.model_name)
+    executor = executor_options(args, local="processes")
     recipe = Recipe(
         vocabulary=Vocabulary.read(find_vocabulary(args.vocab_file, [args.dir])),
         do_lower_case=bool(args.do_lower_case),
@@ -162,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         ),
         seed=args.seed,
     )
-    text = find_text_shards(args.dir, args.dup_factor)
+    text = find_text_shards(args.dir.absolute(), args.dup_factor)
     manifest = Manifest(args.output_dir / SAMPLES_MANIFEST, recipe.facts(), args.overwrite)
     remaining = missing_shards(text, manifest, args.overwrite)
     wanted, missing = (sum(len(shard.numbers) for shard in shards) for shards in (text, remaining))
@@ -170,11 +153,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     save_tokenizer_once(recipe, args.model_name, manifest)
     if remaining:
-        changed = words_changed_by_tokenizer(recipe)
-        jobs = [SampleJob(shard, recipe, changed, args.output_dir) for shard in remaining]
-        for job, made in run_jobs(make_samples, jobs, args.n_processes, "masking"):
-            for name, samples in made.items():
-                manifest.add(name, samples=samples, source=job.shard.path.name, source_sha256=job.shard.sha256)
+        changed = ordinary_words_changed(recipe.vocabulary, recipe.do_lower_case)
+        # Absolute, as a Ray task may run in another working directory.
+        jobs = [SampleJob(shard, recipe, changed, args.output_dir.absolute()) for shard in remaining]
+        with contextlib.closing(run_jobs(make_samples, jobs, what="masking", **executor)) as finished:
+            for job, made in finished:
+                for name, samples in made.items():
+                    manifest.add(name, samples=samples, source=job.shard.path.name, source_sha256=job.shard.sha256)
     print(f"samples: {args.output_dir}; tokenizer: {args.output_dir / args.model_name}")
 
 

@@ -7,7 +7,6 @@ by a checksum; random numbers are a function of (seed, purpose, index) and of no
 import contextlib
 import errno
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -133,6 +132,27 @@ def sha256(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class HashedFile:
+    """A binary file that is written once from its beginning to its end, and is never read again for its SHA-256.
+
+    Args:
+        file: a file object, open for writing bytes.
+    """
+
+    def __init__(self, file):
+        self._file, self._digest, self._size = file, hashlib.sha256(), 0
+
+    def write(self, block) -> None:
+        """Write bytes, or what has their buffer; hashing and writing let other threads run."""
+        self._digest.update(block)
+        self._file.write(block)
+        self._size += len(block)
+
+    def facts(self) -> dict:
+        """Size and SHA-256 of what was written, as `Manifest.add` takes them."""
+        return {"size": self._size, "sha256": self._digest.hexdigest()}
+
+
 def write_json(path, value) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity are refused: JSON has neither."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
@@ -173,6 +193,9 @@ def keyed_rng(seed: int, purpose: str, *index: int) -> np.random.Generator:
 
 def versions(*packages: str) -> dict:
     """Versions of Python and of the named packages, for the record of what made a file."""
+    # It takes longer to import than the rest of this module together.
+    import importlib.metadata
+
     found = {"python": platform.python_version()}
     for package in packages:
         found[package] = importlib.metadata.version(package)
@@ -194,7 +217,7 @@ class Manifest:
 
     def __init__(self, path, made_from: dict, overwrite: bool = False):
         self.path = Path(path)
-        self.content = {"made_from": made_from, "versions": versions("numpy"), "files": {}}
+        self.content = {"made_from": made_from, "versions": versions("numpy", "numba"), "files": {}}
         if self.path.exists():
             found = read_json(self.path)
             if found.get("made_from") == made_from:
@@ -226,7 +249,12 @@ class Manifest:
         return entry is not None and file.is_file() and file.stat().st_size == entry["size"] and sha256(file) == entry["sha256"]
 
     def add(self, name: str, **facts) -> None:
-        """Record the finished file `name`, with further facts (counts), and write the manifest."""
-        file = self.path.parent / name
-        self.content["files"][name] = {"size": file.stat().st_size, "sha256": sha256(file), **facts}
+        """Record the finished file `name`, with further facts (counts), and write the manifest.
+
+        Its size and SHA-256 are read from the file, unless they are among the facts: those of `HashedFile`.
+        """
+        if "sha256" not in facts:
+            file = self.path.parent / name
+            facts = {"size": file.stat().st_size, "sha256": sha256(file), **facts}
+        self.content["files"][name] = facts
         write_json(self.path, self.content)

@@ -5,209 +5,41 @@ With `i < j` positions between words (0..T) and A a nonterminal,
     inside(i, j, A)  = P(A =>* x_i .. x_{j-1})
     outside(i, j, A) = P(start =>* x_0 .. x_{i-1} A x_j .. x_{T-1})
 
-(Baker 1979, "Trainable grammars for speech recognition"; Lari and Young 1990), both with all chains of unary rules,
-which enter through the closure (I - U)^-1 once a cell. Labels, entropies and masked conditionals
+(Baker 1979, "Trainable grammars for speech recognition"; Lari and Young 1990), both with all chains of unary rules, which
+are followed within a cell, children first (inside) or parents first (outside). Labels, entropies, posteriors and masked
+conditionals
 
     P(x_t = w | x_-t)  proportional to  sum_A outside(t, t+1, A) P(A -> w)
 
-are folds of the same two sweeps: `outside(t, t+1, .)` does not depend on x_t, so one pass serves all positions.
+are folds of the same two sweeps: `outside(t, t+1, .)` does not depend on x_t, so one pass serves all positions. The best
+parse is the inside sweep with maxima in place of sums.
 
-Numbers are float64 and never logarithms. Before a sweep over T words each word's emission column is divided by its
-maximum and multiplied by 2^(768 // T). This multiplies all values of a cell by the same factor, so conditionals and
-labels need no correction; the values then lie between about 1e-308 and 1e+301 for any sentence whose probability, with
-the columns divided by their maxima, is above 1e-539 (1e-8 a word at 64 words).
+Numbers are probabilities and never logarithms. Each word's emission column is divided by its maximum and multiplied by a factor
+c(T) = 2^(RANGE / T), which multiplies all values of a cell by the same number, so conditionals and labels need no correction.
+An inside value over w words is then at most c^w, an outside value at most c^(T - w), and nothing overflows. What is lost to
+underflow, at most 2^-149 a term in float32, counts at most c^(T - 1) <= 2^96 times in a total; so where the total is 1 or more
+(one unit for each of the 2^29 terms of a large chart included), the loss is below 2^-24 of it. Any other sentence is done again
+in float64, which serves down to totals of 2^-1036 before scaling (1e-5 a word at 64 words).
 """
 
 import concurrent.futures
 import os
-from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from pcfg.artefacts import InputError
+from pcfg.parses import best_sweep, tree
+from pcfg.plan import MAX_WORDS, Planner, offsets
+from pcfg.sweeps import chart_sweep, score_sweep, word_sweep
 
-MAX_WORDS = 64
-# Values of a cell are at most 2^768 times the number of binary trees over 64 leaves (1e35), twice: below 1e308.
-SCALED_BITS = 768
-SENTENCES_PER_CHUNK = 128
-
-# What a sweep leaves behind, see `_sweep`.
-INSIDE, POSTERIOR, WORDS = 0, 1, 2
-
-
-class RuleTables(NamedTuple):
-    """A grammar as the kernels read it. R binary rules, P pairs (left, right), C entries of the closure.
-
-    Rules are grouped by pair and pairs by left child, as in compressed sparse rows: the pairs of left child B are
-    `left_start[B] .. left_start[B + 1]`, the rules of pair p are `pair_start[p] .. pair_start[p + 1]`. The closure is
-    stored by child (`up_*`: which A have A =>* B) and by parent (`down_*`).
-    """
-
-    left_start: np.ndarray  # (N + 1,) int64
-    pair_left: np.ndarray  # (P,) int32
-    pair_right: np.ndarray  # (P,) int32
-    pair_start: np.ndarray  # (P + 1,) int64
-    lhs: np.ndarray  # (R,) int32
-    probability: np.ndarray  # (R,) float64
-    up_start: np.ndarray  # (N + 1,) int64
-    up_symbol: np.ndarray  # (C,) int32
-    up_weight: np.ndarray  # (C,) float64
-    down_start: np.ndarray  # (N + 1,) int64
-    down_symbol: np.ndarray  # (C,) int32
-    down_weight: np.ndarray  # (C,) float64
-    shortest: np.ndarray  # (N,) int64, words
-    longest: np.ndarray  # (N,) int64, words
-
-
-def _group_starts(keys, number: int) -> np.ndarray:
-    """Where each of the groups 0 .. number - 1 begins in the sorted `keys`, and the end: (number + 1,) int64."""
-    return np.searchsorted(keys, np.arange(number + 1)).astype(np.int64)
-
-
-def _sparse_rows(matrix):
-    """(start, column, value) of a dense matrix's nonzero entries, by row."""
-    row, column = np.nonzero(matrix)
-    return _group_starts(row, matrix.shape[0]), column.astype(np.int32), matrix[row, column].astype(np.float64)
-
-
-def _rule_tables(grammar) -> RuleTables:
-    number = len(grammar.names)
-    # The rules come sorted by (left, right, lhs), which is the order of `unique` too.
-    pairs, pair_of_rule = np.unique(grammar.binary[:, 1:], axis=0, return_inverse=True)
-    pairs = np.ascontiguousarray(pairs.astype(np.int32))
-    return RuleTables(
-        _group_starts(pairs[:, 0], number),
-        np.ascontiguousarray(pairs[:, 0]),
-        np.ascontiguousarray(pairs[:, 1]),
-        _group_starts(pair_of_rule.reshape(-1), len(pairs)),
-        np.ascontiguousarray(grammar.binary[:, 0].astype(np.int32)),
-        np.ascontiguousarray(grammar.binary_probability.astype(np.float64)),
-        *_sparse_rows(grammar.closure.T),
-        *_sparse_rows(grammar.closure),
-        grammar.shortest.astype(np.int64),
-        grammar.longest.astype(np.int64),
-    )
-
-
-@njit(nogil=True, cache=True)
-def _close(entry, start, symbol, weight, width, rules, cell):
-    """cell[A] += sum_B weight[B, A] entry[B] over the A that can have a yield of `width` words."""
-    for source in range(entry.size):
-        if entry[source] != 0.0:
-            for position in range(start[source], start[source + 1]):
-                target = symbol[position]
-                if rules.shortest[target] <= width <= rules.longest[target]:
-                    cell[target] += weight[position] * entry[source]
-
-
-@njit(nogil=True, cache=True)
-def _combine(inside, i, j, rules, products, entry):
-    """entry[A] = sum over splits k and rules A -> B C of P(rule) inside(i, k, B) inside(k, j, C)."""
-    products[:] = 0.0
-    for k in range(i + 1, j):
-        for left in range(entry.size):
-            value = inside[i, k, left]
-            if value != 0.0:
-                for pair in range(rules.left_start[left], rules.left_start[left + 1]):
-                    products[pair] += value * inside[k, j, rules.pair_right[pair]]
-    for pair in range(products.size):
-        if products[pair] != 0.0:
-            for rule in range(rules.pair_start[pair], rules.pair_start[pair + 1]):
-                entry[rules.lhs[rule]] += rules.probability[rule] * products[pair]
-
-
-@njit(nogil=True, cache=True)
-def _inside(words, columns, factor, rules, inside):
-    """Fill inside[i, j, A] for 0 <= i < j <= T: columns (V, N) holds the emissions of a word, times `factor`."""
-    length, number = words.size, columns.shape[1]
-    entry, products = np.empty(number), np.empty(rules.pair_left.size)
-    inside[:length, : length + 1] = 0.0
-    for width in range(1, length + 1):
-        if not np.any((rules.shortest <= width) & (width <= rules.longest)):
-            continue
-        for i in range(length - width + 1):
-            if width == 1:
-                entry[:] = factor * columns[words[i]]
-            else:
-                entry[:] = 0.0
-                _combine(inside, i, i + width, rules, products, entry)
-            _close(entry, rules.up_start, rules.up_symbol, rules.up_weight, width, rules, inside[i, i + width])
-
-
-@njit(nogil=True, cache=True)
-def _split(inside, outside, i, j, rules, pairs, weights):
-    """Hand outside(i, j, .) down to the children of all binary rules, over all splits.
-
-    A child's outside value must not depend on its own words, so a child is left out only where its yield can't have the
-    width, never because its own inside value is zero.
-    """
-    alive = 0
-    for pair in range(rules.pair_left.size):
-        weight = 0.0
-        for rule in range(rules.pair_start[pair], rules.pair_start[pair + 1]):
-            weight += rules.probability[rule] * outside[i, j, rules.lhs[rule]]
-        if weight != 0.0:
-            pairs[alive], weights[alive] = pair, weight
-            alive += 1
-    for position in range(alive):
-        left, right = rules.pair_left[pairs[position]], rules.pair_right[pairs[position]]
-        # k - i words on the left and j - k on the right: both within what the two symbols can have
-        first = max(i + rules.shortest[left], j - rules.longest[right])
-        last = min(i + rules.longest[left], j - rules.shortest[right])
-        for k in range(first, last + 1):
-            outside[i, k, left] += weights[position] * inside[k, j, right]
-            outside[k, j, right] += weights[position] * inside[i, k, left]
-
-
-@njit(nogil=True, cache=True)
-def _outside(length, narrowest, rules, inside, outside):
-    """Fill outside[i, j, A] for the cells of `narrowest` words and more, from a filled `inside`."""
-    number = inside.shape[2]
-    entry = np.empty(number)
-    pairs, weights = np.empty(rules.pair_left.size, np.int64), np.empty(rules.pair_left.size)
-    outside[:length, : length + 1] = 0.0
-    outside[0, length, 0] = 1.0
-    for width in range(length, narrowest - 1, -1):
-        for i in range(length - width + 1):
-            cell = outside[i, i + width]
-            entry[:] = cell
-            if not np.any(entry):
-                continue
-            cell[:] = 0.0
-            _close(entry, rules.down_start, rules.down_symbol, rules.down_weight, width, rules, cell)
-            if width > narrowest:
-                _split(inside, outside, i, i + width, rules, pairs, weights)
-
-
-@njit(nogil=True, cache=True)
-def _sweep(tokens, lengths, span, want, columns, bits, rules, cells, rows):
-    """One sentence after the other; the cell of a sentence is (0, span), or (0, T) where span is 0.
-
-    want INSIDE: cells[s] = inside of the cell, for which the words beyond it are not read; POSTERIOR: inside times
-    outside of the cell; WORDS: inside of the cell, and rows gets outside(t, t + 1, .) of all sentences' positions, one
-    below the other. Sentences shorter than the span get zeros.
-    """
-    longest, number, row = tokens.shape[1], columns.shape[1], 0
-    inside = np.empty((longest, longest + 1, number))
-    outside = np.empty((longest, longest + 1, number) if want != INSIDE else (0, 0, number))
-    for sentence in range(lengths.size):
-        length = lengths[sentence]
-        width = length if span == 0 else span
-        if width > length:
-            cells[sentence] = 0.0
-            continue
-        used = width if want == INSIDE else length
-        _inside(tokens[sentence, :used], columns, 2.0 ** (bits // used), rules, inside)
-        cells[sentence] = inside[0, width]
-        if want != INSIDE:
-            _outside(length, 1 if want == WORDS else width, rules, inside, outside)
-        if want == POSTERIOR:
-            cells[sentence] *= outside[0, width]
-        if want == WORDS:
-            for t in range(length):
-                rows[row + t] = outside[t, t + 1]
-            row += length
+# The exponent of c(T)^T: values of a whole sentence are at most 2^RANGE. The factor is never above 2^64 a word.
+RANGE = {"float32": 96, "float64": 960}
+# Sentences of one length that a thread takes at once: long enough to pay for the call, short enough to share the work.
+SENTENCES_A_TASK = 1024
+# float32 sums of a chart differ from exact ones by less than this; closer scores are compared in float64.
+NEAR_TIE = 1e-4
+# Scores that are equal in exact arithmetic differ by rounding (1e-16 a sum); they must tie all the same.
+TIE = 1e-12
 
 
 class Chart:
@@ -215,42 +47,59 @@ class Chart:
 
     Args:
         grammar: a `pcfg.grammar.Grammar`; N nonterminals, V words.
-        threads: over chunks of sentences (the kernels release the GIL); default: the cores this process may use.
+        threads: over groups of sentences (the kernels release the GIL); default: the cores this process may use.
             Results do not depend on it.
+        dtype: float32, where whatever float32 can't do is done again in float64, or float64 for everything.
+
+    Attributes:
+        redone: how many sentences were done again in float64.
 
     Sentences are given as `tokens`, (n, T) integers, indices into `grammar.words`, anything beyond a sentence's end,
     and `lengths`, (n,), in words. All methods raise InputError for a sentence of no word or of more than 64.
     """
 
-    def __init__(self, grammar, threads: int | None = None):
+    def __init__(self, grammar, threads: int | None = None, dtype="float32"):
         self.grammar = grammar
         self.threads = threads or len(os.sched_getaffinity(0))
-        self._rules = _rule_tables(grammar)
-        self._emission = np.ascontiguousarray(grammar.emission, np.float64)
-        self._column_scale = self._emission.max(axis=0)  # (V,), positive: a grammar has only words that it emits
-        self._columns = np.ascontiguousarray((self._emission / self._column_scale).T)  # (V, N)
+        self.dtype = np.dtype(dtype).name
+        self.redone = 0
+        self._planner = Planner(grammar)
+        emission = np.asarray(grammar.emission, np.float64)
+        self._column_scale = emission.max(axis=0)  # (V,), positive: a grammar has only words that it emits
+        columns = np.ascontiguousarray((emission / self._column_scale).T)  # (V, N)
+        word, symbol = np.nonzero(emission.T)
+        word_start = np.searchsorted(word, np.arange(emission.shape[1] + 1))
+        self._columns = {name: columns.astype(name) for name in RANGE}
+        self._emission = {name: (word_start, symbol, emission[symbol, word].astype(name)) for name in RANGE}
 
     def inside(self, sentence) -> np.ndarray:
         """inside(i, j, A) of one sentence (T,): (T, T + 1, N) float64 probabilities, not scaled; zeros where j <= i."""
-        return self._unscaled(sentence)[0]
+        return self._whole_chart(sentence)[0]
 
     def outside(self, sentence) -> np.ndarray:
         """outside(i, j, A) of one sentence (T,): (T, T + 1, N) float64 probabilities, not scaled.
 
         Zero, too, where A can't have a yield of j - i words, whatever the words.
         """
-        return self._unscaled(sentence)[1]
+        return self._whole_chart(sentence)[1]
+
+    def posteriors(self, sentence) -> np.ndarray:
+        """P(A derives x_i .. x_{j-1} | x) = inside(i, j, A) outside(i, j, A) / inside(0, T, start): (T, T + 1, N) float64."""
+        inside, outside = self._whole_chart(sentence)
+        total = inside[0, -1, 0]
+        if total == 0:
+            raise self._underivable(np.asarray(sentence), "sentence", 1)
+        return inside * outside / total
 
     def log_probability(self, tokens, lengths) -> np.ndarray:
         """log P(sentence), (n,) float64, in nats; -inf for a sentence that the grammar can't derive."""
         tokens, lengths = self._checked(tokens, lengths)
-        total = self._cells(tokens, lengths, 0, INSIDE)[:, 0]
-        inside_sentence = np.arange(tokens.shape[1]) < lengths[:, None]
-        scale = np.log(self._column_scale)[np.where(inside_sentence, tokens, 0)]
+        scores, _ = self._scores(tokens, lengths, np.arange(1), None, False, "float64")
+        words = np.arange(tokens.shape[1]) < lengths[:, None]
+        scale = np.where(words, np.log(self._column_scale)[np.where(words, tokens, 0)], 0.0).sum(axis=1)
+        factor = np.array([np.log(_factor(length, "float64")) for length in range(1, MAX_WORDS + 1)])
         with np.errstate(divide="ignore"):
-            log_total = np.log(total)
-        bits = lengths * (SCALED_BITS // lengths)
-        return log_total + np.where(inside_sentence, scale, 0.0).sum(axis=1) - bits * np.log(2.0)
+            return np.log(scores[:, 0]) + scale - lengths * factor[lengths - 1]
 
     def conditionals(self, tokens, lengths, source="sentences", first_sentence: int = 0):
         """P(x_t = w | x_-t) for every position of every sentence.
@@ -260,49 +109,94 @@ class Chart:
             first_sentence: the index there of the first of them.
 
         Returns:
-            (sum of lengths, V) float64 probabilities, each row summing to 1, and offsets, (n + 1,) int64: the rows of
-            sentence s are offsets[s] .. offsets[s + 1].
+            (sum of lengths, V) probabilities in the chart's dtype, each row summing to 1, and offsets, (n + 1,) int64: the
+            rows of sentence s are offsets[s] .. offsets[s + 1].
 
         Raises:
             InputError: the grammar can't derive a sentence; its number is named, counting from 1.
         """
-        tokens, lengths = self._checked(tokens, lengths, source, first_sentence)
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        result = np.empty((offsets[-1], self._emission.shape[1]))
+        return self._word_results(tokens, lengths, source, first_sentence, distributions=True, reductions=False)[::3]
 
-        def fill(chunk: slice):
-            cells = np.empty((chunk.stop - chunk.start, self._emission.shape[0]))
-            block = result[offsets[chunk.start] : offsets[chunk.stop]]
-            rows = np.empty((len(block), self._emission.shape[0]))
-            self._run(tokens[chunk], lengths[chunk], 0, WORDS, cells, rows)
-            for bad in np.flatnonzero(cells[:, 0] == 0)[:1]:
-                number = first_sentence + chunk.start + int(bad) + 1
-                sentence = tokens[chunk][bad, : lengths[chunk][bad]]
-                text = " ".join(self.grammar.words[word] for word in sentence)
-                raise InputError(
-                    f"{source}: the grammar can't derive sentence {number} ({text!r}); "
-                    "give the grammar that the text was made from, or remove the sentence"
-                )
-            np.matmul(rows, self._emission, out=block)
-            block /= block.sum(axis=1, keepdims=True)
+    def reductions(self, tokens, lengths, source="sentences", first_sentence: int = 0):
+        """The conditionals reduced to two numbers a position; arguments and errors as in `conditionals`.
 
-        self._over_chunks(fill, len(lengths))
-        return result, offsets
+        Returns:
+            entropy -sum_w P(w | x_-t) log P(w | x_-t) and log P(x_t | x_-t), (sum of lengths,) float64, nats, and offsets.
+        """
+        return self._word_results(tokens, lengths, source, first_sentence, distributions=False, reductions=True)[1:]
 
-    def span_scores(self, tokens, lengths, span: int | None, rule: str = "likelihood") -> np.ndarray:
-        """Scores of all nonterminals over the first `span` words of each sentence (None: over the whole sentence).
+    def conditionals_and_reductions(self, tokens, lengths, source="sentences", first_sentence: int = 0):
+        """All of `conditionals` and `reductions` in one sweep: conditionals, entropy, log P(x_t | x_-t), offsets."""
+        return self._word_results(tokens, lengths, source, first_sentence, distributions=True, reductions=True)
+
+    def span_scores(self, tokens, lengths, span=None, rule: str = "likelihood") -> np.ndarray:
+        """Scores of all nonterminals over a span of each sentence.
 
         Args:
-            rule: "likelihood": inside(0, span, A); "posterior": inside(0, span, A) outside(0, span, A).
+            span: (start, stop), the words start .. stop - 1 counted from 0, stop None for the sentence's end; None: the whole
+                sentence.
+            rule: "likelihood": inside(start, stop, A); "posterior": inside(start, stop, A) outside(start, stop, A).
 
         Returns:
             (n, N) float64, each row up to a positive factor of its own. Zeros where nothing derives the span, and for a
-            sentence of fewer words than the span.
+            sentence that ends before the span does.
         """
-        if span is not None and not 1 <= span <= MAX_WORDS:
-            raise InputError(f"span: {span} words; must be between 1 and {MAX_WORDS}")
         tokens, lengths = self._checked(tokens, lengths)
-        return self._cells(tokens, lengths, span or 0, {"likelihood": INSIDE, "posterior": POSTERIOR}[rule])
+        symbols = np.arange(len(self.grammar.names))
+        return self._scores(tokens, lengths, symbols, span, rule == "posterior", "float64")[0]
+
+    def labels(self, tokens, lengths, symbols, span=None, rule: str = "likelihood") -> np.ndarray:
+        """The best of some nonterminals over a span of each sentence, by `span_scores`.
+
+        Args:
+            symbols: (S,) numbers of the candidates.
+
+        Returns:
+            (n,) int64, index into `symbols`; ties (to 1e-12, relative) take the lowest; -1 where no candidate derives the
+            span, or the sentence ends before it does.
+        """
+        tokens, lengths = self._checked(tokens, lengths)
+        symbols, posterior = np.asarray(symbols), rule == "posterior"
+        if self.dtype == "float64":
+            return _best(self._scores(tokens, lengths, symbols, span, posterior, "float64")[0])
+        scores, covered = self._scores(tokens, lengths, symbols, span, posterior, "float32")
+        labels = scores.argmax(axis=1)
+        best = scores[np.arange(len(scores)), labels]
+        near = np.count_nonzero(scores >= (best * np.float32(1 - NEAR_TIE))[:, None], axis=1)
+        sure = (best >= 1) & np.isfinite(best) & (near == 1)
+        labels[~covered] = -1
+        doubtful = np.flatnonzero(covered & ~sure)
+        self.redone += len(doubtful)
+        if len(doubtful):
+            again = self._scores(tokens[doubtful], lengths[doubtful], symbols, span, posterior, "float64")[0]
+            labels[doubtful] = _best(again)
+        return labels
+
+    def parses(self, tokens, lengths) -> list:
+        """The best parse of each sentence as an `nltk.Tree` whose root carries its probability (`prob()`, `logprob()`).
+
+        Ties take the rule and the split that come first. None for a sentence that the grammar can't derive.
+        """
+        tokens, lengths = self._checked(tokens, lengths)
+        trees = [None] * len(lengths)
+        scale, words = np.log2(self._column_scale), np.array(self.grammar.words, dtype=object)
+
+        def parse(length, rows):
+            plan = self._planner.plan(length, (0,), "float64")
+            if plan is None:
+                return
+            factor = _factor(length, "float64")
+            nodes, ends, values = best_sweep(tokens, rows, plan, self._columns["float64"], factor)
+            starts = ends - np.diff(ends, prepend=0)
+            nodes = nodes.tolist()
+            for row, start, end, value in zip(rows, starts, ends, values, strict=True):
+                if value > 0:
+                    sentence = tokens[row, :length]
+                    probability = np.log2(value) - length * np.log2(factor) + scale[sentence].sum()
+                    trees[row] = tree(nodes[start:end], words[sentence], self.grammar.names, float(probability))
+
+        self._in_groups(parse, lengths, np.arange(len(lengths)))
+        return trees
 
     def _checked(self, tokens, lengths, source="sentences", first_sentence=0):
         tokens, lengths = np.ascontiguousarray(tokens, np.int32), np.asarray(lengths, np.int64)
@@ -313,29 +207,110 @@ class Chart:
             )
         return tokens, lengths
 
-    def _run(self, tokens, lengths, span, want, cells, rows):
-        _sweep(tokens, lengths, span, want, self._columns, SCALED_BITS, self._rules, cells, rows)
-
-    def _cells(self, tokens, lengths, span: int, want: int) -> np.ndarray:
-        cells = np.empty((len(lengths), self._emission.shape[0]))
-        no_rows = np.empty((0, self._emission.shape[0]))
-        self._over_chunks(
-            lambda chunk: self._run(tokens[chunk], lengths[chunk], span, want, cells[chunk], no_rows), len(lengths)
+    def _underivable(self, sentence, source, number) -> InputError:
+        text = " ".join(self.grammar.words[word] for word in sentence)
+        return InputError(
+            f"{source}: the grammar can't derive sentence {number} ({text!r}); "
+            "give the grammar that the text was made from, or remove the sentence"
         )
-        return cells
 
-    def _over_chunks(self, function, number: int) -> None:
-        """Call function(slice) on chunks of the sentences, in threads; the first chunk's exception is raised first."""
-        starts = range(0, number, SENTENCES_PER_CHUNK)
-        chunks = [slice(start, min(start + SENTENCES_PER_CHUNK, number)) for start in starts]
-        with concurrent.futures.ThreadPoolExecutor(max(1, min(self.threads, len(chunks)))) as executor:
-            for _ in executor.map(function, chunks):
+    def _in_groups(self, function, lengths, rows) -> None:
+        """Call function(length, rows) on groups of `rows` of one length, in threads; an exception of the first is raised."""
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        bounds = offsets(np.bincount(lengths[rows], minlength=MAX_WORDS + 1))
+        groups = [
+            (length, rows[start : min(start + SENTENCES_A_TASK, bounds[length + 1])])
+            for length in range(MAX_WORDS + 1)
+            for start in range(bounds[length], bounds[length + 1], SENTENCES_A_TASK)
+        ]
+        workers = max(1, min(self.threads, len(groups)))
+        if workers == 1:
+            for group in groups:
+                function(*group)
+            return
+        with concurrent.futures.ThreadPoolExecutor(workers) as executor:
+            for _ in executor.map(lambda group: function(*group), groups):
                 pass
 
-    def _unscaled(self, sentence):
+    def _scores(self, tokens, lengths, symbols, span, with_outside: bool, dtype: str):
+        """Scores (n, S) of a span in `dtype`, and which sentences reach to its end, (n,) bool."""
+        start, stop = span or (0, None)
+        if not 0 <= start < (MAX_WORDS if stop is None else stop) <= MAX_WORDS:
+            raise InputError(f"span: words {start} to {stop}; must be between 0 and {MAX_WORDS}")
+        covered = lengths > start if stop is None else lengths >= stop
+        scores = np.zeros((len(lengths), len(symbols)), dtype)
+        # Without the outside, nothing beyond the span is read.
+        used = lengths if with_outside else (lengths if stop is None else np.full_like(lengths, stop)) - start
+
+        def score(length, rows):
+            plan = self._planner.plan(length, (0,) if with_outside else symbols, dtype)
+            if plan is None:
+                return
+            cell = len(plan.cell_begin) - 1
+            if with_outside:
+                cell = plan.cell_of[start, length if stop is None else stop]
+            if cell < 0:
+                return
+            kind = plan.cell_kind[cell]
+            living = plan.symbols[plan.symbol_start[kind] : plan.symbol_start[kind + 1]]
+            places = np.flatnonzero(np.isin(symbols, living))
+            score_sweep(
+                tokens[:, 0 if with_outside else start :],
+                *(rows, plan, self._columns[dtype], _factor(length, dtype), cell, with_outside),
+                *(symbols[places], places, scores),
+            )
+
+        self._in_groups(score, used, np.flatnonzero(covered))
+        return scores, covered
+
+    def _word_results(self, tokens, lengths, source, first_sentence, distributions: bool, reductions: bool):
+        tokens, lengths = self._checked(tokens, lengths, source, first_sentence)
+        first_row = offsets(lengths)
+        positions = int(first_row[-1])
+        conditionals = np.empty((positions if distributions else 0, len(self.grammar.words)), self.dtype)
+        entropy, log_true = np.empty((2, positions if reductions else 0))
+        totals = np.zeros(len(lengths))
+
+        def sweep(dtype, rows):
+            def fill(length, group):
+                plan = self._planner.plan(length, (0,), dtype)
+                if plan is not None:
+                    factor, emission = _factor(length, dtype), self._emission[dtype]
+                    results = (conditionals, entropy, log_true, totals)
+                    word_sweep(tokens, group, first_row, plan, self._columns[dtype], factor, emission, *results)
+
+            self._in_groups(fill, lengths, rows)
+
+        sweep(self.dtype, np.arange(len(lengths)))
+        if self.dtype == "float32":
+            doubtful = np.flatnonzero(~((totals >= 1) & np.isfinite(totals)))
+            self.redone += len(doubtful)
+            sweep("float64", doubtful)
+        for bad in np.flatnonzero(totals == 0)[:1]:
+            raise self._underivable(tokens[bad, : lengths[bad]], source, first_sentence + int(bad) + 1)
+        return conditionals, entropy, log_true, first_row
+
+    def _whole_chart(self, sentence):
+        """inside and outside of all cells of a sentence, reachable or not, (T, T + 1, N) each."""
         tokens, lengths = self._checked(np.asarray(sentence)[None], [len(sentence)])
-        length, number = int(lengths[0]), self._emission.shape[0]
-        inside, outside = np.zeros((2, length, length + 1, number))
-        _inside(tokens[0], np.ascontiguousarray(self._emission.T), 1.0, self._rules, inside)
-        _outside(length, 1, self._rules, inside, outside)
-        return inside, outside
+        length, number = int(lengths[0]), len(self.grammar.names)
+        result = np.zeros((2, length, length + 1, number))
+        plan = self._planner.plan(length, None, "float64")
+        if plan is not None:
+            columns = np.ascontiguousarray(self.grammar.emission.T, np.float64)
+            for values, chart in zip(chart_sweep(tokens[0], plan, columns), result, strict=True):
+                cells = values[:, 0].reshape(-1, number)
+                chart[plan.cell_begin, plan.cell_begin + plan.cell_width] = cells
+        return result
+
+
+def _factor(length: int, dtype: str):
+    """c(T), in the chart's dtype."""
+    return np.dtype(dtype).type(2.0 ** (RANGE[dtype] / length))
+
+
+def _best(scores) -> np.ndarray:
+    """The first of the best scores of each row, up to rounding; -1 where all are 0."""
+    best = scores.max(axis=1, initial=0)
+    labels = np.argmax(scores >= (best * (1 - TIE))[:, None], axis=1)
+    return np.where(best > 0, labels, -1)

@@ -5,6 +5,7 @@ symbol is a left side somewhere, else a word (terminal). The first left side is 
 line with `->`) is read too.
 """
 
+import functools
 import hashlib
 import math
 import re
@@ -15,14 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from pcfg.artefacts import InputError
-from pcfg.grammar_io import Rule, check_probability, parse_nltk, parse_rules
+from pcfg.grammar_io import RuleCollector, WeightedRules, parse_grammar, shown
+from pcfg.rule_graph import longest_yields, reachable, shortest_yields, strong_components
 from pcfg.text import decoded
 
 if typing.TYPE_CHECKING:
     import nltk
 
-UNBOUNDED = 1 << 30
 SUM_TOLERANCE = 1e-2
+# Nonterminals times words: 1.6 GB of emissions.
+MAX_EMISSIONS = 200_000_000
 RULES_FOLDER = Path(__file__).parent / "rules"
 
 
@@ -38,50 +41,88 @@ class Grammar:
         binary_probability: (R,) float64.
         unary: (U, 2) int32, left side, child; without cycles; in the order of the file.
         unary_probability: (U,) float64.
+        unary_order: (U,) int64, the unary rules in an order in which all rules with the left side B come before A -> B.
         emission: (N, V) float64, P(A -> w).
-        closure: (N, N) float64, closure[A, B] = sum over all unary chains from A to B, the empty one included, of their
-            probability = (I - U)^-1.
-        shortest, longest: (N,) int64, the least and the largest number of words that a nonterminal derives; `longest` is
-            UNBOUNDED where it can come back to itself.
+        shortest, longest: (N,) int64, the least and the largest number of words that a nonterminal derives, UNBOUNDED (2^30)
+            where it is that or more; `longest` is UNBOUNDED also where a nonterminal can come back to itself.
         sha256: hash of the merged, normalised and sorted rules: equal for files that mean the same grammar.
     """
 
-    def __init__(self, rules: dict[tuple[str, tuple[str, ...]], float]):
-        """Build the arrays from merged and normalised rules, checked by `from_rules` but for what the arrays tell."""
-        self.names = list(dict.fromkeys(left for left, _ in rules))
-        index = {name: number for number, name in enumerate(self.names)}
-        self.words = sorted({right[0] for _, right in rules if len(right) == 1 and right[0] not in index})
+    def __init__(self, rules: WeightedRules):
+        """Check, merge and normalise the rules of a file; `from_rules` tells how, and what is raised."""
+        if not len(rules.left):
+            raise InputError(f"{rules.source}:1: no rules; the file is empty")
+        symbols, first_rule = np.unique(rules.left, return_index=True)
+        symbols, first_rule = symbols[np.argsort(first_rule)], np.sort(first_rule)  # (N,), by first appearance
+        self.names = [rules.symbols[symbol] for symbol in symbols]
+        # symbol -> nonterminal; -1 for words, and at the end for -1, no symbol
+        number = np.full(len(rules.symbols) + 1, -1)
+        number[symbols] = np.arange(len(symbols))
+        sides = np.column_stack([number[rules.left], number[rules.first], number[rules.second]])  # (R, 3)
+        _refuse_words_in_binary_rules(rules, sides)
+
+        kept, probability = _merged(rules, sides[:, 0], first_rule)
+        sides, is_binary = sides[kept], rules.second[kept] >= 0
+        is_unary, emits = ~is_binary & (sides[:, 1] >= 0), ~is_binary & (sides[:, 1] < 0)
+        self.unary = sides[is_unary, :2].astype(np.int32)
+        self.unary_probability = probability[is_unary]
+        by_children = np.flatnonzero(is_binary)[np.lexsort(sides[is_binary].T[[0, 2, 1]])]
+        self.binary = sides[by_children].astype(np.int32)
+        self.binary_probability = probability[by_children]
+        self._set_emission(rules, sides[emits, 0], rules.first[kept[emits]], probability[emits])
+
+        component, _ = strong_components(len(symbols), *self.unary.T.astype(np.int64))
+        for rule in np.flatnonzero(component[self.unary[:, 0]] == component[self.unary[:, 1]])[:1]:
+            left, child = self.unary[rule]
+            raise InputError(
+                f"{rules.place(kept[is_unary][rule])}: the unary rule {shown(self.names[left])} -> {shown(self.names[child])} "
+                f"is part of a cycle ({self._listed(component == component[left])}); remove one of its rules"
+            )
+        self.unary_order = np.argsort(component[self.unary[:, 0]], kind="stable")
+        self._set_yields(rules, first_rule, np.bincount(sides[emits, 0], minlength=len(symbols)) > 0)
+
+    def _set_emission(self, rules: WeightedRules, left, symbol, probability) -> None:
+        used = np.unique(symbol)
+        self.words = sorted(rules.symbols[number] for number in used)
         self._word_index = {word: number for number, word in enumerate(self.words)}
-
-        binary, unary = [], []
+        if len(self.names) * len(self.words) > MAX_EMISSIONS:
+            raise InputError(
+                f"{rules.source}: {len(self.names):,} nonterminals times {len(self.words):,} words are more than "
+                f"{MAX_EMISSIONS:,}, the most that is supported; use fewer of them"
+            )
+        word = np.empty(len(rules.symbols), dtype=np.int64)
+        word[used] = [self._word_index[rules.symbols[number]] for number in used]
         self.emission = np.zeros((len(self.names), len(self.words)))  # (N, V)
-        for (left, right), probability in rules.items():
-            if len(right) == 2:
-                binary.append((index[right[0]], index[right[1]], index[left], probability))
-            elif right[0] in index:
-                unary.append((index[left], index[right[0]], probability))
-            else:
-                self.emission[index[left], self._word_index[right[0]]] = probability
-        binary.sort()
-        self.binary = np.array([(a, b, c) for b, c, a, _ in binary], dtype=np.int32).reshape(-1, 3)
-        self.binary_probability = np.array([rule[-1] for rule in binary], dtype=np.float64)
-        self.unary = np.array([rule[:2] for rule in unary], dtype=np.int32).reshape(-1, 2)
-        self.unary_probability = np.array([rule[-1] for rule in unary], dtype=np.float64)
+        self.emission[left, word[symbol]] = probability
 
-        lines = sorted(f"{left} {' '.join(right)} {probability!r}" for (left, right), probability in rules.items())
-        self.sha256 = hashlib.sha256("\n".join([self.names[0], *lines]).encode()).hexdigest()
+    def _set_yields(self, rules: WeightedRules, first_rule: np.ndarray, emits: np.ndarray) -> None:
+        """Set `shortest` and `longest`; refuse nonterminals without a sentence, and warn of those without a use."""
+        size = len(self.names)
+        left, first, second = np.concatenate([np.insert(self.unary, 2, -1, axis=1), self.binary]).T.astype(np.int64)
+        self.shortest = shortest_yields(left, first, second, emits)
+        for symbol in np.flatnonzero(self.shortest < 0)[:1]:
+            raise InputError(
+                f"{rules.place(first_rule[symbol])}: the nonterminal {shown(self.names[symbol])} derives no sentence (each of "
+                "its rules leads back to it); give it a rule that ends in words"
+            )
+        edges = np.append(left, left[second >= 0]), np.append(first, second[second >= 0])
+        self.longest = longest_yields(left, first, second, emits, *strong_components(size, *edges))
+        unused = ~reachable(size, *edges, 0)
+        if unused.any():
+            warnings.warn(
+                f"{rules.place(first_rule[np.argmax(unused)])}: {unused.sum()} nonterminals can't be reached from the "
+                f"start symbol {shown(self.names[0])} and have no effect: {self._listed(unused)}",
+                stacklevel=4,
+            )
 
     @classmethod
     def read(cls, path) -> "Grammar":
         """The grammar in a file in the rules format, or in nltk's PCFG format if a line that is no comment has `->`.
 
         Raises:
-            InputError: the file is missing, not UTF-8 or empty; or as `from_rules`, with file and line.
+            InputError: the file is missing, not UTF-8, empty, or in neither format; or as `from_rules`, with file and line.
         """
-        text, source = decoded(Path(path)), str(path)
-        lines = (line for line in text.split("\n") if not line.lstrip().startswith("#"))
-        parse = parse_nltk if any("->" in line for line in lines) else parse_rules
-        return cls._from_parsed(parse(text, source), source)
+        return cls(parse_grammar(decoded(Path(path)), str(path)))
 
     @classmethod
     def from_rules(cls, rules: list[tuple[str, tuple[str, ...], float]], source: str = "rules") -> "Grammar":
@@ -95,114 +136,61 @@ class Grammar:
         Raises:
             InputError: no rules; a right side of other length; a probability that is not a number in [0, 1]; a binary rule
                 with a word; a left side whose sum is off by more than 1e-2; a unary cycle; a nonterminal that derives
-                no sentence.
+                no sentence; more than 2e8 nonterminals times words.
 
         >>> grammar = Grammar.from_rules([("S", ("A", "A"), 1.0), ("A", ("a",), 0.5), ("A", ("b",), 0.5)])
         >>> grammar.names, grammar.words, grammar.emission[1].tolist(), int(grammar.longest[0])
         (['S', 'A'], ['a', 'b'], [0.5, 0.5], 2)
         """
-        parsed = []
-        for number, (left, right, probability) in enumerate(rules, 1):
-            place = f"{source}:{number}"
+        for number, (left, right, _) in enumerate(rules, 1):
             if len(right) not in (1, 2):
-                raise InputError(f"{place}: {len(right)} symbols on the right of {left!r}; a rule has one or two")
-            check_probability(probability, place)
-            parsed.append(Rule(left, tuple(right), probability, place))
-        return cls._from_parsed(parsed, source)
+                place = f"{source}:{number}"
+                raise InputError(f"{place}: {len(right)} symbols on the right of {shown(left)}; a rule has one or two")
+        collector = RuleCollector(source)
+        collector.extend(
+            [left for left, _, _ in rules],
+            [right[0] for _, right, _ in rules],
+            [right[1] if len(right) == 2 else None for _, right, _ in rules],
+            [probability for _, _, probability in rules],
+            list(range(1, len(rules) + 1)),
+        )
+        return cls(collector.collected())
 
-    @classmethod
-    def _from_parsed(cls, rules: list[Rule], source: str) -> "Grammar":
-        if not rules:
-            raise InputError(f"{source}:1: no rules; the file is empty")
-        first_place: dict[str, str] = {}
-        for rule in rules:
-            first_place.setdefault(rule.left, rule.place)
-        for rule in rules:
-            for symbol in rule.right if len(rule.right) == 2 else ():
-                if symbol not in first_place:
-                    raise InputError(
-                        f"{rule.place}: {symbol!r} in a binary rule is a word (it is no left side); "
-                        "give the word a nonterminal of its own"
-                    )
-        grammar = cls(_merged(rules, first_place))
-        edges = grammar._children()
-        grammar._refuse_unary_cycles(rules)
-        grammar.closure = grammar._unary_closure()
-        grammar.shortest = grammar._shortest(first_place)
-        grammar.longest = grammar._longest(edges)
-        unreachable = [name for name, found in zip(grammar.names, reachability(edges)[0], strict=True) if not found]
-        if unreachable:
-            warnings.warn(
-                f"{first_place[unreachable[0]]}: {len(unreachable)} nonterminals can't be reached from the start symbol "
-                f"{grammar.names[0]!r} and have no effect: {', '.join(unreachable[:10])}",
-                stacklevel=3,
-            )
-        return grammar
-
-    def _children(self) -> np.ndarray:
-        """(N, N) bool: whether a rule of A has B on its right side."""
-        edges = np.zeros((len(self.names), len(self.names)), dtype=bool)
-        edges[self.binary[:, 0], self.binary[:, 1]] = True
-        edges[self.binary[:, 0], self.binary[:, 2]] = True
-        edges[self.unary[:, 0], self.unary[:, 1]] = True
-        return edges
-
-    def _unary_matrix(self) -> np.ndarray:
-        matrix = np.zeros((len(self.names), len(self.names)))
-        matrix[self.unary[:, 0], self.unary[:, 1]] = self.unary_probability
-        return matrix
-
-    def _refuse_unary_cycles(self, rules: list[Rule]) -> None:
-        reach = reachability(self._unary_matrix() > 0)
-        index = {name: number for number, name in enumerate(self.names)}
-        for rule in rules:
-            left, child = index[rule.left], index.get(rule.right[0])
-            if len(rule.right) == 1 and child is not None and rule.probability > 0 and reach[child, left]:
-                others = [name for number, name in enumerate(self.names) if reach[child, number] and reach[number, left]]
-                raise InputError(
-                    f"{rule.place}: the unary rule {rule.left} -> {rule.right[0]} is part of a cycle "
-                    f"({', '.join(others)}); remove one of its rules"
-                )
-
-    def _unary_closure(self) -> np.ndarray:
-        """I + U + U^2 + ...; the sum ends, as U has no cycles, and it is exactly 0 where there is no chain."""
-        unary, power = self._unary_matrix(), np.eye(len(self.names))
-        closure = power.copy()
-        while power.any():
-            power = power @ unary
-            closure += power
+    @functools.cached_property
+    def closure(self) -> np.ndarray:
+        """(N, N) float64: closure[A, B] = sum over all unary chains from A to B, the empty one included, of their
+        probability = (I - U)^-1; exactly 0 where there is no chain. Computed when it is first asked for.
+        """
+        closure = np.eye(len(self.names))
+        for rule in self.unary_order:
+            left, child = self.unary[rule]
+            closure[left] += self.unary_probability[rule] * closure[child]
         return closure
 
-    def _shortest(self, first_place: dict[str, str]) -> np.ndarray:
-        """Fixed point of shortest[A] = min over rules of A of the sum of its right side."""
-        shortest = np.where(self.emission.any(axis=1), 1, UNBOUNDED).astype(np.int64)
-        while True:
-            before = shortest.copy()
-            np.minimum.at(shortest, self.binary[:, 0], shortest[self.binary[:, 1]] + shortest[self.binary[:, 2]])
-            np.minimum.at(shortest, self.unary[:, 0], shortest[self.unary[:, 1]])
-            if np.array_equal(before, shortest):
-                break
-        for name, length in zip(self.names, shortest, strict=True):
-            if length >= UNBOUNDED:
-                raise InputError(
-                    f"{first_place[name]}: the nonterminal {name!r} derives no sentence (each of its rules leads back "
-                    "to it); give it a rule that ends in words"
-                )
-        return shortest
+    @functools.cached_property
+    def sha256(self) -> str:
+        names = self.names
+        lines = [
+            f"{names[a]} {names[b]} {names[c]} {probability!r}"
+            for (a, b, c), probability in zip(self.binary.tolist(), self.binary_probability.tolist(), strict=True)
+        ]
+        lines += [
+            f"{names[a]} {names[b]} {probability!r}"
+            for (a, b), probability in zip(self.unary.tolist(), self.unary_probability.tolist(), strict=True)
+        ]
+        for name, row in zip(names, self.emission, strict=True):
+            emitted = np.flatnonzero(row)
+            lines += [
+                f"{name} {self.words[word]} {probability!r}"
+                for word, probability in zip(emitted.tolist(), row[emitted].tolist(), strict=True)
+            ]
+        return hashlib.sha256("\n".join([names[0], *sorted(lines)]).encode()).hexdigest()
 
-    def _longest(self, edges: np.ndarray) -> np.ndarray:
-        """Longest yields; unbounded for what reaches a cycle, since a cycle (never all unary) adds words."""
-        reach = reachability(edges)
-        recursive = (edges & reach.T).any(axis=1)
-        unbounded = reach[:, recursive].any(axis=1)
-        longest = np.where(unbounded, UNBOUNDED, self.emission.any(axis=1)).astype(np.int64)
-        while True:
-            before = longest.copy()
-            np.maximum.at(longest, self.binary[:, 0], longest[self.binary[:, 1]] + longest[self.binary[:, 2]])
-            np.maximum.at(longest, self.unary[:, 0], longest[self.unary[:, 1]])
-            longest = np.minimum(longest, UNBOUNDED)
-            if np.array_equal(before, longest):
-                return longest
+    def _listed(self, chosen: np.ndarray) -> str:
+        """The first ten of the nonterminals in `chosen`, (N,) bool, for a message."""
+        names = [self.names[symbol] for symbol in np.flatnonzero(chosen)]
+        listed = ", ".join(name if len(name) <= 60 else shown(name) for name in names[:10])
+        return listed if len(names) <= 10 else f"{listed} and {len(names) - 10:,} more"
 
     def to_nltk(self) -> "nltk.PCFG":
         """The same grammar as an `nltk.PCFG`."""
@@ -251,7 +239,7 @@ class Grammar:
             sentence = sentences[np.argmax(flat < 0)]
             word = texts[sentence].split()[rows[sentence].index(-1)]
             raise InputError(
-                f"{source}: sentence {sentence + 1}: the word {word!r} is not in the grammar; "
+                f"{source}: sentence {sentence + 1}: the word {shown(word)} is not in the grammar; "
                 "use the grammar that the text was made from"
             )
         if (lengths == 0).any():
@@ -261,21 +249,48 @@ class Grammar:
         return tokens, lengths
 
 
-def _merged(rules: list[Rule], first_place: dict[str, str]) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Rules with repetitions added up, zeros dropped and left sides normalised. fsum: the order does not matter."""
-    parts: dict[tuple[str, tuple[str, ...]], list[float]] = {}
-    by_left: dict[str, list[float]] = {}
-    for rule in rules:
-        parts.setdefault((rule.left, rule.right), []).append(rule.probability)
-        by_left.setdefault(rule.left, []).append(rule.probability)
-    sums = {left: math.fsum(probabilities) for left, probabilities in by_left.items()}
-    for left, total in sums.items():
-        if abs(total - 1.0) > SUM_TOLERANCE:
-            raise InputError(
-                f"{first_place[left]}: the probabilities of {left!r} add up to {total:.6g}; they must add up to 1 (within 0.01)"
-            )
-    merged = {key: math.fsum(probabilities) / sums[key[0]] for key, probabilities in parts.items()}
-    return {key: probability for key, probability in merged.items() if probability > 0.0}
+def _refuse_words_in_binary_rules(rules: WeightedRules, sides: np.ndarray) -> None:
+    """`sides`, (R, 3): the nonterminals of the rules, -1 for a word or no symbol."""
+    for rule in np.flatnonzero((rules.second >= 0) & (sides < 0).any(axis=1))[:1]:
+        word = rules.symbols[(rules.first if sides[rule, 1] < 0 else rules.second)[rule]]
+        raise InputError(
+            f"{rules.place(rule)}: {shown(word)} in a binary rule is a word (it is no left side); "
+            "give the word a nonterminal of its own"
+        )
+
+
+def _merged(rules: WeightedRules, left: np.ndarray, first_rule: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rules with repetitions added up, zeros dropped and left sides normalised. fsum: the order does not matter.
+
+    Args:
+        left: (R,), the number of each rule's left side.
+        first_rule: (N,), the first rule of each left side.
+
+    Returns:
+        kept (K,) ascending, the first of the rules that each merged rule was made of; probability (K,) float64.
+    """
+    order = np.lexsort((rules.second, rules.first, left))
+    keys = np.column_stack([left, rules.first, rules.second])[order]
+    probability = rules.probability[order]
+    starts = np.searchsorted(keys[:, 0], np.arange(len(first_rule) + 1))
+    values = probability.tolist()
+    sums = np.array([math.fsum(values[start:end]) for start, end in zip(starts[:-1], starts[1:], strict=True)])  # (N,)
+    for symbol in np.flatnonzero(np.abs(sums - 1.0) > SUM_TOLERANCE)[:1]:
+        name = shown(rules.symbols[rules.left[first_rule[symbol]]])
+        raise InputError(
+            f"{rules.place(first_rule[symbol])}: the probabilities of {name} add up to {sums[symbol]:.6g}; "
+            "they must add up to 1 (within 0.01)"
+        )
+    new = np.append(True, (keys[1:] != keys[:-1]).any(axis=1))
+    starts = np.append(np.flatnonzero(new), len(keys))
+    merged = probability[new]
+    for rule in np.flatnonzero(np.diff(starts) > 1):
+        merged[rule] = math.fsum(values[starts[rule] : starts[rule + 1]])
+    merged = merged / sums[keys[new, 0]]
+    kept = order[new]
+    by_file = np.argsort(kept)
+    by_file = by_file[merged[by_file] > 0.0]
+    return kept[by_file], merged[by_file]
 
 
 def reachability(edges: np.ndarray) -> np.ndarray:

@@ -1,135 +1,305 @@
-"""Grammar files as text: the rules format and nltk's PCFG format, parsed into weighted rules with their places."""
+"""Grammar files as text: the rules format, read and written, and nltk's PCFG format, parsed into rules with their places."""
 
+import contextlib
 import dataclasses
-import math
+import itertools
+import re
+from array import array
+from collections import defaultdict
+from typing import NamedTuple
 
-from pcfg.artefacts import InputError
+import numpy as np
+
+from pcfg.artefacts import InputError, atomic_open
+
+# Symbols on the right of a rule in nltk's format: a rule of more derives no sentence that a chart can hold.
+MAX_RIGHT_SIDE = 64
+# Lines of the rules format that are split into fields at a time: all at once would be ten times the file in memory.
+LINES_PER_BLOCK = 1 << 12
+# What no text has; most likely the file is no text, or UTF-16. Characters that count as white space are none of them.
+CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
+# nltk's own definitions of a nonterminal and of a quoted word; in brackets any number, as nltk itself prints [1e-05].
+NONTERMINAL = re.compile(r"([\w/][\w/^<>-]*)\s*")
+ARROW = re.compile(r"\s*->\s*")
+START = re.compile(r"%\s*start\s+([\w/][\w/^<>-]*)\s*")
+RIGHT_SIDE = re.compile(
+    r"""(?: \[ (?P<probability>[^\[\]]*) \] | (?P<word>"[^"]*"|'[^']*') | (?P<bar>\|) | (?P<symbol>[\w/][\w/^<>-]*) )\s*""",
+    re.VERBOSE,
+)
+
+
+# Left side, right side of one or two symbols, probability.
+WeightedRule = tuple[str, tuple[str, ...], float]
+
+
+def shown(text: str) -> str:
+    """`text` in quotes for a message, its end left out if it is long.
+
+    >>> print(shown("a" * 1_000_000))
+    'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' and 999,940 characters more
+    """
+    return repr(text) if len(text) <= 60 else f"{text[:60]!r} and {len(text) - 60:,} characters more"
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
-    """One weighted rule as it stands in a file.
+class WeightedRules:
+    """R rules as they stand in a file, symbols as numbers.
 
-    Args:
-        left: the symbol that is rewritten.
-        right: one or two symbols.
-        probability: in [0, 1].
-        place: "FILE:LINE", for messages.
+    Attributes:
+        source: how messages name the file.
+        symbols: the symbol of each number, by first appearance.
+        left, first, second: (R,) int32, left side and right side; `second` is -1 where the right side has one symbol.
+        probability: (R,) float64 in [0, 1 + 1e-9].
+        line: (R,) int32, from 1.
     """
 
-    left: str
-    right: tuple[str, ...]
-    probability: float
-    place: str
+    source: str
+    symbols: list[str]
+    left: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    probability: np.ndarray
+    line: np.ndarray
+
+    def place(self, rule: int) -> str:
+        """ "SOURCE:LINE" of a rule, for messages."""
+        return f"{self.source}:{self.line[rule]}"
 
 
-def check_probability(probability: float, place: str) -> None:
-    """Raise an `InputError` that names `place` unless `probability` is a number in [0, 1 + 1e-9]."""
-    if not math.isfinite(probability) or not 0.0 <= probability <= 1.0 + 1e-9:
-        raise InputError(f"{place}: probability {probability}; it must be a number from 0 to 1")
+class RuleCollector:
+    """Rules that are being read; `collected` gives them as `WeightedRules`."""
+
+    def __init__(self, source: str):
+        self.source = source
+        self._number = defaultdict(itertools.count().__next__, {None: -1})
+        self._columns = [[], [], []]
+        self._probability, self._line = array("d"), array("i")
+
+    def extend(self, left: list[str], first: list[str], second: list[str | None], probability: list[float], line: list[int]):
+        """Add rules, given by columns; `second` is None where the right side has one symbol."""
+        for column, symbols in zip(self._columns, (left, first, second), strict=True):
+            column.append(np.fromiter(map(self._number.__getitem__, symbols), np.int32, len(symbols)))
+        self._probability.extend(probability)
+        self._line.extend(line)
+
+    def collected(self) -> WeightedRules:
+        """All rules so far.
+
+        Raises:
+            InputError: a probability is not a number in [0, 1 + 1e-9].
+        """
+        columns = [np.concatenate([np.empty(0, np.int32), *column]) for column in self._columns]
+        probability, line = np.array(self._probability, np.float64), np.array(self._line, np.int32)
+        rules = WeightedRules(self.source, list(self._number)[1:], *columns, probability, line)
+        # A comparison with nan is false.
+        for rule in np.flatnonzero(~((probability >= 0.0) & (probability <= 1.0 + 1e-9)))[:1]:
+            raise InputError(f"{rules.place(rule)}: probability {probability[rule]}; it must be a number from 0 to 1")
+        return rules
 
 
-def parse_rules(text: str, source: str) -> list[Rule]:
-    """The rules of a text in the rules format: `LHS RHS prob` or `LHS RHS1 RHS2 prob` a line, `#` opens a comment line.
+def parse_probabilities(texts: list[str], source: str, lines: list[int]) -> list[float]:
+    """The numbers in `texts`; Python's underscores and digits of other scripts are no numbers here.
+
+    Raises:
+        InputError: one is no number; its line, from `lines`, is named.
+    """
+    together = "".join(texts)
+    if together.isascii() and "_" not in together:
+        # The usual case, at the speed of `map`; what is wrong is looked for below.
+        with contextlib.suppress(ValueError):
+            return list(map(float, texts))
+    for text, line in zip(texts, lines, strict=True):
+        if "_" in text or not text.isascii() or not _is_float(text):
+            raise InputError(f"{source}:{line}: probability {shown(text)} is not a number")
+    raise AssertionError("all are numbers")
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_grammar(text: str, source: str) -> WeightedRules:
+    """The rules of a text in nltk's PCFG format if a line that is no comment has `->`, else in the rules format.
+
+    Raises:
+        InputError: a control character; or as `parse_rules` or `parse_nltk`.
+    """
+    found = CONTROL_CHARACTER.search(text)
+    if found:
+        line = text.count("\n", 0, found.start()) + 1
+        raise InputError(f"{source}:{line}: the control character {found[0]!r}; a grammar is plain text in UTF-8")
+    lines = text.split("\n")
+    if "->" in text and any("->" in line for line in lines if not line.lstrip().startswith("#")):
+        return parse_nltk(lines, source)
+    return parse_rules(lines, source)
+
+
+def parse_rules(lines: list[str], source: str) -> WeightedRules:
+    """The rules of lines in the rules format: `LHS RHS prob` or `LHS RHS1 RHS2 prob` a line, `#` opens a comment line.
 
     Raises:
         InputError: wrong number of fields; a probability that is not a number from 0 to 1.
 
-    >>> parse_rules("# toy\\nS A A 1.0\\nA word 1.0", "toy.txt")[1]
-    Rule(left='A', right=('word',), probability=1.0, place='toy.txt:3')
+    >>> rules = parse_rules(["# toy", "S A A 1.0", "A word 1.0"], "toy.txt")
+    >>> rules.symbols, rules.left.tolist(), rules.second.tolist(), rules.place(1)
+    (['S', 'A', 'word'], [0, 1], [1, -1], 'toy.txt:3')
     """
-    rules = []
-    for number, line in enumerate(text.split("\n"), 1):
-        fields, place = line.split(), f"{source}:{number}"
-        if not fields or line.lstrip().startswith("#"):
+    collector = RuleCollector(source)
+    for begin in range(0, len(lines), LINES_PER_BLOCK):
+        block = lines[begin : begin + LINES_PER_BLOCK]
+        if not any(map(str.strip, block)):
             continue
-        if len(fields) not in (3, 4):
+        fields = [line.split() for line in block]
+        numbers = [begin + row for row, line in enumerate(fields, 1) if line and line[0][0] != "#"]
+        fields = [line for line in fields if line and line[0][0] != "#"]
+        if not {len(line) for line in fields} <= {3, 4}:
+            line, number = next((line, number) for line, number in zip(fields, numbers, strict=True) if len(line) not in (3, 4))
             raise InputError(
-                f"{place}: {len(fields)} fields in {line.strip()!r}; a rule is `LHS RHS prob` or `LHS RHS1 RHS2 prob`"
+                f"{source}:{number}: {len(line):,} fields in {shown(lines[number - 1].strip())}; "
+                "a rule is `LHS RHS prob` or `LHS RHS1 RHS2 prob`"
             )
-        try:
-            probability = float(fields[-1])
-        except ValueError:
-            raise InputError(f"{place}: probability {fields[-1]!r} is not a number") from None
-        check_probability(probability, place)
-        rules.append(Rule(fields[0], tuple(fields[1:-1]), probability, place))
-    return rules
+        collector.extend(
+            [line[0] for line in fields],
+            [line[1] for line in fields],
+            [line[2] if len(line) == 4 else None for line in fields],
+            parse_probabilities([line[-1] for line in fields], source, numbers),
+            numbers,
+        )
+    return collector.collected()
 
 
-def parse_nltk(text: str, source: str) -> list[Rule]:
-    """The rules of a text in nltk's PCFG format (`S -> NP VP [0.6] | 'word' [0.4]`), binarised; the start's rules first.
+def parse_nltk(lines: list[str], source: str) -> WeightedRules:
+    """The rules of lines in nltk's PCFG format (`S -> NP VP [0.6] | 'word' [0.4]`), binarised; the start's rules first.
 
-    nltk's reader parses the lines. Binarising is done here, as nltk's own `CFG.binarize` forgets the probabilities and
-    gives `A -> B C D` and `A -> B E F` the same new symbol, which would change the language. A new symbol is named by the
-    symbols it stands for, so its one rule has probability 1 and every sentence keeps its probability.
+    Binarising is done here, as nltk's own `CFG.binarize` forgets the probabilities and gives `A -> B C D` and `A -> B E F`
+    the same new symbol, which would change the language. A new symbol is named by the symbols it stands for, so its one
+    rule has probability 1 and every sentence keeps its probability.
 
     Raises:
-        InputError: a line that nltk can't read; a rule without symbols on the right; a word with a space in it; a word
-            that is the name of a nonterminal too.
+        InputError: a line that is not in the format; a rule with no symbols, or more than 64, on the right; a word with a
+            space in it; a word that is the name of a nonterminal too.
     """
-    # nltk takes a second to import, and most grammars are in the rules format.
-    from nltk.grammar import Nonterminal, read_grammar, standard_nonterm_parser
-
-    start, productions, pending = None, [], ""
-    for number, line in enumerate(text.split("\n"), 1):
-        line, place = pending + line.strip(), f"{source}:{number}"
-        pending = ""
-        if not line or line.startswith("#"):
+    start, productions, pending = None, [], []
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not pending and (not line or line.startswith("#")):
             continue
         if line.endswith("\\"):
-            pending = line[:-1].rstrip() + " "
+            pending.append(line[:-1].rstrip() + " ")
             continue
-        if line.startswith("%start"):
-            start = line.removeprefix("%start").strip()
-            continue
-        try:
-            parsed = read_grammar([line], standard_nonterm_parser, probabilistic=True)[1]
-        except ValueError as error:
-            reason = str(error).split("\n")[-1]
-            raise InputError(f"{place}: nltk can't read {line!r} ({reason})") from None
-        productions += [(production, place) for production in parsed]
-
-    rules, helpers = [], {}
-    for production, place in productions:
-        check_probability(production.prob(), place)
-        rule, *introduced = _binarised(production, place, Nonterminal)
-        rules.append(rule)
-        for helper in introduced:
-            helpers.setdefault(helper.left, helper)
-    rules += helpers.values()
-    words = {symbol: place for production, place in productions for symbol in production.rhs() if isinstance(symbol, str)}
-    for rule in rules:
-        if rule.left in words:
-            raise InputError(f"{words[rule.left]}: {rule.left!r} is a word and a nonterminal; rename one of them")
-    if start is not None and not any(rule.left == start for rule in rules):
-        raise InputError(f"{source}: the start symbol {start!r} has no rule")
-    return sorted(rules, key=lambda rule: rule.left != start) if start else rules
+        line, pending = "".join([*pending, line]), []
+        if line.startswith("%"):
+            found = START.fullmatch(line)
+            if not found:
+                raise InputError(f"{source}:{number}: {shown(line)} is no directive of nltk's format; it has `%start S` alone")
+            start = found[1]
+        else:
+            productions += _productions(line, source, number)
+    if pending:
+        raise InputError(f"{source}:{len(lines)}: the file ends in a line that is to go on; remove its last \\, or complete it")
+    if start is not None and not any(production.left == start for production in productions):
+        raise InputError(f"{source}: the start symbol {shown(start)} has no rule")
+    if start is not None:
+        productions.sort(key=lambda production: production.left != start)
+    return _binarised(productions, source)
 
 
-def _binarised(production, place: str, nonterminal_type: type) -> list[Rule]:
-    """One nltk production as a rule of at most two symbols and the rules, of probability 1, of the symbols it introduces.
+class _Production(NamedTuple):
+    """One alternative of a line in nltk's format; a symbol on the right is (name, whether it is a word)."""
+
+    left: str
+    right: list[tuple[str, bool]]
+    probability: float
+    line: int
+
+
+def _productions(line: str, source: str, number: int) -> list[_Production]:
+    """The alternatives of one line, read as nltk does: the last number of an alternative is its probability, 0 without."""
+    left = NONTERMINAL.match(line)
+    arrow = left and ARROW.match(line, left.end())
+    if not arrow:
+        raise InputError(f"{source}:{number}: {shown(line)} is no rule; a rule is like `S -> NP VP [0.6] | 'word' [0.4]`")
+    right_sides, probabilities, position = [[]], ["0"], arrow.end()
+    while position < len(line):
+        found = RIGHT_SIDE.match(line, position)
+        if not found:
+            raise InputError(
+                f"{source}:{number}: can't read {shown(line[position:])}; there should be a symbol, a word in quotes, "
+                "a number in brackets or |"
+            )
+        position, value = found.end(), found[found.lastgroup]
+        if found.lastgroup == "bar":
+            right_sides.append([])
+            probabilities.append("0")
+        elif found.lastgroup == "probability":
+            probabilities[-1] = value
+        elif found.lastgroup == "symbol":
+            right_sides[-1].append((value, False))
+        else:
+            right_sides[-1].append((value[1:-1], True))
+    numbers = parse_probabilities(probabilities, source, [number] * len(probabilities))
+    productions = [_Production(left[1], right, *rest, number) for right, *rest in zip(right_sides, numbers, strict=True)]
+    for right in right_sides:
+        if not right:
+            raise InputError(f"{source}:{number}: a right side of {shown(line)} is empty, which is not supported")
+        if len(right) > MAX_RIGHT_SIDE:
+            raise InputError(f"{source}:{number}: {len(right):,} symbols on the right of a rule; {MAX_RIGHT_SIDE} are the most")
+        for name, is_word in right:
+            if is_word and len(name.split()) != 1:
+                raise InputError(f"{source}:{number}: the word {shown(name)}; a word has no spaces and is not empty")
+    return productions
+
+
+def _binarised(productions: list[_Production], source: str) -> WeightedRules:
+    """Rules of at most two symbols: those of the productions, then those, of probability 1, of the symbols they introduce.
 
     A word in a longer rule gets the symbol `word:...`, the symbols after the first get their names joined by `+`; neither
     `:` nor `+` can be in the name of a nonterminal in nltk's format.
     """
-    symbols = production.rhs()
-    if not symbols:
-        raise InputError(f"{place}: the right side of {production} is empty; rules that derive nothing are not supported")
-    for symbol in symbols:
-        if isinstance(symbol, str) and len(symbol.split()) != 1:
-            raise InputError(f"{place}: the word {symbol!r}; a word has no spaces and is not empty")
-    left, probability = production.lhs().symbol(), production.prob()
-    if len(symbols) == 1:
-        return [Rule(left, (str(symbols[0]),), probability, place)]
-    names, preterminals, rules = [], [], []
-    for symbol in symbols:
-        if isinstance(symbol, nonterminal_type):
-            names.append(symbol.symbol())
-        else:
-            names.append(f"word:{symbol}")
-            preterminals.append(Rule(names[-1], (symbol,), 1.0, place))
-    while len(names) > 2:
-        rest = "+".join(names[1:])
-        rules.append(Rule(left, (names[0], rest), probability, place))
-        left, names, probability = rest, names[1:], 1.0
-    return [*rules, Rule(left, tuple(names), probability, place), *preterminals]
+    rules, introduced = [], {}
+    for production in productions:
+        left, probability, line = production.left, production.probability, production.line
+        if len(production.right) == 1:
+            rules.append((left, production.right[0][0], None, probability, line))
+            continue
+        names = [f"word:{name}" if is_word else name for name, is_word in production.right]
+        pairs = [(left, names[0], "+".join(names[1:]))]
+        pairs += [("+".join(names[i:]), names[i], "+".join(names[i + 1 :])) for i in range(1, len(names) - 1)]
+        rules.append((*pairs[0], probability, line))
+        for helper, *children in pairs[1:]:
+            introduced.setdefault(helper, (helper, *children, 1.0, line))
+        for name, (word, is_word) in zip(names, production.right, strict=True):
+            if is_word:
+                introduced.setdefault(name, (name, word, None, 1.0, line))
+    rules += introduced.values()
+
+    lefts = {left for left, *_ in rules}
+    for production in productions:
+        for name, is_word in production.right:
+            if is_word and name in lefts:
+                raise InputError(f"{source}:{production.line}: {shown(name)} is a word and a nonterminal; rename one of them")
+            if not is_word and name not in lefts:
+                raise InputError(f"{source}:{production.line}: {shown(name)} has no rule; a word would stand in quotes")
+    collector = RuleCollector(source)
+    if rules:
+        collector.extend(*map(list, zip(*rules, strict=True)))
+    return collector.collected()
+
+
+def as_written(rules: list[WeightedRule]) -> list[WeightedRule]:
+    """The rules with the probabilities that `write_rules` writes.
+
+    Nine digits: more would show how the logarithm of the machine at hand rounds.
+    """
+    return [(left, right, float(f"{probability:.9g}")) for left, right, probability in rules]
+
+
+def write_rules(path, rules: list[WeightedRule], header: list[str]) -> None:
+    """Write a rules file with `header` as comment lines, atomically."""
+    with atomic_open(path) as file:
+        file.writelines(f"# {line}\n" for line in header)
+        file.writelines(f"{left} {' '.join(right)} {probability:.9g}\n" for left, right, probability in rules)

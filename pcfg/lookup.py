@@ -2,23 +2,30 @@
 
     python -m pcfg.lookup --rule-path rule_deep_mlm.txt --datafile pcfg_dataset/test0.txt --save-path lookup.hdf5
 
-A version for a laptop: `--rule-path rule_mini_mlm.txt` with a text made from the same rules.
+A version for a laptop: `--rule-path rule_mini_mlm.txt` with a text made from the same rules. `--entropy-only` leaves the
+distributions out: 12 bytes a position, whatever the number of words.
 
-The file is HDF5. Its datasets, for n sentences of the text in order, M words in all and V words of the grammar:
+The file is HDF5, not compressed (gzip and LZF both write slower than the disk). Its datasets, for n sentences of the text in
+order, M words in all and V words of the grammar:
 
     words         (V,)    UTF-8 strings: what the columns stand for
-    lengths       (n,)    int64, words of each sentence
-    conditionals  (M, V)  float32, P(x_t = w | x_-t); the positions of a sentence lie one below the other
+    lengths       (n,)    uint8, words of each sentence
+    conditionals  (M, V)  float32 or float16, P(x_t = w | x_-t); the positions of a sentence lie one below the other; not there
+                          in a table made with --entropy-only
     true_words    (M,)    int32, the column of the word that stands there
-    entropy       (M,)    float64, -sum_w P(w | x_-t) log P(w | x_-t), nats, from the conditionals before rounding
-    log_true      (M,)    float64, log P(x_t | x_-t), nats, likewise
+    entropy       (M,)    float32, -sum_w P(w | x_-t) log P(w | x_-t), nats, from the conditionals before they are rounded
+    log_true      (M,)    float32, log P(x_t | x_-t), nats, likewise
 
-and its attributes: `format` (1), `text_sha256`, `text_name`, `grammar_sha256`, `versions` (JSON).
+and its attributes: `format` (2), `conditionals` ("float32", "float16" or "none"), `text_sha256`, `text_name`, `grammar_sha256`,
+`versions` (JSON). The file is made in one pass over the text after one that counts it, in memory that its size does not
+matter to.
 """
 
 import argparse
+import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -29,23 +36,31 @@ from pcfg.artefacts import InputError, atomic_path, check_space, sha256, version
 from pcfg.chart import Chart
 from pcfg.cli import run_main
 from pcfg.grammar import Grammar, find_rules
-from pcfg.text import read_texts
+from pcfg.means import SentenceMeans
+from pcfg.plan import offsets
+from pcfg.text import text_blocks
+from pcfg.words import WordIndex, padded
 
-FORMAT = 1
-# Numbers in a chunk of conditionals while a table is computed: 128 MiB of float64.
-CHUNK_ELEMENTS = 1 << 24
+FORMAT = 2
+DTYPES = ("float32", "float16", "none")
+# Numbers in a block of conditionals while a table is computed: 16 MiB of float32, small enough for its memory to be used again.
+BLOCK_ELEMENTS = 1 << 22
+# Most sentences of a block, where distributions don't bound it.
+BLOCK_SENTENCES = 1 << 15
 
 
 class LookupTable:
-    """A lookup table, in a file (`open`, conditionals are read on demand) or in memory (`compute`).
+    """A lookup table, in a file (`open`, which reads each array when it is asked for) or in memory (`compute`).
 
     Attributes:
         words: what the V columns stand for.
+        sentences, positions: n and M.
         lengths: (n,) int64, words of each sentence.
         offsets: (n + 1,) int64: the positions of sentence s are offsets[s] .. offsets[s + 1].
         true_words: (M,) int32, column of the word at each position.
         entropy: (M,) float64, entropy of the conditional, nats.
         log_true: (M,) float64, log P(x_t | x_-t), nats.
+        stored: how the conditionals are stored, "float32", "float16" or "none".
         text_sha256: of the file the text was read from; empty if it came from none.
         grammar_sha256: of the grammar.
     """
@@ -55,12 +70,39 @@ class LookupTable:
         self.source = source
         self.text_sha256 = text_sha256
         self.grammar_sha256 = grammar_sha256
-        self.lengths = arrays["lengths"][:]
-        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.true_words = arrays["true_words"][:]
-        self.entropy = arrays["entropy"][:]
-        self.log_true = arrays["log_true"][:]
-        self._conditionals = arrays["conditionals"]
+        self._arrays = arrays
+        self.sentences, self.positions = len(arrays["lengths"]), len(arrays["true_words"])
+        self.stored = str(arrays["conditionals"].dtype) if "conditionals" in arrays else "none"
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        return self._arrays["lengths"][:].astype(np.int64)
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        return offsets(self.lengths)
+
+    @functools.cached_property
+    def true_words(self) -> np.ndarray:
+        return self._arrays["true_words"][:]
+
+    @functools.cached_property
+    def entropy(self) -> np.ndarray:
+        return self._arrays["entropy"][:].astype(np.float64)
+
+    @functools.cached_property
+    def log_true(self) -> np.ndarray:
+        return self._arrays["log_true"][:].astype(np.float64)
+
+    def mean_entropy(self) -> SentenceMeans:
+        """Means of the entropy, read block by block."""
+        means, row = SentenceMeans(), 0
+        for first in range(0, self.sentences, BLOCK_SENTENCES):
+            lengths = self._arrays["lengths"][first : first + BLOCK_SENTENCES]
+            last = row + int(lengths.sum(dtype=np.int64))
+            means.add(self._arrays["entropy"][row:last], lengths)
+            row = last
+        return means
 
     @classmethod
     def compute(cls, grammar, texts: list[str], source) -> "LookupTable":
@@ -69,10 +111,10 @@ class LookupTable:
         Raises:
             InputError: an unknown word, or a sentence that the grammar can't derive.
         """
-        tokens, lengths = grammar.encode(texts, source)
-        shapes = _shapes(lengths, len(grammar.words))
+        blocks = [WordIndex(grammar.words).encode_texts(texts, source)]
+        shapes = _shapes(*_sizes(blocks), len(grammar.words), "float32")
         arrays = {name: np.empty(shape, kind) for name, (shape, kind) in shapes.items()}
-        _fill(arrays, grammar, tokens, lengths, source)
+        _fill(arrays, Chart(grammar), blocks, source)
         text_sha256 = sha256(source) if Path(source).is_file() else ""
         return cls(arrays, list(grammar.words), str(source), text_sha256, grammar.sha256)
 
@@ -88,18 +130,17 @@ class LookupTable:
             raise InputError(f"{path}: no such file; make it with python -m pcfg.lookup")
         try:
             file = h5py.File(path, "r")
+            if file.attrs["format"] != FORMAT:
+                raise InputError(f"{path}: lookup table of format {file.attrs['format']}, not {FORMAT}; make it again")
             words = [word.decode() for word in file["words"][:]]
-            lengths = file["lengths"][:]
-            for name, (shape, kind) in _shapes(lengths, len(words)).items():
+            sentences, positions, stored = len(file["lengths"]), len(file["true_words"]), str(file.attrs["conditionals"])
+            for name, (shape, kind) in _shapes(sentences, positions, len(words), stored).items():
                 if file[name].shape != shape or file[name].dtype != kind:
                     raise InputError(
                         f"{path}: dataset {name!r} is {file[name].shape} {file[name].dtype}, not {shape} "
                         f"{np.dtype(kind)}; delete the file and make it again with python -m pcfg.lookup"
                     )
-            if file.attrs["format"] != FORMAT:
-                raise InputError(f"{path}: lookup table of format {file.attrs['format']}, not {FORMAT}; make it again")
-            true_words = file["true_words"][:]
-            if lengths.min() < 1 or true_words.min() < 0 or true_words.max() >= len(words):
+            if not _in_range(file, len(words)):
                 raise InputError(f"{path}: lengths or true_words out of range; delete the file and make it again")
             return cls(file, words, str(path), str(file.attrs["text_sha256"]), str(file.attrs["grammar_sha256"]))
         except (OSError, RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
@@ -108,10 +149,15 @@ class LookupTable:
     def conditionals(self, first_sentence: int, last_sentence: int) -> np.ndarray:
         """P(. | x_-t) at the positions of sentences first_sentence .. last_sentence - 1: (positions, V) float64.
 
-        They are stored as float32; the rows are normalised again, so each sums to 1.
+        They are stored rounded; the rows are normalised again, so each sums to 1.
+
+        Raises:
+            InputError: the table was made with --entropy-only.
         """
+        if self.stored == "none":
+            raise InputError(f"{self.source}: has no distributions; make it again without --entropy-only")
         first, last = self.offsets[first_sentence], self.offsets[last_sentence]
-        rows = self._conditionals[first:last].astype(np.float64)
+        rows = self._arrays["conditionals"][first:last].astype(np.float64)
         rows /= rows.sum(axis=1, keepdims=True)
         return rows
 
@@ -130,98 +176,103 @@ class LookupTable:
             )
 
 
-def _shapes(lengths, columns: int) -> dict:
+def _shapes(sentences: int, positions: int, columns: int, stored: str) -> dict:
     """Name, shape and dtype of the datasets that hold numbers."""
-    rows = int(lengths.sum())
-    return {
-        "lengths": ((len(lengths),), np.int64),
-        "conditionals": ((rows, columns), np.float32),
-        "true_words": ((rows,), np.int32),
-        "entropy": ((rows,), np.float64),
-        "log_true": ((rows,), np.float64),
+    shapes = {
+        "lengths": ((sentences,), np.uint8),
+        "true_words": ((positions,), np.int32),
+        "entropy": ((positions,), np.float32),
+        "log_true": ((positions,), np.float32),
     }
+    if stored not in DTYPES:
+        raise ValueError(f"conditionals stored as {stored!r}")
+    return shapes if stored == "none" else {**shapes, "conditionals": ((positions, columns), np.dtype(stored))}
 
 
-def _fill(arrays, grammar, tokens, lengths, source) -> None:
+def _in_range(file, columns: int) -> bool:
+    """Whether the lengths add up to the positions and all true words are columns."""
+    lengths, words, step = file["lengths"], file["true_words"], 1 << 22
+    total = 0
+    for first in range(0, len(lengths), step):
+        block = lengths[first : first + step]
+        total += int(block.sum(dtype=np.int64)) if block.min() >= 1 else len(words) + 1
+    blocks = (words[first : first + step] for first in range(0, len(words), step))
+    return total == len(words) and all(block.min() >= 0 and block.max() < columns for block in blocks)
+
+
+def _blocks(grammar, datafile) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The sentences of a text or CSV file: word indices (M,) and lengths (n,) of one block after the other."""
+    index, sentences = WordIndex(grammar.words), 0
+    for block in text_blocks(datafile):
+        flat, lengths = index.encode(block, datafile, sentences)
+        sentences += len(lengths)
+        yield flat, lengths
+
+
+def _sizes(blocks) -> tuple[int, int]:
+    """Sentences and positions in all."""
+    sentences = positions = 0
+    for flat, lengths in blocks:
+        sentences, positions = sentences + len(lengths), positions + len(flat)
+    return sentences, positions
+
+
+def _fill(arrays, chart: Chart, blocks, source) -> None:
     """Compute a table, a block of sentences at a time, into `arrays`: HDF5 datasets or numpy arrays by name."""
-    chart = Chart(grammar)
-    arrays["lengths"][:] = lengths
-    step = max(1, CHUNK_ELEMENTS // (len(grammar.words) * tokens.shape[1]))
-    row = 0
-    with tqdm(total=len(lengths), desc="lookup table", unit="sentence") as progress:
-        for first in range(0, len(lengths), step):
-            block, words = tokens[first : first + step], lengths[first : first + step]
-            conditionals, _ = chart.conditionals(block, words, source, first)  # (positions, V)
-            true_words = block[np.arange(block.shape[1]) < words[:, None]]  # (positions,)
-            rows = slice(row, row + len(true_words))
-            logarithms = np.log(np.where(conditionals > 0, conditionals, 1.0))
-            arrays["conditionals"][rows] = conditionals
-            arrays["true_words"][rows] = true_words
-            arrays["entropy"][rows] = -np.einsum("mv,mv->m", conditionals, logarithms)
-            arrays["log_true"][rows] = np.log(conditionals[np.arange(len(true_words)), true_words])
-            row = rows.stop
-            progress.update(len(words))
+    distributions = "conditionals" in arrays
+    sentence = row = 0
+    with tqdm(total=len(arrays["lengths"]), desc="lookup table", unit="sentence") as progress:
+        for flat, lengths in blocks:
+            tokens = padded(flat, lengths, -1)
+            elements = len(chart.grammar.words) * tokens.shape[1] if distributions else 1
+            step = min(BLOCK_SENTENCES, max(1, BLOCK_ELEMENTS // elements))
+            for first in range(0, len(lengths), step):
+                block, words = tokens[first : first + step], lengths[first : first + step]
+                if distributions:
+                    results = chart.conditionals_and_reductions(block, words, source, sentence)
+                    conditionals, entropy, log_true, first_rows = results
+                else:
+                    entropy, log_true, first_rows = chart.reductions(block, words, source, sentence)
+                rows = slice(row, row + int(first_rows[-1]))
+                if distributions:
+                    arrays["conditionals"][rows] = conditionals.astype(arrays["conditionals"].dtype, copy=False)
+                arrays["true_words"][rows] = block[np.arange(block.shape[1]) < words[:, None]]
+                arrays["entropy"][rows] = entropy
+                arrays["log_true"][rows] = log_true
+                arrays["lengths"][sentence : sentence + len(words)] = words
+                row, sentence = rows.stop, sentence + len(words)
+                progress.update(len(words))
 
 
-def write_table(path, grammar, datafile) -> None:
+def write_table(path, grammar, datafile, stored: str = "float32") -> int:
     """Compute the lookup table of a text or CSV file and write it to `path`; complete or absent.
+
+    Args:
+        stored: how the conditionals are stored: "float32", "float16", or "none" for their entropies only.
+
+    Returns:
+        The number of sentences that float32 charts could not do and that were done in float64.
 
     Raises:
         InputError: an unknown word, a sentence that the grammar can't derive, or a disk that can't hold the table.
     """
-    tokens, lengths = grammar.encode(read_texts(datafile), datafile)
-    shapes = _shapes(lengths, len(grammar.words))
+    shapes = _shapes(*_sizes(_blocks(grammar, datafile)), len(grammar.words), stored)
     size = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in shapes.values())
     # Asked beforehand: the HDF5 library does not survive a write that the disk refuses.
     check_space(path, size)
+    chart = Chart(grammar)
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         file.create_dataset("words", data=[word.encode() for word in grammar.words], dtype=h5py.string_dtype())
         for name, (shape, kind) in shapes.items():
             file.create_dataset(name, shape, kind)
-        _fill(file, grammar, tokens, lengths, datafile)
+        _fill(file, chart, _blocks(grammar, datafile), datafile)
         file.attrs["format"] = FORMAT
+        file.attrs["conditionals"] = stored
         file.attrs["text_sha256"] = sha256(datafile)
         file.attrs["text_name"] = Path(datafile).name
         file.attrs["grammar_sha256"] = grammar.sha256
         file.attrs["versions"] = json.dumps(versions("numpy", "numba", "h5py"))
-
-
-def mean_by_pairs(values, lengths) -> tuple[float, float]:
-    """Mean over all (sentence, position) pairs, and its standard error with sentences as clusters.
-
-    With y_s the sum over sentence s and T_s its length, the mean is R = sum y_s / sum T_s, and its error that of a ratio
-    estimator, sqrt(n / (n - 1) sum (y_s - R T_s)^2) / sum T_s (Cochran, Sampling Techniques, section 2.11).
-
-    Args:
-        values: (sum of lengths,), the positions of a sentence one after the other.
-        lengths: (n,), n at least 2.
-
-    >>> mean_by_pairs(np.array([1.0, 1.0, 4.0]), np.array([2, 1]))[0]
-    2.0
-    """
-    sums, lengths = _sentence_sums(values, lengths)
-    mean = sums.sum() / lengths.sum()
-    number = len(lengths)
-    error = np.sqrt(number / (number - 1) * np.sum((sums - mean * lengths) ** 2)) / lengths.sum()
-    return float(mean), float(error)
-
-
-def mean_by_sentences(values, lengths) -> tuple[float, float]:
-    """Mean over sentences of the mean over positions, and its standard error; arguments as in `mean_by_pairs`.
-
-    >>> mean_by_sentences(np.array([1.0, 1.0, 4.0]), np.array([2, 1]))[0]
-    2.5
-    """
-    sums, lengths = _sentence_sums(values, lengths)
-    means = sums / lengths
-    return float(means.mean()), float(means.std(ddof=1) / np.sqrt(len(means)))
-
-
-def _sentence_sums(values, lengths):
-    lengths = np.asarray(lengths, np.int64)
-    if len(lengths) < 2:
-        raise InputError(f"{len(lengths)} sentence: a standard error takes at least 2; give a longer text")
-    return np.add.reduceat(np.asarray(values, np.float64), np.cumsum(lengths) - lengths), lengths
+    return chart.redone
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -233,11 +284,20 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--datafile", required=True, help="text file (.txt) or labelled sentences (.csv, column `text`)")
     output = parser.add_argument_group("output")
     output.add_argument("--save-path", required=True, help="the HDF5 file to write")
+    kept = output.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--dtype", choices=DTYPES[:2], default="float32", help="of the stored conditionals (rounded last); default float32"
+    )
+    kept.add_argument(
+        "--entropy-only",
+        action="store_true",
+        help="store the entropy and log P of the true word of each position, and no distributions",
+    )
     output.add_argument("--overwrite", action="store_true", help="replace a file made from something else; default: refuse")
     return parser
 
 
-def _is_made(path, grammar, datafile) -> bool:
+def _is_made(path, grammar, datafile, stored: str) -> bool:
     """Whether `path` holds the table of this text and this grammar already; InputError if it holds something else."""
     if not Path(path).exists():
         return False
@@ -246,6 +306,9 @@ def _is_made(path, grammar, datafile) -> bool:
         raise InputError(f"{path}: made from another grammar; give another --save-path, or --overwrite to replace it")
     if table.text_sha256 != sha256(datafile):
         raise InputError(f"{path}: made from another text; give another --save-path, or --overwrite to replace it")
+    if table.stored != stored:
+        kept = f"--dtype {table.stored}" if table.stored in DTYPES[:2] else "--entropy-only"
+        raise InputError(f"{path}: made with {kept}; give another --save-path, or --overwrite to replace it")
     return True
 
 
@@ -256,14 +319,17 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError(f"--datafile {options.datafile}: no such file")
     if Path(options.save_path).resolve() == Path(options.datafile).resolve():
         raise InputError(f"--save-path {options.save_path}: is the text itself; give another place")
-    if not options.overwrite and _is_made(options.save_path, grammar, options.datafile):
+    stored = "none" if options.entropy_only else options.dtype
+    if not options.overwrite and _is_made(options.save_path, grammar, options.datafile, stored):
         print(f"{options.save_path}: skipped, complete already")
     else:
-        write_table(options.save_path, grammar, options.datafile)
+        redone = write_table(options.save_path, grammar, options.datafile, stored)
+        print(f"{options.save_path}: {redone} sentences were too improbable for float32 and done again in float64")
     table = LookupTable.open(options.save_path)
-    print(f"{options.save_path}: {len(table.lengths)} sentences, {len(table.entropy)} positions, {len(table.words)} words")
-    if len(table.lengths) > 1:
-        pairs, sentences = (mean(table.entropy, table.lengths) for mean in (mean_by_pairs, mean_by_sentences))
+    print(f"{options.save_path}: {table.sentences} sentences, {table.positions} positions, {len(table.words)} words")
+    if table.sentences > 1:
+        means = table.mean_entropy()
+        pairs, sentences = means.by_pairs(), means.by_sentences()
         print(
             f"conditional entropy in nats: {pairs[0]:.4f} +- {pairs[1]:.4f} (pairs), "
             f"{sentences[0]:.4f} +- {sentences[1]:.4f} (sentences)"

@@ -17,41 +17,22 @@ others, unigram entropy, and the classes of the downstream tasks.
 """
 
 import argparse
-import re
-import shlex
-from pathlib import Path
 
 import numpy as np
 
-from pcfg.artefacts import InputError, atomic_open, keyed_rng
+from pcfg.artefacts import InputError, keyed_rng
 from pcfg.chart import MAX_WORDS
 from pcfg.cli import non_negative_int, positive_int, probability, run_main
 from pcfg.grammar import RULES_FOLDER, Grammar
+from pcfg.grammar_io import WeightedRule, as_written, write_rules
 from pcfg.labels import TASK_SPANS, Labeller
-from pcfg.lookup import LookupTable, mean_by_pairs, mean_by_sentences
+from pcfg.lookup import LookupTable
+from pcfg.means import mean_by_pairs, mean_by_sentences
+from pcfg.random_parts import check_concentrations, command_line, dirichlet, read_words
 from pcfg.sampler import Sampler
-from pcfg.text import decoded
 
-# Below this a Dirichlet draw of low concentration is as good as no rule at all; symbols and words must stay in use.
-LEAST_PROBABILITY = 1e-6
 # Shortest sentence of the downstream tasks, in words.
 TASK_WORDS = 5
-
-WeightedRule = tuple[str, tuple[str, ...], float]
-
-
-def read_words(path) -> list[str]:
-    """The ordinary words of a vocabulary file, one a line: two or more letters a-z and nothing else.
-
-    So comments, special tokens, pieces (`##ing`), single letters and punctuation are left out.
-
-    Raises:
-        InputError: the file is missing or not UTF-8, or has no such line.
-    """
-    words = [word for line in decoded(Path(path)).split("\n") if re.fullmatch(r"[a-z]{2,}", word := line.strip())]
-    if not words:
-        raise InputError(f"{path}: no word of two or more letters a-z; give a vocabulary file with one word a line")
-    return list(dict.fromkeys(words))
 
 
 def random_rules(options: argparse.Namespace, vocabulary: list[str]) -> list[WeightedRule]:
@@ -66,7 +47,7 @@ def random_rules(options: argparse.Namespace, vocabulary: list[str]) -> list[Wei
     levels = [[f"A{level}_{i}" for i in range(options.symbols)] for level in range(1, options.levels + 1)]
     tops = [f"S{i}" for i in range(1, options.top_symbols + 1)]
 
-    top_probability = _dirichlet(rng, options.top_symbols, options.top_concentration)
+    top_probability = dirichlet(rng, options.top_symbols, options.top_concentration)
     rules: list[WeightedRule] = [("S", (top,), share) for top, share in zip(tops, top_probability, strict=True)]
     # The pairs of S1..Sk are distinct, as if they were one symbol's: two equal ones could not be told apart.
     pairs = _draw_pairs(rng, options.top_symbols, options.symbols, rng.permutation(options.symbols))
@@ -77,7 +58,7 @@ def random_rules(options: argparse.Namespace, vocabulary: list[str]) -> list[Wei
             pairs = _draw_pairs(rng, options.rules, len(below), order[number :: len(above)])
             early = rng.random() < options.early_word_chance
             share = 1.0 - options.early_word_share if early else 1.0
-            shares = share * _dirichlet(rng, options.rules, options.concentration)
+            shares = share * dirichlet(rng, options.rules, options.concentration)
             rules += [(symbol, (below[b], below[c]), p) for (b, c), p in zip(pairs, shares, strict=True)]
             if early:
                 rules.append((symbol, (str(rng.choice(words)),), options.early_word_share))
@@ -86,15 +67,9 @@ def random_rules(options: argparse.Namespace, vocabulary: list[str]) -> list[Wei
         owed = order[number :: options.symbols]
         others = rng.permutation(np.setdiff1d(np.arange(len(words)), owed))
         chosen = np.concatenate([owed, others])[: options.words_per_symbol]
-        shares = _dirichlet(rng, len(chosen), options.word_concentration)
+        shares = dirichlet(rng, len(chosen), options.word_concentration)
         rules += [(symbol, (words[word],), share) for word, share in zip(np.sort(chosen), shares, strict=True)]
     return rules
-
-
-def _dirichlet(rng: np.random.Generator, size: int, concentration: float) -> np.ndarray:
-    """Probabilities of a symmetric Dirichlet distribution, none below 1e-6; (size,) float64."""
-    drawn = np.maximum(rng.dirichlet(np.full(size, concentration)), LEAST_PROBABILITY)
-    return drawn / drawn.sum()
 
 
 def _draw_pairs(rng: np.random.Generator, number: int, children: int, owed: np.ndarray) -> np.ndarray:
@@ -160,16 +135,6 @@ def _class_line(labels: np.ndarray) -> str:
     return f"{np.count_nonzero(counts)} classes, majority {counts.max() / counts.sum():.1%}{unlabelled}"
 
 
-def write_grammar(path, rules: list[WeightedRule], header: list[str]) -> None:
-    """Write a rules file with `header` as comment lines, atomically."""
-    with atomic_open(path) as file:
-        for line in header:
-            file.write(f"# {line}\n")
-        for left, right, share in rules:
-            # 9 digits: more would show how the logarithm of the machine at hand rounds.
-            file.write(f"{left} {' '.join(right)} {share:.9g}\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pcfg.random_grammar",
@@ -215,20 +180,17 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     parser = build_parser()
     options = parser.parse_args(arguments)
-    for flag in ("concentration", "top_concentration", "word_concentration"):
-        if not 0.0 < getattr(options, flag) < float("inf"):
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: must be above 0")
+    check_concentrations(options, ("concentration", "top_concentration", "word_concentration"))
     if not 0.0 < options.early_word_share < 1.0:
         raise InputError(f"--early-word-share {options.early_word_share}: must be above 0 and below 1")
     rules = random_rules(options, read_words(options.words_file))
-    grammar = Grammar.from_rules([(*rule[:2], float(f"{rule[2]:.9g}")) for rule in rules], options.save_path)
-    flags = [(f"--{name.replace('_', '-')}", value) for name, value in vars(options).items()]
-    command = shlex.join(str(part) for flag in flags for part in flag)
-    header = ["command: python -m pcfg.random_grammar " + command]
+    rules = as_written(rules)
+    grammar = Grammar.from_rules(rules, options.save_path)
+    header = [command_line("pcfg.random_grammar", options)]
     if options.fact_sentences:
         header += facts(grammar, options.fact_sentences)
     header.append(f"{len(grammar.names)} nonterminals, {len(grammar.words)} words, {len(rules)} rules; sha256 {grammar.sha256}")
-    write_grammar(options.save_path, rules, header)
+    write_rules(options.save_path, rules, header)
     print("\n".join(header[1:]))
     print(f"{options.save_path}: {len(rules)} rules")
 

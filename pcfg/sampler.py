@@ -1,24 +1,35 @@
 """Sentences drawn from a grammar, and their text, at millions a second.
 
 Each nonterminal has an alias table (Walker 1977, Vose 1991) over its rules, so that a rewriting step costs one 64-bit
-random number: the high half chooses a column of the table, the low half one of the column's two rules.
+random number: the high half chooses a column of the table, the low half one of the column's two rules. Text is spelled word
+by word into a buffer, in moves of 16 bytes, while the next sentence is being drawn; no word is ever a Python object.
 """
+
+from collections.abc import Iterator
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 
 from pcfg.artefacts import InputError
 from pcfg.grammar import Grammar, reachability
 
+# Part of what text is made from: another number whenever the same random generator would give other sentences.
+DRAWING = 2
 # Fewer sentences than this share within the wanted lengths: a mistake in the limits, not a wish to wait.
 LEAST_ACCEPTED = 1e-4
+# Bytes that are spelled before they are handed on: what stays in a core's cache until it is hashed and written.
+TEXT_BUFFER = 1 << 18
+# Bytes that are moved at once.
+CHUNK = 16
 
 
 class Sampler:
     """Draws sentences of a grammar that have at most `max_words` words: P(x | number of words <= max_words).
 
     A longer sentence is dropped and drawn again, and its derivation is left as soon as it must be longer, so recursion
-    needs no depth limit.
+    needs no depth limit. A sampler can be used by several threads at once.
 
     Args:
         grammar: the grammar.
@@ -44,11 +55,10 @@ class Sampler:
         self.width = int(min(max_words, grammar.longest[0]))
         self.length_probability = _length_probability(grammar, self.width)
         self._refuse_hopeless(1)
-        self._shortest = np.append(grammar.shortest, np.ones(len(self.words), dtype=np.int64)).astype(np.int32)
-        self._first, self._children, self._threshold, self._alias = _alias_tables(grammar)
-        encoded = [word.encode() + b" " for word in self.words]
-        self._letters = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._letters_end = np.cumsum([0, *map(len, encoded)])  # (V + 1,)
+        self._shortest = int(grammar.shortest[0])
+        self._rules = _rule_tables(grammar)
+        self._spelling, self._letters = _spelling_tables(grammar.words)
+        self._longest_word = int(self._spelling[:, 1].max())
 
     def _refuse_hopeless(self, min_words: int) -> None:
         accepted = self.length_probability[min_words:].sum()
@@ -71,15 +81,38 @@ class Sampler:
             InputError: less than 1e-4 of the sentences have such a length.
         """
         self._refuse_hopeless(min_words)
-        state = rng.integers(0, 2**64, size=4, dtype=np.uint64)
         tokens = np.full((number, self.width), -1, dtype=np.int32)
         lengths = np.empty(number, dtype=np.int32)
-        _draw(state, min_words, self._shortest, self._first, self._children, self._threshold, self._alias, tokens, lengths)
+        _draw(_random_state(rng), *self._rules, self._shortest, min_words, tokens, lengths)
         return tokens, lengths
+
+    def draw_text(self, number: int, rng: np.random.Generator) -> Iterator[tuple[memoryview, int]]:
+        """Draw the sentences of `sample` as UTF-8 text, one a line with an empty line between two, a block at a time.
+
+        Memory does not grow with `number`, and numba's code runs without Python's global lock.
+
+        Yields:
+            the text of the next sentences, some 256 KB, valid until the next block is asked for, without the
+            empty line between two blocks; the number of its words.
+        """
+        state, sentences = _random_state(rng), 0
+        limits, spelling = (self._shortest, self.width), (self._spelling, self._letters)
+        # A sentence is begun if the longest one would fit, its two line feeds and what the last move writes too much.
+        text = np.empty(TEXT_BUFFER + self.width * self._longest_word + 2 + CHUNK, dtype=np.uint8)
+        while sentences < number:
+            left = number - sentences
+            drawn, words, size = _draw_text(state, *self._rules, *limits, *spelling, left, text, TEXT_BUFFER)
+            sentences += drawn
+            # The empty line stands between two sentences, so the last one has none.
+            yield text.data[: size - 1], words
 
     def to_text(self, tokens: np.ndarray, lengths: np.ndarray, blank_line: bool) -> bytes:
         """The sentences as UTF-8 text, one a line, with an empty line between two if `blank_line`."""
-        return _spell(tokens, lengths, self._letters, self._letters_end, blank_line).tobytes()
+        words = tokens[tokens >= 0]
+        size = int(self._spelling[words, 1].sum()) + blank_line * len(lengths)
+        text = np.empty(size + CHUNK, dtype=np.uint8)
+        _spell_all(tokens, lengths, self._spelling, self._letters, blank_line, text)
+        return text[: max(size - blank_line, 0)].tobytes()
 
     def texts(self, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
         """The sentences as strings, words separated by spaces."""
@@ -112,58 +145,124 @@ def _refuse_infinite_length(grammar: Grammar) -> None:
 
 def _length_probability(grammar: Grammar, width: int) -> np.ndarray:
     """P(the start derives l words), l = 0..width, by the inside recursion over lengths alone; (width + 1,) float64."""
-    left, first, second = grammar.binary.T
-    lengths = np.zeros((len(grammar.names), width + 1))  # (nonterminals, words)
+    lengths = np.zeros((width + 1, len(grammar.names)))  # (words, nonterminals)
     for words in range(1, width + 1):
-        once = np.zeros(len(grammar.names))
         if words == 1:
-            once += grammar.emission.sum(axis=1)
-        splits = (lengths[first, 1:words] * lengths[second, words - 1 : 0 : -1]).sum(axis=1)  # (rules,)
-        np.add.at(once, left, grammar.binary_probability * splits)
-        lengths[:, words] = grammar.closure @ once
-    return lengths[0]
+            once = grammar.emission.sum(axis=1)
+        else:
+            once = np.zeros(len(grammar.names))
+            _add_splits(lengths, words, grammar.binary, grammar.binary_probability, grammar.shortest, grammar.longest, once)
+        lengths[words] = grammar.closure @ once
+    return lengths[:, 0].copy()
 
 
-def _alias_tables(grammar: Grammar) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The rules of all nonterminals, in one list by left side, with their alias tables.
+def _rule_tables(grammar: Grammar) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rules of all nonterminals as the alias tables that `_derive` draws from.
 
     Returns:
-        first (N + 1,) int64, the first rule of each nonterminal; children (rules, 2) int32, nonterminal A as A, word w as
-        N + w, no second child as -1; threshold (rules,) uint64 in units of 2^-32; alias (rules,) int64.
+        columns (N, 2) int64: the first column of each nonterminal's table, and how many it has.
+        threshold (columns,) uint32: the first outcome's probability in units of 2^-32; 1 is one unit less, which does no
+            harm as the second outcome is the first one's rule again.
+        outcomes (2 * columns, 3) int32: two rules a column, each the left child (word w as -1 - w), the right child or -1,
+            and by how many words the rule raises the least length of the sentence.
     """
     size = len(grammar.names)
     left, word = np.nonzero(grammar.emission)
+    none = np.full(len(grammar.unary), -1)
     rules = np.concatenate(
-        [
-            grammar.binary,
-            np.column_stack([grammar.unary, np.full(len(grammar.unary), -1)]),
-            np.column_stack([left, size + word, np.full(len(left), -1)]),
-        ]
+        [grammar.binary, np.column_stack([grammar.unary, none]), np.column_stack([left, -1 - word, np.full(len(left), -1)])]
     )
     probability = np.concatenate([grammar.binary_probability, grammar.unary_probability, grammar.emission[left, word]])
     order = np.argsort(rules[:, 0], kind="stable")
     rules, probability = rules[order], probability[order]
     first = np.searchsorted(rules[:, 0], np.arange(size + 1))
-    threshold, alias = np.empty(len(rules), dtype=np.uint64), np.empty(len(rules), dtype=np.int64)
+    kept, other = np.empty(len(rules)), np.empty(len(rules), dtype=np.int64)
     for start, end in zip(first[:-1], first[1:], strict=True):
-        kept, other = _alias_table(probability[start:end])
-        threshold[start:end] = np.rint(kept * 2.0**32).astype(np.uint64)
-        alias[start:end] = start + other
-    return first, np.ascontiguousarray(rules[:, 1:], dtype=np.int32), threshold, alias
+        kept[start:end], other[start:end] = _alias_table(probability[start:end])
+        other[start:end] += start
+    threshold = np.minimum(np.rint(kept * 2.0**32), 2.0**32 - 1).astype(np.uint32)
+
+    left_words = np.where(rules[:, 1] < 0, 1, grammar.shortest[np.maximum(rules[:, 1], 0)])
+    right_words = np.where(rules[:, 2] < 0, 0, grammar.shortest[np.maximum(rules[:, 2], 0)])
+    growth = left_words + right_words - grammar.shortest[rules[:, 0]]
+    outcome = np.column_stack([rules[:, 1:], growth]).astype(np.int32)  # (columns, 3)
+    outcomes = np.stack([outcome, outcome[other]], axis=1).reshape(-1, 3)
+    return np.column_stack([first[:-1], np.diff(first)]), threshold, outcomes
 
 
-def _alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _spelling_tables(words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The words in UTF-8, each with a space behind it and filled up to whole chunks, so that it is moved without a remainder.
+
+    Returns:
+        spelling (V, 2) int64: where a word begins, and its bytes with the space; letters (bytes,) uint8.
+    """
+    encoded = [word.encode() + b" " for word in words]
+    filled = [word.ljust(-(-len(word) // CHUNK) * CHUNK) for word in encoded]
+    begin = np.cumsum([0, *map(len, filled[:-1])])
+    return np.column_stack([begin, list(map(len, encoded))]), np.frombuffer(b"".join(filled), dtype=np.uint8)
+
+
+def _random_state(rng: np.random.Generator) -> np.ndarray:
+    """The state of xoshiro256++, (4,) uint64."""
+    return rng.integers(0, 2**64, size=4, dtype=np.uint64)
+
+
+@numba.njit(cache=True)
+def _alias_table(probability):
     """Vose's construction: column i keeps i with probability kept[i] and gives other[i] else, columns being uniform."""
-    scaled = probability / probability.sum() * len(probability)
-    kept, other = np.ones(len(scaled)), np.arange(len(scaled))
-    small = [i for i, value in enumerate(scaled) if value < 1.0]
-    large = [i for i, value in enumerate(scaled) if value >= 1.0]
-    while small and large:
-        poor, rich = small.pop(), large.pop()
+    size = len(probability)
+    scaled, total = probability.copy(), 0.0
+    for value in probability:
+        total += value
+    kept, other = np.ones(size), np.arange(size)
+    # One stack from each end: columns below 1 from the front, the others from the back.
+    waiting, small, large = np.empty(size, dtype=np.int64), 0, size
+    for i in range(size):
+        scaled[i] *= size / total
+        if scaled[i] < 1.0:
+            waiting[small] = i
+            small += 1
+        else:
+            large -= 1
+            waiting[large] = i
+    while small > 0 and large < size:
+        small -= 1
+        poor, rich = waiting[small], waiting[large]
         kept[poor], other[poor] = scaled[poor], rich
         scaled[rich] -= 1.0 - scaled[poor]
-        (small if scaled[rich] < 1.0 else large).append(rich)
+        if scaled[rich] < 1.0:
+            large += 1
+            waiting[small] = rich
+            small += 1
     return kept, other
+
+
+@numba.njit(cache=True)
+def _add_splits(lengths, words, binary, probability, shortest, longest, once):
+    """once[A] += sum over rules A -> B C and k of P(A -> B C) P(B derives k words) P(C derives words - k words)."""
+    for rule in range(len(binary)):
+        parent, left, right = binary[rule]
+        total = 0.0
+        for k in range(max(shortest[left], words - longest[right]), min(longest[left], words - shortest[right]) + 1):
+            total += lengths[k, left] * lengths[words - k, right]
+        once[parent] += probability[rule] * total
+
+
+@intrinsic
+def _move_chunk(_, target, place, source, begin):  # noqa: ARG001 (numba's protocol)
+    """target[place : place + CHUNK] = source[begin : begin + CHUNK] for arrays of bytes, as one load and one store."""
+
+    def generate(context, builder, signature, arguments):
+        chunk = ir.VectorType(ir.IntType(8), CHUNK).as_pointer()
+
+        def pointer(array, offset):
+            data = context.make_array(signature.args[array])(context, builder, arguments[array]).data
+            return builder.bitcast(builder.gep(data, [arguments[offset]]), chunk)
+
+        value = builder.load(pointer(2, 3), align=1)
+        builder.store(value, pointer(0, 1), align=1)
+
+    return numba.types.void(target, numba.types.intp, source, numba.types.intp), generate
 
 
 @numba.njit(inline="always")
@@ -172,73 +271,102 @@ def _rotate(value, bits):
 
 
 @numba.njit(inline="always")
-def _next(state):
-    """xoshiro256++ (Blackman and Vigna 2021): the next 64 random bits."""
-    result = _rotate(state[0] + state[3], 23) + state[0]
-    shifted = state[1] << np.uint64(17)
-    state[2] ^= state[0]
-    state[3] ^= state[1]
-    state[1] ^= state[2]
-    state[0] ^= state[3]
-    state[2] ^= shifted
-    state[3] = _rotate(state[3], 45)
-    return result
+def _derive(state, columns, threshold, outcomes, least, width, stack, row):
+    """Fill `row` with the words of a leftmost derivation and return their number; 0 if they would be more than `width`.
+
+    Random numbers: xoshiro256++ (Blackman and Vigna 2021).
+
+    Args:
+        least: the fewest words that the start symbol derives.
+        stack: (width + 1,) int32; each symbol on it is at least one word to come.
+    """
+    s0, s1, s2, s3 = state[0], state[1], state[2], state[3]
+    symbol, depth, words = 0, 0, 0
+    while True:
+        bits = _rotate(s0 + s3, 23) + s0
+        shifted = s1 << np.uint64(17)
+        s2 ^= s0
+        s3 ^= s1
+        s1 ^= s2
+        s0 ^= s3
+        s2 ^= shifted
+        s3 = _rotate(s3, 45)
+        column = columns[symbol, 0] + np.int64(((bits >> np.uint64(32)) * np.uint64(columns[symbol, 1])) >> np.uint64(32))
+        outcome = 2 * column + np.int64((bits & np.uint64(0xFFFFFFFF)) >= threshold[column])
+        left, right = outcomes[outcome, 0], outcomes[outcome, 1]
+        # The words so far and the fewest that the stack can still become.
+        least += outcomes[outcome, 2]
+        if least > width:
+            words = 0
+            break
+        if right >= 0:
+            stack[depth] = right
+            depth += 1
+            symbol = left
+        elif left >= 0:
+            symbol = left
+        else:
+            row[words] = -1 - left
+            words += 1
+            if depth == 0:
+                break
+            depth -= 1
+            symbol = stack[depth]
+    state[0], state[1], state[2], state[3] = s0, s1, s2, s3
+    return words
+
+
+@numba.njit(inline="always")
+def _spell(row, words, spelling, letters, text, place):
+    """Put a sentence and its line feed into `text` at `place`; returns where it ends; up to CHUNK bytes more are written."""
+    for position in range(words):
+        begin, size = spelling[row[position], 0], spelling[row[position], 1]
+        for offset in range(0, size, CHUNK):
+            _move_chunk(text, place + offset, letters, begin + offset)
+        place += size
+    text[place - 1] = 10
+    return place
 
 
 @numba.njit(cache=True, nogil=True)
-def _draw(state, min_words, shortest, first, children, threshold, alias, tokens, lengths):
-    """Fill `tokens` and `lengths` with leftmost derivations; `shortest` has a word's length, 1, after the nonterminals'."""
-    nonterminals, width = len(first) - 1, tokens.shape[1]
-    # Each symbol on the stack is at least one word to come, so a stack deeper than the width is never needed.
-    stack = np.empty(width + 2, dtype=np.int32)
+def _draw(state, columns, threshold, outcomes, least, min_words, tokens, lengths):
+    """Fill `tokens` and `lengths` with sentences of min_words words or more."""
+    width = tokens.shape[1]
+    stack, row = np.empty(width + 1, dtype=np.int32), np.empty(width, dtype=np.int32)
     sentence = 0
     while sentence < len(lengths):
-        stack[0], depth, words, least = 0, 1, 0, shortest[0]
-        while depth > 0 and least <= width:
-            depth -= 1
-            symbol = stack[depth]
-            if symbol >= nonterminals:
-                tokens[sentence, words] = symbol - nonterminals
-                words += 1
-                continue
-            bits = _next(state)
-            columns = np.uint64(first[symbol + 1] - first[symbol])
-            rule = first[symbol] + np.int64(((bits >> np.uint64(32)) * columns) >> np.uint64(32))
-            if (bits & np.uint64(0xFFFFFFFF)) >= threshold[rule]:
-                rule = alias[rule]
-            # `least`: the words so far and the fewest that the stack can still become.
-            least += shortest[children[rule, 0]] - shortest[symbol]
-            if children[rule, 1] >= 0:
-                stack[depth] = children[rule, 1]
-                depth += 1
-                least += shortest[children[rule, 1]]
-            stack[depth] = children[rule, 0]
-            depth += 1
-        if least <= width and words >= min_words:
-            tokens[sentence, words:] = -1
+        words = _derive(state, columns, threshold, outcomes, least, width, stack, row)
+        if words >= max(min_words, 1):
+            tokens[sentence, :words] = row[:words]
             lengths[sentence] = words
             sentence += 1
 
 
 @numba.njit(cache=True, nogil=True)
-def _spell(tokens, lengths, letters, letters_end, blank_line):
-    """The text: each word with its space, a sentence's last space made a line feed, an empty line between sentences."""
-    size = len(lengths) if blank_line else 0
-    for sentence in range(len(lengths)):
-        for position in range(lengths[sentence]):
-            word = tokens[sentence, position]
-            size += letters_end[word + 1] - letters_end[word]
-    text = np.empty(size, dtype=np.uint8)
+def _draw_text(state, columns, threshold, outcomes, least, width, spelling, letters, number, text, size):
+    """Spell `number` sentences, an empty line after each, or fewer once they are `size` bytes.
+
+    Returns sentences, words and bytes.
+    """
+    stack, row = np.empty(width + 1, dtype=np.int32), np.empty(width, dtype=np.int32)
+    sentence, total, place = 0, 0, 0
+    while sentence < number and place < size:
+        words = _derive(state, columns, threshold, outcomes, least, width, stack, row)
+        if words > 0:
+            place = _spell(row, words, spelling, letters, text, place)
+            text[place] = 10
+            place += 1
+            total += words
+            sentence += 1
+    return sentence, total, place
+
+
+@numba.njit(cache=True)
+def _spell_all(tokens, lengths, spelling, letters, blank_line, text):
+    """Spell sentences that are drawn already, with an empty line after each if `blank_line`."""
     place = 0
     for sentence in range(len(lengths)):
-        for position in range(lengths[sentence]):
-            word = tokens[sentence, position]
-            for letter in range(letters_end[word], letters_end[word + 1]):
-                text[place] = letters[letter]
-                place += 1
-        text[place - 1] = 10
+        place = _spell(tokens[sentence], lengths[sentence], spelling, letters, text, place)
         if blank_line:
             text[place] = 10
             place += 1
-    # The empty line stands between two sentences, so the last one has none.
-    return text[: max(size - 1, 0)] if blank_line else text

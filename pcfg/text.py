@@ -4,15 +4,47 @@ A sentence is its words, separated by single spaces. A text file (`.txt`) has on
 two; a CSV file has a column `text` and, where labels are wanted, an integer column `label`.
 """
 
+import codecs
+import contextlib
 import csv
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pcfg.artefacts import InputError, atomic_open
+from pcfg.artefacts import HashedFile, InputError, atomic_open, atomic_path
+from pcfg.direct import DirectWriter
 
 SPLITS = ("training", "test")
+BLOCK_BYTES = 1 << 22  # of `text_blocks`: some 50,000 sentences of ten words
+
+
+@contextlib.contextmanager
+def _opening(path: Path):
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; name one text or CSV file") from None
+
+
+def decode_block(content: bytes, source, lines_before: int = 0) -> str:
+    """UTF-8 bytes as text; a byte order mark is a character like any other.
+
+    Args:
+        source: the file that they are from, for messages.
+        lines_before: lines of the file that came before them, for messages.
+
+    Raises:
+        InputError: not UTF-8 (with the line).
+    """
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = lines_before + content.count(b"\n", 0, error.start) + 1
+        wrong = f"not UTF-8 (byte 0x{content[error.start]:02x})"
+        raise InputError(f"{source}:{line}: {wrong}; convert the file to UTF-8") from None
 
 
 def decoded(path: Path) -> str:
@@ -21,17 +53,9 @@ def decoded(path: Path) -> str:
     Raises:
         InputError: the file is missing, a folder, or not UTF-8 (with the line).
     """
-    try:
+    with _opening(path):
         content = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a folder; name one text or CSV file") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); convert the file to UTF-8") from None
+    return decode_block(content.removeprefix(codecs.BOM_UTF8), path)
 
 
 def _csv_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[int], list[dict]]:
@@ -73,6 +97,38 @@ def read_texts(path) -> list[str]:
     if not texts:
         raise InputError(f"{path}: no sentences; the file is empty")
     return texts
+
+
+def text_blocks(path, size: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """The sentences of `read_texts` as blocks of UTF-8 bytes, in order, in memory that the file's size does not matter to.
+
+    The blocks of a text file are its bytes (blank lines included) without a byte order mark, cut at line ends; those of a
+    CSV file, which is read at once, have one sentence a line.
+
+    Args:
+        size: bytes of a block; it is longer by what its last line needs.
+
+    Raises:
+        InputError: as `read_texts`, but after the blocks before the place of the error.
+    """
+    path = Path(path)
+    if path.suffix == ".csv":
+        texts = read_texts(path)
+        yield "".join(" ".join(text.split()) + "\n" for text in texts).encode()
+        return
+    lines, blank = 0, True
+    with _opening(path), open(path, "rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
+        while block := file.read(size):
+            if not block.endswith(b"\n"):
+                block += file.readline()
+            text = decode_block(block, path, lines)
+            blank = blank and not text.strip()
+            lines += block.count(b"\n")
+            yield block
+    if blank:
+        raise InputError(f"{path}: no sentences; the file is empty")
 
 
 def read_labelled(path) -> tuple[list[str], list[int]]:
@@ -124,10 +180,16 @@ def shard_paths(folder, split: str) -> list[Path]:
     return [folder / shard_name(split, number) for number in candidates]
 
 
-def write_shard(path, blocks: Iterable[bytes]) -> None:
-    """Write a text shard from blocks of lines, atomically; an empty line is put between two blocks as between sentences."""
-    with atomic_open(path, "wb") as file:
+def write_shard(path, blocks: Iterable[bytes]) -> dict:
+    """Write a text shard from blocks of lines, atomically; an empty line is put between two blocks as between sentences.
+
+    Returns:
+        size and sha256 of the file, as `Manifest.add` takes them.
+    """
+    with atomic_path(path) as temporary, DirectWriter(temporary) as file:
+        hashed = HashedFile(file)
         for number, block in enumerate(blocks):
             if number:
-                file.write(b"\n")
-            file.write(block)
+                hashed.write(b"\n")
+            hashed.write(block)
+    return hashed.facts()

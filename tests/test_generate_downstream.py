@@ -1,15 +1,19 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import generate_downstream
 from generate_downstream import main
 from pcfg.artefacts import InputError, sha256
+from pcfg.grammar_io import write_rules
+from pcfg.hmm import hmm_rules
 from pcfg.text import read_labelled
 
 ROOT = Path(generate_downstream.__file__).parent
@@ -126,7 +130,95 @@ def test_a_killed_run_leaves_nothing_half_and_is_finished_by_a_rerun(rules, tmp_
     assert hashes(folder) == complete
 
 
+# Imports and warms up once, then makes the files in one forked child after the other, so that moments of the work are met.
+FORKS = """
+import json, os, signal, sys, time
+import generate_downstream
+generate_downstream.main(json.loads(sys.stdin.readline()))
+for line in sys.stdin:
+    arguments, moment = json.loads(line)
+    child, begun = os.fork(), time.monotonic()
+    if child == 0:
+        generate_downstream.main(arguments)
+        os._exit(0)
+    if moment is not None:
+        time.sleep(moment)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    print(json.dumps([status, time.monotonic() - begun]), file=sys.stderr, flush=True)
+"""
+
+
+def test_runs_killed_at_any_moment_are_finished_by_a_rerun(rules, tmp_path):
+    flags = [
+        "--rule-path",
+        str(rules),
+        "--task-type",
+        "B",
+        "--sentence-num",
+        "20000",
+        "--validation-num",
+        "5000",
+        "--save-path",
+    ]
+    command = [sys.executable, "-W", "ignore", "-c", FORKS]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, bufsize=1, **pipes) as forks:
+
+        def make(folder, moment=None):
+            print(json.dumps([[*flags, str(folder)], moment]), file=forks.stdin, flush=True)
+            return json.loads(forks.stderr.readline())
+
+        print(json.dumps([*flags, str(tmp_path / "whole")]), file=forks.stdin, flush=True)
+        status, seconds = make(tmp_path / "timed")
+        complete, rng, stopped = hashes(tmp_path / "whole"), np.random.default_rng(11), 0
+        assert status == 0 and hashes(tmp_path / "timed") == complete
+        while stopped < 20:
+            folder = tmp_path / f"killed{stopped}"
+            status, took = make(folder, rng.uniform(0, seconds))
+            found = hashes(folder) if folder.exists() else {}
+            assert all(name.startswith((".", "manifest")) or sha == complete[name] for name, sha in found.items())
+            assert make(folder)[0] == 0 and hashes(folder) == complete
+            if status == signal.SIGKILL:
+                stopped += 1
+            else:
+                # done before it was killed: the run that was timed took longer than they usually do
+                seconds = 0.9 * min(seconds, took)
+                shutil.rmtree(folder)
+        forks.stdin.close()
+
+
+def test_states_of_a_hidden_markov_model(tmp_path):
+    """Two states that can be seen through: the words of each are its own, so the label follows from the word."""
+    rules = tmp_path / "hmm.txt"
+    transition = [[0.7, 0.3], [0.4, 0.6]]
+    emission = [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]
+    law = {"length": np.full(10, 0.1), "states": ["low", "high"], "words": ["a", "b", "y", "z"]}
+    write_rules(rules, hmm_rules([0.5, 0.5], transition, emission, **law), [])
+    run(rules, tmp_path / "data", "--task-type", "state", "--position", "6", *SMALL)
+    assert set(hashes(tmp_path / "data")) == {
+        "pcfg_state6.csv",
+        "pcfg_state6_validation.csv",
+        "pcfg_state6_labels.json",
+        "manifest_downstream_state6.json",
+    }
+    names = json.loads((tmp_path / "data" / "pcfg_state6_labels.json").read_text())["names"]
+    assert names == {"0": "low", "1": "high"}
+    training, labels = read_labelled(tmp_path / "data" / "pcfg_state6.csv")
+    validation, validation_labels = read_labelled(tmp_path / "data" / "pcfg_state6_validation.csv")
+    assert (len(training), len(validation)) == (200, 50) and not set(training) & set(validation)
+    assert {len(text.split()) for text in training} == {6, 7, 8, 9, 10}
+    for text, label in zip(training + validation, labels + validation_labels, strict=True):
+        assert names[str(label)] == ("low" if text.split()[5] in "ab" else "high")
+    with pytest.raises(InputError, match="--position 11: the grammar's sentences have up to 10 words"):
+        run(rules, tmp_path / "more", "--task-type", "state", "--position", "11", *SMALL)
+
+
 ERRORS = [
+    (["--task-type", "state"], "--position None"),
+    (["--task-type", "state", "--position", "32"], "--position 32: no sentence has that many words"),
+    (["--task-type", "state", "--position", "3"], "--task-type state: the grammar is no hidden Markov model"),
+    (["--task-type", "B", "--position", "3"], "--position 3"),
     (["--task-type", "A", "--span", "3"], "--span 3: task A labels whole sentences"),
     (["--task-type", "B", "--min-words", "9", "--length-limit", "9"], "--min-words 9"),
     (["--task-type", "B", "--length-limit", "66"], "--length-limit 66"),

@@ -1,5 +1,8 @@
-"""The real main() of generate_pretraining: files, determinism, refusals, and a kill in the middle."""
+"""The real main() of generate_pretraining: files, determinism on all executors, refusals, and kills at any moment."""
 
+import concurrent.futures
+import importlib.util
+import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import generate_pretraining
-from pcfg.artefacts import InputError, read_json, sha256
+from pcfg.artefacts import InputError, keyed_rng, read_json, sha256
 from pcfg.grammar import Grammar
 from pcfg.sampler import Sampler
 from pcfg.text import read_texts, shard_paths
@@ -70,20 +73,23 @@ def test_shards_differ_and_the_number_of_processes_changes_nothing(tiny_rules, t
     assert contents(tmp_path / "seed")["training0.txt"] != more["training0.txt"]
 
 
-def test_text_is_streamed_in_blocks(tiny_rules, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate_pretraining, "BLOCK", 64)
-    asked = []
-    original = Sampler.sample
+def test_text_is_streamed_in_blocks_that_change_nothing(tiny_rules, tmp_path, monkeypatch):
+    generate(tiny_rules, tmp_path / "one block")
+    sizes = []
+    original = Sampler.draw_text
 
-    def sample(self, number, *rest):
-        asked.append(number)
-        return original(self, number, *rest)
+    def draw_text(self, *arguments):
+        for text, words in original(self, *arguments):
+            sizes.append(len(text))
+            yield text, words
 
-    monkeypatch.setattr(Sampler, "sample", sample)
-    generate(tiny_rules, tmp_path, shard_num=1, test_shard_num=0)
-    assert asked[1:] == [64, 64, 64, 64, 44]
-    lines = (tmp_path / "training0.txt").read_text().split("\n")
-    assert len(lines) == 600 and set(lines[1:-1:2]) == {""} and all(lines[:-1:2])
+    monkeypatch.setattr(Sampler, "draw_text", draw_text)
+    monkeypatch.setattr("pcfg.sampler.TEXT_BUFFER", 1000)
+    generate(tiny_rules, tmp_path / "blocks")
+    assert contents(tmp_path / "blocks") == contents(tmp_path / "one block")
+    assert len(sizes) > 20 and max(sizes) < 1100
+    files = (read_json(tmp_path / name / generate_pretraining.MANIFEST)["files"] for name in ("blocks", "one block"))
+    assert next(files) == next(files)
 
 
 def test_a_rerun_skips_what_is_complete_and_mends_what_is_not(tiny_rules, tmp_path, capsys):
@@ -198,32 +204,117 @@ def test_errors_of_users_end_without_a_traceback(tmp_path):
     assert "Traceback" not in errors
 
 
-def test_a_kill_in_the_middle_of_a_shard_and_a_rerun_give_the_undisturbed_files(tiny_rules, tmp_path):
-    flags = "--sentence-num 400000 --shard-num 6 --test-shard-num 1 --test-sentence-num 100 --n_processes 2".split()
+MANY = "--sentence-num 100000 --shard-num 6 --test-shard-num 1 --test-sentence-num 100 --n_processes 2".split()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_rules, tmp_path_factory):
+    """The folder of a run with the flags `MANY` on one thread, that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    generate_pretraining.main(["--rule-path", str(tiny_rules), "--save-path", str(folder), *MANY, "--n_processes", "1"])
+    return folder
+
+
+def assert_as_undisturbed(folder, undisturbed):
+    """The same files with the same bytes, the same entries in the manifest, and nothing else."""
+    assert contents(folder) == contents(undisturbed)
+    files = (read_json(place / generate_pretraining.MANIFEST)["files"] for place in (folder, undisturbed))
+    assert next(files) == next(files)
+
+
+def test_all_executors_of_this_machine_give_the_same_bytes(tiny_rules, tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    arguments = ["--rule-path", str(tiny_rules), *MANY, "--save-path"]
+    generate_pretraining.main([*arguments, str(tmp_path / "threads")])
+    assert_as_undisturbed(tmp_path / "threads", undisturbed)
+    # the script's local workers are threads; as any function of a job, its own can run on processes as well
+    on_processes = {"n_processes": 2, "executor": "processes", "ray_address": None}
+    monkeypatch.setattr(generate_pretraining, "executor_options", lambda *_, **__: on_processes)
+    generate_pretraining.main([*arguments, str(tmp_path / "processes")])
+    assert_as_undisturbed(tmp_path / "processes", undisturbed)
+
+
+def writer_of(folder):
+    """A process that has a temporary file of `folder` open, by /proc; None if there is none."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            target = os.readlink(descriptor)
+        except OSError:
+            continue  # it has ended, or closed the file, or is not ours to see
+        if target.startswith(f"{folder}/.training"):
+            return int(descriptor.parts[2])
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to see which process writes")
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (tests/requirements.txt)")
+def test_ray_gives_the_same_bytes_though_a_worker_is_killed_in_the_middle_of_a_shard(tiny_rules, tmp_path, undisturbed):
+    folder = tmp_path / "ray"
+    process = run_script("--rule-path", tiny_rules, "--save-path", folder, *MANY, "--executor", "ray")
+    deadline = time.monotonic() + 120
+    while (worker := writer_of(folder)) is None:
+        assert process.poll() is None and time.monotonic() < deadline, "no worker was seen at work"
+    assert worker != process.pid
+    os.kill(worker, signal.SIGKILL)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "6 shards made" in output or "7 shards made" in output
+    assert_as_undisturbed(folder, undisturbed)
+
+
+def rerun_after_kill(tiny_rules, folder, undisturbed):
+    """Run the same command again in this process, and compare."""
+    generate_pretraining.main(["--rule-path", str(tiny_rules), "--save-path", str(folder), *MANY])
+    assert_as_undisturbed(folder, undisturbed)
+
+
+def test_a_kill_in_the_middle_of_a_shard_and_a_rerun_give_the_undisturbed_files(tiny_rules, tmp_path, undisturbed):
     folder = tmp_path / "killed"
-    process = run_script("--rule-path", tiny_rules, "--save-path", folder, *flags)
+    process = run_script("--rule-path", tiny_rules, "--save-path", folder, *MANY)
     # Kill in the middle: one shard is finished, another is being written.
     deadline = time.monotonic() + 120
     while not (list(folder.glob("training*.txt")) and list(folder.glob(".training*.tmp"))):
         assert process.poll() is None and time.monotonic() < deadline, "never seen in the middle"
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)  # the parent alone: its workers must notice and end
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert list(folder.glob(".training*.tmp")) and len(list(folder.glob("training*.txt"))) < 6
+    rerun_after_kill(tiny_rules, folder, undisturbed)
 
-    process = run_script("--rule-path", tiny_rules, "--save-path", folder, *flags)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    undisturbed = tmp_path / "undisturbed"
-    generate_pretraining.main(["--rule-path", str(tiny_rules), "--save-path", str(undisturbed), *flags, "--n_processes", "1"])
-    assert contents(folder) == contents(undisturbed)
-    files = (read_json(place / generate_pretraining.MANIFEST)["files"] for place in (folder, undisturbed))
-    assert next(files) == next(files)
-    assert not list(folder.glob(".*"))
+
+def kill_after(tiny_rules, folder, seconds, from_first_file):
+    """Start the script and kill it `seconds` after its start, or after the appearance of its folder."""
+    process = run_script("--rule-path", tiny_rules, "--save-path", folder, *MANY)
+    while from_first_file and not folder.exists() and process.poll() is None:
+        time.sleep(0.0005)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_kills_at_20_moments_of_a_run_and_reruns_give_the_undisturbed_files(tiny_rules, tmp_path, undisturbed):
+    """Six moments from the start of the process on, fourteen from the appearance of its first file to its end."""
+    timed, started = run_script("--rule-path", tiny_rules, "--save-path", tmp_path / "timed", *MANY), time.monotonic()
+    while not (tmp_path / "timed").exists():
+        assert timed.poll() is None
+        time.sleep(0.0005)
+    start_up = time.monotonic() - started
+    timed.communicate()
+    writing = time.monotonic() - started - start_up
+    parts = keyed_rng(0, "moments of kills").random(20)
+    moments = [(part * start_up, False) for part in parts[:6]] + [(part * writing, True) for part in parts[6:]]
+    folders = [tmp_path / f"killed{number}" for number in range(20)]
+    # Two at a time, so that the start of one overlaps with that of another.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda folder, moment: kill_after(tiny_rules, folder, *moment), folders, moments))
+    finished = [len(list(folder.glob("training*.txt"))) for folder in folders if folder.exists()]
+    assert any(number < 6 for number in finished), "no kill met a run in the middle"
+    for folder in folders:
+        rerun_after_kill(tiny_rules, folder, undisturbed)
 
 
 def test_the_script_starts_without_heavy_packages():
-    code = "import sys, generate_pretraining; print({'torch', 'transformers', 'nltk', 'h5py'} & sys.modules.keys())"
+    code = "import sys, generate_pretraining; print({'torch', 'transformers', 'nltk', 'h5py', 'ray'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -11,6 +11,7 @@ With `single_mask` one position, uniform over the words, is replaced by [MASK]: 
 
 import dataclasses
 
+import numba
 import numpy as np
 
 from pcfg.artefacts import InputError
@@ -65,35 +66,11 @@ class MaskingRule:
         wanted = np.rint(self.masked_lm_prob * (lengths + 2)).astype(np.int64)
         return np.minimum(np.clip(wanted, 1, self.max_predictions), lengths)
 
-
-def draw_positions(lengths: np.ndarray, numbers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """For each sentence `numbers` of its word indices 0..lengths-1, uniform without replacement.
-
-    The first steps of a Fisher-Yates shuffle, all sentences at once: the loop is over masks, not over tokens.
-
-    Args:
-        lengths: (n,) words of each sentence, 1 or more.
-        numbers: (n,) indices wanted of each, at most its length.
-
-    Returns:
-        (n, max of numbers) int32, ascending in each row; -1 at the end of rows with fewer.
-
-    >>> draw_positions(np.array([1, 3]), np.array([1, 3]), np.random.default_rng(0)).tolist()
-    [[0, -1, -1], [0, 1, 2]]
-    """
-    rows, most = np.arange(len(lengths)), int(numbers.max(initial=0))
-    longest = int(lengths.max(initial=0))
-    order = np.tile(np.arange(longest, dtype=np.int32), (len(lengths), 1))  # (n, longest)
-    for step in range(most):
-        other = rng.integers(step, np.maximum(lengths, step + 1))
-        picked = order[rows, other]
-        order[rows, other] = order[:, step]
-        order[:, step] = picked
-    drawn = order[:, :most]
-    drawn[np.arange(most) >= numbers[:, None]] = longest  # sorts behind every index
-    drawn = np.sort(drawn, axis=1)
-    drawn[drawn == longest] = -1
-    return drawn
+    def thresholds(self) -> np.ndarray:
+        """A masked word becomes [MASK] if a uniform 32-bit number is below the first of these, else a random word if it is
+        below the second; (2,) uint64."""
+        sums = (1.0, 1.0) if self.single_mask else np.cumsum([self.mask_token_prob, self.random_token_prob])
+        return np.rint(np.minimum(sums, 1.0) * 2.0**32).astype(np.uint64)
 
 
 def check_lengths(lengths: np.ndarray, max_seq_length: int, source) -> None:
@@ -111,7 +88,7 @@ def check_lengths(lengths: np.ndarray, max_seq_length: int, source) -> None:
 
 
 def mask_sentences(
-    tokens: np.ndarray,
+    flat: np.ndarray,
     lengths: np.ndarray,
     vocabulary: Vocabulary,
     rule: MaskingRule,
@@ -121,9 +98,11 @@ def mask_sentences(
 ) -> Samples:
     """Masked samples of sentences, one each, in the same order.
 
+    Sentences handed in block by block with the same generator give the samples that they give at once.
+
     Args:
-        tokens: (n, T) int32 word ids padded at the end, without [CLS] and [SEP], as `Vocabulary.encode` gives them.
-        lengths: (n,) words of each sentence, 1 or more.
+        flat: (M,) int32 word ids, sentence after sentence, without [CLS] and [SEP], as `Vocabulary.encode_text` gives them.
+        lengths: (n,) int32 words of each sentence, 1 or more.
         max_seq_length: tokens of a sample, [CLS], [SEP] and padding included.
         source: named in errors.
 
@@ -134,37 +113,77 @@ def mask_sentences(
         InputError: a sentence is too long.
     """
     check_lengths(lengths, max_seq_length, source)
-    number, longest = tokens.shape
-    rows = np.arange(number)
-    input_ids = np.full((number, max_seq_length), vocabulary.pad_id, dtype=np.int32)
-    input_ids[:, 0] = vocabulary.cls_id
-    input_ids[:, 1 : longest + 1] = tokens
-    input_ids[rows, lengths + 1] = vocabulary.sep_id
-
-    drawn = draw_positions(lengths, rule.number_of_masks(lengths), rng) + 1  # (n, masks), after [CLS]; 0: no mask
-    positions = np.zeros((number, rule.width), dtype=np.int32)
-    positions[:, : drawn.shape[1]] = drawn
-    row, column = np.nonzero(positions)
-    masked = positions[row, column]
-    labels = np.zeros_like(positions)
-    labels[row, column] = input_ids[row, masked]
-    input_ids[row, masked] = _replacements(labels[row, column], vocabulary, rule, rng)
-
-    return Samples(
-        input_ids=input_ids,
-        input_mask=(np.arange(max_seq_length) < lengths[:, None] + 2).astype(np.int8),
-        segment_ids=np.zeros((number, max_seq_length), dtype=np.int8),
-        masked_lm_positions=positions,
-        masked_lm_ids=labels,
+    numbers = rule.number_of_masks(lengths)
+    # two 64-bit numbers a mask; of full width, so that no rest of one block's draws is left for the next
+    bits = rng.integers(0, 2**64, size=(int(numbers.sum()), 2), dtype=np.uint64)
+    tokens = (len(lengths), max_seq_length)
+    samples = Samples(
+        input_ids=np.empty(tokens, dtype=np.int32),
+        input_mask=np.empty(tokens, dtype=np.int8),
+        segment_ids=np.zeros(tokens, dtype=np.int8),
+        masked_lm_positions=np.empty((len(lengths), rule.width), dtype=np.int32),
+        masked_lm_ids=np.empty((len(lengths), rule.width), dtype=np.int32),
     )
+    _lay_out(flat, lengths, vocabulary.special_ids, samples.input_ids, samples.input_mask)
+    _mask(
+        lengths,
+        numbers,
+        bits,
+        rule.thresholds(),
+        vocabulary.ordinary_ids(),
+        vocabulary.mask_id,
+        samples.input_ids,
+        samples.masked_lm_positions,
+        samples.masked_lm_ids,
+    )
+    return samples
 
 
-def _replacements(labels: np.ndarray, vocabulary: Vocabulary, rule: MaskingRule, rng: np.random.Generator):
-    """What stands in the input at masked words: [MASK], a uniformly drawn word, or the word itself; (masks,) int32."""
-    if rule.single_mask:
-        return np.full_like(labels, vocabulary.mask_id)
-    words = vocabulary.ordinary_ids()
-    chance = rng.random(len(labels))
-    random_words = words[rng.integers(len(words), size=len(labels))]
-    kept_or_random = np.where(chance < rule.mask_token_prob + rule.random_token_prob, random_words, labels)
-    return np.where(chance < rule.mask_token_prob, vocabulary.mask_id, kept_or_random)
+@numba.njit(cache=True, nogil=True)
+def _lay_out(flat, lengths, special_ids, input_ids, input_mask):
+    """Fill `input_ids` with [CLS] words [SEP] [PAD]... and `input_mask` with 1 where no padding is."""
+    pad_id, cls_id, sep_id = special_ids[0], special_ids[2], special_ids[3]
+    place = 0
+    for row in range(len(lengths)):
+        length = lengths[row]
+        input_ids[row, 0] = cls_id
+        for position in range(length):
+            input_ids[row, 1 + position] = flat[place + position]
+        input_ids[row, 1 + length] = sep_id
+        input_ids[row, 2 + length :] = pad_id
+        input_mask[row, : 2 + length] = 1
+        input_mask[row, 2 + length :] = 0
+        place += length
+
+
+@numba.njit(cache=True, nogil=True)
+def _mask(lengths, numbers, bits, thresholds, words, mask_id, input_ids, masked_lm_positions, masked_lm_ids):
+    """Replace `numbers` words of each row of `input_ids` and fill `masked_lm_positions` and `masked_lm_ids`.
+
+    The positions are drawn by Floyd's algorithm (Bentley and Floyd 1987): each set of them is equally likely. Mask m takes
+    the high halves of bits[m] for the position and for the random word, the low half of bits[m, 0] for what it becomes.
+    """
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    is_masked = np.zeros(input_ids.shape[1], dtype=np.bool_)
+    mask = 0
+    for row in range(len(lengths)):
+        first, length = mask, lengths[row]
+        for last in range(length - numbers[row], length):
+            drawn = np.int64(((bits[mask, 0] >> half) * np.uint64(last + 1)) >> half)  # 0..last
+            is_masked[1 + (last if is_masked[1 + drawn] else drawn)] = True
+            mask += 1
+        masked_lm_positions[row] = 0
+        masked_lm_ids[row] = 0
+        column = 0
+        for position in range(1, length + 1):
+            if not is_masked[position]:
+                continue
+            is_masked[position] = False
+            masked_lm_positions[row, column] = position
+            masked_lm_ids[row, column] = input_ids[row, position]
+            chance = bits[first + column, 0] & low
+            if chance < thresholds[0]:
+                input_ids[row, position] = mask_id
+            elif chance < thresholds[1]:
+                input_ids[row, position] = words[((bits[first + column, 1] >> half) * np.uint64(len(words))) >> half]
+            column += 1

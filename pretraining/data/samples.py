@@ -12,8 +12,11 @@ The file's attributes say how it was made; `REQUIRED_ATTRIBUTES` are what a read
 """
 
 import dataclasses
+import functools
 import io
 import re
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import h5py
@@ -131,33 +134,88 @@ class Samples:
         return None
 
 
-def write_samples(path, samples: Samples) -> None:
-    """Write samples to an HDF5 file, atomically; the same samples give the same bytes.
+def write_samples(path, blocks: Iterable[Samples]) -> None:
+    """Write samples to an HDF5 file, atomically; the same samples give the same bytes, however they are cut into blocks.
+
+    Args:
+        blocks: the samples in order, with the attributes of the first; each but the last has a multiple of
+            `ROWS_A_CHUNK` rows.
 
     Raises:
-        InputError: `Samples.check` refuses them, or the file can't be written.
+        InputError: `Samples.check` refuses a block, or the file can't be written.
     """
-    samples.check(path)
+    chunks: dict[str, list[bytes]] = {name: [] for name in DTYPES}
+    rows, first = 0, None
+    for samples in blocks:
+        if rows % ROWS_A_CHUNK:
+            raise ValueError(f"{rows} rows before the last block are no multiple of {ROWS_A_CHUNK}")
+        samples.check(f"{path}, from row {rows} on" if rows else path)
+        first, rows = first or samples, rows + len(samples)
+        step = min(ROWS_A_CHUNK, rows)
+        for name, compressed in chunks.items():
+            array = getattr(samples, name)
+            compressed += [_compressed(array[row : row + step], step) for row in range(0, len(array), step)]
+    if first is None:
+        raise InputError(f"{path}: no samples")
+    with atomic_open(path, "wb") as file:
+        file.write(_hdf5(chunks, rows, first).getbuffer())
+
+
+def _hdf5(chunks: dict[str, list[bytes]], rows: int, first: Samples) -> io.BytesIO:
+    """An HDF5 file of compressed `chunks`; types, columns and attributes are those of `first`."""
     # made in memory (some 20 MB a million samples): h5py reports a full disk as a RuntimeError that names no cause
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
-        for name in DTYPES:
-            array = getattr(samples, name)
-            # shuffle + the lowest gzip level: ids use one or two of their four bytes. No times: the bytes are a
-            # function of the samples alone
-            file.create_dataset(
+        for name, compressed in chunks.items():
+            array, step = getattr(first, name), min(ROWS_A_CHUNK, rows)
+            dataset = file.create_dataset(
                 name,
-                data=array,
-                chunks=(min(ROWS_A_CHUNK, len(array)), array.shape[1]),
+                shape=(rows, array.shape[1]),
+                dtype=array.dtype,
+                chunks=(step, array.shape[1]),
                 compression="gzip",
                 compression_opts=1,
                 shuffle=True,
-                track_times=False,
+                track_times=False,  # the bytes are a function of the samples alone
             )
-        for name in sorted(samples.attributes):
-            file.attrs[name] = samples.attributes[name]
-    with atomic_open(path, "wb") as file:
-        file.write(buffer.getbuffer())
+            for number, chunk in enumerate(compressed):
+                dataset.id.write_direct_chunk((number * step, 0), chunk)
+        for name in sorted(first.attributes):
+            file.attrs[name] = first.attributes[name]
+    return buffer
+
+
+def _compressed(array: np.ndarray, rows: int) -> bytes:
+    """A chunk of `rows` rows of a dataset as HDF5's filters shuffle and gzip store it; rows that `array` lacks are 0.
+
+    Shuffle puts the lowest bytes of all numbers first, then the next ones, and so on. Of these planes only the lower ones
+    have other bytes than 0 (an id takes one or two of its four bytes, segments take none); deflate works on those alone.
+    """
+    size = array.itemsize
+    planes = (int(array.max()).bit_length() + 7) // 8
+    chunk = np.zeros((planes, rows * array.shape[1]), dtype=np.uint8)
+    chunk[:, : array.size] = array.reshape(-1, 1).view(np.uint8)[:, :planes].T  # little-endian
+    return _zlib(chunk.tobytes(), (size - planes) * chunk.shape[1])
+
+
+def _zlib(content: bytes, zeros: int) -> bytes:
+    """A zlib stream (RFC 1950) of `content` followed by `zeros` zero bytes, in the time that `content` alone takes.
+
+    Runs (of padding) are all that is looked for, since that is fast and makes files of ids smaller than level 1 does.
+    """
+    compressor = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL + 1, zlib.Z_RLE)
+    stream = compressor.compress(content) + compressor.flush(zlib.Z_FULL_FLUSH)
+    checksum = zlib.adler32(content)
+    low, high = checksum & 0xFFFF, checksum >> 16
+    checksum = (high + zeros * low) % 65521 << 16 | low  # Adler-32 of a zero byte adds `low` to `high`
+    return stream + _deflated_zeros(zeros) + checksum.to_bytes(4, "big")
+
+
+@functools.lru_cache(maxsize=16)
+def _deflated_zeros(number: int) -> bytes:
+    """The last blocks of a deflate stream (RFC 1951): zero bytes."""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return compressor.compress(bytes(number)) + compressor.flush()
 
 
 def read_samples(path) -> Samples:

@@ -5,20 +5,23 @@ shard is a pure function of (text shard, vocabulary, masking rule, seed, split, 
 """
 
 import dataclasses
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from pcfg.artefacts import InputError, Manifest, keyed_rng, sha256, versions
-from pcfg.text import read_texts, shard_paths
-from pretraining.data.masking import MaskingRule, mask_sentences
-from pretraining.data.samples import sample_name, sample_paths, write_samples
+from pcfg.text import shard_paths, text_blocks
+from pretraining.data.masking import MaskingRule, check_lengths, mask_sentences
+from pretraining.data.samples import ROWS_A_CHUNK, Samples, sample_name, sample_paths, write_samples
 from pretraining.data.vocabulary import Vocabulary
 
 SPLITS = {"training": "train", "test": "test"}  # of text files -> of sample files
 TEXT_MANIFEST = "manifest_pretraining.json"
 SAMPLES_MANIFEST = "manifest_samples.json"
+ROWS_A_BLOCK = 4 * ROWS_A_CHUNK  # samples that are in memory at once, uncompressed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,30 +167,59 @@ def make_samples(job: SampleJob) -> dict[str, int]:
         InputError: the text can't be read, a sentence is too long, or a word of it is not one token.
     """
     shard, recipe = job.shard, job.recipe
-    tokens, lengths = recipe.vocabulary.encode(read_texts(shard.path), shard.path)
-    if job.changed_words:
-        used = [recipe.vocabulary.words[index] for index in np.flatnonzero(np.bincount(tokens.ravel()))]
-        changed = [word for word in used if word in job.changed_words]
-        if changed:
-            raise InputError(
-                f"{shard.path}: word {changed[0]!r} is not one token: the tokenizer would split or change it "
-                f"(--do_lower_case {int(recipe.do_lower_case)}); {len(changed)} such words; replace them or use another "
-                "--do_lower_case"
-            )
-
+    flat, lengths = _encode_shard(job)
+    check_lengths(lengths, recipe.max_seq_length, shard.path)
     made = {}
     for number in shard.numbers:
-        rng = keyed_rng(recipe.seed, f"masking-{shard.split}", number)
-        samples = mask_sentences(tokens, lengths, recipe.vocabulary, recipe.rule, recipe.max_seq_length, rng, source=shard.path)
-        samples.attributes = {
-            **recipe.facts(),
-            "source": shard.path.name,
-            "source_sha256": shard.sha256,
-            "split": shard.split,
-            "shard": number,
-            **{f"version_{package}": version for package, version in versions("numpy", "h5py").items()},
-        }
         name = sample_name(shard.split, number)
-        write_samples(job.folder / name, samples)
-        made[name] = len(samples)
+        write_samples(job.folder / name, _masked_blocks(flat, lengths, shard, recipe, number))
+        made[name] = len(lengths)
     return made
+
+
+def _encode_shard(job: SampleJob) -> tuple[np.ndarray, np.ndarray]:
+    """The text as ids (M,) int32, sentence after sentence, and the words of each sentence, (n,) int32."""
+    path, vocabulary = job.shard.path, job.recipe.vocabulary
+    flat, lengths, sentences = [], [], 0
+    for block in text_blocks(path):
+        ids, words = vocabulary.encode_text(block, path, sentences)
+        if job.changed_words:
+            _refuse_changed(ids, job)
+        flat.append(ids)
+        lengths.append(words)
+        sentences += len(words)
+    return np.concatenate(flat), np.concatenate(lengths)
+
+
+def _refuse_changed(flat: np.ndarray, job: SampleJob) -> None:
+    """Raise an `InputError` if a word of the text is one that the tokenizer would split or change."""
+    words = job.recipe.vocabulary.words
+    changed = [words[index] for index in np.flatnonzero(np.bincount(flat)) if words[index] in job.changed_words]
+    if changed:
+        raise InputError(
+            f"{job.shard.path}: word {changed[0]!r} is not one token: the tokenizer would split or change it "
+            f"(--do_lower_case {int(job.recipe.do_lower_case)}); {len(changed)} such words; replace them or use another "
+            "--do_lower_case"
+        )
+
+
+def _masked_blocks(flat: np.ndarray, lengths: np.ndarray, shard: TextShard, recipe: Recipe, number: int) -> Iterator[Samples]:
+    """The samples of sample shard `number`, `ROWS_A_BLOCK` at a time."""
+    rng = keyed_rng(recipe.seed, f"masking-{shard.split}", number)
+    attributes = {
+        **recipe.facts(),
+        "source": shard.path.name,
+        "source_sha256": shard.sha256,
+        "split": shard.split,
+        "shard": number,
+        **{f"version_{package}": version for package, version in versions("numpy", "h5py").items()},
+        "version_zlib": zlib.ZLIB_RUNTIME_VERSION,
+    }
+    place = 0
+    for first in range(0, len(lengths), ROWS_A_BLOCK):
+        words = lengths[first : first + ROWS_A_BLOCK]
+        ids = flat[place : place + words.sum()]
+        place += len(ids)
+        samples = mask_sentences(ids, words, recipe.vocabulary, recipe.rule, recipe.max_seq_length, rng, shard.path)
+        samples.attributes = attributes
+        yield samples

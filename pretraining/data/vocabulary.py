@@ -8,8 +8,8 @@ network huggingface_hub retries for 46 s before it gives up. The variable counts
 imported, hence the line below, and `local_files_only` for programs that imported it first.
 """
 
+import functools
 import hashlib
-import itertools
 import os
 import re
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pcfg.artefacts import InputError, atomic_open, read_json, write_json
+from pcfg.words import WordIndex, padded
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -24,7 +25,10 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NOT_A_WORD = re.compile(r"##.*|\[unused\d+\]", re.DOTALL)
 VOCABULARY_FILE = "vocab.txt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", VOCABULARY_FILE)
-SENTENCES_AT_ONCE = 1 << 16  # split into words at once; bounds the memory of `Vocabulary.encode`
+
+
+def _is_ordinary(word: str) -> bool:
+    return word not in SPECIAL_TOKENS and not NOT_A_WORD.fullmatch(word)
 
 
 class Vocabulary:
@@ -63,11 +67,8 @@ class Vocabulary:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids.tolist()
         self.sha256 = hashlib.sha256("\n".join(self.words).encode()).hexdigest()
 
-        special = set(SPECIAL_TOKENS)
-        self._word_ids = {
-            word: index for word, index in self.ids.items() if word not in special and not NOT_A_WORD.fullmatch(word)
-        }
-        if not self._word_ids:
+        self._word_ids = np.flatnonzero([_is_ordinary(word) for word in self.words]).astype(np.int32)
+        if not len(self._word_ids):
             raise InputError(f"{source}: no words but special tokens; add the words of the data, one a line")
 
     def _check(self, source) -> None:
@@ -122,8 +123,8 @@ class Vocabulary:
         return cls([word for word, _ in entries], name)
 
     def ordinary_ids(self) -> np.ndarray:
-        """Ids of the real words, ascending, (W,) int64: no special tokens, no [unusedN], no ##pieces."""
-        return np.fromiter(self._word_ids.values(), dtype=np.int64)
+        """Ids of the real words, ascending, (W,) int32: no special tokens, no [unusedN], no ##pieces."""
+        return self._word_ids
 
     def encode(self, texts: list[str], source) -> tuple[np.ndarray, np.ndarray]:
         """Sentences as ids.
@@ -139,39 +140,31 @@ class Vocabulary:
             InputError: a sentence without words, or a word that is no ordinary word of this vocabulary; names the
                 source, the sentence (from 1) and the word.
         """
-        flat, lengths = [np.zeros(0, dtype=np.int32)], np.zeros(len(texts), dtype=np.int32)
-        for first in range(0, len(texts), SENTENCES_AT_ONCE):
-            sentences = [text.split() for text in texts[first : first + SENTENCES_AT_ONCE]]
-            here = lengths[first : first + len(sentences)]
-            here[:] = np.fromiter(map(len, sentences), dtype=np.int32, count=len(sentences))
-            words = itertools.chain.from_iterable(sentences)
-            try:
-                flat.append(np.fromiter(map(self._word_ids.__getitem__, words), dtype=np.int32, count=int(here.sum())))
-            except KeyError:
-                raise self._unknown_word(sentences, first, source) from None
-        if len(texts) and lengths.min() == 0:
-            raise InputError(f"{source}: sentence {int(lengths.argmin()) + 1}: no words; remove it")
+        flat, lengths = self._index.encode_texts(texts, source)
+        return padded(self._word_ids[flat], lengths, self.pad_id), lengths
 
-        longest = int(lengths.max(initial=0))
-        tokens = np.full((len(texts), longest), self.pad_id, dtype=np.int32)
-        tokens[np.arange(longest) < lengths[:, None]] = np.concatenate(flat)  # (n, T), filled row by row
-        return tokens, lengths
+    def encode_text(self, text: bytes, source, first_sentence: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """The sentences of a text as ids, one after the other: `pcfg.words.WordIndex.encode`, with ids for indices.
 
-    def _unknown_word(self, sentences: list[list[str]], first: int, source) -> InputError:
-        """The error for the first word of `sentences` (the first has number `first` + 1) that is no word of ours."""
-        number, word = next(
-            (first + index + 1, word)
-            for index, sentence in enumerate(sentences)
-            for word in sentence
-            if word not in self._word_ids
-        )
+        Returns:
+            flat (M,) int32, the ids of all words; lengths (n,) int32 in words.
+
+        Raises:
+            InputError: as `encode`, but lines without words are skipped; not UTF-8.
+        """
+        flat, lengths = self._index.encode(text, source, first_sentence)
+        return self._word_ids[flat], lengths
+
+    @functools.cached_property
+    def _index(self) -> WordIndex:
+        return WordIndex([self.words[index] for index in self._word_ids], self._why_unknown)
+
+    def _why_unknown(self, word: str) -> str:
         if word in self.ids:
-            why = "is reserved in the vocabulary and can't be a word; replace it"
-        elif word.lower() in self._word_ids:
-            why = f"is not in the vocabulary, {word.lower()!r} is; write the text in lower case"
-        else:
-            why = f"is not in the vocabulary ({self.size} entries); add it or take the vocabulary made for this text"
-        return InputError(f"{source}: sentence {number}: word {word!r} {why}")
+            return "is reserved in the vocabulary and can't be a word; replace it"
+        if word.lower() in self.ids and _is_ordinary(word.lower()):
+            return f"is not in the vocabulary, {word.lower()!r} is; write the text in lower case"
+        return f"is not in the vocabulary ({self.size} entries); add it or take the vocabulary made for this text"
 
     def write(self, path) -> None:
         """Write one entry a line; `read` gives the same vocabulary back."""

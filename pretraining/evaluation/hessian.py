@@ -22,7 +22,7 @@ from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
 from pcfg.artefacts import InputError, keyed_rng
-from pcfg.lookup import mean_by_sentences
+from pcfg.means import mean_by_sentences
 from pretraining.evaluation.contexts import Contexts, check_length
 
 LEFT_OUT = ("decoder_bias",)

@@ -7,6 +7,10 @@
 all in nats, the expectation over x_t taken exactly, x_-t being x with the mask token at t. Two means are given. "pairs": over
 all (sentence, position) pairs. "sentences": over sentences of the mean over positions; it is what one mask a sentence
 minimises. The sampled loss, E[ -log f(x_-t)[x_t] ], has the same expectation when the conditionals belong to the text.
+
+A lookup table made with --entropy-only has log P(x_t | x_-t) for the true word only. The gap is then the mean of
+log P(x_t | x_-t) - log f(x_-t)[x_t], which has the same expectation and a larger error, and the loss is the entropy plus
+the gap.
 """
 
 import time
@@ -15,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pcfg.lookup import mean_by_pairs, mean_by_sentences
+from pcfg.means import mean_by_pairs, mean_by_sentences
 from pretraining.evaluation.contexts import Contexts, check_length
 
 
@@ -63,16 +67,19 @@ def measure_loss(model, contexts: Contexts, table=None, columns=None, batch_size
         # float64: log f enters differences that are a thousandth of its size
         log_f = torch.log_softmax(model(ids, mask, flat).double(), -1).cpu().numpy()  # (m, vocab_size)
         sampled[chosen] = -log_f[np.arange(len(chosen)), contexts.label[chosen]]
-        if table is not None:
+        if table is not None and table.stored == "none":
+            gap[chosen] = table.log_true[chosen] + sampled[chosen]
+        elif table is not None:
             gap[chosen] = _kl_rows(table, columns, chosen, contexts, log_f)
     details = {"sampled_loss": _both_means(sampled, contexts_of)}
     if table is not None:
         entropy = np.asarray(table.entropy[: len(sampled)])
+        if table.stored != "none":
+            details["sampled_minus_exact"] = _both_means(sampled - entropy - gap, contexts_of)
         details = {
             "loss": _both_means(entropy + gap, contexts_of),
             "entropy": _both_means(entropy, contexts_of),
             "gap": _both_means(gap, contexts_of),
-            "sampled_minus_exact": _both_means(sampled - entropy - gap, contexts_of),
             **details,
         }
     details |= {"contexts": len(sampled), "sentences": len(contexts_of), "seconds": time.monotonic() - started}

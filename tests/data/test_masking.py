@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 
 from pcfg.artefacts import InputError
-from pretraining.data.masking import MaskingRule, check_lengths, draw_positions, mask_sentences
+from pretraining.data.masking import MaskingRule, check_lengths, mask_sentences
+from pretraining.data.samples import DTYPES
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 VOCABULARY = Vocabulary([*SPECIAL_TOKENS, "[unused0]", *(f"w{i}" for i in range(20)), "##s"])
 
 
 def sentences(number, longest, seed=0):
+    """Word ids, sentence after sentence, and lengths."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest + 1, size=number).astype(np.int32)
     lengths[0] = longest
-    tokens = rng.choice(VOCABULARY.ordinary_ids(), size=(number, longest)).astype(np.int32)
-    tokens[np.arange(longest) >= lengths[:, None]] = VOCABULARY.pad_id
-    return tokens, lengths
+    return rng.choice(VOCABULARY.ordinary_ids(), size=lengths.sum()), lengths
 
 
 def naive_number(words, probability, most):
@@ -38,9 +38,10 @@ def test_number_of_masks(probability, most):
 @pytest.mark.parametrize("rule", [MaskingRule(), MaskingRule(masked_lm_prob=1.0, max_predictions=20)])
 def test_samples_undo_to_the_sentences(rule):
     """Putting the labels back gives [CLS] sentence [SEP]; everything else follows from the lengths."""
-    tokens, lengths = sentences(300, 14)
-    samples = mask_sentences(tokens, lengths, VOCABULARY, rule, 18, np.random.default_rng(1))
+    flat, lengths = sentences(300, 14)
+    samples = mask_sentences(flat, lengths, VOCABULARY, rule, 18, np.random.default_rng(1))
     assert samples.input_ids.shape == (300, 18) and samples.masked_lm_ids.shape == (300, rule.max_predictions)
+    ends = np.cumsum(lengths)
     for row in range(len(samples)):
         length = int(lengths[row])
         number = naive_number(length, rule.masked_lm_prob, rule.max_predictions)
@@ -49,7 +50,7 @@ def test_samples_undo_to_the_sentences(rule):
         assert all(1 <= position <= length for position in positions)
         restored = samples.input_ids[row].copy()
         restored[positions] = samples.masked_lm_ids[row, :number]
-        sentence = [VOCABULARY.cls_id, *tokens[row, :length], VOCABULARY.sep_id]
+        sentence = [VOCABULARY.cls_id, *flat[ends[row] - length : ends[row]], VOCABULARY.sep_id]
         assert restored.tolist() == sentence + [VOCABULARY.pad_id] * (16 - length)
         assert samples.input_mask[row].tolist() == [1] * (length + 2) + [0] * (16 - length)
         assert not samples.masked_lm_positions[row, number:].any()
@@ -57,29 +58,47 @@ def test_samples_undo_to_the_sentences(rule):
     assert not samples.segment_ids.any()
 
 
+def positions_of(lengths, rule, seed=0):
+    flat = np.full(lengths.sum(), VOCABULARY.ids["w3"], dtype=np.int32)
+    rng = np.random.default_rng(seed)
+    return mask_sentences(flat, lengths.astype(np.int32), VOCABULARY, rule, 12, rng).masked_lm_positions
+
+
 def test_positions_are_uniform_without_replacement():
-    lengths, numbers = np.full(60_000, 5), np.full(60_000, 3)
-    drawn = draw_positions(lengths, numbers, np.random.default_rng(0))
+    drawn = positions_of(np.full(60_000, 5), MaskingRule(masked_lm_prob=3 / 7, max_predictions=3))
     counts = collections.Counter(map(tuple, drawn.tolist()))
-    assert set(counts) == set(itertools.combinations(range(5), 3))
+    assert set(counts) == set(itertools.combinations(range(1, 6), 3))
     expected, error = 6000, np.sqrt(6000 * 0.9)
     assert all(abs(count - expected) < 5 * error for count in counts.values())
 
 
 def test_short_rows_among_long_ones_are_uniform_too():
-    lengths = np.array([3, 8] * 30_000)
-    numbers = np.array([1, 4] * 30_000)
-    drawn = draw_positions(lengths, numbers, np.random.default_rng(0))
-    assert (drawn[::2, 1:] == -1).all()
-    for counts, share in ((np.bincount(drawn[::2, 0]), 1 / 3), (np.bincount(drawn[1::2].ravel()), 1 / 2)):
+    drawn = positions_of(np.array([3, 8] * 30_000), MaskingRule(masked_lm_prob=0.22, max_predictions=4))
+    assert (drawn[::2, 1:] == 0).all() and (drawn[1::2, 2:] == 0).all()
+    for positions, length, share in ((drawn[::2, 0], 3, 1 / 3), (drawn[1::2, :2].ravel(), 8, 1 / 4)):
+        counts = np.bincount(positions, minlength=length + 1)[1:]
         assert np.abs(counts - 30_000 * share).max() < 5 * np.sqrt(30_000 * share * (1 - share))
+
+
+@pytest.mark.parametrize("rule", [MaskingRule(0.4, 4), MaskingRule(single_mask=True)])
+def test_blocks_with_the_same_generator_give_what_all_at_once_gives(rule):
+    flat, lengths = sentences(400, 9)
+    ends = np.cumsum(lengths)
+    whole = mask_sentences(flat, lengths, VOCABULARY, rule, 16, np.random.default_rng(5))
+    rng, start = np.random.default_rng(5), 0
+    for first, last in itertools.pairwise((0, 1, 3, 250, 400)):
+        words = flat[start : ends[last - 1]]
+        start = ends[last - 1]
+        block = mask_sentences(words, lengths[first:last], VOCABULARY, rule, 16, rng)
+        for name in DTYPES:
+            assert np.array_equal(getattr(block, name), getattr(whole, name)[first:last])
 
 
 @pytest.mark.parametrize(("mask", "random"), [(0.8, 0.1), (0.5, 0.5), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
 def test_replacements_have_the_asked_frequencies(mask, random):
-    tokens, lengths = sentences(40_000, 10)
+    flat, lengths = sentences(40_000, 10)
     rule = MaskingRule(masked_lm_prob=0.3, max_predictions=4, mask_token_prob=mask, random_token_prob=random)
-    samples = mask_sentences(tokens, lengths, VOCABULARY, rule, 12, np.random.default_rng(2))
+    samples = mask_sentences(flat, lengths, VOCABULARY, rule, 12, np.random.default_rng(2))
     row, column = np.nonzero(samples.masked_lm_positions)
     seen = samples.input_ids[row, samples.masked_lm_positions[row, column]]
     labels = samples.masked_lm_ids[row, column]
@@ -99,9 +118,9 @@ def test_replacements_have_the_asked_frequencies(mask, random):
 
 
 def test_single_mask():
-    tokens, lengths = sentences(20_000, 6)
+    flat, lengths = sentences(20_000, 6)
     rule = MaskingRule(masked_lm_prob=0.9, max_predictions=5, mask_token_prob=0.0, random_token_prob=1.0, single_mask=True)
-    samples = mask_sentences(tokens, lengths, VOCABULARY, rule, 8, np.random.default_rng(0))
+    samples = mask_sentences(flat, lengths, VOCABULARY, rule, 8, np.random.default_rng(0))
     assert samples.masked_lm_positions.shape == (20_000, 1)
     positions = samples.masked_lm_positions[:, 0]
     assert (samples.input_ids == VOCABULARY.mask_id).sum() == 20_000
@@ -113,18 +132,18 @@ def test_single_mask():
 
 
 def test_same_generator_same_samples():
-    tokens, lengths = sentences(50, 9)
-    make = [mask_sentences(tokens, lengths, VOCABULARY, MaskingRule(), 16, np.random.default_rng(s)) for s in (1, 1, 2)]
+    flat, lengths = sentences(50, 9)
+    make = [mask_sentences(flat, lengths, VOCABULARY, MaskingRule(), 16, np.random.default_rng(s)) for s in (1, 1, 2)]
     assert np.array_equal(make[0].input_ids, make[1].input_ids)
     assert not np.array_equal(make[0].masked_lm_positions, make[2].masked_lm_positions)
 
 
 def test_the_longest_sentence_that_fits():
-    tokens, lengths = sentences(20, 8)
-    samples = mask_sentences(tokens, lengths, VOCABULARY, MaskingRule(), 10, np.random.default_rng(0))
+    flat, lengths = sentences(20, 8)
+    samples = mask_sentences(flat, lengths, VOCABULARY, MaskingRule(), 10, np.random.default_rng(0))
     assert samples.input_ids[0, -1] == VOCABULARY.sep_id
     with pytest.raises(InputError, match=r"a.txt: sentence 1: 8 words.* 10 tokens; --max_seq_length is 9, give 10"):
-        mask_sentences(tokens, lengths, VOCABULARY, MaskingRule(), 9, np.random.default_rng(0), source="a.txt")
+        mask_sentences(flat, lengths, VOCABULARY, MaskingRule(), 9, np.random.default_rng(0), source="a.txt")
     with pytest.raises(InputError, match="sentence 2: 31 words"):
         check_lengths(np.array([2, 31, 30]), 32, "a.txt")
 

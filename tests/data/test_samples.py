@@ -1,15 +1,28 @@
 """The HDF5 files of samples: what is written is read back, and damage is named."""
 
 import dataclasses
+import itertools
 import os
+import zlib
 
 import h5py
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from pcfg.artefacts import InputError
 from pretraining.data.masking import MaskingRule, mask_sentences
-from pretraining.data.samples import DTYPES, Samples, read_samples, sample_name, sample_paths, write_samples
+from pretraining.data.samples import (
+    DTYPES,
+    ROWS_A_CHUNK,
+    Samples,
+    _zlib,
+    read_samples,
+    sample_name,
+    sample_paths,
+    write_samples,
+)
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 VOCABULARY = Vocabulary([*SPECIAL_TOKENS, *(f"w{i}" for i in range(10))])
@@ -28,15 +41,14 @@ ATTRIBUTES = {
 def make_samples(number=30) -> Samples:
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 7, size=number).astype(np.int32)
-    tokens = rng.choice(VOCABULARY.ordinary_ids(), size=(number, 6)).astype(np.int32)
-    tokens[np.arange(6) >= lengths[:, None]] = 0
-    samples = mask_sentences(tokens, lengths, VOCABULARY, MaskingRule(0.3, 3), 9, rng)
+    flat = rng.choice(VOCABULARY.ordinary_ids(), size=lengths.sum())
+    samples = mask_sentences(flat, lengths, VOCABULARY, MaskingRule(0.3, 3), 9, rng)
     return dataclasses.replace(samples, attributes=dict(ATTRIBUTES))
 
 
 def test_read_gives_what_was_written(tmp_path):
     samples = make_samples()
-    write_samples(tmp_path / "a.hdf5", samples)
+    write_samples(tmp_path / "a.hdf5", [samples])
     read = read_samples(tmp_path / "a.hdf5")
     for name, dtype in DTYPES.items():
         assert np.array_equal(getattr(read, name), getattr(samples, name))
@@ -49,10 +61,65 @@ def test_read_gives_what_was_written(tmp_path):
 
 def test_the_same_samples_give_the_same_bytes(tmp_path):
     for name in ("a.hdf5", "other_name.hdf5"):
-        write_samples(tmp_path / name, make_samples())
+        write_samples(tmp_path / name, [make_samples()])
     assert (tmp_path / "a.hdf5").read_bytes() == (tmp_path / "other_name.hdf5").read_bytes()
     with h5py.File(tmp_path / "a.hdf5") as file:
         assert all(file[name].compression == "gzip" and file[name].shuffle for name in DTYPES)
+
+
+def cut(samples, first, last) -> Samples:
+    parts = {name: getattr(samples, name)[first:last] for name in DTYPES}
+    return Samples(**parts, attributes=samples.attributes)
+
+
+def test_blocks_change_nothing_and_rows_need_not_fill_a_chunk(tmp_path):
+    samples = make_samples(3 * ROWS_A_CHUNK + 5)
+    write_samples(tmp_path / "whole.hdf5", [samples])
+    edges = (0, ROWS_A_CHUNK, 3 * ROWS_A_CHUNK, len(samples))
+    write_samples(tmp_path / "cut.hdf5", (cut(samples, *pair) for pair in itertools.pairwise(edges)))
+    assert (tmp_path / "whole.hdf5").read_bytes() == (tmp_path / "cut.hdf5").read_bytes()
+    read = read_samples(tmp_path / "whole.hdf5")
+    for name in DTYPES:
+        assert np.array_equal(getattr(read, name), getattr(samples, name))
+    with pytest.raises(ValueError, match="multiple"):
+        write_samples(tmp_path / "other.hdf5", [cut(samples, 0, 7), cut(samples, 7, 9)])
+    spoilt = cut(samples, ROWS_A_CHUNK, len(samples))
+    spoilt.segment_ids[0, 0] = 1
+    with pytest.raises(InputError, match=f"from row {ROWS_A_CHUNK} on: segment_ids"):
+        write_samples(tmp_path / "other.hdf5", [cut(samples, 0, ROWS_A_CHUNK), spoilt])
+    assert sorted(os.listdir(tmp_path)) == ["cut.hdf5", "whole.hdf5"]
+
+
+@pytest.mark.parametrize("vocabulary_size", [15, 256, 257, 65_537, 1 << 24, 1 << 31])
+def test_ids_of_one_to_four_bytes_come_back_and_files_are_no_larger_than_those_of_hdf5_itself(tmp_path, vocabulary_size):
+    samples = make_samples(5000)
+    rng = np.random.default_rng(1)
+    is_word = (samples.input_mask == 1) & (samples.input_ids > 4)
+    samples.input_ids[is_word] = rng.integers(5, vocabulary_size, size=is_word.sum())
+    is_mask = samples.masked_lm_positions > 0
+    samples.masked_lm_ids[is_mask] = rng.integers(5, vocabulary_size, size=is_mask.sum())
+    samples.input_ids[7, 1] = vocabulary_size - 1
+    samples.attributes["vocab_size"] = vocabulary_size
+    write_samples(tmp_path / "ours.hdf5", [samples])
+    with h5py.File(tmp_path / "theirs.hdf5", "w") as file:
+        for name in DTYPES:
+            chunks = (ROWS_A_CHUNK, getattr(samples, name).shape[1])
+            file.create_dataset(name, data=getattr(samples, name), chunks=chunks, compression=1, shuffle=True)
+        file.attrs.update(samples.attributes)
+    ours, theirs = (read_samples(tmp_path / name) for name in ("ours.hdf5", "theirs.hdf5"))
+    for name in DTYPES:
+        assert np.array_equal(getattr(ours, name), getattr(samples, name))
+        assert np.array_equal(getattr(theirs, name), getattr(samples, name))
+    assert (tmp_path / "ours.hdf5").stat().st_size <= (tmp_path / "theirs.hdf5").stat().st_size
+
+
+@given(st.binary(max_size=200), st.integers(0, 70_000))
+@example(b"\xff" * 70_000, 1 << 20)
+@example(b"", 0)
+@settings(deadline=None)
+def test_zeros_that_are_not_compressed_come_back(content, zeros):
+    stream = _zlib(content, zeros)
+    assert zlib.decompress(stream) == content + bytes(zeros)  # checks Adler-32 as well
 
 
 def test_files_with_wider_integers_are_read(tmp_path):
@@ -126,7 +193,7 @@ def test_spoilt_samples_are_refused_by_reader_and_writer(tmp_path, spoil, messag
     with pytest.raises(InputError, match=rf"a\.hdf5: .*{message}"):
         read_samples(tmp_path / "a.hdf5")
     with pytest.raises(InputError, match=message):
-        write_samples(tmp_path / "b.hdf5", samples)
+        write_samples(tmp_path / "b.hdf5", [samples])
     assert not (tmp_path / "b.hdf5").exists()
 
 
@@ -152,8 +219,10 @@ def test_empty_samples_are_refused(tmp_path):
     samples = make_samples()
     for name in DTYPES:
         setattr(samples, name, getattr(samples, name)[:0])
-    with pytest.raises(InputError, match="no samples"):
-        write_samples(tmp_path / "a.hdf5", samples)
+    for blocks in ([samples], []):
+        with pytest.raises(InputError, match="a.hdf5: no samples"):
+            write_samples(tmp_path / "a.hdf5", blocks)
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_are_not_hdf5_or_damaged(tmp_path):
@@ -163,7 +232,7 @@ def test_files_that_are_not_hdf5_or_damaged(tmp_path):
     path.write_text("no HDF5")
     with pytest.raises(InputError, match="not a readable HDF5 file"):
         read_samples(path)
-    write_samples(path, make_samples(3000))
+    write_samples(path, [make_samples(3000)])
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="not a readable HDF5 file"):

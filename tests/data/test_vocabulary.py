@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -88,14 +87,16 @@ def test_a_missing_vocabulary_is_refused(tmp_path):
         Vocabulary.read(tmp_path)
 
 
-def test_encode_agrees_with_word_by_word_lookup(vocabulary, monkeypatch):
-    monkeypatch.setattr("pretraining.data.vocabulary.SENTENCES_AT_ONCE", 3)
+def test_encode_agrees_with_word_by_word_lookup(vocabulary):
     rng = np.random.default_rng(0)
     words = ["cat", "dog", "runs", "the"]
     texts = [" ".join(rng.choice(words, size=rng.integers(1, 7))) for _ in range(10)]
     tokens, lengths = vocabulary.encode(texts, "here")
     assert tokens.dtype == lengths.dtype == np.int32
     assert tokens.shape[1] == lengths.max()
+    flat, lengths_of_bytes = vocabulary.encode_text("\n\n".join(texts).encode(), "here")
+    assert flat.dtype == np.int32 and np.array_equal(lengths_of_bytes, lengths)
+    assert flat.tolist() == [vocabulary.ids[word] for text in texts for word in text.split()]
     for row, length, text in zip(tokens, lengths, texts, strict=True):
         expected = [vocabulary.ids[word] for word in text.split()]
         assert row.tolist() == expected + [vocabulary.pad_id] * (tokens.shape[1] - len(expected))
@@ -112,10 +113,16 @@ def test_encode_agrees_with_word_by_word_lookup(vocabulary, monkeypatch):
         (["cat", " "], "sentence 2: no words"),
     ],
 )
-def test_encode_names_sentence_and_word(vocabulary, monkeypatch, texts, message):
-    monkeypatch.setattr("pretraining.data.vocabulary.SENTENCES_AT_ONCE", 2)
+def test_encode_names_sentence_and_word(vocabulary, texts, message):
     with pytest.raises(InputError, match=message):
         vocabulary.encode(texts, "here.txt")
+
+
+def test_encode_text_counts_the_sentences_before(vocabulary):
+    with pytest.raises(InputError, match=r"here.txt: sentence 12: word '\[SEP\]' is reserved"):
+        vocabulary.encode_text(b"cat\n\nthe [SEP] dog\nbird\n", "here.txt", first_sentence=10)
+    with pytest.raises(InputError, match=r"here.txt:2: not UTF-8"):
+        vocabulary.encode_text(b"cat\n\xff\n", "here.txt")
 
 
 def test_encode_no_sentences(vocabulary):
@@ -266,10 +273,3 @@ except InputError as error:
     assert float(seconds) < 1
     for place in ("beside/bert-large-uncased", "beside,", " bert-large-uncased,", "HF_HUB_OFFLINE=0"):
         assert place in message
-
-
-def test_encode_is_fast_enough_for_a_shard(vocabulary):
-    texts = ["the cat runs the dog runs the cat runs the dog"] * 50_000
-    start = time.process_time()
-    vocabulary.encode(texts, "here")
-    assert time.process_time() - start < 2  # takes 0.1 s; a tokenizer call a sentence would take 5

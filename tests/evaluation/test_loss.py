@@ -4,7 +4,8 @@ import torch
 
 from pcfg.artefacts import InputError
 from pcfg.grammar import Grammar
-from pcfg.lookup import LookupTable
+from pcfg.lookup import LookupTable, main
+from pcfg.means import mean_by_pairs, mean_by_sentences
 from pcfg.text import read_texts
 from pretraining.evaluation.contexts import from_texts
 from pretraining.evaluation.loss import measure_loss
@@ -100,3 +101,31 @@ def test_sentences_too_long_for_the_model(measured):
     contexts = from_texts(["cat dog cat dog cat dog cat dog cat"], vocabulary, "long.txt")
     with pytest.raises(InputError, match="long.txt: its longest sentence has 11 tokens.*10 positions"):
         measure_loss(model, contexts, source="long.txt")
+
+
+def test_a_table_of_entropies_only_gives_the_same_loss_up_to_its_error(measured, tiny_rules, tiny_data, tmp_path):
+    model, _, _, contexts, table, columns = measured
+    main(["--rule-path", str(tiny_rules), "--datafile", str(tiny_data / "test0.txt"), "--save-path", str(tmp_path / "t.hdf5")])
+    reduced = tmp_path / "reduced.hdf5"
+    main(
+        [
+            "--rule-path",
+            str(tiny_rules),
+            "--datafile",
+            str(tiny_data / "test0.txt"),
+            "--save-path",
+            str(reduced),
+            "--entropy-only",
+        ]
+    )
+    full = measure_loss(model, contexts, table, columns)
+    details = measure_loss(model, contexts, LookupTable.open(reduced), columns)
+    assert "sampled_minus_exact" not in details
+    assert details["sampled_loss"] == full["sampled_loss"]
+    assert details["entropy"]["pairs"]["mean"] == pytest.approx(full["entropy"]["pairs"]["mean"], rel=1e-6)
+    for kind in ("pairs", "sentences"):
+        difference = full["sampled_minus_exact"][kind]
+        gap = full["gap"][kind]["mean"] + difference["mean"]
+        expected = np.asarray(-table.log_true - table.entropy)
+        offset = (mean_by_pairs if kind == "pairs" else mean_by_sentences)(expected, contexts.counts)[0]
+        assert details["gap"][kind]["mean"] == pytest.approx(gap - offset, abs=1e-5)

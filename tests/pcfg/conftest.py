@@ -1,5 +1,6 @@
 """A naive parser and random grammars, the reference for charts, labels and lookup tables."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -62,6 +63,23 @@ class Naive:
         columns = self.columns(sentence)
         columns[i:j] = [np.eye(len(self.grammar.names), dtype=self.kind)]
         return self.table(columns)[0, len(columns)][0]
+
+    def best(self, sentence):
+        """The largest probability of a derivation of the sentence, rule by rule."""
+        grammar = self.grammar
+
+        @functools.cache
+        def value(symbol, i, j):
+            best = grammar.emission[symbol, sentence[i]] if j == i + 1 else 0.0
+            for (parent, left, right), probability in zip(grammar.binary, grammar.binary_probability, strict=True):
+                if parent == symbol:
+                    best = max([best, *(probability * value(left, i, k) * value(right, k, j) for k in range(i + 1, j))])
+            for (parent, child), probability in zip(grammar.unary, grammar.unary_probability, strict=True):
+                if parent == symbol:
+                    best = max(best, probability * value(child, i, j))
+            return best
+
+        return value(0, 0, len(sentence))
 
     def conditionals(self, sentence):
         """P(x_t = w | x_-t), (T, V), from the probabilities of the sentences with every word put at every place."""
@@ -126,6 +144,23 @@ def naive():
 @pytest.fixture(scope="session")
 def enumerated():
     return enumerate_sentences
+
+
+@pytest.fixture(scope="session", name="random_grammar")
+def random_grammar_fixture():
+    return random_grammar
+
+
+@pytest.fixture(scope="session")
+def all_strings():
+    """All strings of `length` words that a naive parser derives."""
+
+    def strings(reference, length):
+        candidates = np.array(list(itertools.product(range(len(reference.grammar.words)), repeat=length)))
+        columns = [reference.grammar.emission[:, candidates[:, t]] for t in range(length)]
+        return [tuple(string) for string in candidates[reference.table(columns)[0, length][0] > 0]]
+
+    return strings
 
 
 @pytest.fixture(scope="session")

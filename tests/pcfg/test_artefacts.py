@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pcfg.artefacts import (
+    HashedFile,
     InputError,
     Manifest,
     atomic_folder,
@@ -244,6 +245,18 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
     assert sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+def test_what_is_written_is_hashed_on_the_way(tmp_path, manifest):
+    with atomic_open(tmp_path / "blocks", "wb") as file:
+        hashed = HashedFile(file)
+        for block in (b"", b"ab", memoryview(b"c"), np.frombuffer(b"def", dtype=np.uint8).data):
+            hashed.write(block)
+    assert (tmp_path / "blocks").read_bytes() == b"abcdef"
+    assert hashed.facts() == {"size": 6, "sha256": sha256(tmp_path / "blocks")}
+    manifest.add("blocks", **hashed.facts(), words=1)
+    assert Manifest.read(manifest.path).entry("blocks") == {**hashed.facts(), "words": 1}
+    assert manifest.is_complete("blocks")
+
+
 def test_versions_of_packages():
     assert versions("numpy") == {"python": ".".join(map(str, sys.version_info[:3])), "numpy": np.__version__}
 
@@ -264,7 +277,7 @@ def test_a_manifest_comes_back(manifest):
         assert found.names() == ["large", "empty"]
         assert found.entry("large") == {"size": 1000, "sha256": sha256(manifest.path.parent / "large"), "sentences": 3}
         assert found.is_complete("large") and found.is_complete("empty") and not found.is_complete("other")
-        assert found.content["versions"] == versions("numpy")
+        assert found.content["versions"] == versions("numpy", "numba")
     with pytest.raises(InputError, match="none.json: no such file"):
         Manifest.read(manifest.path.with_name("none.json"))
 

@@ -10,7 +10,8 @@ import pytest
 from pcfg import grammar as grammar_module
 from pcfg.artefacts import InputError
 from pcfg.chart import Chart
-from pcfg.grammar import UNBOUNDED, Grammar, find_rules
+from pcfg.grammar import Grammar, find_rules
+from pcfg.rule_graph import UNBOUNDED
 
 PUBLISHED_RULES = Path(__file__).parents[3] / "shared" / "data" / "rule_deep_mlm.txt"
 SMALL = """\
@@ -89,8 +90,8 @@ def test_the_hash_is_of_the_meaning_and_not_of_the_file(tmp_path):
         ("S A A 1\n\nA a 0.5\nA b 0.48\n", 3, "'A' add up to 0.98"),
         ("S a 0.9\nS b 0.2\n", 1, "'S' add up to 1.1"),
         ("S A a 1\nA a 1\n", 1, "'a' in a binary rule is a word"),
-        ("S A 1\nA B 0.5\nA a 0.5\nB A 0.5\nB b 0.5\n", 2, r"A -> B is part of a cycle \(A, B\)"),
-        ("S S 0.5\nS a 0.5\n", 1, "S -> S is part of a cycle"),
+        ("S A 1\nA B 0.5\nA a 0.5\nB A 0.5\nB b 0.5\n", 2, r"'A' -> 'B' is part of a cycle \(A, B\)"),
+        ("S S 0.5\nS a 0.5\n", 1, "'S' -> 'S' is part of a cycle"),
         ("S a 0.5\nS X 0.5\nX X X 1\n", 3, "'X' derives no sentence"),
         ("S X Y 1\nX a 1\nY X Z 1\nZ Y X 1\n", 1, "'S' derives no sentence"),
     ],
@@ -187,14 +188,19 @@ def test_rules_of_any_length_are_binarised_and_keep_the_probability_of_every_sen
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("S -> A [0.5]\nA - 'a' [1.0]\n", "rules.txt:2: nltk can't read"),
-        ("S -> 'a [1.0]\n", "rules.txt:1: nltk can't read"),
-        ("S -> 'a' [1.5]\n", "rules.txt:1: nltk can't read .* greater than 1.0"),
-        ("S -> 'a' [0.5] | [0.5]\n", "rules.txt:1: the right side of .* is empty"),
+        ("S -> A [0.5]\nA - 'a' [1.0]\n", r"""rules.txt:2: "A - 'a' \[1.0\]" is no rule"""),
+        ("S -> 'a [1.0]\n", r"""rules.txt:1: can't read "'a \[1.0\]";"""),
+        ("S -> 'a' [1.5]\n", "rules.txt:1: probability 1.5"),
+        ("S -> 'a' [half]\n", "rules.txt:1: probability 'half' is not a number"),
+        ("S -> 'a' [0.5] | [0.5]\n", "rules.txt:1: a right side of .* is empty"),
+        ("S -> " + "'a' " * 65 + "[1.0]\n", "rules.txt:1: 65 symbols on the right"),
+        ("S -> 'a' [1.0] |\\\n'b' [0.0] \\", "rules.txt:2: the file ends in a line that is to go on"),
+        ("%stop S\nS -> 'a' [1.0]\n", "rules.txt:1: '%stop S' is no directive"),
+        ("S -> A [1.0]\n", "rules.txt:1: 'A' has no rule"),
         ("S -> 'New York' [1.0]\n", "rules.txt:1: the word 'New York'"),
         ("S -> N [1.0]\nN -> 'S' [1.0]\n", "rules.txt:2: 'S' is a word and a nonterminal"),
         ("%start X\nS -> 'a' [1.0]\n", "the start symbol 'X' has no rule"),
-        ("S -> A B [1.0]\nA -> 'a' [1.0]\n", "rules.txt:1: 'B' in a binary rule"),
+        ("S -> A B [1.0]\nA -> 'a' [1.0]\n", "rules.txt:1: 'B' has no rule"),
         ("S -> A A [1.0]\n\nA -> 'a' [0.5] | 'b' [0.4]\n", "rules.txt:3: .*'A' add up to 0.9"),
     ],
 )

@@ -1,5 +1,8 @@
+import hashlib
+
 import numpy as np
 import pytest
+from scipy import stats
 
 from pcfg.artefacts import InputError
 from pcfg.chart import Chart
@@ -172,20 +175,49 @@ def test_what_task_a_cannot_do(recursive):
     flat = Grammar.from_rules([("S", ("A", "A"), 1.0), ("A", ("a",), 1.0)])
     with pytest.raises(InputError, match="start symbol 'S' has no unary rules"):
         Labeller(flat, "A")
+    with pytest.raises(InputError, match="--span 65: must be 64 or less"):
+        Labeller(recursive, "B", 65)
+
+
+def naive_hash(seed, text):
+    """SplitMix64's finaliser over the words, on Python's integers."""
+    value, mask = 0, 2**64 - 1
+    for word in text.split():
+        value = (value + int.from_bytes(hashlib.sha256(f"{seed} {word}".encode()).digest()[:8], "big")) & mask
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+        value ^= value >> 31
+    return value
 
 
 def test_splits_share_no_sentence_and_keep_frequencies(recursive):
-    labeller = Labeller(recursive, "C", 1)
-    drawn = LabelledSentences(Sampler(recursive, 8), labeller, {"training": 3000, "validation": 1000}, 0, 5)
-    (training, labels, dropped), (validation, _, _) = drawn.draw("training"), drawn.draw("validation")
-    assert (len(training), len(labels), len(validation), dropped) == (3000, 3000, 1000, 0)
-    assert not set(training) & set(validation)
-    assert len(set(training)) < 3000
-    assert all(5 <= len(text.split()) <= 8 for text in training + validation)
-    again = LabelledSentences(Sampler(recursive, 8), labeller, {"training": 3000, "validation": 1000}, 0, 5)
-    assert again.draw("validation")[0] == validation
-    other = LabelledSentences(Sampler(recursive, 8), labeller, {"training": 3000, "validation": 1000}, 1, 5)
-    assert other.draw("validation")[0] != validation
+    labeller, sampler = Labeller(recursive, "C", 1), Sampler(recursive, 8)
+    numbers = {"training": 3000, "validation": 1000}
+    drawn = LabelledSentences(sampler, labeller, numbers, 0, 5)
+    rows = {split: drawn.draw(split) for split in numbers}
+    texts = {split: list(found.texts()) for split, found in rows.items()}
+    assert not set(texts["training"]) & set(texts["validation"])
+    for split, number in numbers.items():
+        assert len(texts[split]) == len(rows[split].labels) == number and rows[split].dropped == 0
+        assert rows[split].distinct == len(set(texts[split])) < number
+        assert all(5 <= len(text.split()) <= 8 for text in texts[split])
+        assert all((naive_hash(0, text) < 2**62) == (split == "validation") for text in texts[split])
+        assert rows[split].labels.tolist() == labeller.label(*recursive.encode(texts[split], "here")).tolist()
+    assert list(LabelledSentences(sampler, labeller, numbers, 0, 5).draw("validation").texts()) == texts["validation"]
+    assert list(LabelledSentences(sampler, labeller, numbers, 1, 5).draw("validation").texts()) != texts["validation"]
+
+
+def test_hashes_tell_sentences_apart_and_divide_them_evenly():
+    grammar = Grammar.read(RULES_FOLDER / "rule_deep_mlm.txt")
+    sampler = Sampler(grammar, 16)
+    tokens, lengths = sampler.sample(50_000, np.random.default_rng(1))
+    found = LabelledSentences(sampler, Labeller(grammar, "C"), {"training": 1, "validation": 1}, 5, 1).hashes(tokens, lengths)
+    texts = sampler.texts(tokens, lengths)
+    assert found[:100].tolist() == [naive_hash(5, text) for text in texts[:100]]
+    distinct = np.unique(found)
+    assert len(distinct) == len(set(texts)) == len(set(zip(texts, found.tolist(), strict=True)))
+    counts = np.bincount((distinct >> np.uint64(60)).astype(int), minlength=16)
+    assert stats.chisquare(counts).pvalue > 1e-3
 
 
 def test_published_class_counts_and_majorities(published_rules):

@@ -1,4 +1,6 @@
-"""Sentences drawn from grammars against exact probabilities, limits of length, text."""
+"""Sentences drawn from grammars against exact probabilities, limits of length, text; more laws are in test_sampler_laws.py."""
+
+import concurrent.futures
 
 import numpy as np
 import pytest
@@ -50,17 +52,6 @@ def test_frequencies_of_sentences_are_their_probabilities():
     assert statistic_of_sentences(Grammar.from_rules(other), tokens) > 4
 
 
-def test_frequencies_of_lengths_are_exact_also_on_a_deep_grammar(tiny_rules):
-    for grammar, limit in ((Grammar.from_rules(RECURSIVE), 12), (Grammar.read(tiny_rules), 31)):
-        sampler = Sampler(grammar, limit)
-        lengths = sampler.sample(DRAWS, keyed_rng(1, "test"))[1]
-        expected = DRAWS * sampler.length_probability / sampler.length_probability.sum()
-        possible = expected > 0
-        observed = np.bincount(lengths, minlength=len(expected))
-        assert (observed[~possible] == 0).all()
-        assert abs(chi_square(observed[possible], expected[possible])) < 4
-
-
 def test_length_probabilities_are_sums_over_sentences():
     sampler = Sampler(Grammar.from_rules([("S", ("S", "S"), 0.25), ("S", ("a",), 0.75)]), 4)
     # Catalan numbers of trees
@@ -107,6 +98,38 @@ def test_text_has_the_words_and_an_empty_line_between_sentences():
     assert sampler.to_text(tokens, lengths, blank_line=False).decode() == "a größe\ngröße\na a a\n"
     assert sampler.texts(tokens, lengths) == ["a größe", "größe", "a a a"]
     assert sampler.to_text(tokens[:0], lengths[:0], blank_line=True) == b"" and sampler.texts(tokens[:0], lengths[:0]) == []
+
+
+# Around the 16 bytes that are moved at once, and beyond, with letters of two and three bytes.
+LONG_WORDS = ["a", "b" * 14, "c" * 15, "d" * 16, "e" * 17, "f" * 31, "g" * 32, "h" * 100, "ü" * 8, "語" * 21]
+
+
+@pytest.mark.parametrize("buffer", [1, 100, 1 << 18])
+def test_drawn_text_is_the_text_of_the_drawn_sentences(monkeypatch, buffer):
+    """Drawing and spelling at once, in blocks of any size, against drawing first and joining strings."""
+    monkeypatch.setattr("pcfg.sampler.TEXT_BUFFER", buffer)
+    rules = [("S", ("S", "S"), 0.4), *(("S", (word,), 0.6 / len(LONG_WORDS)) for word in LONG_WORDS)]
+    sampler = Sampler(Grammar.from_rules(rules), 20)
+    tokens, lengths = sampler.sample(500, keyed_rng(4, "test"))
+    assert set(tokens[tokens >= 0].tolist()) == set(range(len(LONG_WORDS)))
+    naive = [" ".join(sampler.words[i] for i in row[:n]) for row, n in zip(tokens, lengths, strict=True)]
+    assert sampler.texts(tokens, lengths) == naive
+    blocks = [(bytes(text), words) for text, words in sampler.draw_text(500, keyed_rng(4, "test"))]
+    assert b"\n".join(text for text, _ in blocks).decode() == "\n\n".join(naive) + "\n"
+    assert [words for _, words in blocks] == [len(text.split()) for text, _ in blocks]
+    assert (
+        len(blocks) == {1: 500, 1 << 18: 1}.get(buffer, len(blocks)) and list(sampler.draw_text(0, keyed_rng(4, "test"))) == []
+    )
+
+
+def test_threads_that_share_a_sampler_do_not_disturb_each_other(tiny_rules):
+    sampler = Sampler(Grammar.read(tiny_rules), 8)
+
+    def text(seed):
+        return b"".join(bytes(block) for block, _ in sampler.draw_text(50_000, keyed_rng(seed, "test")))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(text, range(8))) == [text(seed) for seed in range(8)]
 
 
 def test_text_encodes_back(tiny_rules):

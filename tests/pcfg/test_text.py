@@ -3,7 +3,15 @@
 import pytest
 
 from pcfg.artefacts import InputError
-from pcfg.text import read_labelled, read_texts, shard_name, shard_paths, write_labelled, write_shard
+from pcfg.text import (
+    read_labelled,
+    read_texts,
+    shard_name,
+    shard_paths,
+    text_blocks,
+    write_labelled,
+    write_shard,
+)
 
 
 def test_blank_lines_and_line_endings_of_a_text_file_do_not_count(tmp_path):
@@ -30,6 +38,54 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_line(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine\n\nna\xefve\n")
     with pytest.raises(InputError, match=r"a\.txt:3: not UTF-8 \(byte 0xef\)"):
         read_texts(tmp_path / "a.txt")
+
+
+def test_the_byte_order_mark_does_not_move_the_place_of_an_error(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffine\xff\n")
+    for read in (read_texts, lambda path: list(text_blocks(path))):
+        with pytest.raises(InputError, match=r"a\.txt:1: not UTF-8 \(byte 0xff\)"):
+            read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1 << 20])
+@pytest.mark.parametrize("content", ["a b\n\nc\n", "\ufeffa\r\n\r\nb", "\n\u00e9\u00e9\u00e9 \u2028\n\nlong " + "x" * 50, "a"])
+def test_blocks_are_the_file_cut_at_line_ends(tmp_path, content, size):
+    path = tmp_path / "a.txt"
+    path.write_text(content, newline="")
+    blocks = list(text_blocks(path, size))
+    assert b"".join(blocks).decode() == content.removeprefix("\ufeff")
+    assert all(block.endswith(b"\n") for block in blocks[:-1])
+    assert all(len(block[: block.rfind(b"\n", 0, -1) + 1]) < size for block in blocks)  # no line more than needed
+    lines = [line.strip() for block in blocks for line in block.decode().split("\n")]
+    assert [line for line in lines if line] == read_texts(path)
+
+
+def test_blocks_of_a_csv_file_have_one_sentence_a_line(tmp_path):
+    write_labelled(tmp_path / "a.csv", ["a  b", "c\nd"], [0, 1])
+    assert b"".join(text_blocks(tmp_path / "a.csv")) == b"a b\nc d\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "a.txt: no sentences"),
+        ("\n \u3000\n\n\n".encode(), "a.txt: no sentences"),
+        (b"fine\n" * 9 + b"na\xefve\n", r"a\.txt:10: not UTF-8 \(byte 0xef\)"),
+    ],
+)
+def test_faulty_text_is_refused_block_by_block_too(tmp_path, content, message):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    for size in (1, 12, 1000):
+        with pytest.raises(InputError, match=message):
+            list(text_blocks(path, size))
+
+
+def test_blocks_of_a_missing_file_and_of_a_folder_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        list(text_blocks(tmp_path / "a.txt"))
+    with pytest.raises(InputError, match="is a folder"):
+        list(text_blocks(tmp_path))
 
 
 def test_labelled_sentences_come_back(tmp_path):

@@ -1,0 +1,277 @@
+"""Hidden Markov models as grammars: right-linear rules from the matrices of a model, or from a seed.
+
+    python -m pcfg.hmm --states 100 --words 200 --length-law fixed --max-words 16 --save-path rule_hmm.txt
+
+A version that a laptop finishes in a second:
+
+    python -m pcfg.hmm --states 5 --words 20 --length-law geometric --mean-length 8 --save-path rule_hmm.txt
+
+With states z_t, words x_t, an initial distribution, transitions, emissions and a chance of ending at each position,
+
+    P(x, z) = initial[z_1] prod_{t <= T} emission[z_t, x_t] prod_{t < T} (1 - end_t) transition[z_t, z_{t+1}] end_T
+
+becomes, with a nonterminal W_q for the words of state q,
+
+    S -> q [initial[q]]     q -> W_q r [(1 - end) transition[q, r]]     q -> W_q [end]     W_q -> w [emission[q, w]]
+
+so that the nonterminal over the words t .. T - 1 is the state at the position t + 1. The length law "geometric" ends with the
+same chance everywhere, and the length has the mean 1 / end. The law "fixed" has a maximum: states carry their position,
+q@1, q@2, .., the chance of ending depends on it, and each length from --min-words to --max-words is equally likely.
+"""
+
+import argparse
+import collections
+import itertools
+import re
+
+import numpy as np
+
+from pcfg.artefacts import InputError, keyed_rng
+from pcfg.cli import non_negative_int, positive_int, run_main
+from pcfg.grammar import Grammar
+from pcfg.grammar_io import WeightedRule, as_written, shown, write_rules
+from pcfg.random_parts import check_concentrations, command_line, dirichlet, read_words
+
+LENGTH_LAWS = ("geometric", "fixed")
+START = "S"
+ROW_TOLERANCE = 1e-6
+
+
+def hmm_rules(initial, transition, emission, *, end=None, length=None, states=None, words=None) -> list[WeightedRule]:
+    """The rules of a hidden Markov model of K states and V words; the module docstring has the equations.
+
+    Args:
+        initial: (K,) P(first state).
+        transition: (K, K) P(next state | state), given that the sentence goes on.
+        emission: (K, V) P(word | state).
+        end: the chance that a sentence ends after a word, a number or (K,), by state. One of `end` and `length` is given.
+        length: (L,) P(a sentence has 1 .. L words); states carry their position then.
+        states: names of the states; None: q0, q1, ...
+        words: the words; None: w0, w1, ...
+
+    Returns:
+        rules without probabilities of 0 and without states that can't be reached, the start symbol's first.
+
+    Raises:
+        InputError: shapes that do not fit; numbers that are no probabilities, or don't add up to 1 (within 1e-6); names that
+            are not distinct or that a rules file can't hold.
+
+    >>> hmm_rules([1.0], [[1.0]], [[0.5, 0.5]], length=[0.25, 0.75])
+    ... # doctest: +NORMALIZE_WHITESPACE
+    [('S', ('q0@1',), 1.0), ('q0@1', ('W_q0', 'q0@2'), 0.75), ('q0@1', ('W_q0',), 0.25), ('q0@2', ('W_q0',), 1.0),
+     ('W_q0', ('w0',), 0.5), ('W_q0', ('w1',), 0.5)]
+    """
+    initial, transition, emission = (np.asarray(array, np.float64) for array in (initial, transition, emission))
+    number = len(initial)
+    if transition.shape != (number, number) or emission.ndim != 2 or len(emission) != number:
+        raise InputError(f"shapes {initial.shape}, {transition.shape} and {emission.shape}; should be (K,), (K, K) and (K, V)")
+    for what, rows in (("initial", initial[None]), ("transition", transition), ("emission", emission)):
+        _check_distributions(what, rows)
+    if (end is None) == (length is None):
+        raise InputError("give one of `end` and `length`")
+    ends = _chances_of_ending(end, length, number)
+    states = [f"q{state}" for state in range(number)] if states is None else list(states)
+    words = [f"w{word}" for word in range(emission.shape[1])] if words is None else list(words)
+    if (len(states), len(words)) != emission.shape:
+        raise InputError(f"{len(states)} names of states and {len(words)} words for emissions of shape {emission.shape}")
+    named = [states]
+    if length is not None:
+        named = [[f"{state}@{position}" for state in states] for position in range(1, len(ends) + 1)]
+    _check_names(states, words, [START, *itertools.chain(*named), *map("W_{}".format, states), *words])
+    return _rules(initial, transition, emission, ends, named, states, words)
+
+
+def _chances_of_ending(end, length, number: int) -> np.ndarray:
+    """(1, K) if they do not depend on the position, else (L, K)."""
+    if length is None:
+        ends = np.broadcast_to(np.asarray(end, np.float64), number)[None]
+        if not ((ends >= 0) & (ends <= 1)).all():
+            raise InputError(f"end {end}: must be from 0 to 1")
+        return ends
+    length = np.asarray(length, np.float64)
+    _check_distributions("length", length[None])
+    length = np.trim_zeros(length, "b")
+    # P(T = t) / P(T >= t); exactly 1 at the last position
+    return np.broadcast_to((length / np.cumsum(length[::-1])[::-1])[:, None], (len(length), number))
+
+
+def _rules(initial, transition, emission, ends, named, states, words) -> list[WeightedRule]:
+    """`ends` (positions, K) and `named`, the names by position; of one position: the rules lead back to it."""
+    rules = [(START, (named[0][state],), float(initial[state])) for state in np.flatnonzero(initial)]
+    reached, emits = initial > 0, np.zeros(len(states), dtype=bool)
+    position, done = 0, np.zeros((len(named), len(states)), dtype=bool)
+    while reached.any():
+        names, following = named[position], min(position + 1, len(named) - 1)
+        going_on = (1.0 - ends[position])[:, None] * transition  # (K, K)
+        for state in np.flatnonzero(reached):
+            own = f"W_{states[state]}"
+            further = np.flatnonzero(going_on[state])
+            shares = going_on[state, further].tolist()
+            rules += [
+                (names[state], (own, named[following][other]), share) for other, share in zip(further, shares, strict=True)
+            ]
+            if ends[position, state] > 0:
+                rules.append((names[state], (own,), float(ends[position, state])))
+        emits |= reached
+        done[position] |= reached
+        reached = (going_on[reached] > 0).any(axis=0) & ~done[following]
+        position = following
+    for state in np.flatnonzero(emits):
+        shares = emission[state].tolist()
+        rules += [(f"W_{states[state]}", (words[word],), shares[word]) for word in np.flatnonzero(emission[state])]
+    return rules
+
+
+def hmm_grammar(initial, transition, emission, **options) -> Grammar:
+    """The grammar of a hidden Markov model; arguments and errors are those of `hmm_rules`.
+
+    >>> hmm_grammar([0.5, 0.5], [[0.9, 0.1], [0.2, 0.8]], [[1.0, 0.0], [0.0, 1.0]], end=0.25).names
+    ['S', 'q0', 'q1', 'W_q0', 'W_q1']
+    """
+    return Grammar.from_rules(hmm_rules(initial, transition, emission, **options), "HMM")
+
+
+def _check_distributions(what: str, rows: np.ndarray) -> None:
+    wrong = ~((rows >= 0).all(axis=1) & (np.abs(rows.sum(axis=1) - 1.0) <= ROW_TOLERANCE))
+    for row in np.flatnonzero(wrong)[:1]:
+        raise InputError(
+            f"{what}, row {row}: probabilities from {rows[row].min(initial=1.0):.6g} on that add up to {rows[row].sum():.9g}; "
+            "they must not be negative, and add up to 1"
+        )
+
+
+def _check_names(states: list[str], words: list[str], symbols: list[str]) -> None:
+    """`symbols`: all names that the rules have."""
+    for name in (*states, *words):
+        if len(name.split()) != 1 or name.startswith("#"):
+            raise InputError(f"the name {shown(name)}: names are without spaces, not empty, and do not begin with #")
+    for state in states:
+        if "@" in state:
+            raise InputError(f"the state {shown(state)}: @ is what a position is written with; choose another name")
+    for name, times in collections.Counter(symbols).items():
+        if times > 1:
+            raise InputError(f"the name {shown(name)} stands for two things (the start symbol is {START}, words of q are W_q)")
+
+
+def hidden_states(grammar: Grammar, position: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The nonterminals that stand for the state at a position of a hidden Markov model in the form of `hmm_rules`.
+
+    Args:
+        position: from 1.
+
+    Returns:
+        symbols (S,) int64, nonterminals; ids (S,) int64, the index of each one's state in names; names, the states of all
+        positions, without the positions that nonterminals carry.
+
+    Raises:
+        InputError: the grammar does not have that form, or no sentence is as long.
+    """
+    emits = (grammar.emission > 0).any(axis=1)
+    start = np.arange(len(grammar.names)) == 0
+    state = ~emits & ~start
+    left, first, second = grammar.binary.T
+    parent, child = grammar.unary.T
+    well_formed = (
+        not emits[0]
+        and (state[left] & emits[first] & state[second]).all()
+        and np.where(start[parent], state[child], state[parent] & emits[child]).all()
+    )
+    to_words = parent != 0
+    owners = np.unique(np.column_stack([np.append(left, parent[to_words]), np.append(first, child[to_words])]), axis=0)
+    if not well_formed or len(owners) != np.count_nonzero(state):
+        raise InputError(
+            "--task-type state: the grammar is no hidden Markov model with rules of the form S -> q, q -> W_q r, q -> W_q and "
+            "W_q -> word; make one with python -m pcfg.hmm, or take task A, B or C"
+        )
+    if position > grammar.longest[0]:
+        raise InputError(f"--position {position}: the grammar's sentences have up to {grammar.longest[0]} words")
+    states = np.flatnonzero(state)
+    matches = [re.fullmatch(r"(.+)@([1-9][0-9]{0,8})", grammar.names[symbol]) for symbol in states]
+    at = np.zeros(len(grammar.names), dtype=np.int64)
+    if all(matches):
+        at[states] = [int(match[2]) for match in matches]
+    if all(matches) and (at[second] == at[left] + 1).all() and (at[child[~to_words]] == 1).all():
+        bases = [match[1] for match in matches]
+    else:
+        bases, at[states] = [grammar.names[symbol] for symbol in states], position
+    names = list(dict.fromkeys(bases))
+    number = {name: index for index, name in enumerate(names)}
+    ids = np.array([number[base] for base in bases])
+    return states[at[states] == position], ids[at[states] == position], names
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pcfg.hmm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shape = parser.add_argument_group("shape")
+    shape.add_argument("--states", type=positive_int, default=100, help="hidden states; default 100")
+    shape.add_argument("--words", type=positive_int, default=200, help="words; default 200")
+    shape.add_argument(
+        "--words-file",
+        help="vocabulary file, one word a line, of which the lines of two or more letters a-z are used; default: made-up "
+        "words w0, w1, ...",
+    )
+    lengths = parser.add_argument_group("lengths")
+    lengths.add_argument("--length-law", choices=LENGTH_LAWS, required=True, help="see above")
+    lengths.add_argument("--mean-length", type=float, help="words, of the geometric law; required with it")
+    lengths.add_argument(
+        "--max-words", type=positive_int, help="words of the longest sentence, of the fixed law; required with it"
+    )
+    lengths.add_argument("--min-words", type=positive_int, help="words of the shortest sentence, of the fixed law; default 1")
+    chances = parser.add_argument_group("probabilities (concentrations of Dirichlet distributions)")
+    chances.add_argument("--transition-concentration", type=float, default=0.1, help="of next and of first states; default 0.1")
+    chances.add_argument("--emission-concentration", type=float, default=0.1, help="of words; default 0.1")
+    chances.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
+    output = parser.add_argument_group("output")
+    output.add_argument("--save-path", required=True, help="rules file to write; an existing one is replaced")
+    return parser
+
+
+def _length_law(options: argparse.Namespace) -> dict:
+    """The chance of ending, or the lengths' probabilities, as arguments of `hmm_rules`."""
+    geometric = options.length_law == "geometric"
+    wanted, others = ("mean_length",), ("max_words", "min_words")
+    if not geometric:
+        wanted, others = ("max_words",), ("mean_length",)
+    for name in wanted:
+        if getattr(options, name) is None:
+            raise InputError(f"--length-law {options.length_law}: give --{name.replace('_', '-')} as well")
+    for name in others:
+        if getattr(options, name) is not None:
+            flag = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise InputError(f"{flag}: has no meaning with --length-law {options.length_law}; leave it out")
+    if geometric:
+        if not 1.0 <= options.mean_length < float("inf"):
+            raise InputError(f"--mean-length {options.mean_length}: must be 1 or more")
+        return {"end": 1.0 / options.mean_length}
+    least = options.min_words or 1
+    if least > options.max_words:
+        raise InputError(f"--min-words {least}: must be --max-words {options.max_words} or less")
+    lengths = np.arange(1, options.max_words + 1)
+    return {"length": (lengths >= least) / np.count_nonzero(lengths >= least)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    check_concentrations(options, ("transition_concentration", "emission_concentration"))
+    law = _length_law(options)
+    rng = keyed_rng(options.seed, "hmm")
+    words = None
+    if options.words_file is not None:
+        vocabulary = read_words(options.words_file)
+        if options.words > len(vocabulary):
+            raise InputError(f"--words {options.words}: {options.words_file} has {len(vocabulary)}; ask for fewer")
+        words = sorted(rng.choice(vocabulary, options.words, replace=False).tolist())
+    initial = dirichlet(rng, options.states, options.transition_concentration)
+    transition = [dirichlet(rng, options.states, options.transition_concentration) for _ in range(options.states)]
+    emission = [dirichlet(rng, options.words, options.emission_concentration) for _ in range(options.states)]
+    rules = as_written(hmm_rules(initial, transition, emission, words=words, **law))
+    grammar = Grammar.from_rules(rules, options.save_path)
+    facts = f"{len(grammar.names)} nonterminals, {len(grammar.words)} words, {len(rules)} rules; sha256 {grammar.sha256}"
+    write_rules(options.save_path, rules, [command_line("pcfg.hmm", options), facts])
+    print(f"{options.save_path}: {facts}")
+
+
+if __name__ == "__main__":
+    run_main(main)

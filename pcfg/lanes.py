@@ -1,0 +1,204 @@
+"""Vectors of a cache line in numba kernels: 16 float32 or 8 float64 numbers, one for each sentence of a block.
+
+Charts work on several sentences of one length in lockstep, so each of their numbers is such a vector. Numba's own loops over
+the lanes would keep the running sums of an inner loop in memory; a vector type keeps them in registers, which is several times
+faster. LLVM splits the vectors into what the machine has (two AVX registers, four SSE or NEON ones, one AVX-512 one).
+
+An array of lanes is a C-contiguous array of shape (rows, lanes(dtype)); `load(array, row)` and `store(array, row, value)` move
+one row. All functions are for use in `numba.njit` code only.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+LANE_BYTES = 64
+
+
+def lanes(dtype) -> int:
+    """How many numbers of a dtype a vector has.
+
+    >>> lanes(np.float32), lanes(np.float64)
+    (16, 8)
+    """
+    return LANE_BYTES // np.dtype(dtype).itemsize
+
+
+class LanesType(types.Type):
+    """The numba type of a vector of float32 or float64."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        self.count = 8 * LANE_BYTES // dtype.bitwidth
+        super().__init__(name=f"Lanes({dtype})")
+
+
+@register_model(LanesType)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, lanes_type):
+        scalar = ir.FloatType() if lanes_type.dtype == types.float32 else ir.DoubleType()
+        super().__init__(manager, lanes_type, ir.VectorType(scalar, lanes_type.count))
+
+
+def _row(context, builder, array_type, array, row):
+    """Pointer to a row of an array, as a vector, and the alignment that numpy guarantees."""
+    vector = context.get_value_type(LanesType(array_type.dtype))
+    start = builder.mul(row, row.type(vector.count))
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [start]), vector.as_pointer()), array_type.dtype.bitwidth // 8
+
+
+@intrinsic
+def load(_, array, row):  # noqa: ARG001 (numba's protocol)
+    """Row `row` of an array of lanes."""
+    signature = LanesType(array.dtype)(array, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        pointer, alignment = _row(context, builder, signature.args[0], *arguments)
+        value = builder.load(pointer)
+        value.align = alignment
+        return value
+
+    return signature, generate
+
+
+@intrinsic
+def store(_, array, row, value):  # noqa: ARG001 (numba's protocol)
+    """Make `value` the row `row` of an array of lanes."""
+    signature = types.void(array, types.intp, value)
+
+    def generate(context, builder, signature, arguments):
+        pointer, alignment = _row(context, builder, signature.args[0], *arguments[:2])
+        builder.store(arguments[2], pointer).align = alignment
+
+    return signature, generate
+
+
+def _repeat(builder, vector, scalar):
+    undefined, index = ir.Constant(vector, ir.Undefined), ir.IntType(32)
+    first = builder.insert_element(undefined, scalar, index(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(index, vector.count), None))
+
+
+@intrinsic
+def splat(_, scalar):
+    """A vector of `scalar` (float32 or float64) in all lanes."""
+
+    def generate(context, builder, signature, arguments):
+        return _repeat(builder, context.get_value_type(signature.return_type), arguments[0])
+
+    return LanesType(scalar)(scalar), generate
+
+
+def _call(builder, name, arguments):
+    vector = arguments[0].type
+    kind = "f32" if isinstance(vector.element, ir.FloatType) else "f64"
+    function_type = ir.FunctionType(vector, [vector] * len(arguments))
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.{name}.v{vector.count}{kind}")
+    return builder.call(function, arguments)
+
+
+@intrinsic
+def multiply_add(_, first, second, third):
+    """first * second + third, fused where the machine can."""
+
+    def generate(context, builder, signature, arguments):  # noqa: ARG001 (numba's protocol)
+        return _call(builder, "fmuladd", arguments)
+
+    return first(first, second, third), generate
+
+
+@intrinsic
+def multiply(_, first, second):
+    """first * second."""
+
+    def generate(context, builder, signature, arguments):  # noqa: ARG001 (numba's protocol)
+        return builder.fmul(*arguments)
+
+    return first(first, second), generate
+
+
+@intrinsic
+def divide(_, first, second):
+    """first / second."""
+
+    def generate(context, builder, signature, arguments):  # noqa: ARG001 (numba's protocol)
+        return builder.fdiv(*arguments)
+
+    return first(first, second), generate
+
+
+@intrinsic
+def maximum(_, first, second):
+    """The larger of the two, lane by lane."""
+
+    def generate(context, builder, signature, arguments):  # noqa: ARG001 (numba's protocol)
+        return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
+
+    return first(first, second), generate
+
+
+# R(z) = coefficients[0] z + coefficients[1] z^2 + ... with z = s^2, s = f / (2 + f) and log(1 + f) = f - f^2/2 + s (f^2/2 + R);
+# log 2 in two parts; exponent offset, bits of the mantissa, bits of about sqrt(1/2). From FreeBSD's e_logf.c and e_log.c.
+_LOG = {
+    32: (
+        (0.66666662693, 0.40000972152, 0.28498786688, 0.24279078841),
+        (6.9313812256e-01, 9.0580006145e-06),
+        127,
+        23,
+        0x3F3504F3,
+    ),
+    64: (
+        (
+            *(6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01, 2.222219843214978396e-01),
+            *(1.818357216161805012e-01, 1.531383769920937332e-01, 1.479819860511658591e-01),
+        ),
+        (6.93147180369123816490e-01, 1.90821492927058770002e-10),
+        1023,
+        52,
+        0x3FE6A09E00000000,
+    ),
+}
+
+
+@intrinsic
+def log(_, value):
+    """Natural logarithm of positive, normal numbers, to one unit in the last place; a finite number for 0.
+
+    x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), log x = k log 2 + log(1 + f). A call of the C library's logarithm
+    would take the lanes one by one.
+    """
+
+    def generate(context, builder, signature, arguments):
+        vector = context.get_value_type(signature.return_type)
+        width = signature.return_type.dtype.bitwidth
+        coefficients, (high, low), offset, mantissa, root = _LOG[width]
+        integers = ir.VectorType(ir.IntType(width), vector.count)
+
+        def real(number):
+            return ir.Constant(vector, [number] * vector.count)
+
+        def integer(number):
+            return ir.Constant(integers, [number] * vector.count)
+
+        def fused(first, second, third):
+            return _call(builder, "fmuladd", [first, second, third])
+
+        one = offset << mantissa
+        bits = builder.add(builder.bitcast(arguments[0], integers), integer(one - root))
+        exponent = builder.sub(builder.ashr(bits, integer(mantissa)), integer(offset))
+        bits = builder.add(builder.and_(bits, integer((1 << mantissa) - 1)), integer(root))
+        f = builder.fsub(builder.bitcast(bits, vector), real(1.0))
+        s = builder.fdiv(f, builder.fadd(f, real(2.0)))
+        square = builder.fmul(s, s)
+        polynomial = real(coefficients[-1])
+        for coefficient in coefficients[-2::-1]:
+            polynomial = fused(polynomial, square, real(coefficient))
+        half = builder.fmul(real(0.5), builder.fmul(f, f))
+        k = builder.sitofp(exponent, vector)
+        tail = fused(s, fused(polynomial, square, half), builder.fmul(k, real(low)))
+        return builder.fadd(builder.fmul(k, real(high)), builder.fadd(builder.fsub(tail, half), f))
+
+    return value(value), generate
