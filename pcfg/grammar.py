@@ -19,6 +19,7 @@ from pcfg.artefacts import InputError
 from pcfg.grammar_io import RuleCollector, WeightedRules, parse_grammar, shown
 from pcfg.rule_graph import longest_yields, reachable, shortest_yields, strong_components
 from pcfg.text import decoded
+from pcfg.words import WordIndex, padded
 
 if typing.TYPE_CHECKING:
     import nltk
@@ -76,7 +77,7 @@ class Grammar:
             left, child = self.unary[rule]
             raise InputError(
                 f"{rules.place(kept[is_unary][rule])}: the unary rule {shown(self.names[left])} -> {shown(self.names[child])} "
-                f"is part of a cycle ({self._listed(component == component[left])}); remove one of its rules"
+                f"is part of a cycle ({self.listed(component == component[left])}); remove one of its rules"
             )
         self.unary_order = np.argsort(component[self.unary[:, 0]], kind="stable")
         self._set_yields(rules, first_rule, np.bincount(sides[emits, 0], minlength=len(symbols)) > 0)
@@ -84,14 +85,14 @@ class Grammar:
     def _set_emission(self, rules: WeightedRules, left, symbol, probability) -> None:
         used = np.unique(symbol)
         self.words = sorted(rules.symbols[number] for number in used)
-        self._word_index = {word: number for number, word in enumerate(self.words)}
+        word_index = {word: number for number, word in enumerate(self.words)}
         if len(self.names) * len(self.words) > MAX_EMISSIONS:
             raise InputError(
                 f"{rules.source}: {len(self.names):,} nonterminals times {len(self.words):,} words are more than "
                 f"{MAX_EMISSIONS:,}, the most that is supported; use fewer of them"
             )
         word = np.empty(len(rules.symbols), dtype=np.int64)
-        word[used] = [self._word_index[rules.symbols[number]] for number in used]
+        word[used] = [word_index[rules.symbols[number]] for number in used]
         self.emission = np.zeros((len(self.names), len(self.words)))  # (N, V)
         self.emission[left, word[symbol]] = probability
 
@@ -111,7 +112,7 @@ class Grammar:
         if unused.any():
             warnings.warn(
                 f"{rules.place(first_rule[np.argmax(unused)])}: {unused.sum()} nonterminals can't be reached from the "
-                f"start symbol {shown(self.names[0])} and have no effect: {self._listed(unused)}",
+                f"start symbol {shown(self.names[0])} and have no effect: {self.listed(unused)}",
                 stacklevel=4,
             )
 
@@ -186,7 +187,7 @@ class Grammar:
             ]
         return hashlib.sha256("\n".join([names[0], *sorted(lines)]).encode()).hexdigest()
 
-    def _listed(self, chosen: np.ndarray) -> str:
+    def listed(self, chosen: np.ndarray) -> str:
         """The first ten of the nonterminals in `chosen`, (N,) bool, for a message."""
         names = [self.names[symbol] for symbol in np.flatnonzero(chosen)]
         listed = ", ".join(name if len(name) <= 60 else shown(name) for name in names[:10])
@@ -230,23 +231,8 @@ class Grammar:
         >>> grammar.encode(["b a", "a"], "text")[0].tolist()
         [[1, 0], [0, -1]]
         """
-        get = self._word_index.get
-        rows = [[get(word, -1) for word in text.split()] for text in texts]
-        lengths = np.fromiter(map(len, rows), dtype=np.int32, count=len(rows))  # (n,)
-        flat = np.fromiter((word for row in rows for word in row), dtype=np.int32, count=int(lengths.sum()))
-        sentences = np.repeat(np.arange(len(rows)), lengths)
-        if (flat < 0).any():
-            sentence = sentences[np.argmax(flat < 0)]
-            word = texts[sentence].split()[rows[sentence].index(-1)]
-            raise InputError(
-                f"{source}: sentence {sentence + 1}: the word {shown(word)} is not in the grammar; "
-                "use the grammar that the text was made from"
-            )
-        if (lengths == 0).any():
-            raise InputError(f"{source}: sentence {np.argmin(lengths) + 1} has no words; remove it")
-        tokens = np.full((len(rows), int(lengths.max(initial=0))), -1, dtype=np.int32)  # (n, T)
-        tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = flat
-        return tokens, lengths
+        flat, lengths = WordIndex(self.words).encode_texts(texts, source)
+        return padded(flat, lengths, -1), lengths
 
 
 def _refuse_words_in_binary_rules(rules: WeightedRules, sides: np.ndarray) -> None:
@@ -291,21 +277,6 @@ def _merged(rules: WeightedRules, left: np.ndarray, first_rule: np.ndarray) -> t
     by_file = np.argsort(kept)
     by_file = by_file[merged[by_file] > 0.0]
     return kept[by_file], merged[by_file]
-
-
-def reachability(edges: np.ndarray) -> np.ndarray:
-    """The reflexive and transitive closure of a relation, both (N, N) bool.
-
-    >>> reachability(np.array([[0, 1, 0], [0, 0, 1], [0, 0, 0]], dtype=bool)).astype(int).tolist()
-    [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
-    """
-    reach = edges | np.eye(len(edges), dtype=bool)
-    while True:
-        # float32, because numpy multiplies integer and boolean matrices without BLAS.
-        further = reach.astype(np.float32) @ reach.astype(np.float32) > 0
-        if np.array_equal(further, reach):
-            return reach
-        reach = further
 
 
 def find_rules(name) -> Path:

@@ -13,7 +13,8 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from pcfg.artefacts import InputError
-from pcfg.grammar import Grammar, reachability
+from pcfg.grammar import Grammar
+from pcfg.rule_graph import reachable, strong_components
 
 # Part of what text is made from: another number whenever the same random generator would give other sentences.
 DRAWING = 2
@@ -127,19 +128,22 @@ def _refuse_infinite_length(grammar: Grammar) -> None:
     the blocks one by one avoids the large rounding errors of eigenvalues of nilpotent matrices.
     """
     size = len(grammar.names)
-    expected = np.zeros((size, size))
-    for column in (1, 2):
-        np.add.at(expected, (grammar.binary[:, 0], grammar.binary[:, column]), grammar.binary_probability)
-    np.add.at(expected, (grammar.unary[:, 0], grammar.unary[:, 1]), grammar.unary_probability)
-    reach = reachability(expected > 0)
-    mutual = reach & reach.T & reach[0]
-    for block in np.unique(mutual[reach[0]], axis=0):
-        radius = np.abs(np.linalg.eigvals(expected[np.ix_(block, block)])).max()
+    edges = np.concatenate([grammar.binary[:, [0, 1]], grammar.binary[:, [0, 2]], grammar.unary])
+    parent, child = edges.T.astype(np.int64)
+    probability = np.concatenate([grammar.binary_probability, grammar.binary_probability, grammar.unary_probability])
+    component, _ = strong_components(size, parent, child)
+    within = (component[parent] == component[child]) & reachable(size, parent, child, 0)[parent]
+    for block in np.unique(component[parent[within]]):
+        members, inside = np.flatnonzero(component == block), within & (component[parent] == block)
+        place = np.searchsorted(members, np.stack([parent[inside], child[inside]]))
+        expected = np.zeros((len(members), len(members)))
+        np.add.at(expected, tuple(place), probability[inside])
+        radius = np.abs(np.linalg.eigvals(expected)).max()
         if radius >= 1.0 - 1e-12:
-            names = ", ".join(name for name, member in zip(grammar.names, block, strict=True) if member)
             raise InputError(
-                f"the nonterminals {names} produce themselves too often (spectral radius {radius:.4g}, it must be below 1): "
-                "the expected length of a sentence is infinite; lower the probabilities of their recursive rules"
+                f"the nonterminals {grammar.listed(component == block)} produce themselves too often (spectral radius "
+                f"{radius:.4g}, it must be below 1): the expected length of a sentence is infinite; lower the probabilities of "
+                "their recursive rules"
             )
 
 
@@ -152,7 +156,10 @@ def _length_probability(grammar: Grammar, width: int) -> np.ndarray:
         else:
             once = np.zeros(len(grammar.names))
             _add_splits(lengths, words, grammar.binary, grammar.binary_probability, grammar.shortest, grammar.longest, once)
-        lengths[words] = grammar.closure @ once
+        for rule in grammar.unary_order:
+            left, child = grammar.unary[rule]
+            once[left] += grammar.unary_probability[rule] * once[child]
+        lengths[words] = once
     return lengths[:, 0].copy()
 
 

@@ -214,9 +214,9 @@ def test_encoding_and_its_errors(tmp_path):
     tokens, lengths = grammar.encode(["a b b", "b", " b  a "], "here.txt")
     assert tokens.tolist() == [[0, 1, 1], [1, -1, -1], [1, 0, -1]] and lengths.tolist() == [3, 1, 2]
     assert tokens.dtype == lengths.dtype == np.int32
-    with pytest.raises(InputError, match="here.txt: sentence 2: the word 'zebra'"):
+    with pytest.raises(InputError, match="here.txt: sentence 2: word 'zebra' is not in the grammar"):
         grammar.encode(["a b", "b zebra", "lion"], "here.txt")
-    with pytest.raises(InputError, match="here.txt: sentence 2 has no words"):
+    with pytest.raises(InputError, match="here.txt: sentence 2: no words; remove it"):
         grammar.encode(["a b", " "], "here.txt")
     assert grammar.encode([], "here.txt")[0].shape == (0, 0)
 
