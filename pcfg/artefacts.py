@@ -257,4 +257,5 @@ class Manifest:
             file = self.path.parent / name
             facts = {"size": file.stat().st_size, "sha256": sha256(file), **facts}
         self.content["files"][name] = facts
-        write_json(self.path, self.content)
+        # By name: files are finished in an order that the workers' luck decides.
+        write_json(self.path, {**self.content, "files": dict(sorted(self.content["files"].items()))})

@@ -6,6 +6,7 @@ import numba
 import numpy as np
 
 from pcfg.artefacts import InputError
+from pcfg.grammar_io import shown
 from pcfg.text import decode_block
 
 
@@ -63,7 +64,8 @@ class WordIndex:
             # no word of the list holds bytes that are not UTF-8, so a text that does always comes here
             decode_block(text, source)
             word = text[start:end].decode()
-            raise InputError(f"{source}: sentence {first_sentence + sentences + 1}: word {word!r} {self._why_unknown(word)}")
+            number = first_sentence + sentences + 1
+            raise InputError(f"{source}: sentence {number}: word {shown(word)} {self._why_unknown(word)}")
         return flat[:words].copy(), lengths[:sentences].copy()
 
     def encode_texts(self, texts: list[str], source) -> tuple[np.ndarray, np.ndarray]:

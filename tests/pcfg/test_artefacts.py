@@ -274,7 +274,7 @@ def manifest(tmp_path):
 
 def test_a_manifest_comes_back(manifest):
     for found in (Manifest(manifest.path, {"seed": 1, "grammar": "abc"}), Manifest.read(manifest.path)):
-        assert found.names() == ["large", "empty"]
+        assert found.names() == ["empty", "large"]
         assert found.entry("large") == {"size": 1000, "sha256": sha256(manifest.path.parent / "large"), "sentences": 3}
         assert found.is_complete("large") and found.is_complete("empty") and not found.is_complete("other")
         assert found.content["versions"] == versions("numpy", "numba")
@@ -313,10 +313,10 @@ def test_what_was_made_otherwise_is_refused_and_named(manifest):
 
 
 def test_overwrite_forgets_what_was_made_otherwise_and_nothing_else(manifest):
-    assert Manifest(manifest.path, {"seed": 1, "grammar": "abc"}, overwrite=True).names() == ["large", "empty"]
+    assert Manifest(manifest.path, {"seed": 1, "grammar": "abc"}, overwrite=True).names() == ["empty", "large"]
     other = Manifest(manifest.path, {"seed": 2, "grammar": "abc"}, overwrite=True)
     assert other.names() == [] and not other.is_complete("large")
-    assert Manifest.read(manifest.path).names() == ["large", "empty"]  # on disk until the first new file is there
+    assert Manifest.read(manifest.path).names() == ["empty", "large"]  # on disk until the first new file is there
     other.add("empty")
     found = json.loads(manifest.path.read_text())
     assert found["made_from"] == {"seed": 2, "grammar": "abc"} and list(found["files"]) == ["empty"]
