@@ -2,7 +2,7 @@
 # The laboratory end to end on the shipped mini grammar: text, samples, downstream data, lookup table, pre-training at three
 # sizes, exact loss, trace of the Hessian, linear probes, fine-tuning, report. Sets up .venv itself.
 #     bash scripts/quickstart.sh [FOLDER]      (default: quickstart)
-# A run that was interrupted goes on where it stopped; a finished one is checked in under a minute.
+# A run that was interrupted goes on where it stopped; a finished one is checked in about a minute.
 # QUICKSTART_STEPS (default 1500, a multiple of 3) makes a shorter run.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -96,6 +96,7 @@ class Bench:
         return repeated(work, sentences, SECONDS * self.scale)
 
     def temporary(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=self.folder)
 
     def pretraining(self, folder, shards: int, sentences: int) -> list:
