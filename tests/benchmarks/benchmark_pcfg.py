@@ -96,7 +96,6 @@ class Bench:
         return repeated(work, sentences, SECONDS * self.scale)
 
     def temporary(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=self.folder)
 
     def pretraining(self, folder, shards: int, sentences: int) -> list:
@@ -348,6 +347,8 @@ def main(arguments: list[str] | None = None) -> None:
     rules = find_rules(options.rule_path).resolve()
     facts = machine("numpy", "numba", "h5py", "nltk", "transformers")
     rows = []
+    if options.folder is not None:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         bench = Bench(rules, options.scale, options.cores, Path(folder))
         for name in names:
