@@ -115,7 +115,9 @@ class Chart:
         Raises:
             InputError: the grammar can't derive a sentence; its number is named, counting from 1.
         """
-        return self._word_results(tokens, lengths, source, first_sentence, distributions=True, reductions=False)[::3]
+        results = self._word_results(tokens, lengths, source, first_sentence, distributions=True, reductions=False)
+        conditionals, _, _, first_row = results
+        return conditionals, first_row
 
     def reductions(self, tokens, lengths, source="sentences", first_sentence: int = 0):
         """The conditionals reduced to two numbers a position; arguments and errors as in `conditionals`.
@@ -123,7 +125,9 @@ class Chart:
         Returns:
             entropy -sum_w P(w | x_-t) log P(w | x_-t) and log P(x_t | x_-t), (sum of lengths,) float64, nats, and offsets.
         """
-        return self._word_results(tokens, lengths, source, first_sentence, distributions=False, reductions=True)[1:]
+        results = self._word_results(tokens, lengths, source, first_sentence, distributions=False, reductions=True)
+        _, entropy, log_true, first_row = results
+        return entropy, log_true, first_row
 
     def conditionals_and_reductions(self, tokens, lengths, source="sentences", first_sentence: int = 0):
         """All of `conditionals` and `reductions` in one sweep: conditionals, entropy, log P(x_t | x_-t), offsets."""

@@ -3,6 +3,8 @@
 import numpy as np
 from numba import njit
 
+from pcfg.lanes import LANE_BYTES
+from pcfg.plan import QUAD
 from pcfg.sweeps import gather, inside_block
 
 # How a node of a derivation is rewritten: the number of its children, or a word.
@@ -13,10 +15,10 @@ WORD, UNARY, BINARY = 0, 1, 2
 def _children_of_slot(slot, kind, plan):
     """left child, first split, last split + 1 and right child of a product."""
     quads = plan.quad_start[kind + 1] - plan.quad_start[kind]
-    if slot < 4 * quads:
-        quad = plan.quads[plan.quad_start[kind] + slot // 4]
-        return quad[0], quad[1], quad[2], quad[3 + slot % 4]
-    single = plan.singles[plan.single_start[kind] + slot - 4 * quads]
+    if slot < QUAD * quads:
+        quad = plan.quads[plan.quad_start[kind] + slot // QUAD]
+        return quad[0], quad[1], quad[2], quad[3 + slot % QUAD]
+    single = plan.singles[plan.single_start[kind] + slot - QUAD * quads]
     return single[0], single[1], single[2], single[3]
 
 
@@ -57,7 +59,7 @@ def best_sweep(tokens, rows, plan, columns, factor):
         nodes: (all nodes, 2) int32, nonterminal and number of children (0: a word) of the derivations' nodes in pre-order;
         ends: (m,) int64, where each sentence's nodes end; values: (m,), its scaled probability, 0 where there is no derivation.
     """
-    count, number = 64 // columns.itemsize, plan.number
+    count, number = LANE_BYTES // columns.itemsize, plan.number
     inside = np.empty((plan.cell_begin.size * number, count), columns.dtype)
     products = np.empty((plan.most_slots, count), columns.dtype)
     words = np.empty((plan.length, count), np.int32)

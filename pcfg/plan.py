@@ -17,6 +17,9 @@ values are read once.
 from typing import NamedTuple
 
 import numpy as np
+from numba import njit
+
+from pcfg.rule_graph import carry
 
 MAX_WORDS = 64
 QUAD = 4
@@ -80,15 +83,24 @@ def offsets(sizes) -> np.ndarray:
 def possible_widths(grammar) -> np.ndarray:
     """possible[A, w]: whether A derives some string of w words; (N, MAX_WORDS + 1) bool."""
     possible = np.zeros((len(grammar.names), MAX_WORDS + 1), dtype=bool)
-    left, first, second = grammar.binary.T
+    parent, child = grammar.unary[grammar.unary_order].T
     for width in range(1, MAX_WORDS + 1):
-        column = grammar.emission.any(axis=1) if width == 1 else np.zeros(len(grammar.names), dtype=bool)
-        fits = (possible[first, 1:width] & possible[second, width - 1 : 0 : -1]).any(axis=1)
-        column[left[fits]] = True
-        for parent, child in grammar.unary[grammar.unary_order]:
-            column[parent] |= column[child]
-        possible[:, width] = column
+        if width == 1:
+            possible[:, 1] = grammar.emission.any(axis=1)
+        _mark_splits(possible, width, grammar.binary)
+        carry(possible[:, width], child, parent)
     return possible
+
+
+@njit(cache=True)
+def _mark_splits(possible, width, binary):
+    """Mark possible[A, width] for each A -> B C whose children have yields of as many words together."""
+    for rule in range(len(binary)):
+        parent, first, second = binary[rule]
+        for words in range(1, width):
+            if possible[parent, width]:
+                break
+            possible[parent, width] = possible[first, words] and possible[second, width - words]
 
 
 class Planner:
@@ -149,8 +161,9 @@ class Planner:
 
     def _make_kind(self, width: int, alive: np.ndarray) -> Kind:
         alive = alive.copy()
-        for parent, child in self._unary[::-1]:  # parents first
-            alive[child] |= alive[parent] and self._possible[child, width]
+        carry(alive, *self._unary[::-1].T)  # parents first
+        # What a child can't derive, its own children by unary rules can't either.
+        alive &= self._possible[:, width]
         chained = alive[self._unary].all(axis=1)
         pairs = np.unique(self._pair_of_rule[alive[self._parent]])
         left, right = self._pairs[pairs].T

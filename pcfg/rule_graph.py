@@ -106,6 +106,20 @@ def reachable(size, parent, child, root):
 
 
 @njit(cache=True)
+def carry(marks, source, target):
+    """Mark target[e] wherever source[e] is marked, edge by edge: whole chains, if the edges come in their order.
+
+    >>> marks = np.array([True, False, False])
+    >>> carry(marks, np.array([0, 1]), np.array([1, 2]))
+    >>> marks.tolist()
+    [True, True, True]
+    """
+    for edge in range(len(source)):
+        if marks[source[edge]]:
+            marks[target[edge]] = True
+
+
+@njit(cache=True)
 def _push(heap, used, key):
     """Add a key to the binary heap in heap[:used]; returns its new size. The least key is at 0."""
     place = used

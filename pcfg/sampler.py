@@ -156,9 +156,7 @@ def _length_probability(grammar: Grammar, width: int) -> np.ndarray:
         else:
             once = np.zeros(len(grammar.names))
             _add_splits(lengths, words, grammar.binary, grammar.binary_probability, grammar.shortest, grammar.longest, once)
-        for rule in grammar.unary_order:
-            left, child = grammar.unary[rule]
-            once[left] += grammar.unary_probability[rule] * once[child]
+        _add_chains(grammar.unary[grammar.unary_order], grammar.unary_probability[grammar.unary_order], once)
         lengths[words] = once
     return lengths[:, 0].copy()
 
@@ -253,6 +251,13 @@ def _add_splits(lengths, words, binary, probability, shortest, longest, once):
         for k in range(max(shortest[left], words - longest[right]), min(longest[left], words - shortest[right]) + 1):
             total += lengths[k, left] * lengths[words - k, right]
         once[parent] += probability[rule] * total
+
+
+@numba.njit(cache=True)
+def _add_chains(unary, probability, once):
+    """once[A] += P(A -> B) once[B] for unary rules, those of B before A -> B."""
+    for rule in range(len(unary)):
+        once[unary[rule, 0]] += probability[rule] * once[unary[rule, 1]]
 
 
 @intrinsic

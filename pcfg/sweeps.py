@@ -8,7 +8,8 @@ the two apart, so that the choice costs nothing).
 import numpy as np
 from numba import njit
 
-from pcfg.lanes import divide, load, log, maximum, multiply, multiply_add, splat, store
+from pcfg.lanes import LANE_BYTES, divide, load, log, maximum, multiply, multiply_add, splat, store
+from pcfg.plan import QUAD
 
 
 @njit(inline="always")
@@ -36,12 +37,12 @@ def _products(cell, kind, plan, inside, products, best):
             p1 = _add(value, load(inside, right + c1), p1, best)
             p2 = _add(value, load(inside, right + c2), p2, best)
             p3 = _add(value, load(inside, right + c3), p3, best)
-        slot = 4 * (number - first_quad)
+        slot = QUAD * (number - first_quad)
         store(products, slot, p0)
         store(products, slot + 1, p1)
         store(products, slot + 2, p2)
         store(products, slot + 3, p3)
-    slot = 4 * (last_quad - first_quad)
+    slot = QUAD * (last_quad - first_quad)
     for number in range(plan.single_start[kind], plan.single_start[kind + 1]):
         left, right = plan.singles[number, 0], plan.singles[number, 3]
         total = zero
@@ -92,7 +93,7 @@ def _spread(cell, kind, plan, inside, outside, weights):
     for number in range(first_quad, last_quad):
         left, c0, c1 = plan.quads[number, 0], plan.quads[number, 3], plan.quads[number, 4]
         c2, c3 = plan.quads[number, 5], plan.quads[number, 6]
-        slot = 4 * (number - first_quad)
+        slot = QUAD * (number - first_quad)
         w0, w1, w2, w3 = load(weights, slot), load(weights, slot + 1), load(weights, slot + 2), load(weights, slot + 3)
         for split in range(first_split + plan.quads[number, 1], first_split + plan.quads[number, 2]):
             place, right = plan.split_left[split] + left, plan.split_right[split]
@@ -105,7 +106,7 @@ def _spread(cell, kind, plan, inside, outside, weights):
             store(outside, right + c1, multiply_add(w1, value, load(outside, right + c1)))
             store(outside, right + c2, multiply_add(w2, value, load(outside, right + c2)))
             store(outside, right + c3, multiply_add(w3, value, load(outside, right + c3)))
-    slot = 4 * (last_quad - first_quad)
+    slot = QUAD * (last_quad - first_quad)
     for number in range(plan.single_start[kind], plan.single_start[kind + 1]):
         left, right, weight = plan.singles[number, 0], plan.singles[number, 3], load(weights, slot)
         for split in range(first_split + plan.singles[number, 1], first_split + plan.singles[number, 2]):
@@ -170,7 +171,7 @@ def score_sweep(tokens, rows, plan, columns, factor, cell, with_outside, symbols
         symbols: nonterminals that live in the cell; places: their columns in `scores`.
         scores: (n, S), filled in the rows and columns named.
     """
-    count = 64 // columns.itemsize
+    count = LANE_BYTES // columns.itemsize
     size = plan.cell_begin.size * plan.number
     inside = np.empty((size, count), columns.dtype)
     outside = np.empty((size if with_outside else 0, count), columns.dtype)
@@ -193,7 +194,7 @@ def score_sweep(tokens, rows, plan, columns, factor, cell, with_outside, symbols
 @njit(nogil=True, cache=True)
 def chart_sweep(sentence, plan, columns):
     """inside and outside of one sentence (T,): arrays of lanes that are all the same."""
-    count = 64 // columns.itemsize
+    count = LANE_BYTES // columns.itemsize
     size = plan.cell_begin.size * plan.number
     inside, outside = np.zeros((size, count), columns.dtype), np.zeros((size, count), columns.dtype)
     products = np.empty((plan.most_slots, count), columns.dtype)
@@ -241,7 +242,7 @@ def word_sweep(tokens, rows, first_row, plan, columns, factor, emission, conditi
         conditionals: (M, V) or (0, V) if they are not wanted; entropy, log_true: (M,) or (0,).
         totals: (n,), inside of the start symbol over the whole sentence, scaled.
     """
-    count = 64 // columns.itemsize
+    count = LANE_BYTES // columns.itemsize
     word_start, word_symbol, word_probability = emission
     size, vocabulary = plan.cell_begin.size * plan.number, columns.shape[0]
     inside = np.empty((size, count), columns.dtype)
