@@ -5,18 +5,25 @@
 A laptop's version, after scripts/quickstart.sh (its medium model has twice the width of the small one, and a layer more):
 
     python enlarge.py --checkpoint-path quickstart/models/small/step0001500 \\
-        --large-model-path quickstart/models/medium/step0001500 --enlarged-model-path quickstart/enlarged --time-enlarged 2
+        --large-model-path quickstart/models/medium/step0001500 --enlarged-model-path quickstart/models/small_as_medium
 
-LARGE gives the shape only (its config.json); its weights are not read. The logits of the two models are compared before
-anything is written (Liu et al. 2023: traces of different sizes are compared in one parameterisation).
+Several sizes in the parameters of the largest: --checkpoint-path for each, which become folders of their own in ENLARGED.
+
+The rule: the hidden vector is copied K times, h' = (h, .., h): matrices are tiled K x K and divided by K, vectors tiled (Liu et
+al. 2023, section 4.3: traces of different sizes are compared in one parameterisation). Either the tied tables are divided by
+K, as in the released code, or the MLM head's LayerNorm; the trace depends on which, so args.json says it.
+LARGE gives the shape only (its config.json): the same heads' size or number, the same or more layers (pre-LN), feed-forward
+units and positions; its weights are not read. The logits of the two models are compared before anything is written.
 """
 
 import argparse
+import os
 from pathlib import Path
 
-from pcfg.artefacts import InputError, read_json
+from pcfg.artefacts import InputError, atomic_folder, read_json
 from pcfg.cli import positive_int, run_main
 from pretraining.data.vocabulary import resolve_tokenizer
+from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import (
     CONFIG_FILE,
     load_model,
@@ -26,16 +33,79 @@ from pretraining.model.checkpoints import (
     weights_sha256,
 )
 from pretraining.model.config import ModelConfig
-from pretraining.model.enlarge import LOGIT_TOLERANCE, enlarge, largest_logit_difference
+from pretraining.model.enlarge import LOGIT_TOLERANCE, TIED_SCALES, Growth, enlarge, logit_differences
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint-path", required=True, help="folder of the small model")
-    parser.add_argument("--large-model-path", required=True, help="folder of a model of the large shape")
-    parser.add_argument("--enlarged-model-path", required=True, help="folder to write; must not exist")
-    parser.add_argument("--time-enlarged", type=positive_int, required=True, help="K: copies of the hidden vector")
+    files = parser.add_argument_group("folders")
+    files.add_argument(
+        "--checkpoint-path", required=True, action="append", help="folder of a small model; may be given several times"
+    )
+    files.add_argument("--large-model-path", required=True, help="folder of a model of the large shape")
+    files.add_argument("--enlarged-model-path", required=True, help="folder to write; must not exist")
+    rule = parser.add_argument_group("rule")
+    rule.add_argument(
+        "--time-enlarged",
+        type=positive_int,
+        help="K: copies of the hidden vector (default: the ratio of the two widths; another number is an error)",
+    )
+    rule.add_argument(
+        "--tied-scale",
+        choices=TIED_SCALES,
+        default=TIED_SCALES[0],
+        help="what is divided by K, so that K copies of the hidden vector and of a word's row in the tied table still give its "
+        "logit: tables, all embedding tables (default, as in the released code); head, the MLM head's LayerNorm",
+    )
     return parser
+
+
+def folder_names(paths: list[str]) -> dict[str, Path]:
+    """Where in ENLARGED each checkpoint goes: itself if it is the only one, else its path from what all have in common.
+
+    Raises:
+        InputError: one is given twice, or lies in another.
+    """
+    if len(paths) == 1:
+        return {paths[0]: Path()}
+    resolved = {path: Path(path).resolve() for path in paths}
+    common = os.path.commonpath(resolved.values())
+    names = {path: place.relative_to(common) for path, place in resolved.items()}
+    if len(names) < len(paths) or Path() in names.values() or len(set(names.values())) < len(names):
+        raise InputError(f"--checkpoint-path: {', '.join(paths)}; give different folders, none inside another")
+    return names
+
+
+def grow(checkpoint: str, large_config: ModelConfig, times: int | None, tied_scale: str) -> tuple[MaskedLM, dict]:
+    """The enlarged model and its `args.json`.
+
+    Raises:
+        InputError: the shapes do not fit, the model was enlarged before, or its logits changed.
+    """
+    small, facts = load_model(checkpoint), read_facts(checkpoint)
+    if "enlarged" in facts:
+        raise InputError(f"--checkpoint-path {checkpoint}: was enlarged itself; enlarge the model it was made from")
+    try:
+        growth = Growth(small.config, large_config, tied_scale)
+    except InputError as error:
+        raise InputError(f"--checkpoint-path {checkpoint}: {error}") from None
+    if times not in (None, growth.times):
+        raise InputError(f"--time-enlarged {times}: the large model is {growth.times} times as wide as {checkpoint}")
+    differences = logit_differences(small, growth)
+    if not differences["float32"] <= LOGIT_TOLERANCE:  # NaN, too
+        raise InputError(
+            f"--checkpoint-path {checkpoint}: the enlarged model's logits differ by {differences['float32']:.2e}, more than "
+            f"{LOGIT_TOLERANCE:.0e} ({differences['epsilon']:.2e} by the LayerNorm's epsilon, which --tied-scale head leaves "
+            "alone); nothing was written"
+        )
+    enlarged = enlarge(small, growth)
+    facts["enlarged"] = {
+        **growth.facts(),
+        "from": {"weights_sha256": weights_sha256(checkpoint), "parameters": small.number_of_parameters()},
+        "logit_differences": differences,
+    }
+    facts["parameters"] = enlarged.number_of_parameters()
+    return enlarged, facts
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,23 +113,20 @@ def main(arguments: list[str] | None = None) -> None:
     target = Path(args.enlarged_model_path)
     if target.exists():
         raise InputError(f"--enlarged-model-path {target}: exists already; give a new folder, nothing is overwritten")
-    small = load_model(args.checkpoint_path)
+    names = folder_names(args.checkpoint_path)
     large_path = Path(args.large_model_path) / CONFIG_FILE
     large_config = ModelConfig.from_transformers(read_json(large_path), large_path)
-    enlarged = enlarge(small, large_config, args.time_enlarged)
-    difference = largest_logit_difference(small, enlarged)
-    if not difference <= LOGIT_TOLERANCE:  # NaN, too
-        raise InputError(
-            f"--checkpoint-path {args.checkpoint_path}: the enlarged model's logits differ by {difference:.2e}, more than "
-            f"{LOGIT_TOLERANCE:.0e}; nothing was written"
-        )
-    facts = read_facts(args.checkpoint_path)
-    facts["enlarged_from"] = {"weights_sha256": weights_sha256(args.checkpoint_path), "times": args.time_enlarged}
-    facts["tables"] = "tiled and divided by the number of copies"
-    facts["parameters"] = enlarged.number_of_parameters()
-    tokenizer = resolve_tokenizer(args.checkpoint_path, [])
-    save_model(target, enlarged, tokenizer, load_vocabulary(args.checkpoint_path), facts)
-    print(f"{target}: {facts['parameters']:,} parameters, largest difference of a logit {difference:.2e}")
+    with atomic_folder(target) as temporary:
+        for checkpoint, name in names.items():
+            enlarged, facts = grow(checkpoint, large_config, args.time_enlarged, args.tied_scale)
+            tokenizer = resolve_tokenizer(checkpoint, [])
+            save_model(temporary / name, enlarged, tokenizer, load_vocabulary(checkpoint), facts)
+            differences = facts["enlarged"]["logit_differences"]
+            print(
+                f"{target / name}: {checkpoint} x {facts['enlarged']['times']}, {facts['parameters']:,} parameters, largest "
+                f"difference of a logit {differences['float32']:.2e} (float64 {differences['float64']:.2e}, of which the "
+                f"LayerNorm's epsilon makes {differences['epsilon']:.2e})"
+            )
 
 
 if __name__ == "__main__":

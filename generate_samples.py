@@ -22,14 +22,8 @@ from pcfg.artefacts import InputError, Manifest, atomic_folder
 from pcfg.cli import non_negative_int, positive_int, probability, run_main
 from pcfg.executors import add_executor_arguments, executor_options, run_jobs
 from pretraining.data.masking import MaskingRule
-from pretraining.data.shards import (
-    SAMPLES_MANIFEST,
-    Recipe,
-    SampleJob,
-    find_text_shards,
-    make_samples,
-    missing_shards,
-)
+from pretraining.data.samples import SAMPLES_MANIFEST
+from pretraining.data.shards import Recipe, SampleJob, find_text_shards, make_samples, missing_shards
 from pretraining.data.vocabulary import TOKENIZER_FILES, Vocabulary, find_vocabulary
 from pretraining.data.wordpiece import ordinary_words_changed, save_wordpiece
 

@@ -13,10 +13,16 @@ The lookup table (the language's own conditionals) probed in the same way:
 
 On a laptop: --num_train_epochs 10 --seeds 0 (seconds a model of 4 layers and 10,000 sentences).
 
-Features are the last hidden states of all positions, concatenated (zeros at padding), computed once in eval mode; the head is
-trained with AdamW (Liu et al. 2023, section 3). The record is the validation accuracy at the end, its mean and standard error
-over --seeds, as probe_TASK.json in the model's folder, TASK being the stem of --train_file. A model that has its record is
-skipped.
+Estimator: share of validation sentences with argmax_c (W x + b)_c right, x the frozen features, computed once (Liu et al. 2023,
+section 3). --solver adamw: W, b after the given AdamW training on the raw x (Loshchilov and Hutter 2019). --solver lbfgs: the
+minimum of mean cross-entropy + lambda/2 ||W||^2 on standardised x, lambda chosen within the training part (Bishop 2006, 4.3.4).
+
+Errors: over --seeds (initialisation and order of AdamW; the split that chooses lambda), of the validation sample (binomial),
+and with --bootstrap over resampled training and validation sentences. Features are the last hidden states of all positions,
+concatenated (zeros at padding), or their mean or the first one (--pool).
+
+The record is probe_TASK.json in the model's folder (probe_lbfgs_mean_TASK.json and so on for other choices), TASK being the
+stem of --train_file or --task_name. A model that has its record is skipped.
 """
 
 import dataclasses
@@ -32,21 +38,30 @@ from pretraining.evaluation.downstream import (
     DownstreamTrainingArguments,
     HelpFormatter,
     parse_arguments,
-    read_task,
 )
 from pretraining.evaluation.probes import ineffective_flags, probe_lookup_table, probe_model
+from pretraining.evaluation.tasks import read_task
 from pretraining.model.checkpoints import find_model, model_folders
 
 
 @dataclasses.dataclass(kw_only=True)
 class ProbeArguments(DownstreamArguments):
-    """The features of a probe, besides model and data."""
+    """Features and solver of a probe, besides model and data."""
 
     features: Literal["hidden", "conditional"] = HfArg(
         default="hidden",
         help="hidden: last hidden states; conditional: the distribution of the word at each position given the rest, a "
         "model's prediction or, with --rule-path or --condprobfile_*, the language's own (the lookup table)",
     )
+    pool: Literal["concat", "mean", "cls"] = HfArg(
+        default="concat",
+        help="concat: the vectors of all positions; mean: their mean over the sentence, without padding; cls: the one of [CLS]",
+    )
+    solver: Literal["adamw", "lbfgs"] = HfArg(
+        default="adamw",
+        help="adamw: trained as the training flags say; lbfgs: the regularised optimum, on which they have no bearing",
+    )
+    bootstrap: int = HfArg(default=0, help="resampled data sets for the error that comes from the data, 2 or more; 0: none")
     rule_path: str | None = HfArg(default=None, help="grammar whose conditionals are probed; a bare name may be a shipped one")
     condprobfile_train: str | None = HfArg(
         default=None, help="lookup table made for --train_file by python -m pcfg.lookup, instead of --rule-path"
@@ -59,11 +74,11 @@ def build_parser() -> HfArgumentParser:
     return HfArgumentParser(classes, description=__doc__, formatter_class=HelpFormatter)
 
 
-def check_what_is_probed(options: ProbeArguments, training: DownstreamTrainingArguments) -> bool:
+def check_options(options: ProbeArguments, training: DownstreamTrainingArguments) -> bool:
     """Whether the lookup table is probed, and not a model.
 
     Raises:
-        InputError: the flags name neither, or both, or one by halves.
+        InputError: the flags name neither, or both, or one by halves; or features or errors that there are not.
     """
     tables = (options.condprobfile_train, options.condprobfile_validation)
     is_table = options.rule_path is not None or any(tables)
@@ -72,6 +87,12 @@ def check_what_is_probed(options: ProbeArguments, training: DownstreamTrainingAr
             "what is probed? give either --model_name_or_path, or a lookup table by --features conditional and --rule-path "
             "(or --condprobfile_train and --condprobfile_validation)"
         )
+    if options.features == "conditional" and options.pool == "cls":
+        raise InputError("--pool cls: [CLS] has no conditional; give concat or mean")
+    if options.bootstrap < 0 or options.bootstrap == 1:
+        raise InputError(f"--bootstrap {options.bootstrap}: give 2 or more resampled data sets, or 0 for none")
+    if is_table and options.task_name is not None:
+        raise InputError("--task_name: a lookup table is of a grammar's sentences; give --train_file and --validation_file")
     if is_table and options.features != "conditional":
         raise InputError("--features hidden: a lookup table has no hidden states; give --features conditional")
     if is_table and (any(tables) if options.rule_path is not None else not all(tables)):
@@ -83,11 +104,12 @@ def check_what_is_probed(options: ProbeArguments, training: DownstreamTrainingAr
 
 def main(arguments: list[str] | None = None) -> None:
     options, training, given = parse_arguments(build_parser(), arguments)
-    if ignored := ineffective_flags(given):
-        print(f"warning: no effect on a linear probe: {', '.join('--' + name for name in ignored)}")
-    is_table = check_what_is_probed(options, training)
+    if ignored := ineffective_flags(given, options.solver):
+        by = "" if options.solver == "adamw" else f" by {options.solver}"
+        print(f"warning: no effect on a linear probe{by}: {', '.join('--' + name for name in ignored)}")
+    is_table = check_options(options, training)
     folders = [] if is_table else model_folders(find_model(options.model_name_or_path))
-    task = read_task(options.train_file, options.validation_file)
+    task = read_task(options)
     if is_table:
         probe_lookup_table(task, options, training)
     for number, folder in enumerate(folders):

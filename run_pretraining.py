@@ -19,7 +19,10 @@ On a laptop, in a minute (plain python starts the same engine):
         --output_dir OUT --job_name small --save_steps 0,100
 
 Model folders (OUT/JOB/step0000100: plain Hugging Face folders), metrics.jsonl and the training state go to OUT/JOB. An
-epoch is one shard. The same command again goes on after an interruption, and says so when all is there.
+epoch is one shard. The same command again goes on after an interruption, and says so when all is there. A model folder's
+args.json gives its run again, with what is to be different behind it:
+
+    python run_pretraining.py --config OUT/small/step0000100/args.json --job_name faster --lr 2e-3
 """
 
 import os
@@ -32,6 +35,7 @@ import argparse
 from pcfg.cli import run_main
 from pretraining.training import arguments as command_line
 from pretraining.training.pretrain import finished_model, pretrain
+from pretraining.training.saved_arguments import parse_with_config
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,10 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = build_parser().parse_args(arguments)
+    options = parse_with_config(build_parser(), arguments)
     command_line.check(options)
-    finished = finished_model(command_line.job_folder(options), vars(options))
-    if finished is not None:
+    finished = options.resume == "auto" and finished_model(command_line.job_folder(options), vars(options))
+    if finished:
         print(f"complete: {finished}")
         return
     pretrain(options)

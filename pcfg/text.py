@@ -58,10 +58,18 @@ def decoded(path: Path) -> str:
     return decode_block(content.removeprefix(codecs.BOM_UTF8), path)
 
 
-def _csv_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[int], list[dict]]:
-    """The rows of a CSV file that must have `columns`, and the line on which each row ends."""
+def csv_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[int], list[dict]]:
+    """The rows of a CSV file that must have `columns`, none of them empty, and the line on which each row ends.
+
+    A `.tsv` file is GLUE's kind: tabs between the columns, and quotes are characters like any other.
+
+    Raises:
+        InputError: the file is missing, without rows, not UTF-8 or not CSV; a column is missing, or a row has another number
+            of columns than the header or nothing in a column (with its line).
+    """
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     # strict: a quote that is never closed is an error, and not a sentence that swallows the rest of the file.
-    reader = csv.DictReader(io.StringIO(decoded(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(decoded(path), newline=""), strict=True, **dialect)
     lines, rows = [], []
     try:
         missing = [column for column in columns if column not in (reader.fieldnames or [])]
@@ -71,6 +79,12 @@ def _csv_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[int], list[dic
         for row in reader:
             lines.append(reader.line_num)
             rows.append(row)
+            if None in row:  # where DictReader puts what the header has no name for
+                number, wanted = len(row) - 1 + len(row[None]), len(reader.fieldnames)
+                raise InputError(
+                    f"{path}:{reader.line_num}: {number} columns, the header has {wanted}; a text with the delimiter in it "
+                    "needs quotes around it"
+                )
             for column in columns:
                 if not (row[column] or "").strip():
                     raise InputError(f"{path}:{reader.line_num}: empty {column!r}; remove the row or fill it in")
@@ -91,7 +105,7 @@ def read_texts(path) -> list[str]:
     """
     path = Path(path)
     if path.suffix == ".csv":
-        return [row["text"].strip() for row in _csv_rows(path, ("text",))[1]]
+        return [row["text"].strip() for row in csv_rows(path, ("text",))[1]]
     # split("\n"), because splitlines() would also cut at characters such as U+2028.
     texts = [stripped for line in decoded(path).split("\n") if (stripped := line.strip())]
     if not texts:
@@ -138,7 +152,7 @@ def read_labelled(path) -> tuple[list[str], list[int]]:
         InputError: as `read_texts`; a column is missing; a label is not an integer of 0 or more (with its line).
     """
     path = Path(path)
-    lines, rows = _csv_rows(path, ("text", "label"))
+    lines, rows = csv_rows(path, ("text", "label"))
     labels = []
     for line, row in zip(lines, rows, strict=True):
         if not re.fullmatch(r"[0-9]+", row["label"].strip()):

@@ -11,6 +11,6 @@ if [ ! -f "$program" ]; then
     exit 2
 fi
 shift
-source "$root/scripts/setup.sh" "$root/requirements.txt" "$root/tests/requirements.txt"
+source "$root/scripts/setup.sh" "$root/requirements.txt" "$root/tests/requirements.txt" "$root/tests/benchmarks/requirements.txt"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 exec python "$program" "$@"

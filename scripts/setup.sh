@@ -7,11 +7,13 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 
 install_requirements() {
-    local stamp=$venv/.installed.$(basename "$(dirname "$1")").sha256 wanted
+    local stamp=$venv/.installed.$(basename "$(dirname "$1")").sha256 wanted flags=(--quiet --disable-pip-version-check)
+    # A file that says so lists all that it needs: some packages ask for more than they import.
+    if grep -q '^# --no-deps' "$1"; then flags+=(--no-deps); fi
     wanted=$(sha256sum <"$1")
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
         echo "== installing $1 (a few minutes the first time)"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$1"
+        "$venv/bin/python" -m pip install "${flags[@]}" -r "$1"
         echo "$wanted" >"$stamp"
     fi
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from nltk.grammar import Nonterminal
 from nltk.parse import ViterbiParser
 
@@ -19,6 +20,9 @@ from pcfg.sampler import Sampler
 from pcfg.text import read_texts
 from pretraining.data.samples import DTYPES, read_samples
 from pretraining.data.vocabulary import Vocabulary, build_tokenizer
+from pretraining.model.checkpoints import load_model
+from pretraining.model.config import ModelConfig
+from pretraining.training.batches import masked_loss, micro_batch
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,6 +94,84 @@ def test_the_table_comes_out(tiny_rules, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
 
 
+def test_the_table_of_probes_comes_out(tiny_rules, tmp_path):
+    sizes = ("--scale", 0.006, "--hidden-size", 16, "--layers", 1, "--cores", 1)
+    done = benchmark("probes", "--rule-path", tiny_rules, *sizes, "--output", tmp_path / "table.md")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert [line[0].removeprefix("| ") for line in lines[2:]] == [
+        "linear probe by AdamW",
+        "its features",
+        "its accuracy, difference",
+        "linear probe by L-BFGS",
+    ]
+    assert lines[4][-1] == "yes |"  # the same accuracy as with the encoder in every step
+
+
+def test_the_table_of_training_comes_out(tiny_rules, tmp_path):
+    sizes = "--scale 0.01 --hidden-size 16 --layers 1 --heads 2 --batch 16 --cores 1".split()
+    done = benchmark("pretraining", "--rule-path", tiny_rules, *sizes, "--output", tmp_path / "t.md", "--only", "compact")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split(" | ") for line in (tmp_path / "t.md").read_text().splitlines() if line.startswith("| ")]
+    assert [line[0].removeprefix("| training, 13 words").lstrip(", ") for line in lines[2:]] == [
+        "",
+        "sparse baseline",
+        "DeepSpeed's overhead",
+        "useful arithmetic",
+    ]
+    assert all(float(line[2].replace(",", "")) > 0 and float(line[3].replace(",", "")) > 0 for line in lines[2:])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_plain_loop_has_the_loss_of_ours(tiny_samples, tmp_path, sparse):
+    samples = read_samples(tiny_samples / "test_shard_0.hdf5")
+    config = ModelConfig(samples.attributes["vocab_size"], 16, 2, 2, 32, "gelu", 0.0, 0.0, 10, encoder_ln_mode="post-ln")
+    loop = imported("naive_training").PlainLoop(config, samples, torch.device("cpu"), sparse)
+    loop.model.save_pretrained(tmp_path)
+    rows = np.arange(40)
+    batch = micro_batch(samples, rows)
+    expected = masked_loss(load_model(tmp_path), batch) / len(batch.labels)
+    torch.testing.assert_close(loop.loss(rows), expected)
+
+
+def test_the_table_of_traces_comes_out(tiny_rules, tmp_path):
+    sizes = ("--scale", 0.002, "--hidden-size", 16, "--layers", 1, "--cores", 1)
+    done = benchmark("hessian", "--rule-path", tiny_rules, *sizes, "--output", tmp_path / "table.md")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert [line[0].removeprefix("| trace of the Fisher matrix, against ") for line in lines[2:]] == [
+        "GGN-Hutchinson (curvlinops)",
+        "released double backward",
+        "Hutchinson on the Hessian (curvlinops)",
+        "| a drawn label",
+        "| peak memory of a batch",
+    ]
+    assert all(float(line[2].replace(",", "")) > 0 for line in lines[2:])
+
+
+def test_other_estimators_agree_on_the_trace(tiny_rules):
+    """Means over many probes of one batch: curvlinops' with ours, the double backward's with curvlinops'."""
+    benchmark_hessian, naive = imported("benchmark_hessian"), imported("naive_hessian")
+    bench = benchmark_hessian.Bench(tiny_rules, 0.001, 8, 1)
+    chosen = bench.one_each(bench.contexts)
+    ids, mask, flat = bench.contexts.batch(chosen, "cpu")
+    rows, labels = torch.cat([ids, flat[:, None] % ids.shape[1]], 1), torch.from_numpy(bench.contexts.label[chosen])
+    parameters = list(benchmark_hessian.measured_parameters(bench.model).values())
+    torch.manual_seed(0)
+    means = {}
+    for name in ("gauss_newton", "hessian", "released"):
+        estimate = getattr(naive, name)
+        values = [estimate(naive.AtMasks(bench.model, 0), parameters, rows, labels) for _ in range(60)]
+        means[name] = np.mean(values), np.std(values) / np.sqrt(60)
+    ghost = benchmark_hessian.GhostNorms(bench.model, ids, mask, flat)
+    every = [sum(ghost(torch.full((len(rows),), word)).values()) * ghost.f[:, word] for word in range(ghost.f.shape[1])]
+    exact = sum(every).mean().item()
+    value, error = means["gauss_newton"]
+    assert abs(value - exact) < 4 * error < 0.2 * exact
+    (value, error), (other, other_error) = means["released"], means["hessian"]
+    assert abs(value - other) < 4 * np.hypot(error, other_error)
+
+
 def test_numbers_and_goals(measure):
     assert [measure.number_text(value) for value in (1234567.0, 19.87, 0.01234, 2, 0.0)] == [
         "1,230,000",
@@ -102,6 +184,8 @@ def test_numbers_and_goals(measure):
     assert measure.Row("a", 10, "u", 2, goal=10, goal_ratio=6).reached() is False
     assert measure.Row("a", 9, "u", 1, goal=10).reached() is False
     assert measure.Row("a", 9, "s", goal=10, smaller_is_better=True).reached() is True
+    assert measure.Row("a", 10, "u", 2, goal_ratio=5).reached() is True
+    assert measure.Row("a", 9, "u", 2, goal_ratio=5).cells() == ["a", "u", "9", "2", "4.5x", "5x", "no"]
     assert measure.Row("a", 9, "u", 1).cells() == ["a", "u", "9", "1", "9x", "", ""]
 
 

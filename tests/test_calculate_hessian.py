@@ -1,5 +1,8 @@
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,31 +32,141 @@ def read(folder, name="hessian.json"):
     return json.loads((folder / "models" / "step1" / name).read_text())
 
 
-def test_the_readmes_command(setting):
+def check_parts(record):
+    """Both partitions sum to the value."""
+    for parts in record["parts"].values():
+        assert sum(part["value"] for part in parts.values()) == pytest.approx(record["value"], rel=1e-9)
+    assert list(record["parts"]["layers"]) == ["embeddings", "layer_0", "layer_1", "final_norm", "head"]
+    groups = ["word_table", "position_table", "token_type_table", "encoder_matrices", "vectors", "head"]
+    assert list(record["parts"]["groups"]) == groups
+
+
+def test_the_readmes_command(setting, capsys):
     folder, table = setting
     calculate_hessian.main(flags(folder, "--nsamples", 20, **{"--condprobfile": table}))
-    record = read(folder)
+    record, printed = read(folder), capsys.readouterr().out
     assert record["estimator"] == "fisher" and record["n"] == 20 and record["standard_error"] > 0
-    assert record["left_out"] == ["decoder_bias"] and record["draws"] >= 2 * 20
+    assert record["left_out"] == ["decoder_bias"] and record["draws"] == record["contexts"] > 2 * 20
     assert float((folder / "models" / "step1" / "hessian.txt").read_text()) == pytest.approx(record["value"], abs=1e-5)
+    check_parts(record)
+    true, other = record["true_labels"], record["hutchinson"]
+    assert true["difference"]["value"] == pytest.approx(record["value"] - true["value"])
+    assert other["n"] == 2 and other["sentences"] == 20 and other["difference"]["standard_error"] > 0
+    assert other["difference"]["value"] == pytest.approx(record["value"] - other["value"], rel=1e-6)
+    assert f"trace {record['value']:.4f} +- " in printed
+    assert f"true conditionals: {true['value']:.4f} +- " in printed and f"hutchinson: {other['value']:.4f} +- " in printed
 
 
-def test_hutchinson_beside_fisher(setting):
-    folder, table = setting
-    calculate_hessian.main(flags(folder, "--nsamples", 24, "--bs", 8, "--estimator", "hutchinson", **{"--condprobfile": table}))
+def test_both_estimators_side_by_side(setting, tiny_rules, capsys):
+    folder, _ = setting
+    more = ["--nsamples", 24, "--block-size", 8, "--probe", "gaussian", "--probe-num", 2, "--estimator", "both"]
+    calculate_hessian.main(flags(folder, *more, **{"--rule-path": tiny_rules}))
+    fisher, hutchinson = read(folder), read(folder, "hessian_hutchinson.json")
+    assert (fisher["estimator"], hutchinson["estimator"]) == ("fisher", "hutchinson")
+    assert (hutchinson["n"], hutchinson["draws"], hutchinson["sentences"]) == (3, 6, 24)
+    assert fisher["hutchinson"]["value"] == hutchinson["value"]
+    check_parts(hutchinson)
+    line = f"trace {fisher['value']:.4f} +- {fisher['standard_error']:.4f} (fisher, n = 24), {hutchinson['value']:.4f} +- "
+    assert line in capsys.readouterr().out
+    calculate_hessian.main(flags(folder, *more, **{"--rule-path": tiny_rules}))
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_without_conditionals(setting):
+    folder, _ = setting
+    calculate_hessian.main(flags(folder, "--nsamples", 6))
+    assert "true_labels" not in read(folder) and "hutchinson" not in read(folder)
+    calculate_hessian.main(flags(folder, "--nsamples", 6, "--estimator", "hutchinson", "--block-size", 2, "--probe-num", 1))
     record = read(folder, "hessian_hutchinson.json")
-    assert record["n"] == 3 and record["draws"] == 12
-    calculate_hessian.main(flags(folder, "--nsamples", 5))
-    assert read(folder)["estimator"] == "fisher"
+    assert (record["n"], record["draws"]) == (3, 3)
 
 
-def test_the_batch_size_does_not_change_the_trace(setting):
+def test_soft_labels_and_positions(setting):
     folder, _ = setting
     values = []
-    for size in (1, 64):
-        calculate_hessian.main(flags(folder, "--nsamples", 10, "--bs", size, "--overwrite"))
-        values.append(read(folder)["value"])
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    for draws in (["--soft-labels"], ["--draws", 40]):
+        calculate_hessian.main(flags(folder, "--nsamples", 8, "--positions", 2, "--overwrite", *draws))
+        values.append(read(folder))
+    soft, drawn = values
+    assert soft["contexts"] == drawn["contexts"] == 16 and drawn["draws"] == 16 * 40
+    assert soft["arguments"]["soft_labels"] is True and soft["arguments"]["positions"] == 2
+    assert drawn["value"] == pytest.approx(soft["value"], rel=0.2)
+
+
+def test_a_relative_error_to_stop_at(setting, capsys):
+    folder, _ = setting
+    calculate_hessian.main(flags(folder, "--target-relative-error", 0.5, "--min-draws", 300))
+    record = read(folder)
+    assert record["target_reached"] and record["relative_error"] <= 0.5 and 300 <= record["draws"] and record["n"] < 200
+    assert record["arguments"]["nsamples"] == "all"
+    calculate_hessian.main(flags(folder, "--target-relative-error", 0.0001, "--nsamples", 40, "--overwrite"))
+    assert read(folder)["n"] == 40 and not read(folder)["target_reached"]
+    assert "with all sentences; give a longer text" in capsys.readouterr().out
+
+
+def without_times(record):
+    return {key: value for key, value in record.items() if key != "seconds"}
+
+
+def test_a_repeated_measurement_is_the_same(setting):
+    folder, table = setting
+    records = []
+    for _ in range(2):
+        calculate_hessian.main(flags(folder, "--nsamples", 20, "--overwrite", **{"--condprobfile": table}))
+        records.append(without_times(read(folder)))
+    assert records[0] == records[1]
+
+
+def close(found, wanted):
+    """Records alike, numbers to 1e-6 of the larger one or of the record's own value."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        return all(close(found[key], wanted[key]) for key in wanted)
+    return found == pytest.approx(wanted, rel=1e-4, abs=1e-6) if isinstance(wanted, float) else found == wanted
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "batch"])
+def test_neither_ranks_nor_batches_change_the_trace(setting, launcher):
+    folder, table = setting
+    more = ["--nsamples", 20, "--overwrite"]
+    calculate_hessian.main(flags(folder, *more, **{"--condprobfile": table}))
+    alone = without_times(read(folder))
+    if launcher == "batch":
+        calculate_hessian.main(flags(folder, *more, "--bs", 3, **{"--condprobfile": table}))
+    else:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        script = [Path(calculate_hessian.__file__), *flags(folder, *more, **{"--condprobfile": table})]
+        done = subprocess.run([*start, *script], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(": trace ") == 1
+    together = without_times(read(folder))
+    for name in ("value", "standard_error"):
+        assert together[name] == pytest.approx(alone[name], rel=1e-6)
+        assert together["true_labels"][name] == pytest.approx(alone["true_labels"][name], rel=1e-6)
+        assert together["hutchinson"][name] == pytest.approx(alone["hutchinson"][name], rel=1e-5)
+    assert close(together, alone)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--positions", "0"], "0 is not 1 or more"),
+        (["--target-relative-error", "1"], "1 is not above 0 and below 1"),
+        (["--probe", "uniform"], "invalid choice: 'uniform'"),
+        (["--draws", "none"], "invalid positive_int value: 'none'"),
+    ],
+)
+def test_bad_flags(setting, capsys, more, message):
+    with pytest.raises(SystemExit) as stopped:
+        calculate_hessian.main(flags(setting[0], *more))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_one_sentence_has_no_error(setting):
+    with pytest.raises(InputError, match="--nsamples: 1 sentence, .* takes at least 2"):
+        calculate_hessian.main(flags(setting[0], "--nsamples", 1))
+    with pytest.raises(InputError, match="--nsamples: 1 sentence, or block of sentences, .* takes at least 2"):
+        calculate_hessian.main(flags(setting[0], "--nsamples", 10, "--estimator", "hutchinson"))
 
 
 def test_rerun_seed_and_overwrite(setting, capsys):

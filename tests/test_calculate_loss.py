@@ -2,12 +2,16 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import calculate_loss
 import pcfg.lookup
 from pcfg.artefacts import InputError
 from pcfg.text import read_texts
 from pretraining.data.samples import sample_paths
+from pretraining.data.vocabulary import build_tokenizer
+from pretraining.evaluation.records import describe_model, read_record
+from pretraining.model.checkpoints import load_model, load_vocabulary, save_model
 
 
 @pytest.fixture
@@ -101,6 +105,75 @@ def test_what_does_not_belong_together(setting, tiny_samples):
     with pytest.raises(InputError, match="the model was trained with"):
         calculate_loss.main(flags(folder, **{"--condprobfile": table}))
     assert not list((folder / "models").rglob("loss*"))
+
+
+def perturbed(folder, scale):
+    """Change the weights of a model folder a little."""
+    model = load_model(folder)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn_like(parameter)
+    vocabulary = load_vocabulary(folder)
+    save_model(folder, model, build_tokenizer(vocabulary, True, 10), vocabulary, {"job_name": "moved", "step": 7})
+
+
+def compare(folder, first, second, *more, **truth):
+    names = [str(folder / "models" / name) for name in (first, second)]
+    calculate_loss.main(["--compare", *names, *flags(folder, **truth)[2:], *more])
+
+
+def test_two_models_are_compared(setting, capsys):
+    folder, table = setting
+    truth = {"--condprobfile": table}
+    perturbed(folder / "models" / "step2", 1e-3)
+    compare(folder, "step1", "step2", **truth)
+    assert "difference" in capsys.readouterr().out
+    calculate_loss.main(flags(folder, **truth))
+    gaps = [json.loads((folder / "models" / name / "loss.json").read_text())["gap"] for name in ("step1", "step2")]
+    [path] = (folder / "models").rglob("comparison_*.json")
+    assert path.parent.name == "step1"
+    record = read_record(path)
+    for mean in ("pairs", "sentences"):
+        assert record["difference"][mean]["mean"] == pytest.approx(gaps[0][mean]["mean"] - gaps[1][mean]["mean"], abs=1e-9)
+        assert record["gap_b"][mean]["mean"] == pytest.approx(gaps[1][mean]["mean"], rel=1e-9)
+        assert 0 < record["difference"][mean]["standard_error"] < 0.1 * gaps[0][mean]["standard_error"]
+    assert record["models"] == ["tiny step 0", "moved step 7"]
+    assert record["inputs"]["other"] == describe_model(folder / "models" / "step2")
+
+    before = path.read_bytes()
+    compare(folder, "step1", "step2", **truth)
+    assert "measured already, skipped" in capsys.readouterr().out and path.read_bytes() == before
+    compare(folder, "step1", "step2", "--overwrite", **truth)
+    again = json.loads(path.read_text())
+    assert {**again, "seconds": 0} == {**record, "seconds": 0}
+
+
+def test_what_can_not_be_compared(setting, tiny_samples):
+    folder, table = setting
+    with pytest.raises(InputError, match="the same weights"):
+        compare(folder, "step1", "step2", **{"--condprobfile": table})
+    with pytest.raises(InputError, match="nowhere: not a model folder"):
+        compare(folder, "step1", "nowhere", **{"--condprobfile": table})
+    with pytest.raises(SystemExit):
+        calculate_loss.main([*flags(folder, **{"--condprobfile": table}), "--compare", "a", "b"])
+    perturbed(folder / "models" / "step2", 1e-3)
+    samples = sample_paths(tiny_samples, "test")[0]
+    compare(folder, "step1", "step2", **{"--datafile": samples, "--vocabfile": folder / "vocab.txt"})
+    [path] = (folder / "models").rglob("comparison_*.json")
+    assert {"difference", "loss_a", "loss_b"} < read_record(path).keys()
+
+
+def test_a_repeated_measurement_is_the_same_but_for_its_time(setting):
+    folder, table = setting
+    path, records = folder / "models" / "step1" / "loss.json", []
+    for more in ([], ["--overwrite"], ["--overwrite", "--batch-size", "3"]):
+        calculate_loss.main([*flags(folder, **{"--condprobfile": table}), *more])
+        records.append({**read_record(path), "seconds": 0})
+    assert records[0] == records[1]
+    assert records[2]["arguments"] == records[0]["arguments"]
+    for part in ("loss", "gap", "sampled_loss"):
+        assert records[2][part]["pairs"]["mean"] == pytest.approx(records[0][part]["pairs"]["mean"], rel=1e-6)
 
 
 def test_errors_exit_with_2(capsys):

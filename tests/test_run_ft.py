@@ -77,6 +77,85 @@ def test_one_seed_says_that_there_is_no_error(model, data, capsys):
     assert "no standard error with one seed" in capsys.readouterr().out
 
 
+def test_predictions_of_a_test_file(model, data, tmp_path, capsys):
+    test = tmp_path / "test.csv"
+    test.write_text("text,label\n" + "\n".join(open(data[3]).read().splitlines()[1:21]) + "\n")
+    flags = ["--model_name_or_path", str(model), *data, *SHORT, "--seeds", "0,1"]
+    predict = [*flags, "--do_predict", "--test_file", str(test)]
+    run_ft.main(predict)
+    record, file = record_of(model), model / "finetune_pcfg_B_predictions.csv"
+    lines = file.read_text().splitlines()
+    assert lines[0] == "text,seed_0,seed_1" and len(lines) == 21
+    texts, *predicted = zip(*(line.split(",") for line in lines[1:]), strict=True)
+    expected, labels = zip(*(line.split(",") for line in test.read_text().splitlines()[1:]), strict=True)
+    assert texts == expected and set(predicted[0]) <= {"4", "7", "9"}
+    shares = [sum(map(str.__eq__, column, labels)) / 20 for column in predicted]
+    assert record["test_accuracies"] == pytest.approx(shares) and record["test_n"] == 20
+    assert record["predictions_file"] == file.name and set(record["inputs"]) == {"train", "validation", "test", "model"}
+    run_ft.main(predict)
+    assert "skipped" in capsys.readouterr().out
+    before = file.read_bytes()
+    file.unlink()
+    run_ft.main(predict)
+    assert file.read_bytes() == before and {**record, "seconds": 0} == {**record_of(model), "seconds": 0}
+    with pytest.raises(InputError, match="test was .*--overwrite"):
+        run_ft.main(flags)
+
+
+def test_a_glue_task_from_files(model, tmp_path, capsys):
+    """Pairs of sentences, one of them too long, with a word that the model does not know."""
+    rows = [("cat dog", "bird", "entailment"), ("dog", "bird mouse", "not_entailment"), ("cat " * 9, "dog", "0")] * 10
+    for name in ("train", "dev"):
+        lines = ["question\tsentence\tlabel", *("\t".join(row) for row in rows)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    files = ["--train_file", str(tmp_path / "train.tsv"), "--validation_file", str(tmp_path / "dev.tsv")]
+    flags = ["--model_name_or_path", str(model), "--task_name", "qnli", *files, *SHORT, "--do_predict"]
+    run_ft.main([*flags, "--test_file", str(tmp_path / "dev.tsv")])
+    printed = capsys.readouterr().out
+    assert "10 of 30 rows of" in printed and "are [UNK]" in printed and "30 of 30 sentences of" in printed
+    record = json.loads((model / "finetune_qnli.json").read_text())
+    assert record["task"] == "qnli" and record["n"] == 30 and record["classes"] == 2
+    assert (model / "finetune_qnli_predictions.csv").read_text().splitlines()[1].startswith("cat dog,bird,")
+
+
+def test_early_stopping_and_fewer_sentences(model, data):
+    flags = ["--model_name_or_path", str(model), *data, "--max_seq_length", "12", "--disable_tqdm", "true"]
+    stop = ["--early_stopping_patience", "2", "--eval_strategy", "steps", "--eval_steps", "1", "--learning_rate", "1e-12"]
+    run_ft.main([*flags, *stop, "--max_train_samples", "50"])
+    record = record_of(model)
+    assert record["steps"] == [3] and record["train_n"] == 50
+    assert record["arguments"]["early_stopping_patience"] == 2 and record["arguments"]["max_train_samples"] == 50
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--early_stopping_patience", "2"], "give --eval_strategy"),
+        (["--early_stopping_patience", "0", "--eval_strategy", "epoch"], "--early_stopping_patience 0"),
+        (["--test_file", "test.csv"], "give --do_predict"),
+        (["--do_predict"], "--test_file: give the file"),
+        (["--do_predict", "--test_file", "missing.csv"], "missing.csv: no such file"),
+        (["--task_name", "stsb"], "--task_name stsb"),
+    ],
+)
+def test_flags_that_belong_together(model, data, flags, message):
+    with pytest.raises(InputError, match=message):
+        run_ft.main(["--model_name_or_path", str(model), *data, *SHORT, *flags])
+
+
+def test_a_glue_task_by_name_needs_the_hub(model, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(InputError, match="--task_name sst2: .* is not in the hub's local cache"):
+        run_ft.main(["--model_name_or_path", str(model), "--task_name", "sst2", *SHORT])
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_ft.main(["--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0 and "Estimator: " in printed and "Devlin et al. 2019" in printed
+
+
 def test_errors(model, data, tmp_path):
     with pytest.raises(InputError, match="--model_name_or_path"):
         run_ft.main([*data, *SHORT])

@@ -116,6 +116,68 @@ def test_lookup_table_from_rules_and_from_tables(data, tiny_rules, tmp_path, cap
     assert "skipped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags", [["--solver", "lbfgs"], ["--pool", "mean"], ["--pool", "cls", "--solver", "lbfgs"]])
+def test_solvers_and_pools_have_records_of_their_own(model, data, flags, capsys):
+    name = "_".join(["probe", *(flag for flag in sorted(flags, key=("lbfgs", "mean", "cls").count) if flag[0] != "-")])
+    name = {"probe_cls_lbfgs": "probe_lbfgs_cls"}.get(name, name)
+    command = ["--model_name_or_path", str(model), *data, *SHORT, "--seeds", "0,1", *flags]
+    run_lp.main(command)
+    record = record_of(model, f"{name}_pcfg_B.json")
+    assert not (model / "probe_pcfg_B.json").exists() and record["value"] > record["majority"] - 0.1
+    is_optimum = "lbfgs" in flags
+    assert ("learning_rate" in record["arguments"]) != is_optimum
+    assert ("--learning_rate" in capsys.readouterr().out) == is_optimum  # it has no effect, which is said
+    if is_optimum:
+        assert record["excess_nats"] < 1e-5 and len(record["strengths"]) == 2
+    run_lp.main(command)
+    assert "skipped" in capsys.readouterr().out
+    run_lp.main([*command, "--overwrite"])
+    assert {**record, "seconds": 0} == {**record_of(model, f"{name}_pcfg_B.json"), "seconds": 0}
+
+
+@pytest.mark.parametrize("solver", ["adamw", "lbfgs"])
+def test_bootstrap(model, data, solver, capsys):
+    command = ["--model_name_or_path", str(model), *data, *SHORT, "--solver", solver, "--bootstrap", "30"]
+    run_lp.main(command)
+    record = record_of(model, f"probe{'' if solver == 'adamw' else '_lbfgs'}_pcfg_B.json")
+    errors = record["bootstrap"]
+    assert errors["replicates"] == 30 == record["arguments"]["bootstrap"]
+    # 30 replicates: the error of an error is 13%
+    assert errors["validation_standard_error"] == pytest.approx(record["sampling_standard_error"], rel=0.5)
+    assert 0 < errors["training_standard_error"] < 0.2 and 0 < errors["standard_error"] < 0.2
+    assert "over 30 samples of the data" in capsys.readouterr().out
+
+
+def test_lookup_table_takes_the_same_options(data, tiny_rules, tmp_path):
+    flags = [*data, *SHORT, "--features", "conditional", "--rule-path", str(tiny_rules), "--output_dir", str(tmp_path / "out")]
+    run_lp.main([*flags, "--solver", "lbfgs", "--pool", "mean", "--bootstrap", "3", "--max_train_samples", "100"])
+    record = record_of(tmp_path / "out", "probe_lbfgs_mean_pcfg_B.json")
+    assert record["value"] > record["majority"] and record["train_n"] == 100 and record["bootstrap"]["replicates"] == 3
+    run_lp.main([*flags, "--max_train_samples", "100"])
+    tables = []
+    for flag, part in (("--condprobfile_train", data[1]), ("--condprobfile_validation", data[3])):
+        lookup.main(["--rule-path", str(tiny_rules), "--datafile", part, "--save-path", str(tmp_path / f"{flag}.h5")])
+        tables += [flag, str(tmp_path / f"{flag}.h5")]
+    start = [*data, *SHORT, "--features", "conditional", *tables, "--output_dir", str(tmp_path / "out2")]
+    run_lp.main([*start, "--max_train_samples", "100"])
+    first, second = record_of(tmp_path / "out"), record_of(tmp_path / "out2")
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--bootstrap", "1"], "--bootstrap 1: give 2 or more"),
+        (["--bootstrap", "-5"], "--bootstrap -5"),
+        (["--features", "conditional", "--pool", "cls"], "--pool cls"),
+        (["--max_train_samples", "4", "--solver", "lbfgs"], "too few to hold some out"),
+    ],
+)
+def test_options_that_make_no_sense(model, data, flags, message):
+    with pytest.raises(InputError, match=message):
+        run_lp.main(["--model_name_or_path", str(model), *data, *SHORT, *flags])
+
+
 def test_lookup_table_errors(data, model, tiny_rules, tmp_path):
     base = [*data, *SHORT]
     rules, out = ["--rule-path", str(tiny_rules)], ["--output_dir", str(tmp_path / "out")]
@@ -125,6 +187,7 @@ def test_lookup_table_errors(data, model, tiny_rules, tmp_path):
         ([*conditional, *rules, *out, "--model_name_or_path", str(model)], "what is probed"),
         ([*rules, *out], "has no hidden states"),
         ([*conditional, *rules], "--output_dir"),
+        ([*conditional, *rules, *out, "--task_name", "qnli"], "--task_name: a lookup table"),
         ([*conditional, "--condprobfile_train", "x.h5", *out], "both --condprobfile_train and"),
         ([*conditional, *rules, "--output_dir", str(model)], "holds a model"),
         ([*conditional, *rules, *out, "--max_seq_length", "4"], "--max_seq_length 1?[0-9] or more, not 4"),
@@ -174,7 +237,7 @@ def test_overlap_and_unseen_labels_are_counted(model, data, tmp_path, capsys):
     text = "text,label\n" + "\n".join(lines) + "\ncat river,77\n"
     run_lp.main(["--model_name_or_path", str(model), *SHORT, *rewrite(data, tmp_path, text, part=3)])
     printed = capsys.readouterr().out
-    assert "3 of 4 sentences" in printed and "1 sentences of" in printed
+    assert "3 of 4 sentences" in printed and "1 of 4 sentences" in printed
     assert record_of(model)["overlap"] == 3
 
 
@@ -207,6 +270,7 @@ def test_model_errors(model, data, tmp_path):
         ["--max_seq_length", "2"],
         *(["--learning_rate", "-1"], ["--learning_rate", "nan"], ["--weight_decay", "nan"], ["--max_grad_norm", "inf"]),
         *(["--num_train_epochs", "nan"], ["--adam_beta1", "1"], ["--per_device_eval_batch_size", "0"], ["--eval_steps", "0"]),
+        *(["--solver", "sgd"], ["--pool", "max"], ["--max_train_samples", "1"]),
         *(["--gradient_accumulation_steps", "0"], ["--per_device_train_batch_size", "-2"], ["--seed", "-1"]),
     ],
 )
@@ -227,6 +291,7 @@ def test_help(capsys):
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert "--evaluation_strategy" in printed and "model and data" in printed
+    assert "Estimator: " in printed and "Liu et al. 2023" in printed
 
 
 @pytest.mark.parametrize(

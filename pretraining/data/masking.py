@@ -5,6 +5,9 @@ gets min(max_predictions, max(1, round(masked_lm_prob * (words + 2)))) masks, [C
 it has words. The masked positions are drawn uniformly without replacement; each becomes [MASK] with probability
 `mask_token_prob`, a uniformly drawn word with probability `random_token_prob`, and stays as it is otherwise.
 
+`mask_sentences` makes samples of text, `remask` gives samples other masks (dynamic masking, Liu et al., arXiv 1907.11692,
+section 4.1).
+
 With `single_mask` one position, uniform over the words, is replaced by [MASK]: the objective of Liu et al. (arXiv
 2210.14199), whose optimum is the conditional entropy, since no other word of the context is disturbed.
 """
@@ -15,7 +18,7 @@ import numba
 import numpy as np
 
 from pcfg.artefacts import InputError
-from pretraining.data.samples import Samples
+from pretraining.data.samples import ROWS_A_CHUNK, Samples
 from pretraining.data.vocabulary import Vocabulary
 
 
@@ -49,6 +52,29 @@ class MaskingRule:
             raise InputError(f"--mask_token_prob and --random_token_prob: their sum {total:g} is above 1; lower one")
         if self.max_predictions < 1:
             raise InputError(f"--max_predictions_per_seq: {self.max_predictions} is not 1 or more; give at least 1")
+
+    @classmethod
+    def from_attributes(cls, attributes: dict, source) -> "MaskingRule":
+        """The rule that a file of samples was made with.
+
+        Raises:
+            InputError: its attributes don't say, or say what can't be.
+        """
+        fields = {}
+        for field in dataclasses.fields(cls):
+            value = attributes.get(field.name)
+            kinds = int | float if field.type is float else field.type
+            if not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool):
+                raise InputError(
+                    f"{source}: its attribute {field.name} is {'missing' if value is None else repr(value)}, so that "
+                    "--dynamic_masking doesn't know how to mask; make the samples with generate_samples.py, or leave "
+                    "--dynamic_masking out"
+                )
+            fields[field.name] = value
+        try:
+            return cls(**fields)
+        except InputError as error:
+            raise InputError(f"{source}: attributes that are no masking rule: {error}") from None
 
     @property
     def width(self) -> int:
@@ -125,18 +151,70 @@ def mask_sentences(
         masked_lm_ids=np.empty((len(lengths), rule.width), dtype=np.int32),
     )
     _lay_out(flat, lengths, vocabulary.special_ids, samples.input_ids, samples.input_mask)
-    _mask(
-        lengths,
-        numbers,
-        bits,
-        rule.thresholds(),
-        vocabulary.ordinary_ids(),
-        vocabulary.mask_id,
-        samples.input_ids,
-        samples.masked_lm_positions,
-        samples.masked_lm_ids,
-    )
+    places = np.cumsum(numbers) - numbers
+    corrupted = (samples.input_ids, samples.masked_lm_positions, samples.masked_lm_ids)
+    _mask(lengths, numbers, places, bits, rule.thresholds(), vocabulary.ordinary_ids(), vocabulary.mask_id, *corrupted)
     return samples
+
+
+def remask(
+    samples: Samples, rule: MaskingRule, vocabulary: Vocabulary, rng: np.random.Generator, in_place: bool = False
+) -> Samples:
+    """The same sentences with new masks; the masks that `samples` has are undone first and have no effect.
+
+    Row r takes the numbers of `rng` from 2 * most * r on, with `most` the most masks that a sentence of T - 2 words gets: its
+    masks are a function of the generator's key, r and the sentence, whatever the other rows are.
+
+    Args:
+        samples: that `Samples.check` accepts.
+        vocabulary: of the samples.
+        rng: a new generator.
+        in_place: whether the array `samples.input_ids` may be taken for the result; else `samples` is not changed.
+
+    Returns:
+        Samples with `rule.width` columns of masks; `input_mask`, `segment_ids` and `attributes` are those of `samples`.
+    """
+    rows, width = samples.input_ids.shape
+    corrupted = (
+        samples.input_ids if in_place else np.empty_like(samples.input_ids),
+        np.empty((rows, rule.width), dtype=np.int32),
+        np.empty((rows, rule.width), dtype=np.int32),
+    )
+    number_of_masks = rule.number_of_masks(np.arange(1, width - 1))
+    most = int(number_of_masks.max())
+    thresholds, words = rule.thresholds(), vocabulary.ordinary_ids()
+    for first in range(0, rows, ROWS_A_CHUNK):  # of a size that the caches hold
+        block = slice(first, min(first + ROWS_A_CHUNK, rows))
+        input_ids, positions, ids = (array[block] for array in corrupted)
+        lengths = _restore(
+            samples.input_ids[block],
+            samples.input_mask[block],
+            samples.masked_lm_positions[block],
+            samples.masked_lm_ids[block],
+            input_ids,
+        )
+        places = np.arange(0, most * len(lengths), most)
+        bits = rng.integers(0, 2**64, size=(most * len(lengths), 2), dtype=np.uint64)
+        numbers = number_of_masks[lengths - 1]
+        _mask(lengths, numbers, places, bits, thresholds, words, vocabulary.mask_id, input_ids, positions, ids)
+    return Samples(corrupted[0], samples.input_mask, samples.segment_ids, *corrupted[1:], samples.attributes)
+
+
+@numba.njit(cache=True, nogil=True)
+def _restore(input_ids, input_mask, masked_lm_positions, masked_lm_ids, restored):
+    """Fill `restored` with `input_ids`, the true words at the masked positions; returns the words of each row, (n,) int32."""
+    lengths = np.empty(len(input_ids), dtype=np.int32)
+    for row in range(len(input_ids)):
+        tokens = 0
+        for column in range(input_ids.shape[1]):
+            restored[row, column] = input_ids[row, column]
+            tokens += input_mask[row, column]
+        for mask in range(masked_lm_positions.shape[1]):
+            if masked_lm_positions[row, mask] == 0:
+                break
+            restored[row, masked_lm_positions[row, mask]] = masked_lm_ids[row, mask]
+        lengths[row] = tokens - 2
+    return lengths
 
 
 @numba.njit(cache=True, nogil=True)
@@ -157,17 +235,18 @@ def _lay_out(flat, lengths, special_ids, input_ids, input_mask):
 
 
 @numba.njit(cache=True, nogil=True)
-def _mask(lengths, numbers, bits, thresholds, words, mask_id, input_ids, masked_lm_positions, masked_lm_ids):
+def _mask(lengths, numbers, places, bits, thresholds, words, mask_id, input_ids, masked_lm_positions, masked_lm_ids):
     """Replace `numbers` words of each row of `input_ids` and fill `masked_lm_positions` and `masked_lm_ids`.
 
-    The positions are drawn by Floyd's algorithm (Bentley and Floyd 1987): each set of them is equally likely. Mask m takes
-    the high halves of bits[m] for the position and for the random word, the low half of bits[m, 0] for what it becomes.
+    The positions are drawn by Floyd's algorithm (Bentley and Floyd 1987): each set of them is equally likely. A row's masks
+    take the rows of `bits` from `places` on: the high halves of bits[m] for the position and for the random word, the low
+    half of bits[m, 0] for what it becomes.
     """
     half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
     is_masked = np.zeros(input_ids.shape[1], dtype=np.bool_)
-    mask = 0
     for row in range(len(lengths)):
-        first, length = mask, lengths[row]
+        first, length = places[row], lengths[row]
+        mask = first
         for last in range(length - numbers[row], length):
             drawn = np.int64(((bits[mask, 0] >> half) * np.uint64(last + 1)) >> half)  # 0..last
             is_masked[1 + (last if is_masked[1 + drawn] else drawn)] = True

@@ -9,12 +9,21 @@
     masked_lm_ids           (n, P)  the words that stood there, 0 where there is no mask
 
 The file's attributes say how it was made; `REQUIRED_ATTRIBUTES` are what a reader needs to know that it fits.
+
+What a reader finds, before it hands out a sample: if the folder's `manifest_samples.json` lists the file, any changed byte,
+by its SHA-256. Of other files: broken structure; a damaged chunk, by zlib's Adler-32; missing or mistyped attributes; shapes
+that disagree; ids out of range, and whatever is not laid out as above (`Samples.check`); special tokens out of place
+(`Samples.check_vocabulary`). What nothing can tell then: a word that was replaced by another word in a chunk that is
+not compressed, a position moved to another word of the sentence there, and an attribute that still makes sense.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import re
+import struct
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,22 +31,20 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from pcfg.artefacts import InputError, atomic_open
+from pcfg.artefacts import InputError, atomic_open, read_json
+from pretraining.data.layout import (
+    DTYPES,
+    INPUT_RANGE,
+    MASKED_RANGE,
+    PROBLEMS,
+    first_problem,
+    first_stranger,
+    wrong_attribute,
+    wrong_shape,
+)
+from pretraining.data.vocabulary import Vocabulary
 
-DTYPES = {
-    "input_ids": np.int32,
-    "input_mask": np.int8,
-    "segment_ids": np.int8,
-    "masked_lm_positions": np.int32,
-    "masked_lm_ids": np.int32,
-}
-REQUIRED_ATTRIBUTES = {
-    "vocab_sha256": str,
-    "vocab_size": int | np.integer,
-    "max_seq_length": int | np.integer,
-    "source": str,
-    "source_sha256": str,
-}
+SAMPLES_MANIFEST = "manifest_samples.json"  # of generate_samples.py, beside its files
 SPLITS = ("train", "test")
 ROWS_A_CHUNK = 4096  # of the HDF5 datasets: about 100 kB once compressed, and one read serves many batches
 
@@ -69,69 +76,62 @@ class Samples:
         """Check shapes and values against the layout that the module describes.
 
         Raises:
-            InputError: an attribute is missing or of the wrong type, shapes disagree, ids are out of range, or masks stand
-                outside the sentence.
+            InputError: an attribute is missing or of the wrong type, shapes disagree, ids are out of range, padding is not
+                [PAD], or masks stand outside the sentence.
         """
-        problem = self._wrong_attribute() or self._wrong_shape() or self._wrong_tokens() or self._wrong_masks()
-        if problem:
-            raise InputError(f"{source}: {problem}; make the samples again with generate_samples.py")
+        shapes = {name: getattr(self, name).shape for name in DTYPES}
+        problem = wrong_attribute(self.attributes) or wrong_shape(shapes, self.attributes) or self._wrong_type()
+        if not problem:
+            arrays = (getattr(self, name) for name in DTYPES)
+            problem = self._describe(*first_problem(*arrays, int(self.attributes["vocab_size"])))
+        _refuse(source, problem)
 
-    def _wrong_attribute(self) -> str | None:
-        for name, kind in REQUIRED_ATTRIBUTES.items():
-            if name not in self.attributes:
-                return f"attribute {name} is missing"
-            if not isinstance(self.attributes[name], kind):
-                return f"attribute {name} is {self.attributes[name]!r}, of the wrong type"
+    def check_vocabulary(self, vocabulary: Vocabulary, source) -> None:
+        """Check that samples which `check` accepts were made with `vocabulary` and have its special tokens in their places.
+
+        [UNK] may be anywhere: it is a word of samples that other programs made. What replaces a masked word may be anything.
+
+        Raises:
+            InputError: another vocabulary; no [CLS] or [SEP] at an end; [CLS], [SEP] or [MASK] as a word that is not masked
+                or as the true word of one that is.
+        """
+        check_same_vocabulary(self.attributes, vocabulary, source)
+        is_special = np.zeros(vocabulary.size, dtype=np.bool_)
+        is_special[[vocabulary.pad_id, vocabulary.cls_id, vocabulary.sep_id, vocabulary.mask_id]] = True
+        arrays = (self.input_ids, self.input_mask, self.masked_lm_positions, self.masked_lm_ids)
+        _refuse(source, self._describe(*first_stranger(*arrays, is_special, vocabulary.cls_id, vocabulary.sep_id)))
+
+    def _wrong_type(self) -> str | None:
+        for name, dtype in DTYPES.items():
+            if getattr(self, name).dtype != dtype:
+                return f"{name} is of {getattr(self, name).dtype}, not of {dtype.__name__}"
         return None
 
-    def _wrong_shape(self) -> str | None:
-        arrays = {name: getattr(self, name) for name in DTYPES}
-        for name, array in arrays.items():
-            if array.ndim != 2 or array.shape[1] == 0 or array.dtype != DTYPES[name]:
-                wanted = f"two dimensions of {DTYPES[name].__name__}"
-                return f"{name} has shape {array.shape} and type {array.dtype}, not {wanted}"
-        rows, width = self.input_ids.shape
-        if rows == 0:
-            return "no samples"
-        if width != self.attributes["max_seq_length"]:
-            return f"input_ids has {width} columns, the attribute max_seq_length is {self.attributes['max_seq_length']}"
-        for name, array in arrays.items():
-            expected = self.masked_lm_positions.shape if name.startswith("masked_lm") else self.input_ids.shape
-            if array.shape != (rows, expected[1]):
-                return f"{name} has shape {array.shape}, expected {(rows, expected[1])}"
-        return None
+    def _describe(self, problem: int, row: int) -> str | None:
+        """A number of `PROBLEMS` in words, None for 0."""
+        if problem in (INPUT_RANGE, MASKED_RANGE):
+            ids = self.input_ids if problem == INPUT_RANGE else self.masked_lm_ids
+            return PROBLEMS[problem].format(low=ids.min(), high=ids.max(), size=self.attributes["vocab_size"])
+        return f"sample {row}: {PROBLEMS[problem]}" if problem else None
 
-    def _wrong_tokens(self) -> str | None:
-        for name in ("input_ids", "masked_lm_ids"):
-            low, high, size = getattr(self, name).min(), getattr(self, name).max(), self.attributes["vocab_size"]
-            if low < 0 or high >= size:
-                return f"{name} has ids from {low} to {high}, the vocabulary has {size} entries"
-        if self.segment_ids.any():
-            return "segment_ids is not 0 everywhere; the models know one segment"
-        lengths = np.count_nonzero(self.input_mask, axis=1)  # (n,), [CLS] and [SEP] included
-        sentence = np.arange(self.input_mask.shape[1]) < lengths[:, None]  # (n, T)
-        bad = (self.input_mask != sentence).any(axis=1) | (lengths < 3)
-        if bad.any():
-            return f"sample {bad.argmax()}: input_mask is not 1 at [CLS], one word or more and [SEP], then 0"
-        return None
 
-    def _wrong_masks(self) -> str | None:
-        positions = self.masked_lm_positions
-        lengths = self.input_mask.sum(axis=1, dtype=np.int32)
-        is_mask = np.arange(positions.shape[1]) < np.count_nonzero(positions, axis=1)[:, None]  # (n, P)
-        outside = ((positions < 1) | (positions > lengths[:, None] - 2)) & is_mask
-        out_of_order = (positions[:, 1:] <= positions[:, :-1]) & is_mask[:, 1:]
-        unused = ~is_mask & ((positions != 0) | (self.masked_lm_ids != 0))
-        for bad, what in (
-            (outside, "a masked position is outside the words of the sentence"),
-            (out_of_order, "masked positions don't ascend"),
-            (unused, "masked positions or ids are not 0 after the last mask"),
-            (~is_mask[:, :1], "no masked position"),
-            (is_mask & (self.masked_lm_ids == 0), "a masked id is 0, [PAD]"),
-        ):
-            if bad.any():
-                return f"sample {bad.any(axis=1).argmax()}: {what}"
-        return None
+def _refuse(source, problem: str | None) -> None:
+    """Raise an `InputError` about samples if there is a problem."""
+    if problem:
+        raise InputError(f"{source}: {problem}; make the samples again with generate_samples.py")
+
+
+def check_same_vocabulary(attributes: dict, vocabulary: Vocabulary, source) -> None:
+    """Check that samples with these attributes were made with `vocabulary`.
+
+    Raises:
+        InputError: they were not.
+    """
+    if (attributes["vocab_sha256"], attributes["vocab_size"]) != (vocabulary.sha256, vocabulary.size):
+        raise InputError(
+            f"{source}: made with another vocabulary (hash {attributes['vocab_sha256'][:12]}) than the tokenizer's "
+            f"({vocabulary.size} entries, hash {vocabulary.sha256[:12]}); give --tokenizer_name the one of the samples"
+        )
 
 
 def write_samples(path, blocks: Iterable[Samples]) -> None:
@@ -218,35 +218,127 @@ def _deflated_zeros(number: int) -> bytes:
     return compressor.compress(bytes(number)) + compressor.flush()
 
 
+# What h5py raises where the bytes of a file make no sense.
+HDF5_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, OverflowError, MemoryError)
+
+
 def read_samples(path) -> Samples:
     """The samples in an HDF5 file.
 
+    The file is read once: the bytes that are compared with the manifest are those that the samples are taken from.
+
     Raises:
-        InputError: no such file, not HDF5 or damaged, a dataset missing or not of integers that fit, or `Samples.check`
-            refuses it.
+        InputError: no such file, not the one that the folder's manifest lists, not HDF5 or damaged, a dataset missing or not
+            of integers that fit, or `Samples.check` refuses it.
     """
-    again = "make it again with generate_samples.py"
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; {again}")
-    try:
-        with h5py.File(path, "r") as file:
-            arrays = {}
-            for name, dtype in DTYPES.items():
-                dataset = file.get(name)
-                if not isinstance(dataset, h5py.Dataset):
-                    raise InputError(f"{path}: dataset {name} is missing; {again}")
-                if dataset.dtype.kind not in "iu":
-                    raise InputError(f"{path}: dataset {name} is of {dataset.dtype}, not of integers; {again}")
-                stored = dataset[()]
-                arrays[name] = stored.astype(dtype, copy=False)
-                if not np.array_equal(arrays[name], stored):
-                    raise InputError(f"{path}: dataset {name} has values beyond {dtype.__name__}; {again}")
-            attributes = {name: _plain(value) for name, value in file.attrs.items()}
-    except OSError as error:
-        raise InputError(f"{path}: not a readable HDF5 file ({error}); {again}") from error
-    samples = Samples(**arrays, attributes=attributes)
+    with _open(path) as file:
+        samples = _parse(file, path)
     samples.check(path)
     return samples
+
+
+def read_attributes(path) -> dict:
+    """The attributes of a file of samples, in the time that its hash takes.
+
+    Raises:
+        InputError: as `read_samples`, as far as it shows without the samples.
+    """
+    with _open(path) as file:
+        attributes = _attributes(file)
+    _refuse(path, wrong_attribute(attributes))
+    return attributes
+
+
+@contextlib.contextmanager
+def _open(path):
+    """The HDF5 file of the bytes at `path`, in memory; what h5py says while it is open becomes an `InputError`."""
+    content = _verified(Path(path))
+    if _has_broken_heap(content):
+        _refuse(path, "not a readable HDF5 file (damaged heap)")
+    try:
+        with h5py.File.in_memory(content) as file:
+            del content  # HDF5 has its own copy
+            yield file
+    except HDF5_ERRORS as error:
+        _refuse(path, f"not a readable HDF5 file ({error})")
+
+
+def _verified(path: Path) -> bytes:
+    """The bytes of a file, once they are known to be those that the manifest beside it lists, if it lists the file."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; make it with generate_samples.py") from None
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}); make it again with generate_samples.py") from error
+    listed = _listed(path)
+    if listed is not None and listed != hashlib.sha256(content).hexdigest():
+        raise InputError(
+            f"{path}: damaged, or not the file that {SAMPLES_MANIFEST} beside it lists ({len(content)} bytes of another "
+            "SHA-256); make it again with generate_samples.py, or move samples that are not of this set to another folder"
+        )
+    return content
+
+
+def _listed(path: Path) -> str | None:
+    """The SHA-256 of `path` in the manifest beside it; None without a manifest, or if it doesn't list the file."""
+    manifest = path.parent / SAMPLES_MANIFEST
+    if not manifest.exists():
+        return None
+    try:
+        files = read_json(manifest)["files"]
+        return str(files[path.name]["sha256"]) if path.name in files else None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{manifest}: damaged; delete it and run generate_samples.py again") from error
+
+
+def _has_broken_heap(content: bytes) -> bool:
+    """Whether a global heap of an HDF5 file, where the text of its attributes stands, is damaged.
+
+    HDF5 2.0 walks from object to object by their sizes without a check, and never returns from one of size 0. (HDF5 File
+    Format Specification, III.E: signature, version and size of a collection; index, references and size of an object.)
+    """
+    for heap in re.finditer(rb"GCOL\x01\0\0\0", content):
+        place, end = heap.end() + 8, heap.start() + int.from_bytes(content[heap.end() : heap.end() + 8], "little")
+        if end > len(content):
+            return True
+        while place + 16 <= end:
+            index, size = struct.unpack_from("<H6xQ", content, place)
+            step = 16 + (size + 7) // 8 * 8 if index else size  # index 0: the free space, its header counted
+            if step < 16 or place + step > end:
+                return True
+            place += step
+    return False
+
+
+# Of attributes that are read. HDF5 2.0 crashes on lists of variable length whose type is damaged; nothing here is one.
+_ATTRIBUTE_TYPES = (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID, h5py.h5t.TypeStringID)
+
+
+def _attributes(file: h5py.File) -> dict:
+    """The numbers, booleans and strings among the attributes of a file."""
+    types = {name: file.attrs.get_id(name).get_type() for name in file.attrs}
+    return {name: _plain(file.attrs[name]) for name, kind in types.items() if isinstance(kind, _ATTRIBUTE_TYPES)}
+
+
+def _parse(file: h5py.File, path) -> Samples:
+    """The samples of an open file; its shapes are checked before anything is allocated for them."""
+    datasets = {name: file.get(name) for name in DTYPES}
+    for name, dataset in datasets.items():
+        if not isinstance(dataset, h5py.Dataset):
+            _refuse(path, f"dataset {name} is missing")
+        if dataset.dtype.kind not in "iu":
+            _refuse(path, f"dataset {name} is of {dataset.dtype}, not of integers")
+    attributes = _attributes(file)
+    shapes = {name: dataset.shape or () for name, dataset in datasets.items()}
+    _refuse(path, wrong_attribute(attributes) or wrong_shape(shapes, attributes))
+    arrays = {}
+    for name, dtype in DTYPES.items():
+        stored = datasets[name][()]
+        arrays[name] = stored.astype(dtype, copy=False)
+        if stored.dtype != dtype and not np.array_equal(arrays[name], stored):
+            _refuse(path, f"dataset {name} has values beyond {dtype.__name__}")
+    return Samples(**arrays, attributes=attributes)
 
 
 def _plain(value):
@@ -269,6 +361,13 @@ def sample_paths(folder, split: str) -> list[Path]:
     Args:
         split: "train" or "test".
     """
-    pattern = re.compile(re.escape(split) + r"_shard_(\d+)\.hdf5")
-    numbered = [(pattern.fullmatch(path.name), path) for path in Path(folder).glob(f"{split}_shard_*.hdf5")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
+    paths = [path for path in Path(folder).glob(f"{split}_shard_*.hdf5") if _SHARD.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: (shard_number(path), path))
+
+
+_SHARD = re.compile(r"\w+_shard_(\d+)\.hdf5")
+
+
+def shard_number(path: Path) -> int:
+    """The number k in a name that `sample_name` gives."""
+    return int(_SHARD.fullmatch(path.name)[1])

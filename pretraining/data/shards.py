@@ -20,7 +20,6 @@ from pretraining.data.vocabulary import Vocabulary
 
 SPLITS = {"training": "train", "test": "test"}  # of text files -> of sample files
 TEXT_MANIFEST = "manifest_pretraining.json"
-SAMPLES_MANIFEST = "manifest_samples.json"
 ROWS_A_BLOCK = 4 * ROWS_A_CHUNK  # samples that are in memory at once, uncompressed
 
 

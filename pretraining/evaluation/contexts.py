@@ -58,18 +58,11 @@ class Contexts:
         """(sentences + 1,) int64: the contexts of sentence i are offsets[i] .. offsets[i + 1] - 1."""
         return np.concatenate([[0], np.cumsum(self.counts)])
 
-    def batches(self, size: int, window: int = 4096) -> list[np.ndarray]:
-        """Batches of at most `size` contexts, each context once.
-
-        A batch stays within `window` consecutive sentences, which bounds what else must be read for it, and is sorted by
-        length there, so that little is padded.
-        """
-        batches, offsets = [], self.offsets
-        for low in range(0, len(self.lengths), window):
-            inside = np.arange(offsets[low], offsets[min(low + window, len(self.lengths))])
-            inside = inside[np.argsort(self.lengths[self.sentence[inside]], kind="stable")]
-            batches += [inside[start : start + size] for start in range(0, len(inside), size)]
-        return batches
+    def batches(self, chosen: np.ndarray, size: int) -> list[np.ndarray]:
+        """The contexts `chosen`, in batches of at most `size` that are of one length each, so that nothing is padded."""
+        lengths = self.lengths[self.sentence[chosen]]
+        of_length = [chosen[lengths == length] for length in np.unique(lengths)]
+        return [same[start : start + size] for same in of_length for start in range(0, len(same), size)]
 
 
 def from_texts(texts: list[str], vocabulary: Vocabulary, source) -> Contexts:

@@ -1,10 +1,10 @@
-"""What the two downstream measurements have in common: command-line arguments, labelled data and the record of accuracies."""
+"""What the two downstream measurements have in common: command-line arguments and the record of accuracies."""
 
 import argparse
 import dataclasses
 import math
 import time
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from transformers import HfArgumentParser, TrainingArguments
@@ -12,12 +12,8 @@ from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from pcfg.artefacts import InputError
-from pcfg.text import read_labelled
-from pretraining.data.vocabulary import check_single_tokens, resolve_tokenizer
-from pretraining.evaluation.contexts import Contexts, check_length, from_texts
-from pretraining.evaluation.records import describe_file, is_measured, write_record
-from pretraining.model.checkpoints import load_vocabulary
-from pretraining.model.config import ModelConfig
+from pretraining.evaluation.records import is_measured, write_record
+from pretraining.evaluation.tasks import GLUE, Task
 
 SEEDS = 1 << 32  # numpy, which the Trainer seeds, knows no more
 
@@ -39,10 +35,22 @@ class DownstreamArguments:
     tokenizer_name: str | None = HfArg(
         default=None, help="tokenizer, looked up in the model folder first; it must have the model's vocabulary"
     )
-    train_file: str = HfArg(help="CSV file text,label to train on")
-    validation_file: str = HfArg(help="CSV file text,label to measure the accuracy on")
+    task_name: str | None = HfArg(
+        default=None,
+        help=f"a GLUE task ({', '.join(GLUE)}), from the hub or from files with its columns",
+    )
+    train_file: str | None = HfArg(default=None, help="file to train on: CSV text,label; or, with --task_name, GLUE's columns")
+    validation_file: str | None = HfArg(default=None, help="file to measure the accuracy on, of the same kind")
+    max_train_samples: int | None = HfArg(default=None, help="train on the first ones of the training file only; default: all")
     max_seq_length: int = HfArg(
-        default=32, help="positions of the concatenated features, in tokens with [CLS] and [SEP]; nothing is ever cut"
+        default=32,
+        help="positions of the concatenated features, in tokens with [CLS] and [SEP]; a longer sentence is an error, or is cut "
+        "in natural text",
+    )
+    tokenization: Literal["auto", "words", "pieces"] = HfArg(
+        default="auto",
+        help="words: one token a word, an unknown one is an error; pieces: natural text, the tokenizer splits words, and "
+        "what is unknown or cut is counted; auto: pieces with --task_name",
     )
     seeds: str | None = HfArg(
         default=None,
@@ -110,7 +118,7 @@ def parse_arguments(parser: HfArgumentParser, arguments: list[str] | None) -> tu
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     # What the parser makes of the defaults: argparse converts those that are strings.
-    defaults = vars(parser.parse_args(["--train_file", "", "--validation_file", ""]))
+    defaults = vars(parser.parse_args([]))
     training_names = {field.name for field in dataclasses.fields(DownstreamTrainingArguments)}
     given = {
         name: value for name, value in sorted(vars(namespace).items()) if name in training_names and value != defaults[name]
@@ -122,6 +130,8 @@ def parse_arguments(parser: HfArgumentParser, arguments: list[str] | None) -> tu
         options, training = parser.parse_dict(vars(namespace))
     except (ValueError, TypeError) as error:
         parser.error(str(error))
+    if options.max_train_samples is not None and options.max_train_samples < 2:
+        parser.error(f"--max_train_samples: {options.max_train_samples} is less than 2, one sentence of each of two classes")
     if options.max_seq_length < 3:
         parser.error(f"--max_seq_length: {options.max_seq_length} is less than 3, the room for [CLS], a word and [SEP]")
     return options, training, given
@@ -162,131 +172,32 @@ def training_steps(training: TrainingArguments, sentences: int) -> int:
     return steps
 
 
-@dataclasses.dataclass
-class Task:
-    """Labelled sentences to train on and to measure on.
-
-    Args:
-        name: stem of the training file.
-        train_texts, validation_texts: sentences.
-        train_labels, validation_labels: (sentences,) int64 indices into `classes`.
-        classes: the labels that occur, sorted.
-        majority: share of validation sentences with the most frequent training label: what no features give.
-        overlap: number of validation sentences that are also training sentences.
-    """
-
-    name: str
-    train_file: Path
-    validation_file: Path
-    train_texts: list[str]
-    validation_texts: list[str]
-    train_labels: np.ndarray
-    validation_labels: np.ndarray
-    classes: list[int]
-    majority: float
-    overlap: int
-
-    def inputs(self) -> dict:
-        """The files, for a record."""
-        return {"train": describe_file(self.train_file), "validation": describe_file(self.validation_file)}
-
-
-def read_task(train_file, validation_file) -> Task:
-    """Read and check the two files of a task; prints a warning for sentences that are in both.
-
-    Raises:
-        InputError: a file or a column is missing, a label is no integer, or there is one class only.
-    """
-    train_texts, train = read_labelled(train_file)
-    validation_texts, validation = read_labelled(validation_file)
-    if len(set(train)) < 2:
-        raise InputError(f"{train_file}: all labels are {train[0]}; a task needs at least 2 classes")
-    classes = sorted({*train, *validation})
-    train_labels, validation_labels = np.searchsorted(classes, train), np.searchsorted(classes, validation)
-    seen, shared = set(train), set(train_texts)
-    unseen = sum(label not in seen for label in validation)
-    if unseen:
-        print(f"warning: {unseen} sentences of {validation_file} have a label that no training sentence has")
-    overlap = sum(text in shared for text in validation_texts)
-    if overlap:
-        print(f"warning: {overlap} of {len(validation)} sentences of {validation_file} are also in {train_file}")
-    majority = float((validation_labels == np.bincount(train_labels).argmax()).mean())
-    return Task(
-        Path(train_file).stem,
-        Path(train_file),
-        Path(validation_file),
-        train_texts,
-        validation_texts,
-        train_labels,
-        validation_labels,
-        classes,
-        majority,
-        overlap,
-    )
-
-
-def check_max_seq_length(words: np.ndarray, max_seq_length: int, source) -> None:
-    """Refuse sentences that need more positions than there are.
-
-    Args:
-        words: (sentences,) words of each sentence.
-
-    Raises:
-        InputError: names the sentence and the length needed.
-    """
-    longest = int(np.argmax(words))
-    if words[longest] + 2 > max_seq_length:
-        raise InputError(
-            f"{source}: sentence {longest + 1} has {words[longest]} words; with [CLS] and [SEP] it needs "
-            f"--max_seq_length {words[longest] + 2} or more, not {max_seq_length}"
-        )
-
-
-def encode_task(task: Task, folder: Path, config: ModelConfig, options: DownstreamArguments) -> tuple[Contexts, Contexts]:
-    """The sentences of `task` as inputs of the model in `folder`: training part, validation part.
-
-    Raises:
-        InputError: the tokenizer is another one, a word is unknown or split, or a sentence is too long.
-    """
-    vocabulary = load_vocabulary(folder)
-    if options.tokenizer_name is not None:
-        tokenizer = resolve_tokenizer(options.tokenizer_name, [folder])
-        if tokenizer.get_vocab() != vocabulary.ids:
-            raise InputError(
-                f"--tokenizer_name {options.tokenizer_name}: its {len(tokenizer)} words are not the {vocabulary.size} of "
-                f"the model in {folder}; leave the flag out to take the model's own"
-            )
-        words = sorted({word for text in (*task.train_texts, *task.validation_texts) for word in text.split()})
-        check_single_tokens(tokenizer, words)
-    parts = []
-    for texts, source in ((task.train_texts, task.train_file), (task.validation_texts, task.validation_file)):
-        contexts = from_texts(texts, vocabulary, source)
-        check_max_seq_length(contexts.lengths - 2, options.max_seq_length, source)
-        check_length(contexts, config, source)
-        parts.append(contexts)
-    return parts[0], parts[1]
+def data_arguments(options: DownstreamArguments, seeds: list[int]) -> dict:
+    """What a record keeps of the flags on data and seeds."""
+    names = ("max_seq_length", "max_train_samples", "tokenization")
+    return {**{name: getattr(options, name) for name in names}, "seeds": seeds}
 
 
 def measure_accuracy(folder, name: str, measurement: str, task: Task, seeds: list[int], run, **record) -> dict | None:
     """Measure over seeds and write record `name` of `folder`, unless it is there already; None if so.
 
-    `value` is the mean over seeds of the accuracy at the end of training, which is never chosen on the validation sentences.
-    `standard_error` is over seeds (None with one seed); `sampling_standard_error` is sqrt(a (1 - a) / n), how far the
-    accuracy of another validation sample of n sentences would be.
+    `value` is the mean over seeds of the accuracy at the end of training. `standard_error` is over seeds (None with one seed);
+    `sampling_standard_error` is sqrt(a (1 - a) / n), how far the accuracy of another validation sample of n sentences would be.
 
     Args:
-        run: from the list of seeds to one dict a seed: "last" and "best" accuracy, on the training part "train".
+        run: from the list of seeds to one dict a seed ("last" and "best" accuracy, on the training part "train") and a dict of
+            further details of the record.
         record: inputs, arguments, device, `overwrite` and further details of the record.
 
     Raises:
         InputError: the record was made otherwise and `overwrite` is not set.
     """
     if is_measured(folder, name, record["inputs"], record["arguments"], record.pop("overwrite")):
-        print(f"{folder}: {name} is measured already, skipped")
+        print(f"{folder}: {name} is measured already, skipped (--overwrite measures again)")
         return None
     started = time.monotonic()
-    runs = run(seeds)
-    last, n = np.array([result["last"] for result in runs]), len(task.validation_labels)
+    runs, details = run(seeds)
+    last, n = np.array([result["last"] for result in runs]), len(task.validation)
     value = float(last.mean())
     over_seeds = float(last.std(ddof=1) / np.sqrt(len(last))) if len(last) > 1 else None
     written = write_record(
@@ -306,14 +217,23 @@ def measure_accuracy(folder, name: str, measurement: str, task: Task, seeds: lis
         train_accuracies=[result["train"] for result in runs],
         majority=task.majority,
         classes=len(task.classes),
-        train_n=len(task.train_labels),
+        train_n=len(task.train),
         overlap=task.overlap,
         seconds=time.monotonic() - started,
+        **details,
         **record,
     )
-    error = "no standard error with one seed" if over_seeds is None else f"± {100 * over_seeds:.2f} over {len(last)} seeds"
-    print(
-        f"{folder}: {measurement} {task.name}: accuracy {100 * value:.2f}% ({error}; "
-        f"± {100 * written['sampling_standard_error']:.2f} for {n} sentences; majority {100 * task.majority:.2f}%)"
-    )
+    print(f"{folder}: {measurement} {task.name}: {describe_accuracy(written)}")
     return written
+
+
+def describe_accuracy(record: dict) -> str:
+    """One line on an accuracy and its errors, in %."""
+    errors = ["no standard error with one seed"]
+    if record["standard_error"] is not None:
+        errors = [f"± {100 * record['standard_error']:.2f} over {len(record['accuracies'])} seeds"]
+    errors.append(f"± {100 * record['sampling_standard_error']:.2f} for {record['n']} sentences")
+    if bootstrap := record.get("bootstrap"):
+        errors.append(f"± {100 * bootstrap['standard_error']:.2f} over {bootstrap['replicates']} samples of the data")
+    errors.append(f"majority {100 * record['majority']:.2f}%")
+    return f"accuracy {100 * record['value']:.2f}% ({'; '.join(errors)})"

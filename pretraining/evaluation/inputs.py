@@ -27,10 +27,20 @@ def device(text: str) -> str:
     return text
 
 
-def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that the measurements share."""
+def add_input_arguments(parser: argparse.ArgumentParser, pairs: bool = False) -> None:
+    """The flags that the measurements share; with `pairs` also --compare, in place of --model-path."""
     group = parser.add_argument_group("what is measured, and on what")
-    group.add_argument("--model-path", required=True, help="a model folder, or a folder that holds model folders at any depth")
+    models = group.add_mutually_exclusive_group(required=True) if pairs else group
+    models.add_argument(
+        "--model-path", required=not pairs, help="a model folder, or a folder that holds model folders at any depth"
+    )
+    if pairs:
+        models.add_argument(
+            "--compare",
+            nargs=2,
+            metavar=("MODEL_A", "MODEL_B"),
+            help="two model folders: the difference of their gaps, A's minus B's, on the same sentences",
+        )
     group.add_argument(
         "--datafile",
         required=True,
@@ -64,7 +74,7 @@ class Inputs:
     described: dict
 
 
-def _table_columns(table, vocabulary, source) -> np.ndarray:
+def table_columns(table, vocabulary, source) -> np.ndarray:
     """(words,) int64: the vocabulary id of each word of a lookup table."""
     missing = [word for word in table.words if word not in vocabulary.ids]
     if missing:
@@ -96,7 +106,7 @@ def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None)
     beside = [data.parent, data.resolve().parent.parent] if data.suffix in HDF5_SUFFIXES else [data.parent]
     vocabulary_path = find_vocabulary(arguments.vocabfile, beside)
     vocabulary = Vocabulary.read(vocabulary_path)
-    described = {"data": describe_file(data), "vocabulary": vocabulary.sha256}
+    described = {"data": describe_file(data), "vocabulary": {"sha256": vocabulary.sha256}}
     if data.suffix in HDF5_SUFFIXES:
         if arguments.condprobfile or arguments.rule_path:
             flag = "--condprobfile" if arguments.condprobfile else "--rule-path"
@@ -110,13 +120,13 @@ def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None)
         source = arguments.condprobfile
         table = LookupTable.open(source)
         table.check_text(data)
-        described["conditionals"] = {"grammar": table.grammar_sha256}
+        described["conditionals"] = {"grammar_sha256": table.grammar_sha256}
     elif arguments.rule_path:
         source = find_rules(arguments.rule_path)
         grammar = Grammar.read(source)
         table = LookupTable.compute(grammar, texts, data)
-        described["conditionals"] = {"grammar": grammar.sha256}
+        described["conditionals"] = {"grammar_sha256": grammar.sha256}
     if table is not None:
-        columns = _table_columns(table, vocabulary, source)
+        columns = table_columns(table, vocabulary, source)
         _check_sentences(table, contexts, columns, source)
     return Inputs(vocabulary, vocabulary_path, contexts, table, columns, described)

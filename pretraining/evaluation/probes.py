@@ -1,137 +1,111 @@
-"""Linear probe: a linear classifier on frozen features, trained with AdamW on features that are computed once.
+"""Linear probe: a linear classifier on frozen features, which are computed once.
 
-Liu et al. 2023, section 3 (linear probe on the concatenated token representations, AdamW). The head minimises the mean
-cross-entropy of softmax(W x + b); weight decay acts on W only, as in transformers' Trainer.
+Liu et al. 2023, section 3 (linear probe on the concatenated token representations, AdamW). What the features are is told in
+`pretraining.evaluation.heads`, what is fitted to them and how in `pretraining.evaluation.solvers`.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from tqdm import trange
-from transformers import TrainingArguments, get_scheduler
-from transformers.trainer_utils import IntervalStrategy
+from transformers import TrainingArguments
 
-from pcfg.artefacts import InputError, keyed_rng, read_json, write_json
+from pcfg.artefacts import InputError, read_json, write_json
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
-from pretraining.evaluation.downstream import (
-    Task,
-    check_max_seq_length,
-    encode_task,
-    measure_accuracy,
-    parse_seeds,
-    training_steps,
-)
-from pretraining.evaluation.heads import conditional_features, hidden_features, linear_head, table_features
+from pretraining.evaluation.downstream import data_arguments, measure_accuracy, parse_seeds
+from pretraining.evaluation.heads import conditional_features, feature_width, hidden_features, table_features
 from pretraining.evaluation.records import describe_model
+from pretraining.evaluation.solvers import (
+    ProbeData,
+    accuracy,
+    bootstrap,
+    choose_strength,
+    correct,
+    fit_adamw,
+    fit_lbfgs,
+    standardise,
+)
+from pretraining.evaluation.tasks import Task, check_max_seq_length, encode_task
 from pretraining.model.checkpoints import FACTS_FILE, is_model_folder, load_model
 
 LOOKUP_TABLE = "lookup table"  # the name in args.json by which the report knows it
-# The training flags that a probe depends on; the rest of TrainingArguments is about the Trainer, which it does not use.
+# The training flags that AdamW depends on here; the rest of TrainingArguments is about the Trainer, which a probe does not use.
 FLAGS = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "eval_strategy", "eval_steps"),
 )
 # Flags that have no bearing on the result of a probe either way.
-HARMLESS = {"per_device_eval_batch_size", "output_dir", "seed", "do_train", "do_eval", "report_to", "disable_tqdm"}
+HARMLESS = {"per_device_eval_batch_size", "output_dir", "seed", "do_train", "do_eval", "report_to", "disable_tqdm", "use_cpu"}
 
 
-def fit_probe(features, labels, validation_features, validation_labels, classes: int, training, seed: int) -> dict:
-    """Train a linear head on fixed features.
+def ineffective_flags(given: dict, solver: str) -> list[str]:
+    """The training flags in `given` that a probe by `solver` does not follow."""
+    return sorted(given.keys() - set(FLAGS if solver == "adamw" else ()) - HARMLESS)
 
-    Args:
-        features, validation_features: (n, width) float32.
-        labels, validation_labels: (n,) int64 in 0 .. classes - 1.
-        training: `TrainingArguments`; those in `FLAGS` are used. A batch has per_device_train_batch_size x
-            gradient_accumulation_steps sentences, the last of an epoch what is left.
-        seed: of initialisation and order.
+
+def record_name(options, task: Task, is_table: bool = False) -> str:
+    """`probe_TASK.json`, with what is not the default before the task: conditional features of a model, lbfgs, the pooling."""
+    features = "hidden" if is_table else options.features  # a table has one kind of them only
+    choices = (features, "hidden"), (options.solver, "adamw"), (options.pool, "concat")
+    return "_".join(["probe", *(choice for choice, default in choices if choice != default), task.name]) + ".json"
+
+
+def fit(data: ProbeData, options, training: TrainingArguments, seeds: list[int]) -> tuple[list[dict], dict]:
+    """Fit the probe once a seed, and to resampled sentences for --bootstrap.
 
     Returns:
-        "last" and "best" validation accuracy (best over the evaluations of --eval_strategy and the last) and "train", the
-        last accuracy on the training part.
+        One dict a seed: "last" and "best" validation accuracy, "train", the accuracy on the training part; and further details
+        of the record.
     """
-    device = training.device
-    batch_size = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    steps_an_epoch = math.ceil(len(labels) / batch_size)
-    steps = training_steps(training, len(labels))
-    head = linear_head(features.shape[1], classes, seed).to(device)
-    optimizer, scheduler = _optimizer(head, training, steps)
-    every = _evaluation_interval(training, steps_an_epoch)
-    best, step = 0.0, 0
-    with trange(steps, desc=f"probe, seed {seed}", unit="step", leave=False) as progress:
-        for epoch in range(math.ceil(steps / steps_an_epoch)):
-            order = torch.from_numpy(keyed_rng(seed, "probe-order", epoch).permutation(len(labels)))
-            for batch in order.split(batch_size)[: steps - step]:
-                loss = F.cross_entropy(head(features[batch].to(device)), labels[batch].to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                if training.max_grad_norm > 0:
-                    torch.nn.utils.clip_grad_norm_(head.parameters(), training.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                step += 1
-                progress.update()
-                if every and step % every == 0 and step < steps:
-                    best = max(best, accuracy(head, validation_features, validation_labels))
-    last = accuracy(head, validation_features, validation_labels)
-    return {"last": last, "best": max(best, last), "train": accuracy(head, features, labels)}
+    if options.solver == "lbfgs":
+        standardise(data)
+        heads, details, refit = _optima(data, seeds)
+        bests = [0.0] * len(heads)
+    else:
+        heads, bests = zip(*(fit_adamw(data, training, seed) for seed in seeds), strict=True)
+        details = {}
+
+        def refit(drawn):
+            return fit_adamw(data, training, seeds[0], drawn)[0]
+
+    right = [correct(head, data.validation_features, data.validation_labels).numpy() for head in heads]
+    runs = []
+    for head, best, is_right in zip(heads, bests, right, strict=True):
+        last = int(is_right.sum()) / len(is_right)
+        runs.append({"last": last, "best": max(best, last), "train": accuracy(head, data.features, data.labels)})
+    if options.bootstrap:
+        details["bootstrap"] = bootstrap(data, np.mean(right, axis=0), refit, options.bootstrap, seeds[0])
+    return runs, details
 
 
-def _optimizer(head, training: TrainingArguments, steps: int) -> tuple:
-    """AdamW on the head and the schedule of the learning rate over `steps`."""
-    groups = [
-        {"params": [head.weight], "weight_decay": training.weight_decay},
-        {"params": [head.bias], "weight_decay": 0.0},
-    ]
-    betas = (training.adam_beta1, training.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, eps=training.adam_epsilon)
-    scheduler = get_scheduler(
-        training.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=training.get_warmup_steps(steps),
-        num_training_steps=steps,
-        scheduler_specific_kwargs=training.lr_scheduler_kwargs,
-    )
-    return optimizer, scheduler
+def _optima(data: ProbeData, seeds: list[int]) -> tuple:
+    """Heads: the optimum at the strength that each seed's split chooses; what a record keeps of them; the bootstrap's refit."""
+    strengths = [choose_strength(data.features, data.labels, data.classes, seed) for seed in seeds]
+    fits = {strength: fit_lbfgs(data.features, data.labels, data.classes, strength) for strength in set(strengths)}
+    first = fits[strengths[0]]
 
+    def refit(drawn):
+        weights = torch.from_numpy(np.bincount(drawn, minlength=len(data.labels))).to(data.features)
+        return fit_lbfgs(data.features, data.labels, data.classes, strengths[0], weights=weights, start=first).head
 
-def _evaluation_interval(training: TrainingArguments, steps_an_epoch: int) -> int | None:
-    """Steps between two evaluations on the way; None for none."""
-    if training.eval_strategy == IntervalStrategy.EPOCH:
-        return steps_an_epoch
-    return int(training.eval_steps) if training.eval_strategy == IntervalStrategy.STEPS else None
-
-
-@torch.inference_mode()
-def accuracy(head, features, labels, batch_size: int = 4096) -> float:
-    """Share of sentences whose largest logit is that of their label."""
-    device = head.weight.device
-    correct = 0  # a count, divided once at the end
-    for rows, truth in zip(features.split(batch_size), labels.split(batch_size), strict=True):
-        correct += int((head(rows.to(device)).argmax(-1).cpu() == truth).sum())
-    return correct / len(labels)
-
-
-def ineffective_flags(given: dict) -> list[str]:
-    """The training flags in `given` that a probe does not follow."""
-    return sorted(given.keys() - set(FLAGS) - HARMLESS)
+    details = {"strengths": strengths, "excess_nats": max(optimum.excess for optimum in fits.values())}
+    return [fits[strength].head for strength in strengths], details, refit
 
 
 def _measure(folder: Path, name: str, inputs: dict, task: Task, options, training, features_of_parts) -> dict | None:
-    """Fit the probe once a seed on what `features_of_parts()` gives (training part, validation part); write the record."""
-    flags = {flag: getattr(training, flag) for flag in FLAGS}
+    """Fit the probe to what `features_of_parts()` gives (of training and validation, and their width); write the record."""
+    flags = {flag: getattr(training, flag) for flag in FLAGS} if options.solver == "adamw" else {}
     plain = {flag: getattr(value, "value", value) for flag, value in flags.items()}  # enums by their value
     seeds = parse_seeds(options, training)
+    own = {name: getattr(options, name) for name in ("features", "pool", "solver", "bootstrap")}
 
     def run(seeds):
-        train, validation = features_of_parts()
-        labels, validation_labels = torch.from_numpy(task.train_labels), torch.from_numpy(task.validation_labels)
-        sizes = (len(task.classes), training)
-        return [fit_probe(train, labels, validation, validation_labels, *sizes, seed) for seed in seeds]
+        *features, width = features_of_parts()
+        labels = [torch.from_numpy(part.labels) for part in (task.train, task.validation)]
+        train, validation, *labels = _placed(training.device, *features, *labels)
+        return fit(ProbeData(train, labels[0], validation, labels[1], len(task.classes), width), options, training, seeds)
 
     return measure_accuracy(
         folder,
@@ -142,17 +116,24 @@ def _measure(folder: Path, name: str, inputs: dict, task: Task, options, trainin
         run,
         features=options.features,
         inputs={**task.inputs(), **inputs},
-        arguments={**plain, "features": options.features, "max_seq_length": options.max_seq_length, "seeds": seeds},
+        arguments={**plain, **own, **data_arguments(options, seeds)},
         device=str(training.device),
         overwrite=options.overwrite,
     )
+
+
+def _placed(device: torch.device, *tensors: torch.Tensor) -> tuple:
+    """The tensors on `device`, where they fit into half of what is free there; else as they are."""
+    if device.type != "cuda" or 2 * sum(tensor.nbytes for tensor in tensors) > torch.cuda.mem_get_info(device)[0]:
+        return tensors
+    return tuple(tensor.to(device) for tensor in tensors)
 
 
 def probe_model(folder: Path, task: Task, options, training: TrainingArguments) -> dict | None:
     """Probe the model in `folder`: its hidden states, or its predicted conditionals (`options.features`).
 
     Returns:
-        The record, written as `probe_TASK.json` or `probe_conditional_TASK.json`; None where it was there already.
+        The record, written under `record_name`; None where it was there already.
 
     Raises:
         InputError: see `encode_task` and `load_model`; or the record was made otherwise.
@@ -161,12 +142,16 @@ def probe_model(folder: Path, task: Task, options, training: TrainingArguments) 
     def features_of_parts():
         model = load_model(folder, training.device)
         parts = encode_task(task, folder, model.config, options)
+        longest = max(int(part.lengths.max()) for part in parts)  # beyond it all features are zeros
         if options.features == "hidden":
-            return [hidden_features(model, part, options.max_seq_length) for part in parts]
-        return [conditional_features(model, part, options.max_seq_length - 2) for part in parts]
+            features = [hidden_features(model, part, longest, options.pool) for part in parts]
+            return *features, feature_width(options.pool, options.max_seq_length, model.config.hidden_size)
+        features = [conditional_features(model, part, longest - 2, options.pool) for part in parts]
+        return *features, feature_width(options.pool, options.max_seq_length - 2, model.config.vocab_size)
 
-    name = f"probe_{task.name}.json" if options.features == "hidden" else f"probe_conditional_{task.name}.json"
-    return _measure(folder, name, {"model": describe_model(folder)}, task, options, training, features_of_parts)
+    return _measure(
+        folder, record_name(options, task), {"model": describe_model(folder)}, task, options, training, features_of_parts
+    )
 
 
 def probe_lookup_table(task: Task, options, training: TrainingArguments) -> dict | None:
@@ -180,21 +165,24 @@ def probe_lookup_table(task: Task, options, training: TrainingArguments) -> dict
     folder = _record_folder(training.wanted_output_dir, grammar_sha256)
 
     def features_of_parts():
-        tables = make_tables()
-        for table, source in zip(tables, (task.train_file, task.validation_file), strict=True):
-            check_max_seq_length(np.asarray(table.lengths), options.max_seq_length, source)
-        return [table_features(table, options.max_seq_length - 2) for table in tables]
+        tables, parts = make_tables(), (task.train, task.validation)
+        lengths = [np.asarray(table.lengths[: len(part)]) for table, part in zip(tables, parts, strict=True)]
+        for words, part in zip(lengths, parts, strict=True):
+            check_max_seq_length(words, options.max_seq_length, part.file)
+        longest = max(int(words.max()) for words in lengths)
+        features = [table_features(table, longest, options.pool, len(part)) for table, part in zip(tables, parts, strict=True)]
+        return *features, feature_width(options.pool, options.max_seq_length - 2, len(tables[0].words))
 
     inputs = {"model": {"name": LOOKUP_TABLE, "grammar_sha256": grammar_sha256}}
-    return _measure(folder, f"probe_{task.name}.json", inputs, task, options, training, features_of_parts)
+    return _measure(folder, record_name(options, task, True), inputs, task, options, training, features_of_parts)
 
 
 def _tables(task: Task, options):
     """The SHA-256 of the grammar, and a function that gives the lookup tables of the two parts of the task."""
-    sources = (task.train_file, task.validation_file)
+    sources = (task.train.file, task.validation.file)
     if options.rule_path is not None:
         grammar = Grammar.read(find_rules(options.rule_path))
-        texts = (task.train_texts, task.validation_texts)
+        texts = (task.train.texts, task.validation.texts)
         return grammar.sha256, lambda: [
             LookupTable.compute(grammar, text, source) for text, source in zip(texts, sources, strict=True)
         ]

@@ -1,25 +1,130 @@
-"""Measurements as JSON files beside the weights: one schema, one writer, one reader.
+"""Measurements as JSON files beside the weights: one schema, one writer, one reader. Both check every record.
 
-A record has: `schema`, `measurement` (loss, hessian, probe, finetune), `value` with its `standard_error` and `unit`, `n` (how
-many independent units the error is over), `inputs` (name and SHA-256 of every file), `arguments`, `versions`, `seconds`,
-`device`, and further keys of the measurement.
+| field | type | meaning |
+| --- | --- | --- |
+| `schema` | 2 | this table's number |
+| `measurement` | text | what was measured: loss, comparison (of two losses), hessian, probe, finetune |
+| `value` | number | the result |
+| `standard_error` | number or null | its standard error; null where one run can't have one |
+| `unit` | text | of both |
+| `n` | integer, 1 or more | independent units that were measured on, mostly sentences |
+| `seeds` | list of integers | of everything drawn at random; empty where nothing is |
+| `inputs` | object of objects | each file or model by its SHA-256 (`sha256`, `grammar_sha256`), files by their `name` too |
+| `arguments` | object | the flags that the value depends on |
+| `versions` | object of texts | of Python and the libraries |
+| `seconds` | number | the measurement took |
+| `device` | text | it ran on |
+
+and what a measurement adds to these:
+
+| measurement | field | type | meaning |
+| --- | --- | --- | --- |
+| loss | `sampled_loss`; with conditionals `loss`, `entropy`, `gap` | means | see `pretraining.evaluation.loss` |
+| comparison | `difference`; `gap_a`, `gap_b` or `loss_a`, `loss_b` | means | A's minus B's, and each |
+| | `models` | list of two texts | A and B: job and step |
+| hessian | `parts` | object | "groups" and "layers": {name: {"value", "standard_error"}}, each sums to the value |
+| probe, finetune | `accuracies` | list of numbers | one a seed |
+| | `best_accuracy` | number | mean over seeds of the best on the way |
+| | `sampling_standard_error` | number | of the accuracy of another validation sample of that size |
+| | `majority` | number | share of the majority class |
+
+A hessian's `parts` may be left out. Means are {"pairs": {"mean", "standard_error"}, "sentences": {...}}. Further fields are a
+measurement's own and are not checked. All numbers are finite: JSON has no others.
 """
 
 import math
+import re
 from pathlib import Path
 
 from pcfg.artefacts import InputError, atomic_open, read_json, sha256, versions, write_json
-from pretraining.model.checkpoints import is_model_folder, weights_sha256
+from pretraining.model.checkpoints import weights_sha256
 
-SCHEMA = 1
-NUMBER = (int, float)
-# What readers rely on, and its types.
+SCHEMA = 2
+PREFIXES = ("loss", "comparison", "hessian", "probe_", "finetune_")  # of the files' names
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_error(value) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_list(value, is_entry) -> bool:
+    return isinstance(value, list) and all(map(is_entry, value))
+
+
+def _is_hashed(entry) -> bool:
+    """Whether an entry of `inputs` says by a SHA-256 what it was."""
+    hashes = [value for key, value in entry.items() if key.endswith("sha256")] if isinstance(entry, dict) else []
+    return bool(hashes) and all(isinstance(value, str) and SHA256.fullmatch(value) for value in hashes)
+
+
+def _is_means(value) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(mean, dict) and _is_number(mean.get("mean")) and _is_error(mean.get("standard_error"))
+        for mean in (value.get("pairs"), value.get("sentences"))
+    )
+
+
+def _is_parts(value) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(kind), dict)
+        and all(isinstance(part, dict) and _is_number(part.get("value")) for part in value[kind].values())
+        for kind in ("groups", "layers")
+    )
+
+
 FIELDS = {
-    **{"measurement": str, "value": NUMBER, "standard_error": (*NUMBER, type(None)), "unit": str, "n": int},
-    **{"inputs": dict, "arguments": dict},
+    "measurement": _is_text,
+    "value": _is_number,
+    "standard_error": lambda value: value is None or _is_error(value),
+    "unit": _is_text,
+    "n": lambda value: _is_integer(value) and value >= 1,
+    "seeds": lambda value: _is_list(value, _is_integer),
+    "inputs": lambda value: isinstance(value, dict) and all(map(_is_hashed, value.values())),
+    "arguments": lambda value: isinstance(value, dict),
+    "versions": lambda value: isinstance(value, dict) and value != {} and all(map(_is_text, value.values())),
+    "seconds": _is_error,
+    "device": _is_text,
 }
-ACCURACY_FIELDS = {"sampling_standard_error": NUMBER, "accuracies": list, "best_accuracy": NUMBER, "majority": NUMBER}
-LOSS_PARTS = ("loss", "entropy", "gap", "sampled_loss")
+ACCURACY_FIELDS = {
+    "accuracies": lambda value: _is_list(value, _is_number) and value != [],
+    "best_accuracy": _is_number,
+    "sampling_standard_error": _is_error,
+    "majority": _is_number,
+}
+# What each measurement adds; a field that is optional is checked where it is there.
+ADDED = {
+    "loss": {"sampled_loss": _is_means},
+    "comparison": {"difference": _is_means, "models": lambda value: _is_list(value, _is_text) and len(value) == 2},
+    "hessian": {},
+    "probe": ACCURACY_FIELDS,
+    "finetune": ACCURACY_FIELDS,
+}
+OPTIONAL = dict.fromkeys(("loss", "entropy", "gap", "gap_a", "gap_b", "loss_a", "loss_b"), _is_means) | {"parts": _is_parts}
+
+
+def wrong_field(record: dict) -> str | None:
+    """The first field of a record that is missing or is not what the table above says; None if the record is whole."""
+    measurement = record.get("measurement")
+    if not isinstance(measurement, str) or measurement not in ADDED:
+        return "measurement"
+    optional = {name: is_right for name, is_right in OPTIONAL.items() if name in record}
+    for name, is_right in (FIELDS | ADDED[measurement] | optional).items():
+        if name not in record or not is_right(record[name]):
+            return name
+    return None
 
 
 def describe_file(path) -> dict:
@@ -29,7 +134,7 @@ def describe_file(path) -> dict:
 
 def describe_model(folder) -> dict:
     """What a record keeps of the model it belongs to."""
-    return {"sha256": weights_sha256(folder)} if is_model_folder(folder) else {"name": "lookup table"}
+    return {"sha256": weights_sha256(folder)}
 
 
 def is_measured(folder, name: str, inputs: dict, arguments: dict, overwrite: bool) -> bool:
@@ -64,16 +169,20 @@ def write_record(
     arguments: dict,
     seconds: float,
     device: str,
+    seeds: list[int] | tuple[int, ...] = (),
     number_file: bool = False,
     **details,
 ) -> dict:
     """Write record `name` of `folder`, atomically, and return it.
 
     Args:
+        measurement .. seeds: the fields of the module's table.
         number_file: write the value alone into a .txt of the same name too, as the released code did.
+        details: what the measurement adds.
 
     Raises:
         InputError: the value is not a finite number: the model is broken and there is nothing to record.
+        ValueError: another field is not what the table says.
     """
     path = Path(folder) / name
     if not math.isfinite(value):
@@ -85,6 +194,7 @@ def write_record(
         "standard_error": standard_error,
         "unit": unit,
         "n": n,
+        "seeds": list(seeds),
         **details,
         "inputs": inputs,
         "arguments": arguments,
@@ -92,28 +202,13 @@ def write_record(
         "seconds": round(seconds, 2),
         "device": device,
     }
+    if wrong := wrong_field(record):
+        raise ValueError(f"{path}: field {wrong!r} of a record can't be {record.get(wrong)!r}")
     if number_file:  # before the record, whose presence says that the measurement is whole
         with atomic_open(path.with_suffix(".txt")) as file:
             file.write(f"{value:.6f}\n")
     write_json(path, record)
     return record
-
-
-def _wrong_field(record: dict) -> str | None:
-    """The first field of a record that is missing or of another type."""
-    fields = FIELDS | (ACCURACY_FIELDS if record.get("measurement") in ("probe", "finetune") else {})
-    for name, kinds in fields.items():
-        if name not in record or not isinstance(record[name], kinds):
-            return name
-    for name in LOSS_PARTS if record["measurement"] == "loss" else ():
-        means = record.get(name, {})
-        if not isinstance(means, dict) or not all(
-            isinstance(mean, dict) and isinstance(mean.get(key), NUMBER)
-            for mean in means.values()
-            for key in ("mean", "standard_error")
-        ):
-            return name
-    return None
 
 
 def read_record(path) -> dict:
@@ -125,7 +220,7 @@ def read_record(path) -> dict:
     record = read_json(path)
     if record.get("schema") != SCHEMA:
         raise InputError(f"{path}: not a record of schema {SCHEMA}; delete it and measure again")
-    if wrong := _wrong_field(record):
+    if wrong := wrong_field(record):
         raise InputError(f"{path}: not a whole record, {wrong!r} is missing or damaged; delete it and measure again")
     return record
 
@@ -136,9 +231,4 @@ def read_records(folder) -> dict[str, dict]:
     Raises:
         InputError: a file that should be a record is damaged or of another schema.
     """
-    records = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        if not path.name.startswith(("loss", "hessian", "probe_", "finetune_")):
-            continue
-        records[path.name] = read_record(path)
-    return records
+    return {path.name: read_record(path) for path in sorted(Path(folder).glob("*.json")) if path.name.startswith(PREFIXES)}

@@ -8,7 +8,9 @@ as a model), is one row; the numbers come from the measurements' JSON files besi
 not made is an empty cell.
 
 Gaps in the table and the plots are means over sentences of the mean over positions of KL(P || f), in nats: the mean that
-training with `--single_mask` minimises. `results.csv` has both means.
+training with `--single_mask` minimises. `results.csv` has both means. Models enlarged by enlarge.py are compared with those of
+their shape apart (see `pretraining.evaluation.report_sizes`) and are left out of the other plots: but for the trace, all that
+is measured of them is the small model's.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import torch
 
 from pcfg.artefacts import InputError, atomic_open, read_json
 from pcfg.cli import run_main
-from pretraining.evaluation import report_plots
+from pretraining.evaluation import report_plots, report_sizes
 from pretraining.evaluation.records import read_records
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import CONFIG_FILE, is_model_folder, read_facts
@@ -31,7 +33,8 @@ from pretraining.model.config import ModelConfig
 CSV_FILE, HTML_FILE = "results.csv", "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 LOOKUP_TABLE = "lookup table"  # what args.json of a folder without weights says its model is
-FACTS = ("model", "kind", "job", "step", "parameters", "hidden_size", "layers")
+FACTS = ("model", "kind", "job", "step", "parameters", "hidden_size", "layers", "heads", "intermediate_size")
+ENLARGED = ("enlarged_rule", "enlarged_times", "enlarged_heads", "enlarged_from", "enlarged_from_parameters")
 LOSS_PARTS, MEANS = ("gap", "loss", "entropy", "sampled_loss"), ("sentences", "pairs")
 # Columns of one measurement; the name of the file that they come from decides the prefix.
 LOSS_COLUMNS = tuple(f"{part}_{mean}{end}" for part in LOSS_PARTS for mean in MEANS for end in ("", "_se"))
@@ -72,6 +75,10 @@ def _facts(folder: Path, root: Path) -> dict:
         with torch.device("meta"):  # shapes only: nothing is allocated
             row["parameters"] = MaskedLM(config).number_of_parameters()
         row |= {"hidden_size": config.hidden_size, "layers": config.num_hidden_layers}
+        row |= {"heads": config.num_attention_heads, "intermediate_size": config.intermediate_size}
+    if enlarged := report_sizes.enlarged_facts(facts):
+        row |= {**enlarged, "trained_as": row["job"]}
+        row["job"] += f" x {enlarged['enlarged_times']}, {enlarged['enlarged_rule']}"
     if row["kind"] == LOOKUP_TABLE:
         # Its output is P itself: the gap is 0 by construction, not by measurement.
         row |= {"gap_sentences": 0.0, "gap_pairs": 0.0}
@@ -124,10 +131,12 @@ def collect(folder) -> tuple[list[dict], list[dict]]:
                 row |= _loss_cells(record)
             elif record["measurement"] in ("probe", "finetune"):
                 row |= _accuracy_cells(name, record)
-            else:
+            elif record["measurement"] == "hessian":
                 for column, trace_file in TRACE_FILES.items():
                     if file == trace_file:
                         row |= {column: record["value"], f"{column}_se": record["standard_error"]}
+                if file == TRACE_FILES["trace"]:
+                    row |= report_sizes.trace_parts(record, read_facts(path))
         found.append((row, records))
     found.sort(key=lambda pair: _order(pair[0]))
     records = [
@@ -152,13 +161,14 @@ def columns(rows: list[dict]) -> list[str]:
     """The columns of `results.csv`, in an order that depends on the set of measurements only."""
     traces = [column + suffix for column in TRACE_FILES for suffix in ("", "_se")]
     accuracies = [name + suffix for name in accuracy_names(rows) for suffix in ACCURACY_SUFFIXES]
-    return [*FACTS, *LOSS_COLUMNS, *traces, *accuracies]
+    parts = [f"trace_{name}" for name in report_sizes.PARTS]
+    return [*FACTS, *ENLARGED, *LOSS_COLUMNS, *traces, *parts, *accuracies]
 
 
 def write_csv(path, rows: list[dict]) -> None:
     """Write `results.csv`: full precision, no times, no dates, no absolute paths; a missing measurement is empty."""
     with atomic_open(path) as file:
-        writer = csv.DictWriter(file, columns(rows), restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, columns(rows), restval="", lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
 
@@ -200,9 +210,8 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     return header, lines
 
 
-def table_text(rows: list[dict]) -> str:
-    """The table for a terminal."""
-    header, lines = table(rows)
+def table_text(header: list[str], lines: list[list[str]]) -> str:
+    """A table for a terminal."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     texts = []
     for line in (header, ["-" * width for width in widths], *lines):
@@ -219,8 +228,25 @@ NOTES = (
 )
 
 
+Section = tuple[str, list[str], list[list[str]], list[str]]
+
+
+def sections(rows: list[dict], records: list[dict]) -> list[Section]:
+    """The further tables: title, header, lines, notes."""
+    found = []
+    for comparison in report_sizes.across_sizes(rows):
+        found.append((comparison.title, list(comparison.HEADER), comparison.lines(), comparison.findings))
+    if lines := report_sizes.paired_comparisons(records):
+        note = (
+            "nats, ± one standard error over the same sentences; told apart: by more than "
+            f"{report_sizes.ERRORS:g} of them, and more than rounding."
+        )
+        found.append(("Losses of two models, compared in pairs", list(report_sizes.PAIR_HEADER), lines, [note]))
+    return found
+
+
 def write_html(path, rows: list[dict], records: list[dict], images: list[tuple[str, str, Path]]) -> None:
-    """Write the self-contained page: table, plots (embedded), and each record with its arguments and versions.
+    """Write the self-contained page: tables, plots (embedded), and each record with its arguments and versions.
 
     Args:
         images: (title, caption, PNG file) of each plot.
@@ -229,9 +255,7 @@ def write_html(path, rows: list[dict], records: list[dict], images: list[tuple[s
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
-        header=header,
-        lines=lines,
-        notes=NOTES,
+        tables=[("", header, lines, NOTES), *sections(rows, records)],
         images=[(title, caption, base64.b64encode(file.read_bytes()).decode()) for title, caption, file in images],
         records=[
             {
@@ -249,14 +273,14 @@ def write_html(path, rows: list[dict], records: list[dict], images: list[tuple[s
         file.write(page)
 
 
-def make_report(folder, output) -> list[dict]:
-    """Write `results.csv`, the plots and `report.html` of everything under `folder` into `output`; returns the rows."""
+def make_report(folder, output) -> tuple[list[dict], list[dict]]:
+    """Write `results.csv`, the plots and `report.html` of everything under `folder` into `output`; returns what it holds."""
     rows, records = collect(folder)
     output = Path(output)
     write_csv(output / CSV_FILE, rows)
     images = report_plots.write_plots(output, rows, accuracy_names(rows), error_of)
     write_html(output / HTML_FILE, rows, records, images)
-    return rows
+    return rows, records
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -274,9 +298,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     output = Path(options.output or Path(options.folder) / "report")
-    rows = make_report(options.folder, output)
-    print(table_text(rows))
+    rows, records = make_report(options.folder, output)
+    print(table_text(*table(rows)))
     print("\n".join(NOTES))
+    for title, header, lines, notes in sections(rows, records):
+        print(f"\n{title}\n{table_text(header, lines)}")
+        print("\n".join(notes))
     if any(row["kind"] == LOOKUP_TABLE for row in rows):
         print("lookup table: its output is P itself, so its loss is the entropy and its gap 0 by construction.")
     print(f"report: {output / HTML_FILE}  (numbers: {output / CSV_FILE})")

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pcfg.artefacts import atomic_path
+from pretraining.evaluation.report_sizes import SizeComparison, across_sizes
+from pretraining.model.enlarge import TIED_SCALES
 
 SATURATED = 0.05  # nats: models with a gap up to this are drawn filled where accuracies are compared
 MARKERS = "os^Dv<>phX"
@@ -240,6 +242,29 @@ def _overview(path: Path, rows: list[dict], gap: Quantity, trace: Quantity, accu
     _save(figure, path)
 
 
+def _across_sizes(path: Path, comparison: SizeComparison) -> None:
+    """Traces in the parameters of one model against the models' own sizes, a line a rule."""
+    figure, (axes,) = _figure(1, 1)
+    for index, rule in enumerate(TIED_SCALES):
+        rows = [(model.size, model.traces[rule]) for model in comparison.models if rule in model.traces]
+        if not rows:
+            continue
+        colour, marker = matplotlib.colormaps["viridis"](LIGHTEST * index), MARKERS[index]
+        x, y, error = zip(*((size, row["trace"], row.get("trace_se") or 0.0) for size, row in rows), strict=True)
+        style = {"color": colour, "marker": marker, "linestyle": DASHES[index], "capsize": 2}
+        axes.errorbar(x, y, error, label=f"--tied-scale {rule}", **style)
+    axes.set_xscale("log")
+    sizes = sorted({model.size for model in comparison.models})
+    axes.set_xticks(sizes, map(_compact, sizes))
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("parameters of the model that was enlarged")
+    axes.set_ylabel("trace of the Hessian (nats)")
+    axes.set_ylim(bottom=0)
+    axes.grid(True, color="0.9", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
 def _accuracy_quantity(name: str, error_of) -> Quantity:
     kind, task = name.split("_", 1)
     words = {"probe": "linear probe", "finetune": "fine-tuning"}[kind]
@@ -258,6 +283,8 @@ def write_plots(output, rows: list[dict], names: list[str], error_of) -> list[tu
     Returns:
         (title, caption, file) of each plot, the overview first.
     """
+    comparisons = across_sizes(rows)
+    rows = [row for row in rows if row.get("enlarged_rule") is None]
     output, models = Path(output), [row for row in rows if row["kind"] == "transformer"]
     gap = Quantity("gap_sentences", "gap to the entropy (nats),\nmean over sentences", lambda row: row.get("gap_sentences_se"))
     trace = Quantity("trace", "trace of the Hessian (nats)", lambda row: row.get("trace_se"))
@@ -277,6 +304,12 @@ def write_plots(output, rows: list[dict], names: list[str], error_of) -> list[tu
     for quantity, file, title in ((gap, "gap.png", "Gap to the entropy"), (trace, "trace.png", "Trace of the Hessian")):
         if quantity.values(models):
             add(file, title, f"Against size and against training steps. {bars}", _size_and_steps, quantity, [])
+    for number, comparison in enumerate(comparisons):
+        path = output / f"trace_across_sizes{number or ''}.png"
+        _across_sizes(path, comparison)
+        plots.append(
+            (comparison.title, f"Each model enlarged to the same shape, by both rules where both are there. {bars}", path)
+        )
     for accuracy in accuracies:
         caption = "Against size and against training steps. Error bars: one standard error over seeds, with one seed that of "
         caption += "the validation sample."

@@ -7,6 +7,7 @@ pre-LN encoder has a LayerNorm after the embeddings and one after the last layer
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pretraining.model.config import ModelConfig
 from pretraining.model.layers import ACTIVATION_FUNCTIONS, SelfAttention, layer_norm
@@ -51,27 +52,34 @@ class Layer(nn.Module):
     def feed_forward(self, hidden):
         return self.dropout(self.output(self.activation(self.intermediate(hidden))))
 
-    def forward(self, hidden, mask):
-        """(batch, length, hidden) -> the same."""
+    def forward(self, hidden, mask, chosen=None):
+        """(batch, length, hidden) -> the same, or (M, 1, hidden) of the positions `chosen` (see `SelfAttention`)."""
+        attended = self.attention(self.attention_norm(hidden) if self.pre_ln else hidden, mask, chosen)
+        if chosen is not None:
+            hidden = hidden.flatten(0, 1)[chosen].unsqueeze(1)
+        hidden = hidden + self.dropout(attended)
         if self.pre_ln:
-            hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), mask))
             return hidden + self.feed_forward(self.feed_forward_norm(hidden))
-        hidden = self.attention_norm(hidden + self.dropout(self.attention(hidden, mask)))
+        hidden = self.attention_norm(hidden)
         return self.feed_forward_norm(hidden + self.feed_forward(hidden))
 
 
 class MaskedLM(nn.Module):
     """An encoder and the MLM head: f_theta(x_-t)[w] = softmax(E g(h_t) + b)[w], E the word table itself (tied weights).
 
-    The head works on the masked positions only; no other position is ever predicted.
+    The last layer and the head work on the masked positions only; no other position is ever predicted.
 
     Args:
         config: shapes and variants.
+
+    Attributes:
+        activation_checkpointing: whether training keeps only the layers' inputs for the backward pass (Chen et al. 2016).
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.final_norm = layer_norm(config) if config.encoder_ln_mode == "pre-ln" else nn.Identity()
@@ -88,31 +96,47 @@ class MaskedLM(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def encode(self, input_ids, input_mask=None):
+    def encode(self, input_ids, input_mask=None, chosen=None):
         """Hidden states after the last LayerNorm.
 
         Args:
             input_ids: (batch, length) int64.
             input_mask: (batch, length), 1 for a token, 0 for padding; None where nothing is padded.
+            chosen: (M,) int64 indices into the flattened (batch * length): the positions that are wanted; None for all. The
+                last layer works on these alone, since no other position looks at them again.
 
         Returns:
-            (batch, length, hidden). Rows of padding hold no meaning.
+            (batch, length, hidden), or (M, 1, hidden) for `chosen`. Rows of padding hold no meaning.
         """
         mask = None if input_mask is None else input_mask.bool()[:, None, None, :]  # (batch, 1, 1, length)
         hidden = self.embeddings(input_ids)
+        *layers, last = self.layers
+        for layer in layers:
+            hidden = self._through(layer, hidden, mask)
+        return self.final_norm(self._through(last, hidden, mask, chosen))
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Let torch.compile fuse the layers' operations, for any batch size and sentence length."""
         for layer in self.layers:
-            hidden = layer(hidden, mask)
-        return self.final_norm(hidden)
+            layer.compile(dynamic=True, backend=backend)
+
+    def _through(self, layer: Layer, *inputs):
+        """A layer's output; under activation checkpointing its intermediate results are computed again in the backward pass."""
+        if self.activation_checkpointing and self.training:
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def transform(self, hidden):
+        """g(h), (..., hidden): what the tied decoder is applied to."""
+        return self.head_norm(self.head_activation(self.head_dense(hidden)))
 
     def predict(self, hidden):
         """Logits (..., vocab_size) of the words at positions with hidden states (..., hidden)."""
-        transformed = self.head_norm(self.head_activation(self.head_dense(hidden)))
-        return F.linear(transformed, self.embeddings.words.weight, self.decoder_bias)
+        return F.linear(self.transform(hidden), self.embeddings.words.weight, self.decoder_bias)
 
     def forward(self, input_ids, input_mask, flat_positions):
         """Logits (M, vocab_size) at `flat_positions`, (M,) int64 indices into the flattened (batch * length)."""
-        hidden = self.encode(input_ids, input_mask)
-        return self.predict(hidden.reshape(-1, hidden.shape[-1])[flat_positions])
+        return self.predict(self.encode(input_ids, input_mask, flat_positions).squeeze(1))
 
     def number_of_parameters(self) -> int:
         """Trainable numbers, the tied table counted once."""

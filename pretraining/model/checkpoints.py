@@ -2,9 +2,15 @@
 
 The folders are plain Hugging Face ones: pre-LN models load as `RobertaPreLayerNormForMaskedLM`, post-LN models as
 `BertForMaskedLM`, without remote code. Weights are safetensors; a folder that has only `pytorch_model.bin` is read without
-executing what is pickled in it.
+executing what is pickled in it. `args.json` lists the SHA-256 of the files that were saved with it: what has been damaged since
+is refused.
+
+    python -m pretraining.model.checkpoints verify FOLDER
+
+proves that all model folders at or below FOLDER are whole, finite, and that no two have the same weights.
 """
 
+import argparse
 import re
 from pathlib import Path
 
@@ -13,6 +19,8 @@ import safetensors.torch
 import torch
 
 from pcfg.artefacts import InputError, atomic_folder, read_json, sha256, write_json
+from pcfg.cli import run_main
+from pcfg.sealed import FILES, check_file, read_sealed, write_sealed
 from pretraining.data.vocabulary import Vocabulary, hub_is_off, save_tokenizer
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
@@ -60,10 +68,18 @@ def _stored_name(name: str, pre_ln: bool) -> str:
     raise KeyError(name)
 
 
+def _split_names(name: str) -> list[str]:
+    """The parts that our parameter `name` is stored in, in the order of their rows: three for the fused query, key, value."""
+    return [name.replace(".qkv.", f".{part}.") for part in ("query", "key", "value")] if ".qkv." in name else [name]
+
+
 def to_stored(state: dict, config: ModelConfig) -> dict:
     """Our parameters under transformers' names (pre-LN: the position table with one row prepended, that of padding)."""
     pre_ln = config.encoder_ln_mode == "pre-ln"
-    stored = {_stored_name(name, pre_ln): tensor for name, tensor in state.items()}
+    stored = {}
+    for name, tensor in state.items():
+        parts = _split_names(name)
+        stored |= {_stored_name(part, pre_ln): rows for part, rows in zip(parts, tensor.chunk(len(parts)), strict=True)}
     if pre_ln:
         key = _stored_name("embeddings.positions.weight", pre_ln)
         stored[key] = torch.cat([torch.zeros_like(stored[key][:1]), stored[key]])
@@ -83,18 +99,23 @@ def from_stored(stored: dict, config: ModelConfig, source) -> dict:
         stored = {name.replace(old, new): tensor for name, tensor in stored.items()}
     with torch.device("meta"):
         expected = MaskedLM(config).state_dict()
-    state = {}
-    for name, parameter in expected.items():
+
+    def read(name: str, wanted: tuple[int, ...]) -> torch.Tensor:
         key = _stored_name(name, pre_ln)
         if key not in stored:
             raise InputError(f"{source}: has no weight {key!r}; is {CONFIG_FILE} beside it the one of this model?")
         tensor = stored[key].to(torch.float32)
         if pre_ln and name == "embeddings.positions.weight":
             tensor = tensor[1:]
-        if tensor.shape != parameter.shape:
-            found, wanted = tuple(tensor.shape), tuple(parameter.shape)
-            raise InputError(f"{source}: weight {key!r} has shape {found}, {CONFIG_FILE} says {wanted}")
-        state[name] = tensor
+        if tensor.shape != wanted:
+            raise InputError(f"{source}: weight {key!r} has shape {tuple(tensor.shape)}, {CONFIG_FILE} says {tuple(wanted)}")
+        return tensor
+
+    state = {}
+    for name, parameter in expected.items():
+        parts = _split_names(name)
+        shape = (parameter.shape[0] // len(parts), *parameter.shape[1:])
+        state[name] = torch.cat([read(part, shape) for part in parts])
     return state
 
 
@@ -108,10 +129,13 @@ def save_model(folder, model: MaskedLM, tokenizer, vocabulary: Vocabulary, facts
     """
     with atomic_folder(folder) as temporary:
         weights = to_stored(model.state_dict(), model.config)
-        safetensors.torch.save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            safetensors.torch.save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # what it makes of a full disk
+            raise InputError(f"{Path(folder) / WEIGHTS_FILE}: can't be written ({error}); free some space") from error
         write_json(temporary / CONFIG_FILE, model.config.to_transformers())
         save_tokenizer(temporary, tokenizer, vocabulary)
-        write_json(temporary / FACTS_FILE, facts)
+        write_sealed(temporary / FACTS_FILE, facts)
 
 
 def weights_file(folder) -> Path:
@@ -152,6 +176,9 @@ def load_model(folder, device="cpu", attention: str = "sdpa", weights=None) -> M
     folder = Path(folder)
     if not is_model_folder(folder):
         raise InputError(f"{folder}: not a model folder ({CONFIG_FILE} and {WEIGHTS_FILE} or {PICKLE_FILE} are needed)")
+    if (folder / FACTS_FILE).exists() and FILES not in read_facts(folder):
+        print(f"warning: {folder / FACTS_FILE} lists no hashes: {folder} is used as it is")
+    _check_files(folder, CONFIG_FILE, *([] if weights else [weights_file(folder).name]))
     config = ModelConfig.from_transformers(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE, attention)
     path = Path(weights or weights_file(folder))
     model = MaskedLM(config)
@@ -206,13 +233,42 @@ def model_folders(path) -> list[Path]:
 
 
 def read_facts(folder) -> dict:
-    """What `args.json` says of the model; empty for a folder that others made."""
+    """What `args.json` says of the model, "files" being the hashes of what was saved; empty for a folder that others made.
+
+    Raises:
+        InputError: it is damaged.
+    """
     path = Path(folder) / FACTS_FILE
-    return read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    # Without hashes: records of a lookup table, or somebody who changed a file on purpose has taken them out.
+    return read_sealed(path) if FILES in read_json(path) else read_json(path)
+
+
+def _check_files(folder: Path, *names: str) -> None:
+    """Refuse files of a model folder that are not those saved with its `args.json`."""
+    facts, path = read_facts(folder), folder / FACTS_FILE
+    for name in names if FILES in facts else ():
+        try:
+            check_file(folder / name, path, facts)
+        except InputError as error:
+            raise InputError(
+                f"{error}; make the model again, or, if it was changed on purpose, remove {FILES!r} there"
+            ) from None
+
+
+def check_folder(folder) -> None:
+    """Refuse a model folder of which any file isn't the one saved; later measurements in it are not looked at.
+
+    Raises:
+        InputError: names the file.
+    """
+    _check_files(Path(folder), *(name for name in read_facts(folder).get(FILES, ()) if name != FACTS_FILE))
 
 
 def load_vocabulary(folder) -> Vocabulary:
     """The vocabulary that the model of `folder` was trained with."""
+    _check_files(Path(folder), VOCABULARY_FILE)
     return Vocabulary.read(Path(folder) / VOCABULARY_FILE)
 
 
@@ -233,3 +289,46 @@ def check_vocabulary(folder, vocabulary: Vocabulary, source) -> None:
 def weights_sha256(folder) -> str:
     """Hash of the weights' file."""
     return sha256(weights_file(folder))
+
+
+def verify(root) -> list[str]:
+    """What is wrong with the model folders at or below `root`, a line each; prints a line for each that is whole.
+
+    Raises:
+        InputError: there is no model folder.
+    """
+    problems, owners = [], {}
+    for folder in model_folders(root):
+        try:
+            check_folder(folder)
+            model = load_model(folder)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+        if bad:
+            problems.append(f"{folder}: {bad[0]} has entries that are not finite")
+        digest, facts = weights_sha256(folder), read_facts(folder)
+        if digest in owners:
+            problems.append(f"{folder}: has the same weights as {owners[digest]}")
+        owners.setdefault(digest, folder)
+        known = f"step {facts.get('step')}" if FILES in facts else f"no hashes in {FACTS_FILE}: only read, made by others"
+        print(f"{folder}: {known}, weights {digest[:12]}")
+    return problems
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("verify",), help="read all model folders and say which are damaged or the same")
+    parser.add_argument("folder", metavar="FOLDER", help="a model folder, or one that holds model folders")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    problems = verify(build_parser().parse_args(arguments).folder)
+    if problems:
+        raise InputError("\n".join([f"{len(problems)} problem(s)", *problems]))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -95,21 +95,31 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads = config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # rows of the query, then the key, then the value
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = config.attention_probs_dropout_prob
         if config.attention == "apex":
             import_apex("apex.transformer.functional", "--attention")  # missing: said when the model is built
         self.attend = ATTENTION_FUNCTIONS[config.attention]
 
-    def forward(self, hidden, mask):
-        """(batch, length, hidden) -> the same; `mask` (batch, 1, 1, length) bool or None."""
+    def forward(self, hidden, mask, chosen=None):
+        """Attention of every position, or of those `chosen`, to all positions of its sentence.
+
+        Args:
+            hidden: (batch, length, hidden).
+            mask: (batch, 1, 1, length) bool, True at tokens; None where nothing is padded.
+            chosen: (M,) int64 indices into the flattened (batch * length); None for all positions.
+
+        Returns:
+            (batch, length, hidden), or (M, 1, hidden) for `chosen`.
+        """
         batch, length, width = hidden.shape
-        split = (batch, length, self.heads, width // self.heads)
-        query, key, value = (
-            project(hidden).view(split).transpose(1, 2) for project in (self.query, self.key, self.value)
-        )  # (batch, heads, length, head_dim)
+        split = self.qkv(hidden).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)  # (batch, heads, length, head_dim) each
+        if chosen is not None:
+            query = split[:, :, 0].flatten(0, 1)[chosen].unsqueeze(2)  # (M, heads, 1, head_dim)
+            sentence = chosen // length
+            key, value = key[sentence], value[sentence]
+            mask = None if mask is None else mask[sentence]
         context = self.attend(query, key, value, mask, self.dropout if self.training else 0.0)
-        return self.output(context.transpose(1, 2).reshape(batch, length, width))
+        return self.output(context.transpose(1, 2).flatten(2))

@@ -16,6 +16,7 @@ WITHOUT_EFFECT = frozenset(
         *("deepspeed", "local_rank", "data_loader_type", "layernorm_embedding", "wall_clock_breakdown"),
         *("print_steps", "log_throughput_every", "steps_per_print", "report_to", "project_name"),
         *("output_dir", "job_name", "current_run_id", "overwrite", "keep_checkpoints", "validation_micro_batch"),
+        *("config", "resume", "activation_checkpointing", "rule_path", "gap_sentences"),
     }
 )
 
@@ -93,6 +94,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         default="dist",
         help="accepted; both mean the same here: all ranks read the same files and take their own part",
     )
+    _switch(
+        group,
+        "dynamic_masking",
+        "new masks every time a training shard is read, by the rule that its file was made with: a function of (--seed, "
+        "sample, epoch); generate_samples.py then needs no --dup_factor",
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -153,12 +160,12 @@ def _add_batches(parser: argparse.ArgumentParser) -> None:
         "--train_micro_batch_size_per_gpu",
         type=positive_int,
         default=32,
-        help="sentences a forward pass; train_batch_size = this x ranks x accumulation steps (default: 32)",
+        help="most sentences of a forward pass; sentences of like lengths are put together (default: 32)",
     )
     group.add_argument(
         "--gradient_accumulation_steps",
         type=positive_int,
-        help="follows from the two sizes above; if given, it must agree with them",
+        help="accepted; if given, train_batch_size must be train_micro_batch_size_per_gpu x ranks x this",
     )
 
 
@@ -210,7 +217,11 @@ def _add_duration(parser: argparse.ArgumentParser) -> None:
 
 def _add_precision(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("precision and DeepSpeed")
-    _switch(group, "fp16", "float16 with a dynamic loss scale; without CUDA: bf16, with a warning")
+    _switch(
+        group,
+        "fp16",
+        "float16 with a dynamic loss scale; on a CPU, with a warning, bf16 if it has instructions for it, else float32",
+    )
     _switch(group, "bf16", "bfloat16 arithmetic on float32 weights")
     _switch(group, "deepspeed", "accepted; the engine is always DeepSpeed's")
     group.add_argument(
@@ -220,6 +231,8 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="what is split over ranks: 1: optimizer state, 2: gradients too (default: 0, nothing)",
     )
+    _switch(group, "activation_checkpointing", "keep the layers' inputs only, compute the rest again: less memory, slower")
+    _switch(group, "compile", "torch.compile for the layers (needs a C++ compiler; minutes at the start)")
     _switch(group, "prescale_gradients", "divide gradients by the number of ranks before they are added up")
     group.add_argument(
         "--gradient_predivide_factor", type=non_negative, help="divide gradients by this before they are added up"
@@ -247,6 +260,14 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
         "--validation_end_proportion", type=probability, default=0.1, help="of training: last part (default: 0.1)"
     )
     group.add_argument("--validation_micro_batch", type=positive_int, default=16, help="sentences a forward pass (default: 16)")
+    group.add_argument(
+        "--rule-path",
+        dest="rule_path",
+        help="the grammar of the samples: each validation measures the gap to the entropy too (default: none)",
+    )
+    group.add_argument(
+        "--gap_sentences", type=positive_int, default=300, help="sentences that the gap is measured on (default: 300)"
+    )
     group.add_argument(
         "--validation_shards", type=positive_int, default=1, help="test shards used, always the first (default: 1)"
     )
@@ -284,6 +305,18 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--report_to", choices=("wandb", "none"), default="wandb", help="none: metrics.jsonl only (default: wandb)"
     )
     group.add_argument(
+        "--config",
+        help="args.json of a model folder: what the command line doesn't say is as it was in that run, --output_dir and "
+        "--job_name too (default: none)",
+    )
+    group.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto: an interrupted run goes on from its newest whole training state; never: begin anew, with --overwrite "
+        "where a run has been (default: auto)",
+    )
+    group.add_argument(
         "--load_training_checkpoint",
         help="a training_state folder to start from; own state of an interrupted run comes first (default: none)",
     )
@@ -319,6 +352,8 @@ def check(options: argparse.Namespace) -> None:
         raise InputError("--total_training_time: 0 hours; the schedule needs more")
     if options.gradient_predivide_factor == 0:
         raise InputError("--gradient_predivide_factor: gradients can't be divided by 0; give another value")
+    if options.rule_path and not options.do_validation:
+        raise InputError("--rule-path: the gap is measured at validations; add --do_validation")
     if options.load_checkpoint_id and not options.load_training_checkpoint:
         raise InputError("--load_checkpoint_id: say with --load_training_checkpoint which folder it is in")
     # A hidden folder would be passed over by the measurements, and ".." would put the run beside --output_dir.
@@ -350,25 +385,19 @@ def model_config(options: argparse.Namespace, vocab_size: int, max_seq_length: i
     )
 
 
-def accumulation_steps(options: argparse.Namespace, world_size: int) -> int:
-    """Micro-batches a rank and step: k in train_batch_size = train_micro_batch_size_per_gpu x world_size x k.
+def check_accumulation(options: argparse.Namespace, world_size: int) -> None:
+    """Refuse a `--gradient_accumulation_steps` that doesn't agree with the batch sizes.
 
     Raises:
-        InputError: there is no such whole number, or --gradient_accumulation_steps says another.
+        InputError: train_batch_size is not train_micro_batch_size_per_gpu x ranks x gradient_accumulation_steps.
     """
-    batch, micro = options.train_batch_size, options.train_micro_batch_size_per_gpu
-    if batch % (micro * world_size):
+    batch, micro, steps = options.train_batch_size, options.train_micro_batch_size_per_gpu, options.gradient_accumulation_steps
+    if steps is not None and batch != micro * world_size * steps:
         raise InputError(
-            f"--train_batch_size: {batch} is not a multiple of --train_micro_batch_size_per_gpu {micro} x {world_size} "
-            f"rank(s) = {micro * world_size}; change one of them"
+            f"--gradient_accumulation_steps: {steps}, but --train_batch_size {batch} is not "
+            f"--train_micro_batch_size_per_gpu {micro} x {world_size} rank(s) x {steps}; leave it out, the number of "
+            "micro-batches follows from the sentences' lengths"
         )
-    accumulation = batch // (micro * world_size)
-    if options.gradient_accumulation_steps not in (None, accumulation):
-        raise InputError(
-            f"--gradient_accumulation_steps: {options.gradient_accumulation_steps}, but {batch} / ({micro} x {world_size} "
-            f"rank(s)) = {accumulation}; leave it out"
-        )
-    return accumulation
 
 
 def job_folder(options: argparse.Namespace) -> Path:

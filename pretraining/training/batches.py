@@ -5,12 +5,19 @@ neither the loss nor the gradient (see `pretraining.training.trainer`).
 """
 
 import dataclasses
+import itertools
+import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from pcfg.artefacts import InputError, keyed_rng
 from pretraining.data.samples import Samples
+
+# What a micro-batch costs beside its tokens, counted in tokens: measured on CPU and near the least over a wide range.
+OVERHEAD_TOKENS = 64
 
 
 @dataclasses.dataclass
@@ -32,11 +39,14 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
         tensors = (getattr(self, field.name) for field in dataclasses.fields(self))
+        if device.type == "cuda":
+            # from pinned memory the copy doesn't make the host wait
+            tensors = (tensor if tensor is None else tensor.pin_memory() for tensor in tensors)
         return MicroBatch(*(tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 def micro_batch(samples: Samples, rows: np.ndarray) -> MicroBatch:
-    """The samples `rows`, (batch,) int, as tensors."""
+    """The samples `rows`, (batch,) int with batch >= 1, as tensors."""
     mask = samples.input_mask[rows] != 0  # (batch, T)
     lengths = mask.sum(1)
     length = int(lengths.max())
@@ -50,19 +60,73 @@ def micro_batch(samples: Samples, rows: np.ndarray) -> MicroBatch:
     )
 
 
-def sorted_micro_batches(samples: Samples, rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """`rows` sorted by length and cut into parts of `size` (the last may be smaller): each part needs little padding."""
-    lengths = samples.input_mask[rows].sum(1, dtype=np.int64)
-    ordered = rows[np.argsort(lengths, kind="stable")]
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+def rank_micro_batches(
+    samples: Samples, rows: np.ndarray, size: int, rank: int = 0, world_size: int = 1, overhead: int = OVERHEAD_TOKENS
+) -> list[np.ndarray]:
+    """The micro-batches of one rank: `rows` sorted by length, dealt to the ranks in turn, cut where lengths change.
 
+    Ranks work on like lengths at the same time, and all have the same number of micro-batches; a rank that has no row left
+    for the last one gets it empty.
 
-def rank_micro_batches(samples: Samples, rows: np.ndarray, size: int, rank: int, world_size: int) -> list[np.ndarray]:
-    """The micro-batches of one rank: every `world_size`-th, so that ranks work on like lengths at the same time.
+    Args:
+        rows: (n,) int64, the global batch.
+        size: most sentences of a micro-batch.
+        overhead: what a micro-batch costs beside its tokens, in tokens; see `cuts`.
 
-    All ranks get the same number if len(rows) is a multiple of size x world_size.
+    Returns:
+        Arrays of the rank's rows.
     """
-    return sorted_micro_batches(samples, rows, size)[rank::world_size]
+    lengths = samples.input_mask[rows].sum(1, dtype=np.int64)
+    order = np.argsort(lengths, kind="stable")
+    longest = lengths[order][np.minimum(np.arange(world_size - 1, len(rows) + world_size - 1, world_size), len(rows) - 1)]
+    own = rows[order][rank::world_size]
+    ends = cuts(longest, size, overhead)
+    return [own[start:end] for start, end in itertools.pairwise([0, *ends])]
+
+
+def cuts(lengths: np.ndarray, size: int, overhead: int) -> list[int]:
+    """Where to cut sentences sorted by length into micro-batches, at the least cost.
+
+    A micro-batch of m sentences with at most L tokens costs m L + `overhead` tokens. Between a batch a sentence and one for
+    all, which pads most, the least sum over all ways to cut where the length changes is found by a dynamic program over the
+    distinct lengths; what is longer than `size` is then cut into equal parts.
+
+    Args:
+        lengths: (n,) int64, ascending, n >= 1.
+        size: most sentences of a micro-batch.
+        overhead: tokens.
+
+    Returns:
+        The ends of the micro-batches, ascending, the last one n.
+
+    >>> cuts(np.array([3, 3, 4, 9, 9, 9]), size=2, overhead=4)
+    [2, 3, 4, 6]
+    """
+    ends = [*(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]  # of the runs of equal lengths
+    best, start_of = [0.0], [0]  # cost of all sentences before a run; where the last micro-batch before it starts
+    for end in ends:
+        longest = int(lengths[end - 1])
+        costs = [
+            before + math.ceil((end - start) / size) * overhead + (end - start) * longest
+            for before, start in zip(best, [0, *ends], strict=False)
+        ]
+        cheapest = min(range(len(costs)), key=costs.__getitem__)
+        best.append(costs[cheapest])
+        start_of.append(cheapest)
+    chosen, run = [], len(ends)
+    while run:
+        start, end = [0, *ends][start_of[run]], ends[run - 1]
+        parts = math.ceil((end - start) / size)
+        chosen += [start + (end - start) * part // parts for part in range(parts, 0, -1)]
+        run = start_of[run]
+    return chosen[::-1]
+
+
+def masked_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Sum over the masked positions of -log f(x)[w], in nats: a scalar, float32 or wider."""
+    logits = model(batch.input_ids, batch.input_mask, batch.flat_positions)  # (masked, vocab_size)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), batch.labels, reduction="sum")
 
 
 def number_of_masks(samples: Samples, rows: np.ndarray) -> int:

@@ -49,13 +49,22 @@ class Ranks:
         if "OMP_NUM_THREADS" not in os.environ and local_ranks > 1:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
 
-    def agree(self, value: float) -> float:
-        """Rank 0's value, on all ranks. Ranks that read their own clocks would part ways."""
+    def agree(self, value: float, flag: bool) -> tuple[float, bool]:
+        """Rank 0's value, and whether the flag is up on any rank; the same on all ranks.
+
+        Ranks that read their own clocks, or saw a signal at another step, would part ways.
+        """
         if self._group is None:
-            return value
-        shared = torch.tensor([value], dtype=torch.float64)
-        torch.distributed.broadcast(shared, 0, group=self._group)
-        return shared.item()
+            return value, flag
+        shared = torch.tensor([value if self.is_main else 0.0, float(flag)], dtype=torch.float64)
+        torch.distributed.all_reduce(shared, group=self._group)
+        return shared[0].item(), shared[1].item() > 0
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks of a tensor, in place; on a GPU the host doesn't wait for it."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(value)
+        return value
 
     def agree_on_name(self, name: str) -> str:
         """Rank 0's text, on all ranks."""

@@ -1,12 +1,13 @@
 """The record of a run: a line of JSON a record, always; Weights & Biases when asked for."""
 
 import argparse
+import errno
 import hashlib
 import json
 import os
 from pathlib import Path
 
-from pcfg.artefacts import InputError, atomic_open
+from pcfg.artefacts import InputError, atomic_open, disk_errors
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -44,15 +45,26 @@ class Metrics:
         kept = [record for record in read_metrics(self.path) if record["step"] <= step and step > 0]
         with atomic_open(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = open(self.path, "ab", buffering=0)
         self._run = start_wandb(folder, options) if options.project_name and options.report_to == "wandb" else None
 
     def write(self, record: dict) -> None:
-        """Append a record (it has "step"); it is on its way to the disk when this returns."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append a record (it has "step"); it is on its way to the disk when this returns.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        line = (json.dumps(record) + "\n").encode()
+        with disk_errors(self.path):
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._run is not None:
             self._run.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+
+    def sync(self) -> None:
+        """Return when all records are on the disk: a training state must not survive a power cut that they don't."""
+        with disk_errors(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

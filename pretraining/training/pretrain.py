@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import shutil
 import subprocess
 import time
@@ -12,52 +13,57 @@ import torch
 from pcfg.artefacts import InputError, disk_errors, keyed_rng, versions
 from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer
 from pretraining.model.bert import MaskedLM
-from pretraining.model.checkpoints import FACTS_FILE, read_facts
+from pretraining.model.checkpoints import FACTS_FILE, check_folder, read_facts
 from pretraining.model.config import ModelConfig
 from pretraining.training import state
-from pretraining.training.arguments import accumulation_steps, differences, job_folder, model_config
+from pretraining.training.arguments import check_accumulation, differences, job_folder, model_config
 from pretraining.training.distributed import Ranks
 from pretraining.training.engine import build_engine, precision, zero_stage
 from pretraining.training.metrics import METRICS_FILE
 from pretraining.training.shards import Shards
-from pretraining.training.state import Progress
+from pretraining.training.state import Found, Progress
 from pretraining.training.trainer import STATE_FOLDER, Data, Trainer
+from pretraining.training.validation import GapMeter
 
 # Of a model's configuration: what may change between a training state and the run that goes on from it.
 FREE_TO_CHANGE = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "attention")
 
 
 def finished_model(job: Path, arguments: dict) -> Path | None:
-    """The final model folder of an earlier run with the same deciding arguments, or None."""
+    """The final model folder, whole, of an earlier run with the same deciding arguments, or None."""
     for path in sorted(job.glob(f"step*/{FACTS_FILE}")):
-        facts = read_facts(path.parent)
-        if facts.get("final") and not differences(facts.get("arguments", {}), arguments):
-            return path.parent
+        try:
+            facts = read_facts(path.parent)
+            if facts.get("final") and not differences(facts.get("arguments", {}), arguments):
+                check_folder(path.parent)
+                return path.parent
+        except InputError as error:
+            print(f"warning: {error}")
     return None
 
 
-def starting_state(options: argparse.Namespace, job: Path) -> Path | None:
+def starting_state(options: argparse.Namespace, job: Path) -> Found | None:
     """The training state to go on from: the run's own, else that of `--load_training_checkpoint`, else None.
 
     Raises:
-        InputError: a run with other arguments has been here, or there is no such state.
+        InputError: a run with other arguments has been here, there is no such state, or none is whole.
     """
-    arguments, found = vars(options), {}
-    own = state.latest(job / STATE_FOLDER)
+    arguments, changes = vars(options), {}
+    own, elsewhere = _own_state(options, job), options.load_training_checkpoint
     if own is not None:
-        found[own] = differences(state.describe(own)["arguments"], arguments)
-        if not found[own]:
+        changes[own.folder] = differences(own.saved["arguments"], arguments)
+        if not changes[own.folder]:
             return own
-    if options.load_training_checkpoint:
-        root = Path(options.load_training_checkpoint)
+    if elsewhere:
+        root = Path(elsewhere)
         if options.overwrite and root.resolve().is_relative_to(job.resolve()):
             raise InputError(f"--overwrite: would delete the state that is to be loaded, {root}; leave one of them out")
         return state.find(root, options.load_checkpoint_id)
-    for path in sorted(job.glob(f"step*/{FACTS_FILE}")):
-        found[path.parent] = differences(read_facts(path.parent).get("arguments", {}), arguments)
     if options.overwrite:
         return None
-    for path, changed in found.items():
+    for path in sorted(job.glob(f"step*/{FACTS_FILE}")):
+        changes[path.parent] = differences(read_facts(path.parent).get("arguments", {}), arguments)
+    for path, changed in changes.items():
         if changed:
             raise InputError(
                 f"{path}: from a run with other arguments ({changed}); give another --job_name, --overwrite to delete what "
@@ -66,12 +72,58 @@ def starting_state(options: argparse.Namespace, job: Path) -> Path | None:
     return None
 
 
+def _own_state(options: argparse.Namespace, job: Path) -> Found | None:
+    """The newest whole state that earlier runs left in the folder `job`, unless `--resume never`."""
+    if options.resume == "never":
+        left = [*job.glob("step*"), *job.glob(STATE_FOLDER)]
+        if left and not options.overwrite:
+            raise InputError(
+                f"--resume never: {left[0]} is there; add --overwrite to delete what a run left, or another --job_name"
+            )
+        return None
+    try:
+        return state.newest(job / STATE_FOLDER)
+    except InputError as error:
+        if not options.overwrite and not options.load_training_checkpoint:
+            raise
+        print(f"warning: {error}")
+        return None
+
+
+def agreed_state(options: argparse.Namespace, job: Path, ranks: Ranks) -> Found | None:
+    """`starting_state`, looked for by the main rank alone and told to the others; its InputError is raised on all ranks."""
+    answer = {}
+    if ranks.is_main:
+        try:
+            found = starting_state(options, job)
+            if found is not None:
+                answer = {"folder": str(found.folder), "saved": found.saved, "damaged": [str(path) for path in found.damaged]}
+        except InputError as error:
+            answer = {"error": str(error)}
+    answer = json.loads(ranks.agree_on_name(json.dumps(answer)))
+    if "error" in answer:
+        raise InputError(answer["error"])
+    return Found(Path(answer["folder"]), answer["saved"], [Path(path) for path in answer["damaged"]]) if answer else None
+
+
 def clear(job: Path) -> None:
     """Delete what a run has left in its folder, and nothing else."""
     for path in [*job.glob("step*"), job / STATE_FOLDER]:
         if path.is_dir():
             shutil.rmtree(path)
     (job / METRICS_FILE).unlink(missing_ok=True)
+
+
+def prepare(options: argparse.Namespace, job: Path, found: Found | None) -> None:
+    """Make the run's folder ready: what is to be deleted, was found damaged or is half done is out of the way."""
+    if options.overwrite and found is None:
+        clear(job)
+    if found is not None and found.folder.parent == job / STATE_FOLDER and not options.load_checkpoint_id:
+        state.tidy(found, options.keep_checkpoints)
+    for left in job.glob(".step*.tmp"):  # model folders that a kill left half written
+        shutil.rmtree(left)
+    with disk_errors(job):
+        job.mkdir(parents=True, exist_ok=True)
 
 
 def git_revision() -> str | None:
@@ -92,14 +144,19 @@ def load_data(options: argparse.Namespace) -> tuple[Data, int]:
     """
     tokenizer = resolve_tokenizer(options.tokenizer_name, beside=[Path(options.dataset_path)])
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    train = Shards(options.dataset_path, "train", vocabulary)
-    test = Shards(options.dataset_path, "test", vocabulary) if options.do_validation else None
-    length = int(train.read(0).attributes["max_seq_length"])
+    dynamic = options.seed if options.dynamic_masking else None
+    train = Shards(options.dataset_path, "train", vocabulary, dynamic=dynamic)
+    number = options.validation_shards
+    test = Shards(options.dataset_path, "test", vocabulary, first=number) if options.do_validation else None
+    length = max(shards.max_seq_length for shards in (train, test) if shards is not None)
     if options.max_position_embeddings is not None and options.max_position_embeddings < length:
         raise InputError(
             f"--max_position_embeddings: {options.max_position_embeddings}, but the samples in {options.dataset_path} have "
             f"{length} tokens (max_seq_length); give {length} or more"
         )
+    gap = None
+    if options.rule_path:
+        gap = GapMeter(options.rule_path, options.gap_sentences, vocabulary, length, options.seed)
     facts = {
         "job_name": options.job_name,
         "seed": options.seed,
@@ -108,7 +165,7 @@ def load_data(options: argparse.Namespace) -> tuple[Data, int]:
         "versions": versions("torch", "deepspeed", "transformers"),
         "arguments": vars(options),
     }
-    return Data(train, test, tokenizer, facts), length
+    return Data(train, test, gap, tokenizer, facts), length
 
 
 def check_fits(saved: dict, folder: Path, facts: dict) -> None:
@@ -151,33 +208,32 @@ def pretrain(options: argparse.Namespace, now=time.monotonic) -> Path:
         InputError: something that was given can't be used.
     """
     job = job_folder(options)
-    folder = starting_state(options, job)
     ranks = Ranks(options)
-    accumulation = accumulation_steps(options, ranks.world_size)
+    found = agreed_state(options, job, ranks)
+    check_accumulation(options, ranks.world_size)
     data, length = load_data(options)
     config = model_config(options, data.train.vocabulary.size, length)
     model = build_model(config, options.seed)
+    model.activation_checkpointing = options.activation_checkpointing
+    if options.compile:
+        model.compile_layers()
     arithmetic = precision(options, ranks.device)
     data.facts |= {"number_of_parameters": model.number_of_parameters(), "world_size": ranks.world_size}
     data.facts |= {"precision": arithmetic, "zero_stage": zero_stage(options, arithmetic)}
     data.facts |= {"model": dataclasses.asdict(config)}
     progress = Progress()
-    if folder is not None:
-        saved = state.read(folder)
-        check_fits(saved, folder, data.facts)
-        progress = Progress(**saved["progress"])
+    if found is not None:
+        check_fits(found.saved, found.folder, data.facts)
+        progress = state.progress_of(found.saved, found.folder)
 
-    # Every rank has looked at what is there; from here on the main rank writes.
+    # Every rank has found that it can go on; from here on the main rank writes.
     ranks.wait()
     if ranks.is_main:
-        announce(options, data.facts, folder, ranks)
-        if options.overwrite and folder is None:
-            clear(job)
-        with disk_errors(job):
-            job.mkdir(parents=True, exist_ok=True)
-    engine = build_engine(options, model, accumulation, arithmetic)
-    if folder is not None:
-        state.load(engine, folder)
+        announce(options, data.facts, found and found.folder, ranks)
+        prepare(options, job, found)
+    engine = build_engine(options, model, ranks.world_size, arithmetic)
+    if found is not None:
+        state.load(engine, found)
     return Trainer(options, engine, ranks, data, progress, now).run()
 
 
@@ -186,7 +242,7 @@ def announce(options: argparse.Namespace, facts: dict, folder: Path | None, rank
     if options.layernorm_embedding:
         print("--layernorm_embedding: changes nothing, the embeddings always have a LayerNorm")
     if options.fp16 and facts["precision"] != "float16":
-        print("warning: --fp16 needs CUDA; training in bfloat16 instead")
+        print(f"warning: --fp16 needs CUDA; training in {facts['precision']} instead")
     print(
         f"{facts['number_of_parameters']:,} parameters, {ranks.world_size} rank(s) on {ranks.device.type}, "
         f"{facts['precision']}, batches of {options.train_batch_size} sentences"

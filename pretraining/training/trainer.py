@@ -2,33 +2,28 @@
 
 import argparse
 import dataclasses
-import math
+import datetime
+import shlex
+import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from pcfg.artefacts import InputError, keyed_rng
 from pretraining.data.samples import Samples
 from pretraining.model.checkpoints import save_model
 from pretraining.training import state
 from pretraining.training.arguments import job_folder
-from pretraining.training.batches import (
-    MicroBatch,
-    global_batches,
-    micro_batch,
-    number_of_masks,
-    rank_micro_batches,
-    sorted_micro_batches,
-)
+from pretraining.training.batches import global_batches, masked_loss, micro_batch, number_of_masks, rank_micro_batches
 from pretraining.training.distributed import Ranks
 from pretraining.training.engine import LOWEST_LOSS_SCALE
 from pretraining.training.metrics import Metrics
 from pretraining.training.schedules import Clock, Schedule
 from pretraining.training.shards import Shards
 from pretraining.training.state import Progress
+from pretraining.training.validation import GapMeter, validation_loss
+from pretraining.training.watch import LossWatch, Signals, check_finite
 
 STATE_FOLDER = "training_state"
 
@@ -38,25 +33,20 @@ def model_folder(job: Path, step: int) -> Path:
     return job / f"step{step:07d}"
 
 
-def masked_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Sum over the masked positions of -log f(x)[w], in nats: a scalar, float32 or wider."""
-    logits = model(batch.input_ids, batch.input_mask, batch.flat_positions)  # (masked, vocab_size)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide), batch.labels, reduction="sum")
-
-
 @dataclasses.dataclass
 class Data:
     """What a run trains and validates on, and how it is written.
 
     Attributes:
         train, test: shards; `test` None without validation.
+        gap: measured at each validation; None if the grammar was not given.
         tokenizer: saved with each model.
         facts: for `args.json` and `state.json`: arguments, precision, versions, hashes.
     """
 
     train: Shards
     test: Shards | None
+    gap: GapMeter | None
     tokenizer: object
     facts: dict
 
@@ -82,19 +72,25 @@ class Trainer:
         self.schedule = Schedule.from_options(options)
         self.clock = Clock(progress.hours, now)
         self.metrics = Metrics(self.job, progress.step, options) if ranks.is_main else None
+        self.losses = LossWatch(ranks.device)
+        self.signals = Signals()
         self.lr = 0.0
         self.saved_step = progress.step
-        self._speed_from = (progress.samples, time.perf_counter())
+        self.is_interrupted = False
+        self._started = self._speed_from = (progress.samples, time.perf_counter())
 
     def run(self) -> Path:
-        """Train to the end; returns the folder of the final model."""
+        """Train to the end; returns the folder of the final model, or of the training state if a signal ended the run."""
         try:
-            if self.progress.step == 0 and 0 in self.options.save_steps:
-                self._save_model(final=False)
-            while not self.stop_reason():
-                self._run_epoch()
-            return self._finish()
+            with self.signals:
+                if self.progress.step == 0 and 0 in self.options.save_steps:
+                    self._save_model(final=False)
+                while not self.stop_reason() and not self.is_interrupted:
+                    self._run_epoch()
+                return self._finish() if self.stop_reason() else self._interrupt()
         finally:
+            for data in filter(None, (self.data.train, self.data.test)):
+                data.close()
             if self.metrics is not None:
                 self.metrics.close()
 
@@ -120,16 +116,17 @@ class Trainer:
         first = min(progress.batch, len(batches) - 1)  # other data or sizes may have come with a training state
         for index, rows in enumerate(batches[first:], start=first):
             loss = self._step(samples, rows)
+            self.losses.add(f"step {progress.step} (batch {index} of epoch {progress.epoch})", loss)
             is_last = index == len(batches) - 1
             progress.epoch, progress.batch = (progress.epoch + 1, 0) if is_last else (progress.epoch, index + 1)
             self._after_step(loss, is_last)
-            if self.stop_reason():
+            if self.stop_reason() or self.is_interrupted:
                 return
 
     def _step(self, samples: Samples, rows) -> torch.Tensor:
-        """One update from the global batch `rows`; returns this rank's part of the batch's mean loss."""
+        """One update from the global batch `rows`; returns the mean loss of its masked positions, the same on all ranks."""
         options, ranks, progress = self.options, self.ranks, self.progress
-        progress.hours = ranks.agree(self.clock.hours())
+        progress.hours, self.is_interrupted = ranks.agree(self.clock.hours(), self.signals.received is not None)
         self.lr = self.schedule(progress.hours if options.lr_schedule == "time" else progress.step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.lr
@@ -139,18 +136,19 @@ class Trainer:
         loss = torch.zeros((), device=ranks.device)
         size = options.train_micro_batch_size_per_gpu
         for part in rank_micro_batches(samples, rows, size, ranks.rank, ranks.world_size):
-            batch = micro_batch(samples, part).to(ranks.device)
+            # A rank without a sentence left takes one times 0: all ranks go through the same collectives.
+            batch = micro_batch(samples, part if len(part) else rows[:1]).to(ranks.device)
+            share = masked_loss(self.engine, batch) * (len(part) > 0) / masks
             # The loss of a step is the mean over the masked positions of the GLOBAL batch, so that grouping changes nothing.
             # Every rank knows their number without asking. DeepSpeed averages gradients over ranks, hence world_size; its
             # division by the number of accumulation steps is turned off.
-            share = masked_loss(self.engine, batch) / masks
             self.engine.backward(share * ranks.world_size, scale_wrt_gas=False)
-            self.engine.step()
             loss += share.detach()
+        self.engine.step()
         progress.step += 1
         progress.samples += len(rows)
         progress.tokens += int(samples.input_mask[rows].sum())
-        return loss
+        return ranks.sum(loss)
 
     def _after_step(self, loss: torch.Tensor, is_end_of_epoch: bool) -> None:
         """Records, validation, model folders and stopping, as they are due."""
@@ -203,42 +201,41 @@ class Trainer:
             return progress.epoch % options.validation_epochs_end == 0
         return progress.epoch % options.validation_epochs == 0
 
-    @torch.no_grad()
     def _validate(self) -> None:
-        """Measure and record the loss on the test shards: sums and counts over all batches and ranks, then one division."""
-        options, ranks, progress = self.options, self.ranks, self.progress
-        self.engine.eval()
-        loss, masks = torch.zeros((), dtype=torch.float64, device=ranks.device), 0
-        for index in range(min(options.validation_shards, len(self.data.test.paths))):
-            samples = self.data.test.read(index)
-            rows = torch.arange(len(samples)).numpy()
-            for part in sorted_micro_batches(samples, rows, options.validation_micro_batch)[ranks.rank :: ranks.world_size]:
-                batch = micro_batch(samples, part)
-                loss += masked_loss(self.engine, batch.to(ranks.device))
-                masks += len(batch.labels)
-        self.engine.train()
-        loss, masks = ranks.add_up(loss, torch.tensor(masks, device=ranks.device))
-        progress.validation_loss, progress.validated_step = loss / masks, progress.step
-        self._write({"validation_loss": progress.validation_loss, "validation_masks": int(masks)})
-        self._check_finite(progress.validation_loss, "validation loss")
+        """Measure and record the loss on the test shards."""
+        options, progress = self.options, self.progress
+        self.losses.settle()
+        loss, masks = validation_loss(self.engine, self.data.test, options.validation_micro_batch, self.ranks)
+        progress.validation_loss, progress.validated_step = loss, progress.step
+        gap = self.data.gap.measure(self.engine.module) if self.data.gap is not None and self.ranks.is_main else {}
+        self._write({"validation_loss": loss, "validation_masks": masks, **gap})
+        check_finite(loss, f"step {progress.step}", "validation loss")
         minutes = 60 * progress.hours
-        if options.use_early_stopping and minutes > options.early_stop_time:
-            if progress.validation_loss > options.early_stop_eval_loss:
-                progress.stopped = (
-                    f"validation loss {progress.validation_loss:.4f} above --early_stop_eval_loss "
-                    f"{options.early_stop_eval_loss} after {minutes:.1f} minutes"
-                )
+        if options.use_early_stopping and minutes > options.early_stop_time and loss > options.early_stop_eval_loss:
+            progress.stopped = (
+                f"validation loss {loss:.4f} above --early_stop_eval_loss {options.early_stop_eval_loss} after "
+                f"{minutes:.1f} minutes"
+            )
 
     def _record(self, loss: torch.Tensor) -> None:
         """Record the loss of the step that has ended, the learning rate and the speed."""
-        (mean,) = self.ranks.add_up(loss)
-        self._write({"loss": mean, "lr": self.lr, "sentences_per_second": self._speed()})
-        self._check_finite(mean, "loss")
+        self.losses.settle()
+        self._write({"loss": loss.item(), "lr": self.lr, "sentences_per_second": self._speed()})
 
     def _speed(self) -> float:
         """Sentences a second since the last call."""
         (samples, since), self._speed_from = self._speed_from, (self.progress.samples, time.perf_counter())
         return (self.progress.samples - samples) / max(self._speed_from[1] - since, 1e-9)
+
+    def _seconds_left(self) -> float:
+        """Until the end of the run, at the mean speed since this process began."""
+        options, progress = self.options, self.progress
+        left = 3600 * (min(options.total_training_time, options.early_exit_time_marker) - progress.hours)
+        samples, since = self._started
+        if options.max_steps is not None and progress.samples > samples:
+            wanted = (options.max_steps - progress.step) * options.train_batch_size
+            left = min(left, wanted * (time.perf_counter() - since) / (progress.samples - samples))
+        return max(left, 0.0)
 
     def _write(self, values: dict) -> None:
         """A record on the disk and a line on the screen, by the main rank."""
@@ -249,17 +246,12 @@ class Trainer:
         self.metrics.write({**position, **values, "seconds": 3600 * progress.hours})
         shown = "  ".join(f"{name} {value:.6g}" for name, value in values.items())
         of = f"/{self.options.max_steps}" if self.options.max_steps else ""
-        print(f"step {progress.step}{of}  {shown}  ({3600 * progress.hours:.1f} s)", flush=True)
-
-    def _check_finite(self, loss: float, what: str) -> None:
-        if not math.isfinite(loss):
-            raise InputError(
-                f"step {self.progress.step}: the {what} is {loss}; try a smaller --lr, a longer warmup or "
-                "--gradient_clipping 1.0; the last training state and model folder are kept"
-            )
+        left = datetime.timedelta(seconds=round(self._seconds_left()))
+        print(f"step {progress.step}{of}  {shown}  ({3600 * progress.hours:.1f} s, {left} left)", flush=True)
 
     def _save_model(self, final: bool) -> Path:
         """Write the model folder of this step."""
+        self._check_sound()
         progress, facts = self.progress, self.data.facts
         folder = model_folder(self.job, progress.step)
         if self.ranks.is_main:
@@ -272,9 +264,33 @@ class Trainer:
 
     def _save_state(self) -> None:
         """Write a training state of this step."""
+        self._check_sound()
+        if self.metrics is not None:
+            self.metrics.sync()  # no state may be ahead of its records
         facts = {"progress": dataclasses.asdict(self.progress), **self.data.facts}
         state.save(self.engine, self.job / STATE_FOLDER, self.ranks, facts, self.options.keep_checkpoints)
         self.saved_step = self.progress.step
+
+    def _check_sound(self) -> None:
+        """Refuse to save what can't be gone on from: losses and weights must be finite."""
+        self.losses.settle()
+        if not torch.stack([parameter.isfinite().all() for parameter in self.engine.module.parameters()]).all():
+            raise InputError(
+                f"step {self.progress.step}: a weight is NaN or infinite; try a smaller --lr, a longer warmup or "
+                "--gradient_clipping 1.0; the last training state and model folder are kept"
+            )
+
+    def _interrupt(self) -> Path:
+        """Save a training state after a signal and say how to go on; returns its folder."""
+        if self.saved_step != self.progress.step:
+            self._save_state()
+        folder = state.latest(self.job / STATE_FOLDER)
+        if self.ranks.is_main:
+            words = [word for word in sys.argv if not word.startswith("--local_rank")]  # the launcher's own
+            how = "python" if self.ranks.world_size == 1 else "with the same launcher, on as many ranks:"
+            print(f"{self.signals.received or 'a signal'} at step {self.progress.step}; training state: {folder}")
+            print(f"go on: {how} {shlex.join(words)}", flush=True)
+        return folder
 
     def _finish(self) -> Path:
         """Last validation, training state and model; the final model is the mark that the run is complete."""

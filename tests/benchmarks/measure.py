@@ -43,14 +43,15 @@ class Row:
 
     def reached(self) -> bool | None:
         """Whether the goals are; None without any."""
-        if self.goal is None:
+        if self.goal is None and self.goal_ratio is None:
             return None
         if self.smaller_is_better:
             return self.rate <= self.goal
-        return self.rate >= self.goal and (self.goal_ratio is None or self.rate >= self.goal_ratio * self.baseline)
+        return self.rate >= (self.goal or 0) and (self.goal_ratio is None or self.rate >= self.goal_ratio * self.baseline)
 
     def cells(self) -> list[str]:
-        goal = "" if self.goal is None else number_text(self.goal) + (f", {self.goal_ratio:,}x" if self.goal_ratio else "")
+        ratio_goal = None if self.goal_ratio is None else f"{self.goal_ratio:,}x"
+        goal = ", ".join(text for text in (None if self.goal is None else number_text(self.goal), ratio_goal) if text)
         reached = {None: "", True: "yes", False: "no"}[self.reached()]
         baseline = "" if self.baseline is None else number_text(self.baseline)
         ratio = "" if self.baseline is None else f"{number_text(self.rate / self.baseline)}x"

@@ -1,6 +1,8 @@
 """The HDF5 files of samples: what is written is read back, and damage is named."""
 
+import copy
 import dataclasses
+import hashlib
 import itertools
 import os
 import zlib
@@ -11,13 +13,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pcfg.artefacts import InputError
+from pcfg.artefacts import InputError, write_json
 from pretraining.data.masking import MaskingRule, mask_sentences
 from pretraining.data.samples import (
     DTYPES,
     ROWS_A_CHUNK,
+    SAMPLES_MANIFEST,
     Samples,
     _zlib,
+    read_attributes,
     read_samples,
     sample_name,
     sample_paths,
@@ -85,7 +89,7 @@ def test_blocks_change_nothing_and_rows_need_not_fill_a_chunk(tmp_path):
         write_samples(tmp_path / "other.hdf5", [cut(samples, 0, 7), cut(samples, 7, 9)])
     spoilt = cut(samples, ROWS_A_CHUNK, len(samples))
     spoilt.segment_ids[0, 0] = 1
-    with pytest.raises(InputError, match=f"from row {ROWS_A_CHUNK} on: segment_ids"):
+    with pytest.raises(InputError, match=f"from row {ROWS_A_CHUNK} on: sample 0: segment_ids"):
         write_samples(tmp_path / "other.hdf5", [cut(samples, 0, ROWS_A_CHUNK), spoilt])
     assert sorted(os.listdir(tmp_path)) == ["cut.hdf5", "whole.hdf5"]
 
@@ -169,6 +173,8 @@ def spoil_array(name, change):
         (spoil_item("input_ids", 3, 1, -1), "input_ids has ids from -1"),
         (spoil_item("masked_lm_ids", 3, 0, 99), "masked_lm_ids has ids from 0 to 99"),
         (spoil_item("masked_lm_ids", 3, 0, 0), "sample 3: a masked id is 0"),
+        (spoil_item("input_ids", 4, 1, 0), r"sample 4: input_ids is not \[PAD\] where input_mask is 0, and nowhere else"),
+        (spoil_item("input_ids", 4, -1, 7), r"sample 4: input_ids is not \[PAD\]"),
         (spoil_item("masked_lm_ids", 3, 2, 7), "sample 3: .* not 0 after the last mask"),
         (spoil_item("masked_lm_positions", 2, slice(None), 0), "sample 2: "),
         (spoil_item("masked_lm_positions", 2, 0, -1), "sample 2: a masked position is outside"),
@@ -177,7 +183,7 @@ def spoil_array(name, change):
         (spoil_item("input_mask", 5, 0, 0), "sample 5: input_mask"),
         (spoil_item("input_mask", 5, 1, 2), "sample 5: input_mask"),
         (spoil_item("input_mask", 5, slice(None), 0), "sample 5: input_mask"),
-        (spoil_item("segment_ids", 5, 3, 1), "segment_ids is not 0"),
+        (spoil_item("segment_ids", 5, 3, 1), "sample 5: segment_ids is not 0"),
         (spoil_array("input_mask", lambda a: a[:, :-1]), r"input_mask has shape \(30, 8\), expected \(30, 9\)"),
         (spoil_array("masked_lm_ids", lambda a: a[:-1]), r"masked_lm_ids has shape \(29, 3\), expected \(30, 3\)"),
         (spoil_array("input_ids", lambda a: a[0]), r"input_ids has shape \(9,\)"),
@@ -195,6 +201,133 @@ def test_spoilt_samples_are_refused_by_reader_and_writer(tmp_path, spoil, messag
     with pytest.raises(InputError, match=message):
         write_samples(tmp_path / "b.hdf5", [samples])
     assert not (tmp_path / "b.hdf5").exists()
+
+
+def naive_is_laid_out(samples, row) -> bool:
+    """The layout of one sample, in the module's words."""
+    ids, mask, segments, positions, labels = (getattr(samples, name)[row].tolist() for name in DTYPES)
+    length, masks = sum(mask), sum(position != 0 for position in positions)
+    return (
+        mask == [1] * length + [0] * (len(mask) - length)
+        and length >= 3
+        and segments == [0] * len(mask)
+        and all(0 < index < VOCABULARY.size for index in ids[:length])
+        and ids[length:] == [0] * (len(ids) - length)
+        and masks >= 1
+        and positions[:masks] == sorted(set(positions[:masks]))
+        and all(1 <= position <= length - 2 for position in positions[:masks])
+        and all(0 < index < VOCABULARY.size for index in labels[:masks])
+        and positions[masks:] + labels[masks:] == [0] * 2 * (len(positions) - masks)
+    )
+
+
+def test_every_changed_number_is_judged_as_the_layout_says():
+    rng, refused, whole = np.random.default_rng(0), 0, make_samples(3)
+    for _ in range(1500):
+        samples = copy.deepcopy(whole)
+        array = getattr(samples, rng.choice(list(DTYPES)))
+        row, column = rng.integers(3), rng.integers(array.shape[1])
+        array[row, column] = rng.choice([-1, 0, 1, 2, 3, 5, 7, VOCABULARY.size - 1, VOCABULARY.size])
+        if naive_is_laid_out(samples, row):
+            samples.check("a")
+            continue
+        refused += 1
+        with pytest.raises(InputError, match=rf"^a: (sample {row}: |(input|masked_lm)_ids has ids from)"):
+            samples.check("a")
+    assert 500 < refused < 1400
+
+
+def spoil_end(samples):
+    samples.input_ids[2, samples.input_mask[2].sum() - 1] = 7
+
+
+def spoil_word(index):
+    return lambda samples: samples.input_ids.__setitem__(unmasked_word(samples, 2), index)
+
+
+def unmasked_word(samples, row):
+    words = range(1, samples.input_mask[row].sum() - 1)
+    return row, next(column for column in words if column not in samples.masked_lm_positions[row])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_item("input_ids", 2, 0, 7), r"sample 2: input_ids doesn't begin with \[CLS\]"),
+        (spoil_end, r"sample 2: .* and end with \[SEP\]"),
+        (spoil_item("masked_lm_ids", 2, 0, VOCABULARY.cls_id), "sample 2: a masked id is a special token"),
+        (spoil_word(VOCABULARY.mask_id), "sample 2: a special token stands where a word should"),
+        (spoil_word(VOCABULARY.sep_id), "sample 2: a special token stands where a word should"),
+        (spoil_array("attributes", lambda a: {**a, "vocab_size": VOCABULARY.size + 1}), "another vocabulary"),
+        (spoil_array("attributes", lambda a: {**a, "vocab_sha256": "0" * 64}), r"another vocabulary \(hash 000000000000\)"),
+    ],
+)
+def test_samples_that_are_not_the_vocabularys_are_refused(spoil, message):
+    samples = make_samples()
+    samples.check_vocabulary(VOCABULARY, "a")
+    spoil(samples)
+    samples.check("a")
+    with pytest.raises(InputError, match=f"^a: .*{message}"):
+        samples.check_vocabulary(VOCABULARY, "a")
+
+
+def test_what_replaces_a_masked_word_and_unknown_words_are_not_judged():
+    samples = make_samples()
+    samples.input_ids[2, samples.masked_lm_positions[2, 0]] = VOCABULARY.sep_id
+    samples.input_ids[unmasked_word(samples, 2)] = VOCABULARY.unk_id
+    samples.check("a")
+    samples.check_vocabulary(VOCABULARY, "a")
+
+
+def list_in_manifest(path, **entry):
+    content = path.read_bytes()
+    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), **entry}
+    write_json(path.parent / SAMPLES_MANIFEST, {"made_from": {}, "files": {path.name: entry}})
+
+
+def test_the_manifest_decides_whether_a_file_is_read(tmp_path):
+    path = tmp_path / "a.hdf5"
+    write_samples(path, [make_samples()])
+    list_in_manifest(path)
+    assert len(read_samples(path)) == 30
+    assert read_attributes(path) == ATTRIBUTES
+    write_samples(path, [make_samples(31)])
+    for read in (read_samples, read_attributes):
+        with pytest.raises(InputError, match=r"a.hdf5: damaged, or not the file that manifest_samples.json beside it lists"):
+            read(path)
+    path.rename(tmp_path / "b.hdf5")
+    assert len(read_samples(tmp_path / "b.hdf5")) == 31  # not listed
+
+
+@pytest.mark.parametrize("content", ["{}", '{"files": {"a.hdf5": 3}}', '{"files": {"a.hdf5": {"size": 3}}}', "{", "[]"])
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    write_samples(tmp_path / "a.hdf5", [make_samples()])
+    (tmp_path / SAMPLES_MANIFEST).write_text(content)
+    with pytest.raises(InputError, match=f"{SAMPLES_MANIFEST}: "):
+        read_samples(tmp_path / "a.hdf5")
+
+
+def test_a_heap_that_hdf5_would_walk_for_ever_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.hdf5"
+    write_samples(path, [make_samples()])
+    content, heap = path.read_bytes(), path.read_bytes().index(b"GCOL\x01")
+    first = heap + 16  # index, references, size of the first object
+    monkeypatch.setattr(h5py.File, "in_memory", None)  # it may not come that far
+    for place, value in ((first, 0), (first + 8, 255), (first + 15, 255), (heap + 14, 1)):
+        path.write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
+        with pytest.raises(InputError, match="a.hdf5: not a readable HDF5 file .damaged heap"):
+            read_samples(path)
+
+
+def test_attributes_of_a_type_that_hdf5_could_crash_on_are_not_read(tmp_path):
+    """One bit turns a string into a list of variable length; another one makes HDF5 2.0 crash where it reads the list."""
+    path = tmp_path / "a.hdf5"
+    write_samples(path, [make_samples()])
+    content = path.read_bytes()
+    kind = content.index(b"source\0\0\x19\x01\x01") + 9  # class 9 of version 1, then 0: list, 1: string
+    path.write_bytes(content[:kind] + b"\0" + content[kind + 1 :])
+    with pytest.raises(InputError, match="a.hdf5: attribute source is missing"):
+        read_samples(path)
 
 
 @pytest.mark.parametrize("name", [*DTYPES, "vocab_sha256", "source_sha256", "vocab_size", "max_seq_length"])

@@ -1,5 +1,6 @@
 """The classification model against features and head apart, and the Trainer's accuracies against a loop of our own."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from pcfg.artefacts import read_json, write_json
 from pcfg.text import read_texts
 from pretraining.evaluation.contexts import from_texts
-from pretraining.evaluation.downstream import DownstreamTrainingArguments, Task
+from pretraining.evaluation.downstream import DownstreamTrainingArguments
 from pretraining.evaluation.finetuning import ClassificationModel, SentenceDataset, finetune
 from pretraining.evaluation.heads import hidden_features, linear_head, sentence_batch
+from pretraining.evaluation.tasks import Part, Task
 from pretraining.model.checkpoints import load_model, load_vocabulary
 
 LENGTH = 10
@@ -31,8 +33,8 @@ def labels_of(contexts):
 
 @pytest.fixture(scope="module")
 def task(parts):
-    train, validation = map(labels_of, parts)
-    return Task("first_word", None, None, [], [], train, validation, [0, 1, 2], 0.5, 0)
+    train, validation = (Part(None, [""] * len(part.lengths), None, labels_of(part)) for part in parts)
+    return Task("first_word", train, validation, None, [0, 1, 2], 0.5, 0, False)
 
 
 def arguments(**changes):
@@ -51,8 +53,8 @@ def test_logits_are_the_head_on_the_features(tiny_model, parts):
 
 def test_gradient_reaches_the_encoder_and_not_the_language_model_head(tiny_model, parts, task):
     model = ClassificationModel(load_model(tiny_model), LENGTH, 3, seed=0)
-    batch = SentenceDataset(parts[0], task.train_labels).__getitems__([3, 1, 4])
-    assert batch["labels"].tolist() == task.train_labels[[3, 1, 4]].tolist()
+    batch = SentenceDataset(parts[0], task.train.labels).__getitems__([3, 1, 4])
+    assert batch["labels"].tolist() == task.train.labels[[3, 1, 4]].tolist()
     model(**batch)["loss"].backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert {name.split(".")[1] for name in without} == {"head_dense", "head_norm", "decoder_bias"}
@@ -70,12 +72,33 @@ def test_finetuning_learns_and_is_reproducible(tiny_model, parts, task):
     )
 
 
+def test_predictions_are_those_of_the_fine_tuned_model(tiny_model, parts, task):
+    """Predictions of the validation sentences, given as a test part without labels, have the validation accuracy."""
+    test = Part(None, task.validation.texts, None, None)
+    with_test = dataclasses.replace(task, test=test)
+    fitted = finetune(tiny_model, with_test, (*parts, parts[1]), LENGTH, arguments(max_steps=15), seed=0)
+    predictions = fitted.pop("predictions")
+    assert fitted == finetune(tiny_model, task, parts, LENGTH, arguments(max_steps=15), seed=0)
+    assert (predictions == task.validation.labels).mean() == fitted["last"] < 1
+
+
+def test_training_stops_early_when_the_accuracy_gets_no_better(tiny_model, parts, task):
+    """At a learning rate that changes nothing, the first evaluation is the best one and `patience` more follow."""
+    every = {"eval_strategy": "steps", "eval_steps": 3, "num_train_epochs": 4}  # 40 steps
+    still = finetune(tiny_model, task, parts, LENGTH, arguments(learning_rate=1e-12, **every), seed=0, patience=2)
+    assert still["steps"] == 9 and still["best"] == still["last"]
+    moving = finetune(tiny_model, task, parts, LENGTH, arguments(**{**every, "num_train_epochs": 1}), seed=0, patience=2)
+    assert moving["steps"] == 10
+
+
 def test_trainer_agrees_with_a_plain_loop(tiny_model, parts, task, tmp_path):
     """Full batches without dropout: AdamW with a linear schedule, written out, gives the Trainer's accuracy."""
     folder = tmp_path / "no_dropout"
     shutil.copytree(tiny_model, folder)
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", {**config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    (folder / "args.json").unlink()  # it has the hash of the other config.json
+    write_json(folder / "args.json", {})  # which had the hash of the other configuration
     settings = arguments(per_device_train_batch_size=300, max_steps=8, max_grad_norm=0.0)
     got = finetune(folder, task, parts, LENGTH, settings, seed=0)["last"]
     naive = ClassificationModel(load_model(folder), LENGTH, 3, seed=0)
@@ -84,9 +107,9 @@ def test_trainer_agrees_with_a_plain_loop(tiny_model, parts, task, tmp_path):
     for step in range(8):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 8)
         optimizer.zero_grad()
-        naive(ids, mask, torch.from_numpy(task.train_labels))["loss"].backward()
+        naive(ids, mask, torch.from_numpy(task.train.labels))["loss"].backward()
         optimizer.step()
     ids, mask = sentence_batch(parts[1], np.arange(200))
-    right = (naive(ids, mask)["logits"].argmax(-1).numpy() == task.validation_labels).mean()
+    right = (naive(ids, mask)["logits"].argmax(-1).numpy() == task.validation.labels).mean()
     assert got == pytest.approx(right, abs=0.011)  # a sentence or two may lie on the border
     assert 0.4 < right < 0.99  # neither untrained nor too easy to tell anything

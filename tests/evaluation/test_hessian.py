@@ -1,147 +1,296 @@
+"""Estimates of the trace against the full Fisher matrix and the full Hessian, through torch.func in float64."""
+
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from torch.func import functional_call
+from torch.func import functional_call, grad, jacrev
 
 from pcfg.artefacts import InputError, keyed_rng
-from pcfg.grammar import Grammar
-from pcfg.lookup import LookupTable
+from pcfg.means import mean_by_pairs
 from pcfg.text import read_texts
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.evaluation.contexts import from_texts
-from pretraining.evaluation.hessian import (
-    draw_labels,
-    fisher_norms,
-    fisher_trace,
-    hutchinson_trace,
-    measured_parameters,
-)
-from pretraining.model.bert import MaskedLM
-from pretraining.model.config import ModelConfig
+from pretraining.evaluation.contexts import Contexts, from_texts
+from pretraining.evaluation.estimates import Estimate, difference, mean_and_error
+from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
+from pretraining.evaluation.hessian import Plan, Truth, chosen_contexts, fisher_trace, hutchinson_trace, label_numbers
+from pretraining.evaluation.hutchinson import draw_probe
+from pretraining.evaluation.parts import Parts, group_of, layer_of, measured_parameters
+from pretraining.evaluation.ranks import Ranks
+
+VARIANTS = [(mode, norm) for mode in ("pre-ln", "post-ln") for norm in ("pytorch", "rms_norm")]
 
 
-def small_model(vocab_size: int, mode: str) -> MaskedLM:
-    torch.manual_seed(3)
-    shape = ModelConfig(vocab_size, 8, 1, 2, 16, max_position_embeddings=10, encoder_ln_mode=mode, attention="eager")
-    model = MaskedLM(shape).double()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return model.eval()
+class Flat:
+    """A model as a function of one vector of its measured parameters."""
+
+    def __init__(self, model, contexts):
+        self.model, self.contexts, parameters = model, contexts, measured_parameters(model)
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self.sizes = [parameter.numel() for parameter in parameters.values()]
+        self.vector = torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()])
+
+    def log_f(self, vector, batch):
+        """(m, vocab_size) nats, of contexts (m,) of one length."""
+        pieces = zip(self.shapes.items(), vector.split(self.sizes), strict=True)
+        named = {name: piece.view(shape) for (name, shape), piece in pieces}
+        inputs = self.contexts.batch(batch, "cpu")
+        named["decoder_bias"] = self.model.decoder_bias.detach()
+        return functional_call(self.model, named, inputs).log_softmax(-1)
+
+    def weighted(self, labels, sentences):
+        """(contexts, vocab_size): labels by their context's weight in the mean over sentences of the mean over positions."""
+        counts = self.contexts.counts[self.contexts.sentence]
+        weight = np.isin(self.contexts.sentence, sentences) / counts / len(sentences)
+        return torch.from_numpy(weight)[:, None] * labels
+
+    def fisher(self, labels):
+        """sum_c weight_c sum_w labels_cw g g^T, g the gradient of log f_c[w]."""
+        weighted, total = self.weighted(labels, range(len(self.contexts.lengths))), 0.0
+        for context in range(len(labels)):
+            gradients = jacrev(lambda vector, c=context: self.log_f(vector, np.array([c]))[0])(self.vector)
+            total = total + gradients.T @ (weighted[context][:, None] * gradients)  # (parameters, parameters)
+        return total
+
+    def hessian(self, labels, sentences):
+        """Of -sum_c weight_c sum_w labels_cw log f_c[w]; reverse over reverse, see `pretraining.evaluation.hutchinson`."""
+        weighted, inside = self.weighted(labels, sentences), np.flatnonzero(np.isin(self.contexts.sentence, sentences))
+        batches = self.contexts.batches(inside, len(inside))
+
+        def loss(vector):
+            return -sum((weighted[batch] * self.log_f(vector, batch)).sum() for batch in batches)
+
+        return jacrev(grad(loss), chunk_size=256)(self.vector)
+
+    def by_parameter(self, diagonal) -> dict[str, float]:
+        return {name: piece.sum().item() for name, piece in zip(self.shapes, diagonal.split(self.sizes), strict=True)}
+
+    def f(self):
+        """(contexts, vocab_size)."""
+        return torch.cat([self.log_f(self.vector, np.array([context])).exp() for context in range(len(self.contexts.label))])
+
+
+def check_parts(found: dict, expected: dict[str, float]) -> None:
+    """A record's value and all its parts against traces by parameter."""
+    assert found["value"] == pytest.approx(sum(expected.values()), rel=1e-9)
+    for kind, part_of in (("groups", group_of), ("layers", layer_of)):
+        parts = found["parts"][kind]
+        assert set(parts) == set(map(part_of, expected))
+        assert sum(part["value"] for part in parts.values()) == pytest.approx(found["value"], rel=1e-9)
+        for name, part in parts.items():
+            of_part = sum(value for parameter, value in expected.items() if part_of(parameter) == name)
+            assert part["value"] == pytest.approx(of_part, rel=1e-8), name
+
+
+def true_labels(contexts, truth, model):
+    rows = truth.window(contexts, 0, len(contexts.lengths), model)
+    return rows(np.arange(len(contexts.label)))
+
+
+@pytest.mark.parametrize("mode, norm", VARIANTS)
+def test_fisher_against_the_full_matrix(small_model, sentences, mode, norm):
+    contexts, truth = sentences
+    model = small_model(mode, norm)
+    flat = Flat(model, contexts)
+    found = fisher_trace(model, contexts, Plan(4, soft_labels=True), truth).described()
+    check_parts(found, flat.by_parameter(flat.fisher(flat.f()).diagonal()))
+    true = flat.fisher(true_labels(contexts, truth, model)).trace().item()
+    assert found["true_labels"]["value"] == pytest.approx(true, rel=1e-9)
+    assert found["true_labels"]["difference"]["value"] == pytest.approx(found["value"] - true, rel=1e-9)
+    assert found["parameters"] == model.number_of_parameters() - 13 and found["left_out"] == ["decoder_bias"]
+
+
+@pytest.mark.parametrize("mode, norm", VARIANTS)
+def test_hutchinson_against_the_full_hessian(small_model, sentences, mode, norm):
+    """The very probes of a run, put through the full Hessian of each block: its products must be exact, part by part."""
+    contexts, truth = sentences
+    model = small_model(mode, norm, layers=1)
+    flat, labels = Flat(model, contexts), true_labels(contexts, truth, model)
+    plan = Plan(4, probe="gaussian" if mode == "post-ln" else "rademacher", probes=2, block=3, seed=7)
+    forms, traces, errors = [], [], []
+    for block, inside in enumerate((range(3), range(3, 4))):
+        hessian = flat.hessian(labels, inside)
+        traces.append(hessian.trace().item())
+        errors.append(np.sqrt(2 / 40) * hessian.norm().item())  # of the mean of v^T H v over 40 probes, at most
+        for draw in range(2):
+            probe = torch.cat([piece.reshape(-1) for piece in draw_probe(model, plan.probe, 7, block, draw)])
+            forms.append(probe * (hessian @ probe))
+    expected = (3 * (forms[0] + forms[1]) + (forms[2] + forms[3])) / 8  # means over sentences
+    estimate = hutchinson_trace(model, contexts, plan, truth)
+    check_parts(estimate.described(), flat.by_parameter(expected))
+    assert estimate.sizes.tolist() == [3, 1] and estimate.draws == 4
+
+    many = hutchinson_trace(model, contexts, dataclasses.replace(plan, probes=40), truth).values[:, 0]
+    assert (np.abs(many - traces) < 4 * np.array(errors)).all()
+
+
+def test_hutchinson_with_the_texts_words(small_model, sentences):
+    contexts, _ = sentences
+    model = small_model(layers=1)
+    flat = Flat(model, contexts)
+    labels = torch.nn.functional.one_hot(torch.from_numpy(contexts.label), 13).double()
+    probe = torch.cat([piece.reshape(-1) for piece in draw_probe(model, "rademacher", 0, 0, 0)])
+    expected = probe @ flat.hessian(labels, range(2)) @ probe
+    assert set(probe.tolist()) == {-1.0, 1.0}
+    found = hutchinson_trace(model, contexts, Plan(4, probes=1, block=2)).values[0, 0]
+    assert found == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_probes_have_mean_0_and_variance_1(small_model):
+    model = small_model(hidden=32)
+    for kind, fourth in (("rademacher", 1.0), ("gaussian", 3.0)):
+        probe = torch.cat([piece.reshape(-1) for piece in draw_probe(model, kind, 0, 0, 0)])
+        error = 4 / np.sqrt(len(probe))
+        assert abs(probe.mean()) < error and abs(probe.square().mean() - 1) < 2 * error
+        assert probe.pow(4).mean().item() == pytest.approx(fourth, rel=0.1)
+
+
+class OwnDistribution:
+    """A lookup table that holds what a model says: f = P at every context."""
+
+    def __init__(self, f, contexts):
+        self.f, self.offsets = f.numpy(), contexts.offsets
+
+    def conditionals(self, first, last):
+        return self.f[self.offsets[first] : self.offsets[last]]
+
+
+def test_the_three_agree_where_the_model_is_the_true_distribution(small_model, sentences):
+    contexts, _ = sentences
+    model = small_model(layers=1)
+    flat = Flat(model, contexts)
+    truth = Truth(OwnDistribution(flat.f(), contexts), np.arange(13))
+    found = fisher_trace(model, contexts, Plan(4, soft_labels=True), truth).described()
+    check_parts(found, flat.by_parameter(flat.hessian(flat.f(), range(4)).diagonal()))
+    assert found["true_labels"]["difference"]["value"] == pytest.approx(0, abs=1e-9)
+    drawn = fisher_trace(model, contexts, Plan(4, draws=3), truth).described()
+    assert drawn["true_labels"]["difference"]["value"] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.fixture(scope="module")
-def sentences(tiny_rules, tiny_data):
-    """Vocabulary, 4 sentences of several lengths as contexts, their table and columns."""
-    texts = sorted(read_texts(tiny_data / "test0.txt")[:60], key=len)[::16]
-    vocabulary = Vocabulary.read(tiny_data / "vocab.txt")
-    table = LookupTable.compute(Grammar.read(tiny_rules), texts, "test0.txt")
-    columns = np.array([vocabulary.ids[word] for word in table.words])
-    return vocabulary, from_texts(texts, vocabulary, "test0.txt"), table, columns
+def many(tiny_data):
+    """60 sentences, every position."""
+    return from_texts(read_texts(tiny_data / "test0.txt")[:60], Vocabulary.read(tiny_data / "vocab.txt"), "test0.txt")
 
 
-def naive_norm(model, contexts, context, label) -> float:
-    """Squared gradient norm of one log f by plain autograd, without padding; the decoder's bias left out."""
-    logits = model(*contexts.batch(np.array([context]), "cpu"))
-    kept = [parameter for name, parameter in model.named_parameters() if name != "decoder_bias"]
-    gradients = torch.autograd.grad(logits.log_softmax(-1)[0, label], kept)
-    return sum(gradient.square().sum().item() for gradient in gradients)
+@pytest.fixture(scope="module")
+def every_word(small_model, many):
+    """f and the squared gradient norm of every word at every context, (contexts, words) each."""
+    model = small_model(layers=1)
+    f, norms = np.empty((2, len(many.label), 13))
+    for batch in many.batches(np.arange(len(many.label)), 64):
+        ghost = GhostNorms(model, *many.batch(batch, "cpu"))
+        f[batch] = ghost.f
+        for word in range(13):
+            norms[batch, word] = sum(ghost(torch.full((len(batch),), word)).values())
+    return torch.from_numpy(f), norms
 
 
-@pytest.mark.parametrize("mode", ["pre-ln", "post-ln"])
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_norms_against_single_gradients(sentences, mode, batch_size):
-    vocabulary, contexts, *_ = sentences
-    model = small_model(vocabulary.size, mode)
-    labels = np.random.default_rng(0).integers(vocabulary.size, size=(len(contexts.label), 2))
-    norms = fisher_norms(model, contexts, labels, batch_size)
-    naive = [[naive_norm(model, contexts, c, label) for label in row] for c, row in enumerate(labels)]
-    assert np.allclose(norms, naive, rtol=1e-9)
+def drawn_values(contexts, plan, f, norms) -> np.ndarray:
+    """What `fisher_trace` averages, (sentences, 1), from norms that are known already."""
+    chosen, total = chosen_contexts(contexts, range(len(contexts.lengths)), plan), np.zeros(len(contexts.label))
+    for uniform in torch.from_numpy(label_numbers(contexts, chosen, plan)):
+        words, weights = draw_words(f, uniform, None if plan.plain_labels else residuals(f))
+        total += np.take_along_axis(norms, words[:, None].numpy(), 1)[:, 0] * weights.numpy() / plan.draws
+    return (np.bincount(contexts.sentence, total) / contexts.counts)[:, None]
 
 
-def test_labels_follow_the_model_and_not_the_batches(sentences):
-    vocabulary, contexts, *_ = sentences
-    model = small_model(vocabulary.size, "pre-ln")
-    uniform = np.random.default_rng(1).random((len(contexts.label), 4000))
-    labels = draw_labels(model, contexts, uniform, 64)
-    assert np.array_equal(labels, draw_labels(model, contexts, uniform, 3))
-    with torch.no_grad():
-        expected = model(*contexts.batch(np.array([2]), "cpu")).softmax(-1)[0].numpy()
-    counts = np.bincount(labels[2], minlength=vocabulary.size)
-    assert (np.abs(counts - 4000 * expected) < 5 * np.sqrt(4000 * expected * (1 - expected)) + 5).all()
+@pytest.mark.parametrize("plain", [False, True])
+def test_drawn_labels_are_those_of_the_keys(small_model, many, every_word, plain):
+    plan = Plan(60, draws=2, seed=5, plain_labels=plain)
+    found = fisher_trace(small_model(layers=1), many, plan).values[:, :1]
+    np.testing.assert_allclose(found, drawn_values(many, plan, *every_word), rtol=1e-9)
 
 
-def test_fisher_against_all_labels(sentences):
-    """The mean over many draws against the sum over every word weighted by f."""
-    vocabulary, contexts, *_ = sentences
-    model = small_model(vocabulary.size, "pre-ln")
-    every_word = np.tile(np.arange(vocabulary.size), (len(contexts.label), 1))
-    norms = fisher_norms(model, contexts, every_word, 64)
-    with torch.no_grad():
-        f = np.concatenate([model(*contexts.batch(np.array([c]), "cpu")).softmax(-1) for c in range(len(norms))])
-    per_context = (f * norms).sum(1)
-    exact = np.mean([per_context[contexts.sentence == s].mean() for s in range(len(contexts.lengths))])
-    draws = 400
-    estimate = fisher_trace(model, contexts, draws=draws, seed=5)
-    spread = np.sqrt((f * (norms - per_context[:, None]) ** 2).sum(1).mean() / (draws * len(norms)))
-    assert abs(estimate["value"] - exact) < 4 * spread
-    assert estimate["draws"] == draws * len(norms) and estimate["n"] == len(contexts.lengths)
-    assert estimate["parameters"] == model.number_of_parameters() - vocabulary.size
+@pytest.mark.parametrize("plain", [False, True])
+def test_intervals_cover_the_exact_value(many, every_word, plain):
+    """1,000 runs of 64 sentences drawn with replacement and one label a position: value +- 1.96 standard errors."""
+    f, norms = every_word
+    per_sentence = np.bincount(many.sentence, (f.numpy() * norms).sum(1)) / many.counts
+    exact, offsets, covered, values, errors = per_sentence.mean(), many.offsets, 0, [], []
+    for seed in range(1000):
+        rows = keyed_rng(0, "sentences of a run", seed).integers(60, size=64)
+        inside = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])
+        sentence = np.repeat(np.arange(64), many.counts[rows])
+        run = Contexts(many.input_ids[rows], many.lengths[rows], sentence, many.position[inside], many.label[inside], None)
+        found = drawn_values(run, Plan(64, seed=seed, plain_labels=plain), f[inside], norms[inside])
+        (value,), (error,) = mean_and_error(found, np.ones(64))
+        covered += abs(value - exact) <= 1.96 * error
+        values.append(value)
+        errors.append(error)
+    assert abs(np.mean(values) - exact) < 4 * np.std(values) / np.sqrt(1000)
+    assert 920 <= covered <= 980
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values), rel=0.08)
 
 
-def full_hessian(model, contexts, targets, sentence):
-    """Hessian of one sentence's loss (mean over its positions) over all measured parameters, in float64."""
-    parameters = measured_parameters(model)
-    shapes = {name: p.shape for name, p in parameters.items()}
-    flat = torch.cat([p.reshape(-1) for p in parameters.values()])
-    chosen_contexts = np.flatnonzero(contexts.sentence == sentence)
-
-    def loss(vector):
-        pieces = vector.split([shape.numel() for shape in shapes.values()])
-        chosen = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
-        rest = {"decoder_bias": model.decoder_bias.detach()}
-        total = 0.0
-        for context in chosen_contexts:
-            log_f = functional_call(model, {**rest, **chosen}, contexts.batch(np.array([context]), "cpu")).log_softmax(-1)
-            total = total - (targets[context] * log_f[0]).sum() / len(chosen_contexts)
-        return total
-
-    return torch.autograd.functional.hessian(loss, flat, vectorize=True)
+def test_some_positions_of_each_sentence(small_model, many):
+    plan = Plan(60, positions=2, seed=3)
+    chosen = chosen_contexts(many, range(60), plan)
+    assert (np.bincount(many.sentence[chosen]) == 2).all()
+    assert len(set((many.position[chosen]).tolist())) > 4
+    # A position's labels do not depend on which others are measured.
+    numbers = label_numbers(many, np.arange(len(many.label)), plan)
+    np.testing.assert_array_equal(label_numbers(many, chosen, plan), numbers[:, chosen])
+    estimate = fisher_trace(small_model(), many, plan)
+    assert (estimate.contexts, estimate.draws, estimate.sentences) == (120, 120, 60)
+    everything = fisher_trace(small_model(), many, dataclasses.replace(plan, positions=50))
+    assert everything.contexts == len(many.label)
 
 
-@pytest.mark.parametrize("mode", ["pre-ln", "post-ln"])
-@pytest.mark.parametrize("with_table", [True, False])
-def test_hutchinson_against_the_full_hessian(sentences, mode, with_table):
-    vocabulary, contexts, table, columns = sentences
-    model = small_model(vocabulary.size, mode)
-    targets = torch.zeros(len(contexts.label), vocabulary.size, dtype=torch.float64)
-    if with_table:
-        targets[:, columns] = torch.from_numpy(table.conditionals(0, len(contexts.lengths)))
-    else:
-        targets[torch.arange(len(contexts.label)), torch.from_numpy(contexts.label)] = 1.0
-    hessians = [full_hessian(model, contexts, targets, sentence) for sentence in range(len(contexts.lengths))]
-    exact = np.mean([hessian.trace().item() for hessian in hessians])
+class OneOf(Ranks):
+    """A rank whose sums are made by the test."""
 
-    # The very probes of a run, put through the full Hessians: the products must be exact.
-    shapes = [tuple(p.shape) for p in measured_parameters(model).values()]
-    expected = []
-    for sentence, hessian in enumerate(hessians):
-        for draw in range(2):
-            rng = keyed_rng(7, "hutchinson probes", sentence, draw)
-            probe = np.concatenate([(rng.integers(0, 2, shape, np.int8) * 2 - 1).reshape(-1) for shape in shapes])
-            assert set(probe) == {-1, 1}
-            expected.append(probe @ hessian.numpy() @ probe)
-    truth = (table, columns) if with_table else (None, None)
-    estimate = hutchinson_trace(model, contexts, *truth, draws=2, seed=7, block=1)
-    assert estimate["value"] == pytest.approx(np.mean(expected), rel=1e-9)
-    assert estimate["standard_error"] == pytest.approx(np.std(np.reshape(expected, (-1, 2)).mean(1), ddof=1) / 2)
+    def __init__(self, rank, size):
+        self.rank, self.size, self.is_main = rank, size, False
 
-    # And their mean tends to the trace.
-    runs = [hutchinson_trace(model, contexts, *truth, draws=20, seed=seed, block=1)["value"] for seed in range(8)]
-    error = np.std(runs, ddof=1) / np.sqrt(len(runs))
-    assert abs(np.mean(runs) - exact) < 4 * error < 0.8 * abs(exact)
+    def add_up(self, array):
+        return array
 
 
-def test_hutchinson_needs_two_blocks(sentences):
-    vocabulary, contexts, *_ = sentences
-    with pytest.raises(InputError, match="--bs: 32 sentences a block leave one block of 4"):
-        hutchinson_trace(small_model(vocabulary.size, "pre-ln"), contexts, block=32)
+@pytest.mark.parametrize("trace", [fisher_trace, hutchinson_trace])
+def test_neither_batches_nor_ranks_matter(small_model, many, trace):
+    model, plan = small_model(layers=1).float(), Plan(14, draws=2, block=3, probes=2)
+    values = trace(model, many, plan, batch_size=32).values
+    for size in (1, 7, 500):
+        found = trace(model, many, plan, batch_size=size).values
+        np.testing.assert_allclose(found[:, 0].mean(), values[:, 0].mean(), rtol=1e-6)
+        np.testing.assert_allclose(found[:, 0], values[:, 0], rtol=1e-4, atol=1e-3)
+    dealt = [trace(model, many, plan, ranks=OneOf(rank, 3)).values for rank in range(3)]
+    assert all((part == 0).all(1).any() for part in dealt)
+    np.testing.assert_allclose(sum(dealt)[:, 0].mean(), values[:, 0].mean(), rtol=1e-6)
+
+
+def test_stopping_at_a_relative_error(small_model, many):
+    model = small_model(layers=1)
+    plan = Plan(60, target=0.9, min_draws=300)
+    early = fisher_trace(model, many, plan)
+    assert early.draws >= 300 and early.sentences == 1 + np.searchsorted(np.cumsum(many.counts), 300) < 60
+    assert early.described()["target_reached"] is True
+    np.testing.assert_array_equal(early.values, fisher_trace(model, many, Plan(early.sentences)).values)
+    never = fisher_trace(model, many, dataclasses.replace(plan, target=1e-6))
+    assert never.sentences == 60 and never.described()["target_reached"] is False
+    assert never.described()["relative_error"] > 1e-6
+    blocks = hutchinson_trace(model, many, Plan(60, target=0.999, min_draws=8, block=4, probes=2)).described()
+    assert blocks["n"] in (4, 8, 15) and (blocks["target_reached"] or blocks["n"] == 15)
+
+
+def test_means_and_differences(small_model):
+    rng = np.random.default_rng(0)
+    values, sizes = rng.normal(3, 1, (7, 2)), rng.integers(1, 5, 7)
+    mean, error = mean_and_error(values, sizes)
+    for column in range(2):
+        pairs = mean_by_pairs(np.repeat(values[:, column], sizes), sizes)
+        assert (mean[column], error[column]) == pytest.approx(pairs)
+    parts, ones = Parts(small_model()), np.ones(10, np.int64)
+    fisher = Estimate(parts, np.arange(10.0)[:, None], ones, 10, 10, None)
+    blocks = Estimate(parts, np.array([[1.0], [2.0], [3.0]]), np.array([4, 4, 4]), 12, 3, None)
+    assert difference(fisher, blocks) == {"value": (0.5 + 3.5) / 2, "standard_error": 1.5, "n": 2}
+    with pytest.raises(InputError, match="takes at least 2"):
+        mean_and_error(values[:1], sizes[:1])
+
+
+def test_too_many_words_for_soft_labels(small_model, many, monkeypatch):
+    monkeypatch.setattr("pretraining.evaluation.hessian.SOFT_WORDS", 12)
+    with pytest.raises(InputError, match="--soft-labels: .*13 words; at most 12"):
+        fisher_trace(small_model(), many, Plan(60, soft_labels=True))

@@ -1,3 +1,6 @@
+import copy
+import decimal
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +10,13 @@ from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable, main
 from pcfg.means import mean_by_pairs, mean_by_sentences
 from pcfg.text import read_texts
-from pretraining.evaluation.contexts import from_texts
-from pretraining.evaluation.loss import measure_loss
+from pretraining.data.samples import sample_paths
+from pretraining.data.vocabulary import Vocabulary
+from pretraining.evaluation.contexts import from_samples, from_texts
+from pretraining.evaluation.loss import compare_losses, context_losses, divergences, measure_loss
+from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, load_vocabulary
+from pretraining.model.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -60,29 +67,157 @@ def test_against_a_naive_loop(measured, batch_size):
     assert details["contexts"] == sum(map(len, naive)) and details["sentences"] == 40
 
 
-def test_the_true_distribution_has_no_gap(measured):
-    """A "model" that answers with the table's own conditionals: gap 0, loss = entropy."""
-    model, vocabulary, _, contexts, table, columns = measured
-    rows = table.conditionals(0, 40)
+def independent_words(tmp_path, probabilities, stored):
+    """A model that answers with the same distribution everywhere, and texts of two independent words of `probabilities`.
 
-    class Truth(torch.nn.Module):
-        config = model.config
-        order = iter(contexts.batches(16))
+    Args:
+        stored: log probabilities the model is given, {word: log f}; of any other entry of the vocabulary it is -30.
 
-        def __init__(self):
-            super().__init__()
-            self.unused = torch.nn.Parameter(torch.zeros(1))
+    Returns:
+        model, contexts, table, columns.
+    """
+    rules = "S A A 1.0\n" + "".join(f"A {word} {probability!r}\n" for word, probability in probabilities.items())
+    (tmp_path / "rules.txt").write_text(rules)
+    texts = [f"{a} {b}" for a in probabilities for b in probabilities]
+    table = LookupTable.compute(Grammar.read(tmp_path / "rules.txt"), texts, "texts")
+    vocabulary = Vocabulary(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *probabilities, "zebra"])
+    model = MaskedLM(ModelConfig(vocabulary.size, 8, 1, 1, 8, max_position_embeddings=4)).eval()
+    with torch.no_grad():
+        model.head_norm.weight.zero_()
+        model.head_norm.bias.zero_()
+        model.decoder_bias.fill_(-30.0)
+        for word, log_f in stored.items():
+            model.decoder_bias[vocabulary.ids[word]] = log_f
+    columns = np.array([vocabulary.ids[word] for word in table.words])
+    return model, from_texts(texts, vocabulary, "texts"), table, columns
 
-        def forward(self, *_):
-            chosen = next(self.order)
-            logits = np.full((len(chosen), vocabulary.size), -np.inf)
-            with np.errstate(divide="ignore"):
-                logits[:, columns] = np.log(rows[chosen])
-            return torch.from_numpy(np.maximum(logits, -1e30))
 
-    details = measure_loss(Truth(), contexts, table, columns, 16)
+P = {"cat": 0.5, "dog": 0.25, "fish": 0.25}
+
+
+def test_the_true_distribution_has_no_gap(tmp_path):
+    model, *given = independent_words(tmp_path, P, {word: np.log(p) for word, p in P.items()})
+    details = measure_loss(model, *given)
     assert details["gap"]["pairs"]["mean"] == pytest.approx(0.0, abs=1e-12)
-    assert details["loss"]["pairs"]["mean"] == pytest.approx(details["entropy"]["pairs"]["mean"], abs=1e-12)
+    assert details["gap"]["pairs"]["standard_error"] == pytest.approx(0.0, abs=1e-12)
+    assert details["loss"]["pairs"]["mean"] == pytest.approx(-sum(p * np.log(p) for p in P.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-4, 1e-2, 1.0])
+def test_small_gaps_are_resolved(tmp_path, scale):
+    """KL is of the second order in log f: a difference of two losses would lose it in their rounding."""
+    shift = {"cat": scale, "dog": -scale, "fish": 0.0}
+    logits = {word: np.log(p) + shift[word] for word, p in P.items()}
+    model, contexts, table, columns = independent_words(tmp_path, P, logits)
+    log_f = np.array([model.decoder_bias[column].item() for column in columns])  # float32, as they are
+    rest = 6 * np.exp(-30.0)
+    log_f = log_f - np.log(np.exp(log_f).sum() + rest)
+    expected = sum(P[word] * (np.log(P[word]) - value) for word, value in zip(table.words, log_f, strict=True))
+    _, gap = context_losses(model, contexts, table, columns)
+    np.testing.assert_allclose(gap, expected, rtol=1e-6, atol=1e-15)
+    assert gap.min() >= -1e-12
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_divergences_against_exact_sums(seed):
+    """Against 40 digits, for distributions that are near, far, and zero on some words; never below 0 but by rounding."""
+    rng = np.random.default_rng(seed)
+    rows = rng.dirichlet(np.full(30, 0.3), 50)
+    rows[:, :5] = 0.0
+    rows /= rows.sum(1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        near = np.maximum(np.log(rows), -60.0) + 10.0 ** -rng.integers(1, 9, (50, 1)) * rng.normal(size=rows.shape)
+    log_f = torch.log_softmax(torch.from_numpy(near), 1)
+    found = divergences(torch.from_numpy(rows), log_f).numpy()
+    with decimal.localcontext(prec=40):
+        for row, logs, value in zip(rows, log_f.numpy(), found, strict=True):
+            terms = [(decimal.Decimal(p), decimal.Decimal(q)) for p, q in zip(row, logs, strict=True) if p > 0]
+            assert value == pytest.approx(float(sum(p * (p.ln() - q) for p, q in terms)), abs=2e-14)
+    assert found.min() >= -1e-12
+
+
+def random_model(size, **changes):
+    """A model whose predictions differ much from context to context."""
+    torch.manual_seed(0)
+    model = MaskedLM(ModelConfig(size, 16, 2, 2, 32, max_position_embeddings=10, **changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model.eval()
+
+
+@pytest.mark.parametrize("mode", ["pre-ln", "post-ln"])
+def test_whole_vocabularies_and_batches(measured, monkeypatch, mode):
+    """Words that never occur, in several blocks; several windows; any batch size: what one softmax in float64 gives."""
+    _, vocabulary, _, contexts, table, columns = measured
+    model = random_model(vocabulary.size + 300, encoder_ln_mode=mode)
+    log_f = []
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for number in range(len(contexts.label)):
+            log_f.append(exact(*contexts.batch(np.array([number]), "cpu")).log_softmax(-1)[0])
+    log_f = torch.stack(log_f)
+    rows = torch.from_numpy(table.conditionals(0, 40))
+    expected = divergences(rows, log_f[:, columns]).numpy()
+    monkeypatch.setattr("pretraining.evaluation.loss.BLOCK_WORDS", 64)
+    found = []
+    for numbers, batch_size in ((1 << 23, 256), (900, 1), (900, 5), (1 << 23, 64)):
+        monkeypatch.setattr("pretraining.evaluation.loss.WINDOW_NUMBERS", numbers)
+        sampled, gap = context_losses(model, contexts, table, columns, batch_size)
+        np.testing.assert_allclose(gap, expected, rtol=2e-5)
+        np.testing.assert_allclose(sampled, -log_f[np.arange(len(sampled)), contexts.label], rtol=2e-5, atol=2e-6)
+        assert gap.mean() == pytest.approx(expected.mean(), rel=1e-6) and gap.min() >= -1e-12
+        found.append(gap.mean())
+    np.testing.assert_allclose(found, found[0], rtol=1e-6)
+
+
+def test_threads_change_nothing(measured):
+    model, _, _, contexts, table, columns = measured
+    alone = context_losses(model, contexts, table, columns, 16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        together = context_losses(model, contexts, table, columns, 16)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_samples_with_many_masks(measured, tiny_samples):
+    """The plain MLM loss: masks as they are in the file, all of a sample's read from one forward pass."""
+    model, vocabulary, *_ = measured
+    contexts = from_samples(sample_paths(tiny_samples, "test")[0], vocabulary)
+    assert contexts.counts.max() > 1
+    sampled, gap = context_losses(model, contexts, batch_size=50)
+    assert gap is None
+    with torch.no_grad():
+        for number in range(0, len(sampled), 7):
+            logits = model(*contexts.batch(np.array([number]), "cpu"))[0].double()
+            assert sampled[number] == pytest.approx(-logits.log_softmax(-1)[contexts.label[number]].item(), abs=1e-5)
+
+
+def test_paired_comparison(measured):
+    """Of two near models: the mean of the differences, with an error far below that of each gap."""
+    _, vocabulary, _, contexts, table, columns = measured
+    a, b = random_model(vocabulary.size), random_model(vocabulary.size)
+    with torch.no_grad():
+        b.layers[1].output.weight += 0.002 * torch.randn_like(b.layers[1].output.weight)
+    details = compare_losses((a, b), contexts, table, columns)
+    gaps = [context_losses(model, contexts, table, columns)[1] for model in (a, b)]
+    sentences = [np.array([part.mean() for part in np.split(gap, contexts.offsets[1:-1])]) for gap in gaps]
+    difference = sentences[0] - sentences[1]
+    found = details["difference"]["sentences"]
+    assert found["mean"] == pytest.approx(difference.mean(), rel=1e-9)
+    assert found["standard_error"] == pytest.approx(difference.std(ddof=1) / np.sqrt(40), rel=1e-9)
+    assert 0 < found["standard_error"] < 0.1 * details["gap_a"]["sentences"]["standard_error"]
+    assert details["gap_a"]["pairs"]["mean"] - details["gap_b"]["pairs"]["mean"] == pytest.approx(
+        details["difference"]["pairs"]["mean"], abs=1e-12
+    )
+    swapped = compare_losses((b, a), contexts, table, columns)["difference"]["pairs"]
+    assert swapped["mean"] == pytest.approx(-details["difference"]["pairs"]["mean"], rel=1e-6)
+    assert compare_losses((a, a), contexts, table, columns)["difference"]["pairs"] == {"mean": 0.0, "standard_error": 0.0}
+    assert {"difference", "loss_a", "loss_b"} < compare_losses((a, b), contexts).keys()
 
 
 def test_sampled_and_exact_loss_agree_on_the_languages_own_text(measured, tiny_rules, tiny_data):

@@ -1,6 +1,7 @@
 """Features against a loop over single sentences without padding, and the probe on data whose accuracy is known."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -12,8 +13,16 @@ from pcfg.lookup import LookupTable
 from pcfg.text import read_texts
 from pretraining.evaluation.contexts import from_texts
 from pretraining.evaluation.downstream import DownstreamTrainingArguments
-from pretraining.evaluation.heads import concatenate, conditional_features, hidden_features, linear_head, table_features
-from pretraining.evaluation.probes import fit_probe
+from pretraining.evaluation.heads import (
+    POOLS,
+    concatenate,
+    conditional_features,
+    feature_width,
+    hidden_features,
+    linear_head,
+    table_features,
+)
+from pretraining.evaluation.solvers import ProbeData, accuracy, fit_adamw
 from pretraining.model.checkpoints import load_model, load_vocabulary
 
 LENGTH = 12  # longer than any sentence needs: the padding must be zeros
@@ -49,20 +58,34 @@ def sentence_ids(text, vocabulary):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch_size", [1, 7, 512])
-def test_hidden_features_agree_with_one_sentence_at_a_time(model, tiny_model, texts, contexts, batch_size):
-    features = hidden_features(model, contexts, LENGTH, batch_size)
+@pytest.mark.parametrize("tokens", [1, 30, None])
+@pytest.mark.parametrize("pool", POOLS)
+def test_hidden_features_agree_with_one_sentence_at_a_time(model, tiny_model, texts, contexts, pool, tokens):
+    features = hidden_features(model, contexts, LENGTH, pool, tokens)
     vocabulary, width = load_vocabulary(tiny_model), model.config.hidden_size
-    assert features.shape == (len(texts), LENGTH * width)
+    assert features.shape == (len(texts), feature_width(pool, LENGTH, width))
+    assert not features.is_inference()  # a solver can differentiate by what multiplies them
     for row, text in zip(features, texts, strict=True):
-        hidden = model.encode(torch.tensor([sentence_ids(text, vocabulary)]))[0].flatten()
-        torch.testing.assert_close(row[: len(hidden)], hidden, atol=1e-5, rtol=1e-5)
-        assert (row[len(hidden) :] == 0).all()
+        hidden = model.encode(torch.tensor([sentence_ids(text, vocabulary)]))[0]  # (length, hidden)
+        if pool == "concat":
+            assert (row[hidden.numel() :] == 0).all()
+        expected = {"concat": hidden.flatten(), "mean": hidden.sum(0) / len(hidden), "cls": hidden[0]}[pool]
+        torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sentence_that_is_there_twice_is_encoded_once(model, tiny_model, texts, monkeypatch):
+    contexts = from_texts([texts[0], *texts[:5], texts[0]], load_vocabulary(tiny_model), "texts")
+    encoded, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda ids: encoded.extend(map(tuple, ids.tolist())) or encode(ids))
+    features = hidden_features(model, contexts, LENGTH)
+    assert len(encoded) == len(set(encoded)) == len(set(texts[:5]))
+    assert torch.equal(features[0], features[1]) and torch.equal(features[0], features[6])
 
 
 @torch.no_grad()
-def test_conditional_features_agree_with_one_position_at_a_time(model, tiny_model, texts, contexts):
-    features = conditional_features(model, contexts, LENGTH - 2, 16)
+@pytest.mark.parametrize("pool", ["concat", "mean"])
+def test_conditional_features_agree_with_one_position_at_a_time(model, tiny_model, texts, contexts, pool):
+    features = conditional_features(model, contexts, LENGTH - 2, pool, 16)
     vocabulary, size = load_vocabulary(tiny_model), model.config.vocab_size
     for row, text in zip(features, texts, strict=True):
         ids = sentence_ids(text, vocabulary)
@@ -71,13 +94,19 @@ def test_conditional_features_agree_with_one_position_at_a_time(model, tiny_mode
             masked = [*ids[:position], vocabulary.mask_id, *ids[position + 1 :]]
             logits = model.predict(model.encode(torch.tensor([masked]))[0, position])
             expected[position - 1] = torch.softmax(logits, -1)
-        torch.testing.assert_close(row.view(LENGTH - 2, size), expected, atol=1e-5, rtol=1e-5)
+        if pool == "mean":
+            expected = expected.sum(0, keepdim=True) / len(text.split())
+        torch.testing.assert_close(row.view(-1, size), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_table_features_are_the_true_conditionals(tiny_rules, texts):
     """P(w | x_-t) = P(x with w at t) / sum over w: by substitution of every word."""
     grammar = Grammar.read(tiny_rules)
-    features = table_features(LookupTable.compute(grammar, texts, "texts"), 8).view(len(texts), 8, -1)
+    table = LookupTable.compute(grammar, texts, "texts")
+    features = table_features(table, 8).view(len(texts), 8, -1)
+    counts = torch.tensor([[len(text.split())] for text in texts])
+    torch.testing.assert_close(table_features(table, 8, "mean"), features.sum(1) / counts)
+    torch.testing.assert_close(table_features(table, 8, sentences=7), features[:7].flatten(1))
     for row, text in zip(features[:10], texts[:10], strict=True):
         words = text.split()
         substituted = [[*words[:t], word, *words[t + 1 :]] for t in range(len(words)) for word in grammar.words]
@@ -126,21 +155,54 @@ def separable(n, seed):
     return centres[labels] + torch.tensor(rng.normal(0, 0.3, (n, 6)), dtype=torch.float32), labels
 
 
+def fit(train, labels, validation, validation_labels, classes, settings, seed, **changes):
+    """Last, best and training accuracy of a probe by AdamW."""
+    data = ProbeData(train, labels, validation, validation_labels, classes, train.shape[1])
+    head, best = fit_adamw(dataclasses.replace(data, **changes), settings, seed)
+    return {
+        "last": accuracy(head, validation, validation_labels),
+        "best": best,
+        "train": accuracy(head, train, labels),
+        "weight": head.weight.tolist(),
+    }
+
+
 def test_probe_on_separable_and_on_random_labels(tmp_path):
     (train, labels), (validation, validation_labels) = separable(600, 0), separable(900, 1)
-    fitted = fit_probe(train, labels, validation, validation_labels, 3, arguments(tmp_path), 0)
+    fitted = fit(train, labels, validation, validation_labels, 3, arguments(tmp_path), 0)
     assert fitted["last"] > 0.99 and fitted["train"] > 0.99
     rng = np.random.default_rng(2)
     noise, noise_labels = (torch.from_numpy(rng.integers(0, 3, n)) for n in (600, 900))
-    chance = fit_probe(train, noise, validation, noise_labels, 3, arguments(tmp_path), 0)
+    chance = fit(train, noise, validation, noise_labels, 3, arguments(tmp_path), 0)
     assert abs(chance["last"] - 1 / 3) < 4 * (2 / 9 / 900) ** 0.5
 
 
 def test_probe_is_reproducible_and_depends_on_the_seed(tmp_path):
     (train, labels), (validation, validation_labels) = separable(200, 0), separable(500, 1)
     settings = arguments(tmp_path, num_train_epochs=1, max_steps=3, learning_rate=1e-3)
-    heads = [fit_probe(train, labels, validation, validation_labels, 3, settings, seed) for seed in (0, 0, 1)]
+    heads = [fit(train, labels, validation, validation_labels, 3, settings, seed) for seed in (0, 0, 1)]
     assert heads[0] == heads[1] != heads[2]
+
+
+def test_columns_of_zeros_may_be_left_out(tmp_path):
+    """The padding that no sentence reaches: the head on the other columns is the same, weight decay and clipping included."""
+    (train, labels), (validation, validation_labels) = separable(200, 0), separable(100, 1)
+    settings = arguments(tmp_path, num_train_epochs=2, weight_decay=0.1, max_grad_norm=0.1)
+    padded = [torch.nn.functional.pad(features, (0, 10)) for features in (train, validation)]
+    whole = fit(padded[0], labels, padded[1], validation_labels, 3, settings, 0)
+    cut = fit(train, labels, validation, validation_labels, 3, settings, 0, width=16)
+    for row, expected in zip(cut["weight"], whole["weight"], strict=True):
+        assert row == pytest.approx(expected[:6], abs=1e-6)
+    assert cut["last"] == whole["last"]
+
+
+def test_drawn_sentences_are_a_training_part_of_their_own(tmp_path):
+    (train, labels), (validation, validation_labels) = separable(200, 0), separable(100, 1)
+    drawn, settings = np.random.default_rng(0).integers(200, size=200), arguments(tmp_path, num_train_epochs=2)
+    data = ProbeData(train, labels, validation, validation_labels, 3, 6)
+    head, _ = fit_adamw(data, settings, 0, drawn)
+    expected, _ = fit_adamw(dataclasses.replace(data, features=train[drawn], labels=labels[drawn]), settings, 0)
+    assert torch.equal(head.weight, expected.weight) and torch.equal(head.bias, expected.bias)
 
 
 def naive_probe(features_of, labels, validation_of, validation_labels, training, seed):
@@ -166,11 +228,11 @@ def naive_probe(features_of, labels, validation_of, validation_labels, training,
             torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
             optimizer.step()
             step += 1
-    return (head(validation_of(slice(None))).argmax(-1) == validation_labels).float().mean().item()
+    return head, (head(validation_of(slice(None))).argmax(-1) == validation_labels).float().mean().item()
 
 
 def test_cached_features_equal_uncached(model, contexts, tmp_path):
-    """The same accuracy as when the frozen encoder runs in every step, with schedule and clipping written out."""
+    """The same head as when the frozen encoder runs in every step, with schedule and clipping written out."""
     labels = torch.from_numpy(contexts.input_ids[:, 1] % 3)
 
     def features_of(chosen):
@@ -182,9 +244,10 @@ def test_cached_features_equal_uncached(model, contexts, tmp_path):
         tmp_path, learning_rate=0.01, weight_decay=0.01, num_train_epochs=6, per_device_train_batch_size=16, warmup_steps=3
     )
     cached = features_of(slice(None))
-    fitted = fit_probe(cached, labels, cached, labels, 3, settings, 0)
-    assert fitted["last"] == fitted["train"] == naive_probe(features_of, labels, features_of, labels, settings, 0)
-    assert fitted["last"] > 0.6
+    fitted = fit(cached, labels, cached, labels, 3, settings, 0)
+    head, naive_accuracy = naive_probe(features_of, labels, features_of, labels, settings, 0)
+    assert fitted["last"] == fitted["train"] == naive_accuracy > 0.6
+    torch.testing.assert_close(torch.tensor(fitted["weight"]), head.weight.detach(), atol=1e-4, rtol=0)
 
 
 def test_best_accuracy_is_over_the_evaluations(tmp_path):
@@ -192,13 +255,13 @@ def test_best_accuracy_is_over_the_evaluations(tmp_path):
     (train, labels), (validation, validation_labels) = separable(300, 0), separable(300, 1)
     constant = {"learning_rate": 0.3, "lr_scheduler_type": "constant"}
 
-    def fit(**changes):
+    def fitted_with(**changes):
         settings = arguments(tmp_path, **constant, **changes)
-        return fit_probe(train, labels + torch.arange(300) % 2, validation, validation_labels, 4, settings, 0)
+        return fit(train, labels + torch.arange(300) % 2, validation, validation_labels, 4, settings, 0)
 
-    last = [fit(max_steps=steps)["last"] for steps in range(1, 7)]
-    fitted = fit(max_steps=6, eval_strategy="steps", eval_steps=1)
+    last = [fitted_with(max_steps=steps)["last"] for steps in range(1, 7)]
+    fitted = fitted_with(max_steps=6, eval_strategy="steps", eval_steps=1)
     assert (fitted["best"], fitted["last"]) == (max(last), last[-1])
     assert len(set(last)) > 1
-    every_epoch = fit(max_steps=6, eval_strategy="epoch")  # 5 steps an epoch
+    every_epoch = fitted_with(max_steps=6, eval_strategy="epoch")  # 5 steps an epoch
     assert every_epoch["best"] == max(last[4], last[5])

@@ -1,6 +1,8 @@
 """The report against a tree of records that the test writes itself, and against numbers recomputed from those JSON files."""
 
 import csv
+import hashlib
+import html
 import json
 import re
 
@@ -8,11 +10,11 @@ import numpy as np
 import pytest
 
 from pcfg.artefacts import InputError, write_json
-from pretraining.evaluation import report
+from pretraining.evaluation import report, report_sizes
 from pretraining.evaluation.records import write_record
 from pretraining.model.config import ModelConfig
 
-COMMON = {"inputs": {}, "arguments": {"seed": 0}, "seconds": 1.0, "device": "cpu"}
+COMMON = {"inputs": {"data": {"sha256": "ab" * 32}}, "arguments": {"seed": 0}, "seconds": 1.0, "device": "cpu"}
 
 
 def both_means(value, error):
@@ -121,7 +123,7 @@ def test_missing_measurements_are_empty_cells(tree, tmp_path):
     report.write_csv(tmp_path / "results.csv", report.collect(tree[0])[0])
     rows = read_csv(tmp_path / "results.csv")
     known = {key for key, value in rows[0].items() if value}
-    assert known == {"model", "kind", "job", "step", "parameters", "hidden_size", "layers"}
+    assert known == {"model", "kind", "job", "step", "parameters", "hidden_size", "layers", "heads", "intermediate_size"}
     table = rows[-1]
     assert (table["kind"], table["gap_sentences"], table["trace"], table["parameters"]) == ("lookup table", "0.0", "", "")
 
@@ -166,11 +168,11 @@ def test_partial_trees_are_reported(tmp_path):
         (tmp_path / name).mkdir()
     write_json(tmp_path / "table" / "args.json", {"model": "lookup table"})
     write_accuracy(tmp_path / "table", "probe_pcfg_A", [0.5])
-    rows = report.make_report(tmp_path / "table", tmp_path / "out1")
+    rows, _ = report.make_report(tmp_path / "table", tmp_path / "out1")
     assert [row["model"] for row in rows] == ["table"]
     write_model(tmp_path / "model", 8, "job", 0)
     (tmp_path / "model" / "args.json").unlink()
-    rows = report.make_report(tmp_path / "model", tmp_path / "out2")
+    rows, _ = report.make_report(tmp_path / "model", tmp_path / "out2")
     assert rows[0]["step"] is None and rows[0]["job"] == "model"
     assert not list((tmp_path / "out2").glob("*.png"))
 
@@ -185,6 +187,98 @@ def test_one_model_with_accuracy_only(tmp_path):
         "overview.png",
         "accuracy_probe_conditional_pcfg_A.png",
     }
+
+
+def write_trace(folder, value, error, parts=None):
+    """A trace of `value`, and of the parts `parts`: groups and layers by name."""
+    sizes = {"value": value, "standard_error": error, "n": 100, "unit": "nats"}
+    if parts:
+        sizes["parts"] = {kind: {name: {"value": part} for name, part in parts[kind].items()} for kind in parts}
+    write_record(folder, "hessian.json", measurement="hessian", estimator="fisher", **sizes, **COMMON)
+
+
+def enlarged_model(folder, source, rule, times, trace, error=0.1, added=()):
+    """A model of width 16 with two layers that was enlarged, and its trace, of which tables and added layers have 1 each."""
+    folder.mkdir(parents=True)
+    write_model(folder, 16, source, 1000)
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    facts = {"rule": rule, "times": times, "heads": times, "added_layers": list(added)}
+    facts["from"] = {"weights_sha256": digest, "parameters": 100 * times}
+    write_json(folder / "args.json", {"step": 1000, "job_name": source, "enlarged": facts})
+    groups = {"word_table": 0.75, "position_table": 0.25, "encoder_matrices": trace - 3, "vectors": 2, "head": 0}
+    write_trace(folder, trace, error, {"groups": groups, "layers": {"layer_0": trace - 1, "layer_1": 1}})
+
+
+@pytest.fixture
+def grown(tmp_path):
+    """A model of width 16 with trace 10, and smaller ones enlarged to it."""
+    (tmp_path / "wide").mkdir()
+    write_model(tmp_path / "wide", 16, "wide", 1000)
+    write_trace(tmp_path / "wide", 10.0, 0.1, {"groups": {"word_table": 4, "encoder_matrices": 6}, "layers": {"layer_0": 10}})
+    enlarged_model(tmp_path / "narrow_tables", "narrow", "tables", 2, 12.0, added=[1])
+    enlarged_model(tmp_path / "narrow_head", "narrow", "head", 2, 8.0, added=[1])
+    return tmp_path
+
+
+def test_sizes_are_compared_under_both_rules(grown, capsys):
+    enlarged_model(grown / "tiny_tables", "tiny", "tables", 4, 30.0)
+    enlarged_model(grown / "tiny_head", "tiny", "head", 4, 20.0)
+    enlarged_model(grown / "odd_tables", "odd", "tables", 8, 10.1)
+    report.main([str(grown), "--output", str(grown / "out")])
+    page, printed = (grown / "out" / "report.html").read_text(), capsys.readouterr().out
+    for finding in (
+        "narrow x 2, step 1,000 against wide, step 1,000: THE FINDING DEPENDS ON THE RULE, "
+        "trace larger with --tied-scale tables, smaller with --tied-scale head.",
+        "tiny x 4, step 1,000: trace larger than that of wide, step 1,000 with both rules.",
+        "odd x 8, step 1,000: trace not told apart from that of wide, step 1,000 with --tied-scale tables. "
+        "Whether that depends on the rule is open: no trace with --tied-scale head.",
+    ):
+        assert finding in printed and finding in html.unescape(page)
+    table = printed[printed.index("own parameters") :]
+    assert re.search(r"narrow x 2, step 1,000 +200 +tables +12.00 ± 0.10 +1.00 +9.00 +2.00 +0.00 +1.00\n", table)
+    assert re.search(r"narrow x 2, step 1,000 +200 +head +8.00 ± 0.10 +1.00 +5.00 +2.00 +0.00 +1.00\n", table)
+    assert len(re.findall(r"wide, step 1,000 +[\d,]+ +of this shape itself +10.00 ± 0.10 +4.00 +6.00", table)) == 1
+    assert (grown / "out" / "trace_across_sizes.png").exists()
+    rows = {row["model"]: row for row in read_csv(grown / "out" / "results.csv")}
+    assert rows["narrow_head"]["enlarged_rule"] == "head" and rows["narrow_head"]["trace_added_layers"] == "1.0"
+    assert rows["wide"]["enlarged_rule"] == ""
+
+
+def test_no_comparison_without_an_enlarged_model(tree):
+    rows, records = report.collect(tree[0])
+    assert report.sections(rows, records) == []
+
+
+def test_only_the_last_step_is_compared(grown):
+    for step, trace in ((500, 99.0), (2000, 50.0)):
+        folder = grown / f"wide{step}"
+        folder.mkdir()
+        write_model(folder, 16, "wide", step)
+        write_trace(folder, trace, 0.1)
+    [comparison] = report_sizes.across_sizes(report.collect(grown)[0])
+    assert [model.label for model in comparison.models] == ["narrow x 2, step 1,000", "wide, step 2,000"]
+    assert comparison.findings == ["narrow x 2, step 1,000: trace smaller than that of wide, step 2,000 with both rules."]
+
+
+def test_paired_comparisons_are_shown(tree, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report.report_plots, "write_plots", lambda *_: [])  # only the tables are of interest
+    folder, other = tree[0] / "wide" / "step0001000", tree[0] / "narrow" / "step0001000"
+    hashes = {"model": {"sha256": "1" * 64}, "other": {"sha256": "2" * 64}}
+    for number, (difference, error) in enumerate(((0.01, 0.001), (0.001, 0.001), (-4e-8, 1e-9))):
+        means = {kind: {"mean": difference, "standard_error": error} for kind in ("pairs", "sentences")}
+        sizes = {"value": difference, "standard_error": error, "n": 100, "unit": "nats"}
+        details = {"difference": means, "models": ["a step 1", "b step 2"]}
+        common = {**COMMON, "inputs": hashes if number else {**hashes, "other": {"sha256": "3" * 64}}}
+        write_record(folder, f"comparison_{number}.json", measurement="comparison", **sizes, **details, **common)
+    path = other / "loss.json"
+    record = json.loads(path.read_text())
+    write_json(path, {**record, "inputs": {"model": {"sha256": "2" * 64}}})
+    report.main([str(tree[0]), "--output", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert re.search(r"wide/step0001000 +b step 2 +0.010000 ± 0.001000 +0.010000 ± 0.001000 +yes\n", printed)
+    assert re.search(r"wide/step0001000 +narrow/step0001000 +0.001000 ± 0.001000 .* +no\n", printed)
+    assert re.search(r"-0.000000 ± 0.000000 +no\n", printed)  # rounding
+    assert "compared in pairs" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_errors(tmp_path):

@@ -53,12 +53,48 @@ def test_padding_changes_nothing(mode, norm):
     assert torch.allclose(model.encode(padded, mask)[:, :6], model.encode(ids), atol=1e-5)
 
 
-def test_forward_is_predict_at_the_masked_positions():
-    model = random_model()
-    ids = torch.randint(1, 30, (2, 5))
-    flat = torch.tensor([1, 4, 7])
-    everywhere = model.predict(model.encode(ids)).reshape(10, 30)
-    assert torch.allclose(model(ids, None, flat), everywhere[flat], atol=1e-6)
+@pytest.mark.parametrize("mode", ["pre-ln", "post-ln"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_last_layer_at_the_masked_positions_is_the_whole_one_there(mode, attention, layers):
+    model = random_model(encoder_ln_mode=mode, attention=attention, num_hidden_layers=layers).double()
+    ids = torch.randint(1, 30, (3, 6))
+    mask = torch.arange(6) < torch.tensor([[4], [6], [5]])
+    flat = torch.tensor([1, 2, 7, 10, 11, 16])  # two, three and one mask
+    everywhere = model.predict(model.encode(ids, mask)).reshape(18, 30)
+    assert torch.allclose(model(ids, mask, flat), everywhere[flat], atol=1e-12)
+    weights = torch.randn(6, 30, dtype=torch.float64)
+    expected = torch.autograd.grad((everywhere[flat] * weights).sum(), list(model.parameters()), allow_unused=True)
+    found = torch.autograd.grad((model(ids, mask, flat) * weights).sum(), list(model.parameters()), allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-10)
+    none_padded = model.predict(model.encode(ids)).reshape(18, 30)[flat]
+    assert torch.allclose(model(ids, None, flat), none_padded, atol=1e-12)
+
+
+def test_activation_checkpointing_changes_nothing():
+    model = random_model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2).train()
+    ids, flat = torch.randint(1, 30, (3, 6)), torch.tensor([1, 8, 14])
+    results = []
+    for model.activation_checkpointing in (False, True):
+        torch.manual_seed(3)
+        model.zero_grad()
+        logits = model(ids, None, flat)
+        logits.square().sum().backward()
+        results.append([logits, *(parameter.grad.clone() for parameter in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_compiled_layers_compute_the_same():
+    model = random_model(num_hidden_layers=1).double()
+    inputs = [(torch.randint(1, 30, (size, 6)), None, torch.tensor([1, 8])) for size in (2, 3)]
+    expected = [model(*each) for each in inputs]
+    names = list(model.state_dict())
+    model.compile_layers(backend="aot_eager")  # traces and differentiates as the default does, without its minute in g++
+    assert list(model.state_dict()) == names
+    for each, wanted in zip(inputs, expected, strict=True):
+        assert torch.allclose(model(*each), wanted, atol=1e-12)
 
 
 def test_the_tied_table_gets_both_gradients_and_the_bias_is_trained():

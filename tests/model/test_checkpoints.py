@@ -4,12 +4,15 @@ import pickle
 import shutil
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from pcfg.artefacts import InputError
+from pcfg.artefacts import InputError, read_json, sha256, write_json
+from pcfg.sealed import write_sealed
 from pretraining.data.vocabulary import Vocabulary, build_tokenizer
+from pretraining.model import checkpoints
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import (
     check_vocabulary,
@@ -25,14 +28,20 @@ from pretraining.model.config import ModelConfig
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
 
 
-def make_folder(folder, **changes) -> MaskedLM:
-    torch.manual_seed(1)
+def make_folder(folder, seed=1, **changes) -> MaskedLM:
+    torch.manual_seed(seed)
     vocabulary = Vocabulary(WORDS)
     model = MaskedLM(ModelConfig(len(WORDS), 16, 2, 4, 32, max_position_embeddings=9, **changes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     save_model(folder, model, build_tokenizer(vocabulary, True, 9), vocabulary, {"step": 3})
     return model.eval()
+
+
+def made_by_others(folder):
+    """A folder without the hashes of ours."""
+    (folder / "args.json").unlink()
+    return folder
 
 
 def padded_batch():
@@ -61,7 +70,10 @@ def test_the_folder_is_whole(tmp_path):
     model = make_folder(tmp_path / "model")
     loaded = load_model(tmp_path / "model")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
-    assert read_facts(tmp_path / "model") == {"step": 3}
+    facts = read_facts(tmp_path / "model")
+    assert facts["step"] == 3
+    assert facts["files"]["model.safetensors"] == sha256(tmp_path / "model" / "model.safetensors")
+    assert facts["files"].keys() == {path.name for path in (tmp_path / "model").iterdir()}
     assert load_vocabulary(tmp_path / "model").words == WORDS
     assert AutoTokenizer.from_pretrained(tmp_path / "model").convert_tokens_to_ids(["c", "[MASK]"]) == [7, 4]
 
@@ -76,6 +88,7 @@ def test_rms_norm_is_ours_alone(tmp_path):
 
 def test_pytorch_bin_is_read_without_pickle(tmp_path):
     model = make_folder(tmp_path / "model")
+    made_by_others(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     torch.save(safetensors.torch.load_file(weights), tmp_path / "model" / "pytorch_model.bin")
     weights.unlink()
@@ -90,11 +103,23 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_a_malicious_pickle_is_refused(tmp_path):
+def plain_pickle(content, path):
+    with open(path, "wb") as file:
+        pickle.dump(content, file)
+
+
+def legacy(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("write", [plain_pickle, torch.save, legacy])
+def test_a_malicious_pickle_is_refused(tmp_path, write):
     make_folder(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
-    with open(tmp_path / "model" / "pytorch_model.bin", "wb") as file:
-        pickle.dump({"weights": Bomb(str(tmp_path / "executed"))}, file)
+    write({"weights": Bomb(str(tmp_path / "executed"))}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pytorch_model.bin: is not among the files"):
+        load_model(tmp_path / "model")
+    write_sealed(tmp_path / "model" / "args.json", {"step": 3})  # whoever can replace the weights can replace the hashes
     with pytest.raises(InputError, match="pytorch_model.bin: refused"):
         load_model(tmp_path / "model")
     assert not (tmp_path / "executed").exists()
@@ -103,9 +128,39 @@ def test_a_malicious_pickle_is_refused(tmp_path):
 def test_damaged_weights(tmp_path):
     make_folder(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-10])
+    with pytest.raises(InputError, match="model.safetensors: damaged, its SHA-256.*args.json; make the model again"):
         load_model(tmp_path / "model")
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        load_model(made_by_others(tmp_path / "model"))
+
+
+def test_files_changed_on_purpose(tmp_path, capsys):
+    make_folder(tmp_path / "model")
+    config, facts = tmp_path / "model" / "config.json", tmp_path / "model" / "args.json"
+    write_json(config, {**read_json(config), "hidden_dropout_prob": 0.0})
+    with pytest.raises(InputError, match="config.json: damaged.*if it was changed on purpose, remove 'files' there"):
+        load_model(tmp_path / "model")
+    write_json(facts, {name: value for name, value in read_json(facts).items() if name != "files"})
+    assert load_model(tmp_path / "model").config.hidden_dropout_prob == 0.0
+    assert "args.json lists no hashes" in capsys.readouterr().out
+    write_json(facts, {**read_json(facts), "files": {}})
+    with pytest.raises(InputError, match="args.json: damaged"):
+        load_model(tmp_path / "model")
+
+
+def test_a_full_disk_keeps_the_old_model(tmp_path, monkeypatch):
+    old = make_folder(tmp_path / "model")
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })')
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(InputError, match="model.safetensors: can't be written .*No space left on device"):
+        make_folder(tmp_path / "model", seed=2)
+    assert torch.equal(load_model(tmp_path / "model").head_dense.weight, old.head_dense.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +176,7 @@ def test_damaged_weights(tmp_path):
 )
 def test_damaged_pytorch_bin(tmp_path, spoil):
     make_folder(tmp_path / "model")
+    made_by_others(tmp_path / "model")
     weights, path = tmp_path / "model" / "model.safetensors", tmp_path / "model" / "pytorch_model.bin"
     torch.save(safetensors.torch.load_file(weights), path)
     weights.unlink()
@@ -131,6 +187,7 @@ def test_damaged_pytorch_bin(tmp_path, spoil):
 
 def test_config_of_another_model(tmp_path):
     make_folder(tmp_path / "model")
+    made_by_others(tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 64}))
     with pytest.raises(InputError, match=r"intermediate.dense.weight' has shape \(32, 16\), config.json says \(64, 16\)"):
@@ -169,6 +226,7 @@ def test_a_hub_name_fails_at_once_offline():
 def test_a_model_of_the_hub(tmp_path, monkeypatch):
     """What a download would give, with the weights' names that Google's BERT has there."""
     model = make_folder(tmp_path / "hub", encoder_ln_mode="post-ln")
+    made_by_others(tmp_path / "hub")
     weights = tmp_path / "hub" / "model.safetensors"
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     renamed = {}
@@ -186,3 +244,39 @@ def test_a_model_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     folder = find_model("somebody/bert")
     assert torch.equal(load_model(folder).embeddings.norm.weight, model.embeddings.norm.weight)
+
+
+def verify(folder):
+    checkpoints.main(["verify", str(folder)])
+
+
+def test_verify_proves_that_models_are_whole_and_distinct(tmp_path, capsys):
+    for step in (0, 1, 2):
+        make_folder(tmp_path / f"step{step}", seed=step)
+    verify(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"{tmp_path}/step{step}: step 3" for step in (0, 1, 2)]
+
+    shutil.copytree(tmp_path / "step1", tmp_path / "again")
+    with pytest.raises(InputError, match="step1: has the same weights as .*again"):
+        verify(tmp_path)
+    shutil.rmtree(tmp_path / "again")
+    tokenizer = tmp_path / "step2" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("[MASK]", "[MUSK]"))
+    with pytest.raises(InputError, match="1 problem.*\n.*step2/tokenizer.json: damaged"):
+        verify(tmp_path)
+
+
+def test_verify_reads_what_others_made(tmp_path, capsys):
+    make_folder(tmp_path / "model")
+    made_by_others(tmp_path / "model")
+    verify(tmp_path)
+    assert "made by others" in capsys.readouterr().out
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["lm_head.bias"][3] = float("nan")
+    safetensors.torch.save_file(tensors, weights)
+    with pytest.raises(InputError, match="decoder_bias has entries that are not finite"):
+        verify(tmp_path)
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        verify(tmp_path / "nowhere")

@@ -28,8 +28,6 @@ def test_the_readme_command_means_what_it_says(tmp_path):
     assert (options.fp16, options.deepspeed, options.do_validation, options.bf16) == (True, True, True, False)
     assert options.total_training_time == options.early_exit_time_marker == 24.0
     assert options.adam_beta2 == 0.98 and options.validation_end_proportion == 0.01
-    assert command_line.accumulation_steps(options, 1) == 4
-    assert command_line.accumulation_steps(options, 2) == 2
     config = command_line.model_config(options, vocab_size=205, max_seq_length=32)
     assert (config.vocab_size, config.max_position_embeddings, config.num_hidden_layers) == (205, 32, 16)
 
@@ -70,17 +68,11 @@ def test_a_missing_dataset_is_named():
         parse("/nowhere/samples")
 
 
-@pytest.mark.parametrize(
-    ("flags", "ranks", "message"),
-    [
-        ("--train_batch_size 4000", 1, "4000 is not a multiple of .* 1024 x 1"),
-        ("", 3, "4096 is not a multiple of .* 1024 x 3"),
-        ("--gradient_accumulation_steps 3", 1, "= 4; leave it out"),
-    ],
-)
-def test_batch_sizes_that_do_not_fit(tmp_path, flags, ranks, message):
-    with pytest.raises(InputError, match=message):
-        command_line.accumulation_steps(parse(tmp_path, flags), ranks)
+def test_accumulation_steps_must_agree_if_given(tmp_path):
+    command_line.check_accumulation(parse(tmp_path, "--train_batch_size 4001"), 3)
+    command_line.check_accumulation(parse(tmp_path, "--gradient_accumulation_steps 2"), 2)
+    with pytest.raises(InputError, match="--gradient_accumulation_steps: 3, but --train_batch_size 4096"):
+        command_line.check_accumulation(parse(tmp_path, "--gradient_accumulation_steps 3"), 1)
 
 
 @pytest.mark.parametrize(

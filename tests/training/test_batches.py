@@ -1,20 +1,14 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from pcfg.artefacts import InputError
 from pretraining.data.samples import Samples
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
-from pretraining.training.batches import (
-    global_batches,
-    micro_batch,
-    number_of_masks,
-    rank_micro_batches,
-    sorted_micro_batches,
-)
-from pretraining.training.trainer import masked_loss
+from pretraining.training.batches import cuts, global_batches, masked_loss, micro_batch, number_of_masks, rank_micro_batches
 
 VOCABULARY, LENGTH, MASKS = 30, 12, 3
 
@@ -33,21 +27,9 @@ def random_samples(number, seed=0):
     return Samples(ids.astype(np.int32), mask.astype(np.int8), 0 * mask.astype(np.int8), positions, words)
 
 
-def naive_loss(model, samples, rows):
-    """Mean over the masks of -log f, from logits at every position of one batch padded to the full length."""
-    ids = torch.from_numpy(samples.input_ids[rows]).long()
-    hidden = model.encode(ids, torch.from_numpy(samples.input_mask[rows]))
-    logits = model.predict(hidden)
-    labels = torch.full(ids.shape, -100)
-    for i, row in enumerate(rows):
-        for position, word in zip(samples.masked_lm_positions[row], samples.masked_lm_ids[row], strict=True):
-            if position:
-                labels[i, position] = int(word)
-    return F.cross_entropy(logits.reshape(-1, VOCABULARY), labels.reshape(-1))
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_grouping_leaves_loss_and_gradient_alone(dtype, tolerance):
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-10)])
+def test_grouping_leaves_loss_and_gradient_alone(naive_loss, dtype, tolerance, ranks):
     samples, rows = random_samples(100), np.random.default_rng(1).permutation(100)[:48]
     torch.manual_seed(0)
     config = ModelConfig(VOCABULARY, 16, 2, 2, 32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -56,11 +38,10 @@ def test_grouping_leaves_loss_and_gradient_alone(dtype, tolerance):
     gradient = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
 
     total = torch.zeros((), dtype=torch.float64)
-    for rank in range(2):
-        parts = rank_micro_batches(samples, rows, 8, rank, 2)
-        assert [len(part) for part in parts] == [8, 8, 8]
-        for part in parts:
-            share = masked_loss(model, micro_batch(samples, part)) / number_of_masks(samples, rows)
+    for rank in range(ranks):
+        for part in rank_micro_batches(samples, rows, 8, rank, ranks):
+            share = masked_loss(model, micro_batch(samples, part if len(part) else rows[:1])) * (len(part) > 0)
+            share = share / number_of_masks(samples, rows)
             share.backward()
             total += share.detach()
     torch.testing.assert_close(total, expected.double(), rtol=tolerance, atol=0)
@@ -70,19 +51,38 @@ def test_grouping_leaves_loss_and_gradient_alone(dtype, tolerance):
         assert difference.norm() < tolerance * norm
 
 
-def test_every_row_is_dealt_once():
-    samples, rows = random_samples(64), np.arange(64)
-    dealt = [row for rank in range(4) for part in rank_micro_batches(samples, rows, 4, rank, 4) for row in part]
-    assert sorted(dealt) == list(range(64))
+@pytest.mark.parametrize(("number", "ranks", "size"), [(64, 4, 4), (61, 4, 7), (3, 5, 2), (1, 1, 1), (200, 3, 1000)])
+def test_every_row_is_dealt_once_in_as_many_batches_a_rank(number, ranks, size):
+    samples, rows = random_samples(number), np.arange(number)
+    parts = [rank_micro_batches(samples, rows, size, rank, ranks) for rank in range(ranks)]
+    assert len({len(of_rank) for of_rank in parts}) == 1
+    assert sorted(row for of_rank in parts for part in of_rank for row in part) == list(range(number))
+    assert max(len(part) for of_rank in parts for part in of_rank) <= size
+    # Only a rank that has run out of sentences has an empty batch, and only as its last one.
+    assert all(len(part) for of_rank in parts for part in of_rank[:-1])
 
 
-def test_sorting_saves_padding():
+def cost(lengths, ends, overhead):
+    return sum(overhead + (end - start) * lengths[end - 1] for start, end in itertools.pairwise([0, *ends]))
+
+
+@pytest.mark.parametrize("overhead", [0, 3, 20, 1000])
+def test_cuts_cost_least_of_all_ways_to_cut(overhead):
+    rng = np.random.default_rng(overhead)
+    for _ in range(30):
+        lengths = np.sort(rng.integers(3, 9, rng.integers(1, 11)))
+        inner = range(1, len(lengths))
+        ways = [[*way, len(lengths)] for k in range(len(lengths)) for way in itertools.combinations(inner, k)]
+        best = min(cost(lengths, way, overhead) for way in ways)
+        assert cost(lengths, cuts(lengths, size=100, overhead=overhead), overhead) == best
+
+
+def test_without_overhead_nothing_is_padded():
     samples = random_samples(200)
-    parts = [micro_batch(samples, part) for part in sorted_micro_batches(samples, np.arange(200), 20)]
-    widths = [part.input_ids.shape[1] for part in parts]
-    assert widths == sorted(widths) and widths[0] < LENGTH
-    padded = sum(part.input_ids.numel() for part in parts)
-    assert padded < 1.15 * samples.input_mask.sum()
+    parts = [micro_batch(samples, part) for part in rank_micro_batches(samples, np.arange(200), 20, overhead=0)]
+    assert all(part.input_mask is None for part in parts)
+    assert sum(part.input_ids.numel() for part in parts) == samples.input_mask.sum()
+    assert all(len(part.input_ids) <= 20 for part in parts)
 
 
 def test_no_mask_where_nothing_is_padded():

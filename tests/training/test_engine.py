@@ -5,11 +5,10 @@ from deepspeed.accelerator import get_accelerator
 
 from pretraining.data.samples import read_samples
 from pretraining.training import arguments as command_line
-from pretraining.training.batches import micro_batch
+from pretraining.training.batches import masked_loss, micro_batch
 from pretraining.training.distributed import Ranks
 from pretraining.training.engine import build_engine, precision, zero_stage
 from pretraining.training.pretrain import build_model
-from pretraining.training.trainer import masked_loss
 
 FLAGS = (
     "--dataset_path data --tokenizer_name t --output_dir out --hidden_size 16 --num_hidden_layers 1 "
@@ -28,13 +27,20 @@ def parse(flags=""):
     [
         ("", "cpu", "float32"),
         ("--bf16", "cpu", "bfloat16"),
-        ("--fp16", "cpu", "bfloat16"),
         ("--fp16", "cuda", "float16"),
         ("--bf16", "cuda", "bfloat16"),
     ],
 )
 def test_precision(flags, device, expected):
     assert precision(parse(flags), torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"), [({"amx_tile": True}, "bfloat16"), ({"avx512_bf16": True}, "bfloat16"), ({}, "float32")]
+)
+def test_fp16_on_a_cpu_is_what_it_is_fast_at(monkeypatch, instructions, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **instructions})
+    assert precision(parse("--fp16"), torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize("arithmetic", ["float32", "bfloat16", "float16"])

@@ -1,19 +1,36 @@
+import errno
+import os
 import shutil
 
 import h5py
 import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from safetensors.torch import load_file
 
 from pcfg.artefacts import InputError, read_json
-from pretraining.training import state
+from pcfg.sealed import write_sealed
+from pretraining.training import pretrain, state, trainer
 from pretraining.training.metrics import Metrics, read_metrics
+from pretraining.training.safe_torch import SafeCheckpointEngine
 
 SAVING = "--save_steps 2,4,6"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Where the run of `states` is kept for the next test."""
+    return tmp_path_factory.mktemp("states") / "first"
+
+
 @pytest.fixture
-def states(train):
+def states(train, made, tmp_path):
     """The folder of training states of a run of 8 steps that keeps three."""
-    return train(f"{SAVING} --keep_checkpoints 3", job="first").parent / "training_state"
+    if made.exists():
+        shutil.copytree(made, tmp_path / "first")
+    else:
+        shutil.copytree(train(f"{SAVING} --keep_checkpoints 3", job="first").parent, made)
+    return tmp_path / "first" / "training_state"
 
 
 def test_latest_and_pruning(states):
@@ -22,7 +39,7 @@ def test_latest_and_pruning(states):
     saved = state.read(states / "step0000006")
     assert saved["progress"]["samples"] == 6 * 32
     assert saved["arguments"]["save_steps"] == [2, 4, 6]
-    assert set(saved["files"]) == {path.name for path in (states / "step0000006").iterdir()} - {"state.json"}
+    assert set(saved["files"]) == {path.name for path in (states / "step0000006").iterdir()}
 
 
 def test_another_run_goes_on_from_a_state(train, states):
@@ -45,38 +62,179 @@ def test_unknown_states_are_named(train, states, tmp_path):
         train(f"--load_training_checkpoint {tmp_path}", job="second")
 
 
-def test_a_flipped_byte_is_found(train, states):
-    file = next((states / "step0000008").glob("*.pt"))
+def flip_a_byte(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(InputError, match=f"{file.name}: damaged"):
-        train(f"--max_steps 10 --load_training_checkpoint {states}", job="second")
 
 
-def test_foreign_and_missing_files_are_refused(train, states):
-    folder = states / "step0000008"
-    shutil.copy(next(folder.glob("*.pt")), folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    with pytest.raises(InputError, match="optim_states.pt: isn't part of this training state"):
-        train(f"--max_steps 10 --load_training_checkpoint {states}", job="second")
-    (folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
-    next(folder.glob("*.pt")).unlink()
-    with pytest.raises(InputError, match="is missing"):
-        train(f"--max_steps 10 --load_training_checkpoint {states}", job="second")
+def assert_same_weights(first, second):
+    first, second = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_broken_descriptions_say_what_to_do(train, states):
-    last = states / "step0000008"
-    next(last.glob("*.pt")).write_bytes(b"")
-    others = rf"write the tag of another state \(step000000[46], step000000[46]\) into {states / 'latest'}"
-    with pytest.raises(InputError, match=f"damaged.*{others}"):
+def test_a_damaged_state_is_reported_and_the_last_whole_one_is_taken(train, states, capsys):
+    undisturbed = states.parent / "step0000008"
+    shutil.copytree(undisturbed, states.parent.parent / "undisturbed")
+    shutil.rmtree(undisturbed)
+    flip_a_byte(next((states / "step0000008").glob("*.pt")))
+    (states / "step0000006" / "state.json").write_text("{}")
+    capsys.readouterr()
+    final = train(f"{SAVING} --keep_checkpoints 3", job="first")
+    output = capsys.readouterr().out
+    assert "model_states.pt: damaged, its SHA-256" in output and "step0000006/state.json: damaged" in output
+    assert output.count("passed over, the newest whole training state is step0000004") == 2
+    assert "step 5/8" in output and "step 4/8" not in output
+    assert_same_weights(final, states.parent.parent / "undisturbed")
+    # The damaged ones are out of the way: they don't count as states that are kept.
+    assert sorted(path.name for path in states.iterdir()) == ["latest", "step0000004", "step0000006", "step0000008"]
+    assert all(state.read(folder) for folder in states.glob("step*"))
+
+
+def test_damaged_states_stay_until_the_next_is_saved(train, states, monkeypatch):
+    flip_a_byte(next((states / "step0000008").glob("*.pt")))
+    (states.parent / "step0000008" / "args.json").unlink()
+    monkeypatch.setattr(trainer.Trainer, "run", lambda _: None)
+    train(f"{SAVING} --keep_checkpoints 3", job="first")
+    found = ["latest", "step0000004", "step0000006", "step0000008.damaged"]
+    assert sorted(path.name for path in states.iterdir()) == found
+    train(f"{SAVING} --keep_checkpoints 1", job="first")
+    assert sorted(path.name for path in states.iterdir()) == ["latest", "step0000006", "step0000008.damaged"]
+    with pytest.raises(InputError, match="no state 'step0000008'; there are: step0000006"):
+        state.find(states, "step0000008")
+
+
+def test_a_state_that_was_asked_for_has_no_substitute(train, states):
+    flip_a_byte(next((states / "step0000006").glob("*.pt")))
+    with pytest.raises(InputError, match="step0000006/mp_rank_00_model_states.pt: damaged"):
+        train(f"--max_steps 10 --load_training_checkpoint {states} --load_checkpoint_id step0000006", job="second")
+
+
+def test_nothing_whole_is_left(train, states, capsys):
+    for folder in states.glob("step*"):
+        next(folder.glob("*.pt")).unlink()
+    with pytest.raises(
+        InputError, match="model_states.pt: is missing.*no whole training state is left.*--overwrite begins anew"
+    ):
+        train(f"{SAVING} --max_steps 9", job="first")
+    final = train(f"{SAVING} --max_steps 9 --overwrite", job="first")
+    assert "warning: " in capsys.readouterr().out
+    assert [record["step"] for record in read_metrics(final.parent / "metrics.jsonl")] == list(range(1, 10))
+
+
+def test_latest_names_a_state_and_no_other_folder(states, tmp_path):
+    shutil.copytree(states / "step0000006", tmp_path / "elsewhere")
+    for text in ("step0000007", "", "../../elsewhere", "\udcff"):
+        (states / "latest").write_bytes(text.encode(errors="surrogateescape"))
+        lines = []
+        assert state.newest(states, lines.append).folder.name == "step0000008"
+        assert len(lines) == 1 and "latest: names" in lines[0]
+    (states / "latest").unlink()  # killed before it was written for the first time
+    assert state.newest(states, lines.remove).folder.name == "step0000008"
+
+
+def test_never_resuming(train, states):
+    flags = f"{SAVING} --keep_checkpoints 3 --resume never"
+    with pytest.raises(InputError, match="--resume never: .* is there; add --overwrite"):
+        train(flags, job="first")
+    final = train(f"{flags} --overwrite", job="first")
+    assert state.read(states / "step0000006")["progress"]["step"] == 6
+    assert [record["step"] for record in read_metrics(final.parent / "metrics.jsonl")] == list(range(1, 9))
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"), [(0, "mp_rank_00_model_states.pt"), (2, "zero_pp_rank_0_mp_rank_00_optim_states.pt")]
+)
+def test_a_malicious_pickle_is_refused(train, tmp_path, stage, name):
+    states = train(f"--max_steps 1 --zero_stage {stage}").parent / "training_state"
+    file = states / "step0000001" / name
+    content = torch.load(file, weights_only=False)
+    torch.save({**content, "more": Bomb(str(tmp_path / "executed"))}, file)
+    with pytest.raises(InputError, match=f"{name}: damaged"):
+        train(f"--zero_stage {stage} --load_training_checkpoint {states}", job="second")
+    write_sealed(file.with_name("state.json"), read_json(file.with_name("state.json")))  # the hashes are right again
+    with pytest.raises(InputError, match=f"{name}: refused"):
+        train(f"--zero_stage {stage} --load_training_checkpoint {states}", job="second")
+    assert not (tmp_path / "executed").exists()
+    torch.load(file, weights_only=False)
+    assert (tmp_path / "executed").exists()  # it would have worked
+
+
+def test_a_file_that_changes_after_it_was_verified_is_not_loaded(states, tmp_path):
+    found = state.find(states, None)
+    file = next(found.folder.glob("*.pt"))
+    engine = SafeCheckpointEngine(found.saved["files"])
+    assert engine.load(str(file))["global_steps"] == 8
+    torch.save(Bomb(str(tmp_path / "executed")), file)
+    with pytest.raises(InputError, match="damaged"):
+        engine.load(str(file))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_loss_scale_of_float16_is_taken_up_again(train, monkeypatch):
+    """On the CPU, with float16 instructions that are said to be there."""
+    monkeypatch.setattr(pretrain, "precision", lambda *_: "float16")
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
+    monkeypatch.setattr(type(get_accelerator()), "supported_dtypes", lambda _: [torch.float32, torch.float16, torch.bfloat16])
+    scales, step = [], trainer.Trainer._step
+
+    def noting(self, *data):
+        scaler = self.engine.optimizer.loss_scaler
+        if self.progress.step in (1, 2, 3):
+            scaler.update_scale(True)  # as after an overflow: the second one halves the scale
+        loss = step(self, *data)
+        scales.append((scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter, scaler.cur_hysteresis))
+        return loss
+
+    monkeypatch.setattr(trainer.Trainer, "_step", noting)
+    undisturbed = train("--save_steps 4 --fp16", job="undisturbed")
+    expected = scales[:]
+    assert expected[3][0] < expected[0][0]
+    states = undisturbed.parent / "training_state"
+    resumed = train(
+        f"--fp16 --save_steps 4 --load_training_checkpoint {states} --load_checkpoint_id step0000004", job="resumed"
+    )
+    assert scales[8:] == expected[4:]
+    assert_same_weights(undisturbed, resumed)
+
+
+def test_another_versions_states_are_named(train, states):
+    path = states / "step0000008" / "state.json"
+    saved = read_json(path)
+    write_sealed(path, {**saved, "progress": {**saved["progress"], "phase": 1}})
+    with pytest.raises(InputError, match="state.json: 'phase' is unknown here"):
         train(f"--max_steps 10 --load_training_checkpoint {states}", job="second")
-    (last / "state.json").write_text('{"progress": {}}')
+    write_sealed(path, {name: value for name, value in saved.items() if name != "arguments"})
     with pytest.raises(InputError, match="state.json: 'arguments' is missing"):
-        train("--max_steps 10", job="first")
-    (states / "latest").write_text("step0000007")
-    with pytest.raises(InputError, match="latest: names 'step0000007', which has no state.json"):
-        train("--max_steps 10", job="first")
+        state.find(states, "step0000008")
+    file = next((states / "step0000006").glob("*.pt"))
+    content = torch.load(file, weights_only=True)
+    del content["module"]["decoder_bias"]
+    torch.save(content, file)
+    write_sealed(file.with_name("state.json"), read_json(file.with_name("state.json")))
+    with pytest.raises(InputError, match="step0000006: DeepSpeed can't load it .*from another version"):
+        train(f"--max_steps 10 --load_training_checkpoint {states} --load_checkpoint_id step0000006", job="second")
+
+
+@pytest.mark.parametrize("writer", [(torch, "save"), (state, "write_sealed")])
+def test_a_full_disk_keeps_the_last_state(train, states, monkeypatch, writer):
+    def no_space(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    flags = f"--max_steps 12 --save_steps 10 --load_training_checkpoint {states}"
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="step0000010: the disk is full; free some space"):
+        patch.setattr(*writer, no_space)
+        train(flags, job="first")
+    assert not list(states.glob(".*")) and state.newest(states).folder.name == "step0000008"
+    assert train(flags, job="first").name == "step0000012"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +276,21 @@ def test_metrics_forget_what_will_be_done_again(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
+def test_metrics_on_a_full_disk(tmp_path):
+    metrics = Metrics(tmp_path, 0, type("Options", (), {"project_name": None}))
+    metrics.write({"step": 1})
+    file = metrics._file
+
+    class Full:
+        def write(self, line):
+            return file.write(line[:5])
+
+    metrics._file = Full()
+    with pytest.raises(InputError, match="metrics.jsonl: the disk is full"):
+        metrics.write({"step": 2})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
 @pytest.mark.parametrize("line", ['{"step": 2', "[1]", '{"loss": 1.0}', "\udcff"])
 def test_damaged_metrics_are_named(tmp_path, line):
     content = '{"step": 1}\n' + line + '\n{"step": 3}\n'
@@ -129,6 +302,7 @@ def test_damaged_metrics_are_named(tmp_path, line):
 def test_samples_of_another_vocabulary_are_refused(train, tiny_samples, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(tiny_samples, data)
+    (data / "manifest_samples.json").unlink()  # it would find the change first
     with h5py.File(data / "train_shard_1.hdf5", "a") as file:
         file.attrs["vocab_sha256"] = "0" * 64
     with pytest.raises(InputError, match=r"train_shard_1.hdf5: made with another vocabulary \(hash 000000000000\)"):
@@ -144,5 +318,3 @@ def test_data_that_cannot_be_trained_on(train, tiny_samples, tmp_path):
         train("--train_batch_size 1024", job="large")
     with pytest.raises(InputError, match="--max_position_embeddings: 5, but .* have 10 tokens"):
         train("--max_position_embeddings 5", job="short")
-    with pytest.raises(InputError, match="33 is not a multiple"):
-        train("--train_batch_size 33", job="odd")

@@ -1,0 +1,196 @@
+"""Squared gradient norms of single contexts, || grad_theta log f(x_-t)[w] ||^2, without the gradients themselves.
+
+One backward pass through a batch gives, for each of its contexts, the gradient G (T, out) at the output of every module. With
+the module's input A (T, in), kept from the forward pass, the norm of each parameter's own gradient follows ("ghost norms";
+Goodfellow 2015, arXiv 1510.01799, for vectors; Li et al. 2022, arXiv 2110.05679, section 4, for sequences):
+
+    matrix (out, in)        || G^T A ||^2 = sum_tt' (A A^T)_tt' (G G^T)_tt', by the side that is cheaper
+    bias                    || sum_t G_t ||^2 = sum_tt' (G G^T)_tt'
+    weight of a norm        || sum_t G_t * xhat_t ||^2, xhat the normalised input
+    word table, as input    sum_tt' [x_t = x_t'] G_t . G_t'
+      as the decoder        || o ||^2 || h ||^2, o = e_w - f the gradient at the logits, h the head's output
+      their cross term      2 sum_t o[x_t] (h . G_t): the table is one parameter, its gradient the sum of the two
+    position table          sum_t || G_t ||^2
+    token-type table        || sum_t G_t ||^2, every token being of type 0
+
+where in the last five G is the gradient at the sum of the three embeddings. The forward pass and the A A^T are made once for
+any number of words w. Words are taken one backward pass after the other: as one pass of several (`is_grads_batched`) they
+took as long at 32 contexts and up to 1.6 times as long at 256.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def _gram(rows):
+    """(m, length, width) -> (m, length, length): the inner products of the rows."""
+    if rows.shape[-2] == 1:
+        return rows.square().sum(-1, keepdim=True)  # a matrix product of single rows is slow
+    return rows @ rows.transpose(-1, -2)
+
+
+def _squared_sum(gradient):
+    """(m, length, width) -> (m,): || sum over the length ||^2."""
+    return gradient.sum(-2).square().sum(-1)
+
+
+def _cross(gradient, ids, at_logits, head):
+    """(m,): the inner product of the word table's gradients as the input, with rows G_t at x_t, and as the decoder, o h^T."""
+    return (at_logits.gather(1, ids) * (gradient @ head[..., None])[..., 0]).sum(-1)
+
+
+def _gram_is_cheaper(length: int, inputs: int, outputs: int) -> bool:
+    """Whether || G^T A ||^2 takes fewer multiplications by the inner products of positions."""
+    return length * (inputs + outputs) < inputs * outputs
+
+
+class _Matrix:
+    """The norms of a linear module's weight and bias; `inputs` (m, length, in)."""
+
+    def __init__(self, name: str, module: nn.Linear, inputs):
+        self.name, self.inputs = name, inputs
+        outputs, width = module.weight.shape
+        self.gram = _gram(inputs) if _gram_is_cheaper(inputs.shape[1], width, outputs) else None
+
+    def norms(self, gradient) -> dict:
+        if self.gram is None:
+            weight = (gradient.transpose(-1, -2) @ self.inputs).square().sum((-1, -2))
+            bias = _squared_sum(gradient)
+        else:
+            gram = _gram(gradient)
+            weight, bias = (self.gram * gram).sum((-1, -2)), gram.sum((-1, -2))
+        return {f"{self.name}.weight": weight, f"{self.name}.bias": bias}
+
+
+class _Norm:
+    """The norms of the weight and bias of a LayerNorm, or of the weight of an RMSNorm; `inputs` (m, length, width)."""
+
+    def __init__(self, name: str, module, inputs):
+        self.name, self.bias = name, getattr(module, "bias", None) is not None
+        normalise = F.rms_norm if isinstance(module, nn.RMSNorm) else F.layer_norm
+        self.normalised = normalise(inputs, module.normalized_shape, eps=module.eps)
+
+    def norms(self, gradient) -> dict:
+        norms = {f"{self.name}.weight": _squared_sum(gradient * self.normalised)}
+        if self.bias:
+            norms[f"{self.name}.bias"] = _squared_sum(gradient)
+        return norms
+
+
+class GhostNorms:
+    """A forward pass of contexts, kept for the gradient norms of any number of words at each of them.
+
+    Args:
+        model: a `MaskedLM` in eval mode.
+        ids, mask, flat: its inputs, as `Contexts.batch` gives them: m rows, one masked position each.
+
+    Attributes:
+        f: (m, vocab_size) float64, the model's distribution at each context.
+    """
+
+    def __init__(self, model, ids, mask, flat):
+        self._words, self._ids, self._norms = model.embeddings.words, ids, {}
+        names = {module: name for name, module in model.named_modules()}
+        modules = [module for module in names if isinstance(module, nn.Linear) or hasattr(module, "normalized_shape")]
+        hooks = [model.embeddings.norm.register_forward_pre_hook(self._start_here)]
+        hooks += [module.register_forward_hook(partial(self._record, names[module])) for module in modules]
+        try:
+            with torch.enable_grad():
+                self._logits = model(ids, mask, flat)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.f = self._logits.detach().double().softmax(-1)  # 1 - f_w, the gradient of a likely word, is a small difference
+        self._same = (ids[:, :, None] == ids[:, None, :]).to(self._logits.dtype)  # (m, length, length)
+
+    def _start_here(self, _, inputs):
+        """The graph begins at the sum of the three embeddings."""
+        self._sum = inputs[0].detach().requires_grad_()
+        return (self._sum,)
+
+    def _record(self, name: str, module, inputs, output) -> None:
+        """Keep a module's input; the norms are taken during a backward pass, as soon as its output's gradient is there.
+
+        No gradient is held any longer than it is needed, which takes two thirds of the memory of holding them all.
+        """
+        rows = inputs[0].detach()
+        part = (_Matrix if isinstance(module, nn.Linear) else _Norm)(name, module, rows if rows.dim() == 3 else rows[:, None])
+        norms = self._norms  # not `self`, which holds the graph: the cycle through the graph would never be freed
+
+        def take(gradient):
+            norms.update(part.norms(gradient if gradient.dim() == 3 else gradient[:, None]))
+
+        output.register_hook(take)
+        self._head = output.detach()  # in the end the head's norm's, (m, hidden)
+
+    def __call__(self, words) -> dict:
+        """Squared gradient norms of log f[w].
+
+        Args:
+            words: (m,) int64, a word for each context.
+
+        Returns:
+            (m,) for each name of `pretraining.evaluation.parts.measured_parameters`, in the model's dtype; their sum over the
+            names is the whole.
+        """
+        at_logits = -self.f
+        at_logits[torch.arange(len(words), device=words.device), words] += 1
+        at_logits = at_logits.to(self._logits.dtype)  # (m, vocab_size)
+        (gradient,) = torch.autograd.grad(self._logits, self._sum, at_logits, retain_graph=True)
+        norms = {**self._norms, **self._tables(gradient, at_logits)}
+        self._norms.clear()
+        return norms
+
+    def _tables(self, gradient, at_logits) -> dict:
+        """The norms of the three embedding tables; `gradient` (m, length, hidden) is that at their sum."""
+        gram = _gram(gradient)  # (m, length, length)
+        tables = {
+            "embeddings.positions.weight": gram.diagonal(dim1=-2, dim2=-1).sum(-1),
+            "embeddings.token_types.weight": gram.sum((-1, -2)),
+        }
+        if self._words.padding_idx is not None:  # its row gets no gradient as an input
+            gradient = gradient * (self._ids != self._words.padding_idx)[..., None]
+            gram = _gram(gradient)
+        as_input = (self._same * gram).sum((-1, -2))
+        as_decoder = at_logits.square().sum(-1) * self._head.square().sum(-1)
+        tables["embeddings.words.weight"] = as_input + as_decoder + 2 * _cross(gradient, self._ids, at_logits, self._head)
+        return tables
+
+
+def residuals(f):
+    """|| e_w - f ||^2 of every word: (1 - f_w)^2 + sum_{v != w} f_v^2.
+
+    Args:
+        f: (m, vocab_size) float64, rows of sum 1.
+
+    Returns:
+        (m, vocab_size) float64.
+    """
+    squares = f.square()
+    return (1 - f).square() + (squares.sum(-1, keepdim=True) - squares).clamp(min=0)
+
+
+def draw_words(probability, uniform, sizes=None):
+    """A word for each row, and the weight with which its value is to be taken.
+
+    Words are drawn by inverting a cumulative distribution: p itself, or one proportional to p_w s_w. In the mean over draws,
+    weight times value is sum_w p_w value_w either way; its variance is that of value_w / s_w. The squared gradient norm is
+    || J (e_w - f) ||^2 with one matrix J a context, so that with s_w = || e_w - f ||^2 little variance is left.
+
+    Args:
+        probability: p, (m, vocab_size) float64.
+        uniform: (m,) float64 numbers in [0, 1); they alone decide the draw, whatever the batch.
+        sizes: s, (m, vocab_size) float64; None for 1.
+
+    Returns:
+        words (m,) int64, weights (m,) float64: sum_v p_v s_v / s_w.
+    """
+    cumulative = (probability if sizes is None else probability * sizes).cumsum(-1)
+    # Rounding may leave the last value below 1: scale to what is there, so no draw falls off the end.
+    total = cumulative[:, -1:]
+    words = torch.searchsorted(cumulative, uniform[:, None] * total, right=True).clamp(max=probability.shape[1] - 1)
+    weights = torch.ones_like(uniform) if sizes is None else (total / sizes.gather(1, words))[:, 0]
+    return words[:, 0], weights

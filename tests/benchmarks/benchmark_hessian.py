@@ -1,0 +1,274 @@
+"""Time and memory of the trace of the Fisher matrix, beside other estimators on the same model and text, in the same run.
+
+    bash scripts/benchmark.sh hessian
+
+A version of some seconds, with rough numbers:
+
+    bash scripts/benchmark.sh hessian --scale 0.01 --hidden-size 32 --layers 2
+
+A pre-LN model with a vocabulary of 256 words is first trained on the grammar, one mask a sentence, to
+near its minimum (minutes). Everything then runs in float32 on one thread, one masked position a sentence. The time to a
+standard error of 1% of the trace is that of one estimate, times its variance, divided by (1% of the trace)^2, both measured: n
+independent estimates have an n-th of the variance of one. The others' estimates are one probe on one fresh batch each, of the
+size, of 8, 32 and 128 sentences, that takes them the least time to 1%.
+"""
+
+import argparse
+import dataclasses
+import multiprocessing
+from functools import partial
+from pathlib import Path
+
+import naive_hessian
+import numpy as np
+import torch
+from measure import Row, add_arguments, cpu_seconds, machine, number_text, report, use_cores
+
+from pcfg.artefacts import keyed_rng
+from pcfg.cli import positive_int, run_main
+from pcfg.grammar import RULES_FOLDER, Grammar, find_rules
+from pcfg.sampler import Sampler
+from pcfg.text import read_texts
+from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
+from pretraining.evaluation.contexts import Contexts, from_texts
+from pretraining.evaluation.estimates import mean_and_error
+from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
+from pretraining.evaluation.hessian import Plan, fisher_trace
+from pretraining.evaluation.parts import Parts, measured_parameters
+from pretraining.model.bert import MaskedLM
+from pretraining.model.config import ModelConfig
+
+ENTRIES, HEADS = 256, 4
+TRAINING_STEPS, TRAINING_BATCH = 1500, 128
+SENTENCES, ESTIMATES = 8000, 400  # at --scale 1
+BATCHES = (8, 32, 128)
+HOUR, UNIT = 3600, "estimates to 1% a CPU-hour"
+
+
+@dataclasses.dataclass
+class Bench:
+    """What the rows are measured on.
+
+    Attributes:
+        rules: the grammar's file.
+        scale: of amounts.
+        hidden_size, layers: of the model.
+    """
+
+    rules: Path
+    scale: float
+    hidden_size: int
+    layers: int
+
+    def __post_init__(self):
+        self.grammar = Grammar.read(self.rules)
+        self.sampler = Sampler(self.grammar, 31)
+        # More entries than the language has words, as where a grammar's words are some of BERT's vocabulary.
+        others = [line for line in read_texts(RULES_FOLDER / "words.txt") if line.isalpha() and line not in self.grammar.words]
+        self.vocabulary = Vocabulary([*SPECIAL_TOKENS, *self.grammar.words, *others][:ENTRIES])
+        self.contexts = self.draw(self.amount(SENTENCES), "measured")
+        self.model = self._trained()
+
+    def amount(self, number: int) -> int:
+        return max(16, round(number * self.scale))
+
+    def draw(self, sentences: int, purpose: str) -> Contexts:
+        """Every position of sentences of the grammar."""
+        tokens, lengths = self.sampler.sample(sentences, keyed_rng(0, f"benchmark hessian, {purpose}"))
+        words = self.grammar.words
+        texts = [" ".join(words[word] for word in row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+        return from_texts(texts, self.vocabulary, purpose)
+
+    @staticmethod
+    def one_each(contexts: Contexts) -> np.ndarray:
+        """One position of each sentence, drawn, as the contexts' numbers."""
+        chance = keyed_rng(0, "benchmark hessian, positions").random(len(contexts.lengths))
+        return contexts.offsets[:-1] + (chance * contexts.counts).astype(np.int64)
+
+    def _trained(self) -> MaskedLM:
+        """The model after AdamW on fresh sentences with one mask each, its learning rate falling to 0; in eval mode."""
+        steps = max(2, round(TRAINING_STEPS * self.scale))
+        contexts = self.draw(steps * TRAINING_BATCH, "training")
+        torch.manual_seed(0)
+        sizes = (self.vocabulary.size, self.hidden_size, self.layers, HEADS)
+        shape = {"max_position_embeddings": self.sampler.width + 2, "attention": "eager"}
+        dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = MaskedLM(ModelConfig(*sizes, 4 * self.hidden_size, **shape, **dropouts))
+        optimizer = torch.optim.AdamW(model.parameters(), 1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
+        warmup = 0.06 * steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / steps))
+        for batch in self.one_each(contexts).reshape(steps, TRAINING_BATCH):
+            logits = model(*contexts.batch(batch, "cpu"))
+            loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(contexts.label[batch]))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        return model.eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """An estimator's price.
+
+    Attributes:
+        value, error: of the trace, and its standard error in this run.
+        variance: of one estimate.
+        seconds: CPU-seconds of one estimate.
+    """
+
+    value: float
+    error: float
+    variance: float
+    seconds: float
+
+    def to_one_percent(self, trace: float) -> float:
+        """CPU-seconds to a standard error of 1% of `trace`."""
+        return self.seconds * self.variance / (0.01 * trace) ** 2
+
+
+def fisher_cost(bench: Bench) -> Cost:
+    """Of one masked position with one drawn label, in the way of calculate_hessian.py."""
+    contexts = bench.contexts
+    plan = Plan(len(contexts.lengths), positions=1)
+    start = cpu_seconds()
+    values = fisher_trace(bench.model, contexts, plan).values[:, :1]
+    seconds = (cpu_seconds() - start) / len(values)
+    mean, error = mean_and_error(values, np.ones(len(values)))
+    return Cost(mean[0], error[0], values.var(ddof=1), seconds)
+
+
+def batch_cost(bench: Bench, estimate, size: int) -> Cost:
+    """Of one of naive_hessian's estimates, on fresh batches of `size` sentences."""
+    number = min(bench.amount(ESTIMATES), max(8, 16 * bench.amount(ESTIMATES) // size))
+    contexts = bench.draw(number * size, f"{estimate.__name__} {size}")
+    model = naive_hessian.AtMasks(bench.model, bench.vocabulary.pad_id)
+    parameters = list(measured_parameters(bench.model).values())
+    values, seconds = [], 0.0
+    for batch in bench.one_each(contexts).reshape(number, size):
+        ids, _, flat = contexts.batch(batch, "cpu")
+        rows = torch.cat([ids, flat[:, None] % ids.shape[1]], 1)
+        labels = torch.from_numpy(contexts.label[batch])
+        if not values:
+            estimate(model, parameters, rows, labels)  # what only the first call does is not counted
+        start = cpu_seconds()
+        values.append(estimate(model, parameters, rows, labels))
+        seconds += cpu_seconds() - start
+    variance = np.var(values, ddof=1)
+    return Cost(np.mean(values), np.sqrt(variance / number), variance, seconds / number)
+
+
+def time_rows(bench: Bench) -> list[Row]:
+    fisher = fisher_cost(bench)
+    rate = HOUR / fisher.to_one_percent(fisher.value)
+    rows = []
+    for what, estimate, goal in (
+        ("GGN-Hutchinson (curvlinops)", naive_hessian.gauss_newton, 6),
+        ("released double backward", naive_hessian.released, 20),
+        ("Hutchinson on the Hessian (curvlinops)", naive_hessian.hessian, None),
+    ):
+        costs = {size: batch_cost(bench, estimate, size) for size in BATCHES}
+        size, cost = min(costs.items(), key=lambda pair: pair[1].to_one_percent(fisher.value))
+        ours, theirs = (number_text(found.to_one_percent(fisher.value)) for found in (fisher, cost))
+        means = (f"{number_text(found.value)} +- {number_text(found.error)}" for found in (fisher, cost))
+        note = "{} CPU-seconds to 1% against {}, from estimates on batches of {}; the traces were {} and {}"
+        note = note.format(ours, theirs, size, *means)
+        baseline = HOUR / cost.to_one_percent(fisher.value)
+        rows.append(Row(f"trace of the Fisher matrix, against {what}", rate, UNIT, baseline, goal_ratio=goal, note=note))
+    return rows
+
+
+def draw_rows(bench: Bench) -> list[Row]:
+    """What a further label costs where the forward pass is kept, in forward passes."""
+    contexts, chosen = bench.contexts, bench.one_each(bench.contexts)
+    parts, forward, kept, draw = Parts(bench.model), 0.0, 0.0, 0.0
+    for batch in contexts.batches(chosen[: bench.amount(4000)], 32):
+        inputs, uniform = contexts.batch(batch, "cpu"), torch.rand(len(batch), dtype=torch.float64)
+        start = cpu_seconds()
+        with torch.no_grad():
+            bench.model(*inputs)
+        forward, start = forward + cpu_seconds() - start, cpu_seconds()
+        ghost = GhostNorms(bench.model, *inputs)
+        kept, start = kept + cpu_seconds() - start, cpu_seconds()
+        words, weights = draw_words(ghost.f, uniform, residuals(ghost.f))
+        parts.stack(ghost(words)).mul_(weights[:, None])
+        draw += cpu_seconds() - start
+    note = (
+        f"a forward pass without gradients is the unit; with what is kept for the labels it takes {number_text(kept / forward)}"
+    )
+    return [Row("a drawn label", draw / forward, "forward passes", goal=1.5, smaller_is_better=True, note=note)]
+
+
+def _peak(name: str, model, rows, labels) -> float:
+    """MiB that a batch needs at most, beside what the process has: the kernel's peak of the resident memory."""
+    torch.set_num_threads(1)
+    parameters = list(measured_parameters(model).values())
+    function = naive_hessian.AtMasks(model, 0)
+
+    def ghost(rows, _):
+        ids, position = rows[:, :-1], rows[:, -1]
+        norms = GhostNorms(model, ids, ids != 0, torch.arange(len(ids)) * ids.shape[1] + position)
+        norms(torch.zeros(len(ids), dtype=torch.int64))
+
+    run = ghost if name == "ghost" else partial(getattr(naive_hessian, name), function, parameters)
+    run(rows[:2], labels[:2])  # libraries take memory at their first call
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = _status("VmRSS")
+    run(rows, labels)
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    """KiB, of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def memory_rows(bench: Bench) -> list[Row]:
+    """Of one batch in a process of its own."""
+    batch = bench.one_each(bench.contexts)[: min(256, len(bench.contexts.lengths))]
+    ids, _, flat = bench.contexts.batch(batch, "cpu")
+    rows, labels = torch.cat([ids, flat[:, None] % ids.shape[1]], 1), torch.from_numpy(bench.contexts.label[batch])
+    peaks = []
+    for name in ("ghost", "released"):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks.append(pool.apply(_peak, (name, bench.model, rows, labels)))
+    note = f"beside libraries and model, {len(batch)} contexts at once; the baseline is the released double backward"
+    ours, baseline = peaks
+    return [Row("peak memory of a batch", ours, "MiB", baseline, 0.6 * baseline, smaller_is_better=True, note=note)]
+
+
+ROWS = {"time": time_rows, "draw": draw_rows, "memory": memory_rows}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bash scripts/benchmark.sh hessian", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, list(ROWS))
+    parser.add_argument(
+        "--rule-path", default="rule_mini_mlm.txt", help="rules file, or a shipped grammar; default rule_mini_mlm.txt"
+    )
+    parser.add_argument("--hidden-size", type=positive_int, default=128, help="of the model; default 128")
+    parser.add_argument("--layers", type=positive_int, default=4, help="of the model; default 4")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    use_cores(options.cores)
+    torch.set_num_threads(1)
+    facts = machine("torch", "curvlinops-for-pytorch", "numpy")
+    print("training the model", flush=True)
+    bench = Bench(find_rules(options.rule_path).resolve(), options.scale, options.hidden_size, options.layers)
+    rows = []
+    for name in options.only or ROWS:
+        print(f"measuring: {name}", flush=True)
+        rows += ROWS[name](bench)
+    shape = f"{bench.model.number_of_parameters():,} parameters, hidden {options.hidden_size}, {options.layers} layers"
+    report(rows, f"{bench.rules.name} (sha256 {bench.grammar.sha256[:12]}), {shape}; {facts}", options.output)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,44 @@
+"""Other ways to the trace of the Hessian, one estimate from one batch of contexts each, for benchmark_hessian.py."""
+
+import torch
+from curvlinops import GGNLinearOperator, HessianLinearOperator, hutchinson_trace
+from torch import nn
+
+
+class AtMasks(nn.Module):
+    """A `MaskedLM` as a function of one tensor, as curvlinops wants it: rows of token ids with the masked position last."""
+
+    def __init__(self, model, pad_id: int):
+        super().__init__()
+        self.model, self.pad_id = model, pad_id
+
+    def forward(self, rows):
+        """(m, length + 1) int64 -> logits (m, vocab_size)."""
+        ids, position = rows[:, :-1], rows[:, -1]
+        flat = torch.arange(len(ids)) * ids.shape[1] + position
+        return self.model(ids, ids != self.pad_id, flat)
+
+
+def released(model: AtMasks, parameters: list, rows, labels) -> float:
+    """The released code's: a Gaussian probe through the double backward pass of a batch, everything made afresh."""
+    loss = nn.functional.cross_entropy(model(rows), labels)
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    probe = [torch.randn_like(parameter) for parameter in parameters]
+    along = sum((gradient * v).sum() for gradient, v in zip(gradients, probe, strict=True))
+    products = torch.autograd.grad(along, parameters)
+    return sum((v * hv).sum() for v, hv in zip(probe, products, strict=True)).item()
+
+
+def _curvlinops(operator: type, model: AtMasks, parameters: list, rows, labels) -> float:
+    """A Rademacher probe of curvlinops' Hutchinson on a batch; its check of the operator, two products, is off."""
+    data, loss = [(rows, labels)], nn.CrossEntropyLoss()
+    return hutchinson_trace(operator(model, loss, parameters, data, check_deterministic=False), 1).item()
+
+
+def hessian(model: AtMasks, parameters: list, rows, labels) -> float:
+    return _curvlinops(HessianLinearOperator, model, parameters, rows, labels)
+
+
+def gauss_newton(model: AtMasks, parameters: list, rows, labels) -> float:
+    """Of the generalised Gauss-Newton matrix, which for this loss is the Fisher matrix."""
+    return _curvlinops(GGNLinearOperator, model, parameters, rows, labels)

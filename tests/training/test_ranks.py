@@ -1,0 +1,52 @@
+"""Two ranks compute together what one padded batch gives."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretraining.data.samples import read_samples
+from pretraining.model.checkpoints import load_model
+from pretraining.training.batches import global_batches
+from pretraining.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+# SGD with learning rate 1: weights change by the gradient. 31 sentences of several lengths leave one rank short of one.
+ONE_STEP = (
+    "--tokenizer_name bert-large-uncased --hidden_size 16 --num_hidden_layers 2 --num_attention_heads 2 "
+    "--intermediate_size 32 --train_batch_size 31 --train_micro_batch_size_per_gpu 3 --lr_schedule constant_step "
+    "--num_warmup_steps 0 --curve const --lr 1 --optimizer_type sgd --sgd_momentum 0 --weight_decay 0 --gradient_clipping 0 "
+    "--hidden_dropout_prob 0 --attention_probs_dropout_prob 0 --max_steps 1 --save_steps 0 --print_steps 1"
+)
+
+
+def launch(ranks, runs):
+    """Do the runs under torchrun, one after another in the same processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port)]
+    command = [sys.executable, *torchrun, str(Path(__file__).parent / "launched_runs.py"), json.dumps(runs)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_step_of_two_ranks_is_the_gradient_of_the_padded_batch(tiny_samples, tmp_path, naive_loss, relative_error):
+    files = ["--dataset_path", str(tiny_samples), "--output_dir", str(tmp_path)]
+    stages = {f"zero{stage}": f"{ONE_STEP} --zero_stage {stage}" for stage in (0, 1, 2)}
+    launch(2, [[*files, "--job_name", job, *shlex.split(flags)] for job, flags in stages.items()])
+    samples = read_samples(tiny_samples / "train_shard_0.hdf5")
+    rows = global_batches(len(samples), 31, 42, 0, "")[0]
+    for job in stages:
+        before = load_model(tmp_path / job / "step0000000").train()
+        loss = naive_loss(before, samples, rows)
+        assert read_metrics(tmp_path / job / "metrics.jsonl")[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        loss.backward()
+        assert relative_error(before, load_model(tmp_path / job / "step0000001")) < 1e-5

@@ -1,0 +1,41 @@
+import os
+import signal
+
+import pytest
+import torch
+
+from pcfg.artefacts import InputError
+from pretraining.training.watch import LossWatch, Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_noted_and_the_second_acts(number):
+    before = signal.getsignal(number)
+    signal.signal(number, signal.default_int_handler)
+    try:
+        with Signals() as signals:
+            assert signals.received is None
+            os.kill(os.getpid(), number)
+            assert signals.received == number.name
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+
+
+def test_the_cpu_is_looked_at_at_once():
+    watch = LossWatch(torch.device("cpu"))
+    watch.add("step 1", torch.tensor(2.0))
+    with pytest.raises(InputError, match="step 2: the loss is nan"):
+        watch.add("step 2", torch.tensor(float("nan")))
+
+
+def test_a_gpu_is_looked_at_a_step_later():
+    watch = LossWatch(torch.device("cuda"))
+    watch.add("step 1", torch.tensor(float("inf")))
+    with pytest.raises(InputError, match="step 1: the loss is inf"):
+        watch.add("step 2", torch.tensor(2.0))
+    watch.add("step 3", torch.tensor(float("-inf")))
+    with pytest.raises(InputError, match="step 3: the loss is -inf"):
+        watch.settle()
