@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive_int,
         help=f"before that: labels (default {MIN_DRAWS['fisher']}), probes of hutchinson (default {MIN_DRAWS['hutchinson']})",
     )
-    group.add_argument("--bs", type=positive_int, default=32, help="positions at a time; changes no result (default 32)")
+    group.add_argument("--bs", type=positive_int, default=128, help="positions at a time; changes no result (default 128)")
     group.add_argument(
         "--loadpath",
         help="other weights (a file, or a folder with model.safetensors or pytorch_model.bin) of the shape of the one model "
@@ -159,7 +159,9 @@ def estimate(args: argparse.Namespace, model, inputs, ranks: Ranks) -> dict[str,
         fields["hutchinson"] = other[1]
     if "fisher" in fields and other is not None:
         kept = ("value", "standard_error", "n", "sentences", "draws")
-        fields["fisher"]["hutchinson"] = {key: other[1][key] for key in kept} | {"difference": difference(fisher, other[0])}
+        fields["fisher"]["hutchinson"] = {key: other[1][key] for key in kept}
+        if apart := difference(fisher, other[0]):
+            fields["fisher"]["hutchinson"]["difference"] = apart
     return fields
 
 
@@ -172,11 +174,14 @@ def print_result(folder, fields: dict[str, dict]) -> None:
     print(f"{folder}: trace " + ", ".join(f"{number(found)} ({name}, n = {found['n']})" for name, found in fields.items()))
     for name, found in fields.items():
         if not found.get("target_reached", True):
-            print(f"  {name}: relative error {found['relative_error']:.2%} with all sentences; give a longer text or --draws")
+            print(
+                f"  {name}: relative error {found['relative_error']:.2%} with all sentences; give a longer text or more draws"
+            )
     fisher = fields.get("fisher", {})
     for key, what in (("true_labels", "labels drawn from the true conditionals"), ("hutchinson", "hutchinson")):
         if found := fisher.get(key):
-            print(f"  {what}: {number(found)}; fisher minus it {number(found['difference'])}")
+            apart = f"; fisher minus it {number(found['difference'])}" if "difference" in found else ""
+            print(f"  {what}: {number(found)}{apart}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """What all command lines of the project have in common: errors and argument types."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -32,6 +33,34 @@ def non_negative_int(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def boolean(text: str) -> bool:
+    """An argparse type: true or false, as Hugging Face's parsers take them (`--fp16`, `--fp16 true`, `--fp16 0`).
+
+    >>> boolean("True"), boolean("0")
+    (True, False)
+    """
+    value = text.lower()
+    if value not in ("true", "t", "yes", "y", "1", "false", "f", "no", "n", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return value in ("true", "t", "yes", "y", "1")
+
+
+def non_negative(text: str) -> float:
+    """An argparse type: a finite number of 0 or more."""
+    value = float(text)
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
+    return value
+
+
+def finite(text: str) -> float:
+    """An argparse type: a finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
 
 

@@ -139,10 +139,11 @@ def test_the_table_of_traces_comes_out(tiny_rules, tmp_path):
     done = benchmark("hessian", "--rule-path", tiny_rules, *sizes, "--output", tmp_path / "table.md")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
-    assert [line[0].removeprefix("| trace of the Fisher matrix, against ") for line in lines[2:]] == [
-        "GGN-Hutchinson (curvlinops)",
-        "released double backward",
-        "Hutchinson on the Hessian (curvlinops)",
+    assert [line[0].removeprefix("| trace, ") for line in lines[2:]] == [
+        "against GGN-Hutchinson (curvlinops)",
+        "against the released double backward",
+        "against Hutchinson on the Hessian (curvlinops)",
+        "--plain-labels, against GGN-Hutchinson",
         "| a drawn label",
         "| peak memory of a batch",
     ]

@@ -91,9 +91,14 @@ class Estimate:
         return fields
 
 
-def difference(fisher: Estimate, hutchinson: Estimate) -> dict:
-    """Fisher's trace minus Hutchinson's, on the blocks of sentences that both have: value, standard error, blocks (n)."""
+def difference(fisher: Estimate, hutchinson: Estimate) -> dict | None:
+    """Fisher's trace minus Hutchinson's, on the blocks of sentences that both have: value, standard error, blocks (n).
+
+    None if these are fewer than two.
+    """
     both = int((np.cumsum(hutchinson.sizes) <= fisher.sentences).sum())
+    if both < 2:
+        return None
     sizes = hutchinson.sizes[:both]
     starts = np.cumsum(sizes) - sizes
     in_blocks = np.add.reduceat(fisher.values[: sizes.sum()], starts) / sizes[:, None]

@@ -156,7 +156,7 @@ def fisher_columns(
 
 
 def fisher_trace(
-    model, contexts: Contexts, plan: Plan, truth: Truth | None = None, batch_size: int = 32, ranks=None, source=""
+    model, contexts: Contexts, plan: Plan, truth: Truth | None = None, batch_size: int = 128, ranks=None, source=""
 ) -> Estimate:
     """The paper's estimator: the mean squared gradient norm, labels drawn from the model.
 
@@ -216,7 +216,7 @@ def _block_targets(contexts: Contexts, low: int, high: int, taken: np.ndarray, m
 
 
 def hutchinson_trace(
-    model, contexts: Contexts, plan: Plan, truth: Truth | None = None, batch_size: int = 32, ranks=None, source=""
+    model, contexts: Contexts, plan: Plan, truth: Truth | None = None, batch_size: int = 128, ranks=None, source=""
 ) -> Estimate:
     """Hutchinson's estimator; every block of sentences has probes of its own, so that the blocks are independent.
 

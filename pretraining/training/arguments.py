@@ -1,11 +1,10 @@
 """The command line of `run_pretraining.py`: the flags of academic-budget-bert (Izsak et al. 2021) that mean something here."""
 
 import argparse
-import math
 from pathlib import Path
 
 from pcfg.artefacts import InputError
-from pcfg.cli import non_negative_int, positive_int, probability
+from pcfg.cli import boolean, finite, non_negative, non_negative_int, positive_int, probability
 from pretraining.model.config import ACTIVATIONS, ATTENTIONS, LAYER_NORM_MODES, LAYER_NORMS, ModelConfig
 
 OPTIMIZERS = ("adam", "adamw", "lamb", "adafactor", "sgd")
@@ -19,34 +18,6 @@ WITHOUT_EFFECT = frozenset(
         *("config", "resume", "activation_checkpointing", "rule_path", "gap_sentences"),
     }
 )
-
-
-def boolean(text: str) -> bool:
-    """An argparse type: true or false, as Hugging Face's parsers take them (`--fp16`, `--fp16 true`, `--fp16 0`).
-
-    >>> boolean("True"), boolean("0")
-    (True, False)
-    """
-    value = text.lower()
-    if value not in ("true", "t", "yes", "y", "1", "false", "f", "no", "n", "0"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return value in ("true", "t", "yes", "y", "1")
-
-
-def non_negative(text: str) -> float:
-    """An argparse type: a finite number of 0 or more."""
-    value = float(text)
-    if not 0.0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
-    return value
-
-
-def finite(text: str) -> float:
-    """An argparse type: a finite number."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return value
 
 
 def decay(text: str) -> float:

@@ -41,7 +41,8 @@ from pretraining.model.config import ModelConfig
 ENTRIES, HEADS = 256, 4
 TRAINING_STEPS, TRAINING_BATCH = 1500, 128
 SENTENCES, ESTIMATES = 8000, 400  # at --scale 1
-BATCHES = (8, 32, 128)
+BATCHES = (8, 32, 128)  # of the baselines
+BATCH = 128  # of ours: calculate_hessian.py's default
 HOUR, UNIT = 3600, "estimates to 1% a CPU-hour"
 
 
@@ -128,12 +129,12 @@ class Cost:
         return self.seconds * self.variance / (0.01 * trace) ** 2
 
 
-def fisher_cost(bench: Bench) -> Cost:
+def fisher_cost(bench: Bench, plain_labels: bool = False) -> Cost:
     """Of one masked position with one drawn label, in the way of calculate_hessian.py."""
     contexts = bench.contexts
-    plan = Plan(len(contexts.lengths), positions=1)
+    plan = Plan(len(contexts.lengths), positions=1, plain_labels=plain_labels)
     start = cpu_seconds()
-    values = fisher_trace(bench.model, contexts, plan).values[:, :1]
+    values = fisher_trace(bench.model, contexts, plan, batch_size=BATCH).values[:, :1]
     seconds = (cpu_seconds() - start) / len(values)
     mean, error = mean_and_error(values, np.ones(len(values)))
     return Cost(mean[0], error[0], values.var(ddof=1), seconds)
@@ -160,43 +161,47 @@ def batch_cost(bench: Bench, estimate, size: int) -> Cost:
 
 
 def time_rows(bench: Bench) -> list[Row]:
-    fisher = fisher_cost(bench)
-    rate = HOUR / fisher.to_one_percent(fisher.value)
-    rows = []
-    for what, estimate, goal in (
-        ("GGN-Hutchinson (curvlinops)", naive_hessian.gauss_newton, 6),
-        ("released double backward", naive_hessian.released, 20),
-        ("Hutchinson on the Hessian (curvlinops)", naive_hessian.hessian, None),
-    ):
+    fisher, plain = fisher_cost(bench), fisher_cost(bench, plain_labels=True)
+    baselines = {}
+    for estimate in (naive_hessian.gauss_newton, naive_hessian.released, naive_hessian.hessian):
         costs = {size: batch_cost(bench, estimate, size) for size in BATCHES}
-        size, cost = min(costs.items(), key=lambda pair: pair[1].to_one_percent(fisher.value))
-        ours, theirs = (number_text(found.to_one_percent(fisher.value)) for found in (fisher, cost))
-        means = (f"{number_text(found.value)} +- {number_text(found.error)}" for found in (fisher, cost))
+        baselines[estimate.__name__] = min(costs.items(), key=lambda pair: pair[1].to_one_percent(fisher.value))
+
+    def row(what: str, ours: Cost, name: str, goal: float | None = None) -> Row:
+        size, theirs = baselines[name]
+        seconds = [cost.to_one_percent(fisher.value) for cost in (ours, theirs)]
+        means = (f"{number_text(cost.value)} +- {number_text(cost.error)}" for cost in (ours, theirs))
         note = "{} CPU-seconds to 1% against {}, from estimates on batches of {}; the traces were {} and {}"
-        note = note.format(ours, theirs, size, *means)
-        baseline = HOUR / cost.to_one_percent(fisher.value)
-        rows.append(Row(f"trace of the Fisher matrix, against {what}", rate, UNIT, baseline, goal_ratio=goal, note=note))
-    return rows
+        note = note.format(*map(number_text, seconds), size, *means)
+        return Row(f"trace, {what}", HOUR / seconds[0], UNIT, HOUR / seconds[1], goal_ratio=goal, note=note)
+
+    return [
+        row("against GGN-Hutchinson (curvlinops)", fisher, "gauss_newton", 6),
+        row("against the released double backward", fisher, "released", 20),
+        row("against Hutchinson on the Hessian (curvlinops)", fisher, "hessian"),
+        row("--plain-labels, against GGN-Hutchinson", plain, "gauss_newton"),
+    ]
 
 
 def draw_rows(bench: Bench) -> list[Row]:
     """What a further label costs where the forward pass is kept, in forward passes."""
-    contexts, chosen = bench.contexts, bench.one_each(bench.contexts)
-    parts, forward, kept, draw = Parts(bench.model), 0.0, 0.0, 0.0
-    for batch in contexts.batches(chosen[: bench.amount(4000)], 32):
+    contexts, parts, seconds = bench.contexts, Parts(bench.model), np.zeros(3)
+    batches = contexts.batches(bench.one_each(contexts)[: bench.amount(4000)], BATCH)
+    for number, batch in enumerate([batches[0], *batches]):
         inputs, uniform = contexts.batch(batch, "cpu"), torch.rand(len(batch), dtype=torch.float64)
-        start = cpu_seconds()
+        times = [cpu_seconds()]
         with torch.no_grad():
             bench.model(*inputs)
-        forward, start = forward + cpu_seconds() - start, cpu_seconds()
+        times.append(cpu_seconds())
         ghost = GhostNorms(bench.model, *inputs)
-        kept, start = kept + cpu_seconds() - start, cpu_seconds()
+        times.append(cpu_seconds())
         words, weights = draw_words(ghost.f, uniform, residuals(ghost.f))
         parts.stack(ghost(words)).mul_(weights[:, None])
-        draw += cpu_seconds() - start
-    note = (
-        f"a forward pass without gradients is the unit; with what is kept for the labels it takes {number_text(kept / forward)}"
-    )
+        times.append(cpu_seconds())
+        if number:  # what only the first call does is not counted
+            seconds += np.diff(times)
+    forward, kept, draw = seconds
+    note = f"the unit is a forward pass without gradients; with what is kept for labels it takes {number_text(kept / forward)}"
     return [Row("a drawn label", draw / forward, "forward passes", goal=1.5, smaller_is_better=True, note=note)]
 
 
