@@ -68,7 +68,7 @@ stage "5/9 exact loss"
 python calculate_loss.py "${measured[@]}"
 
 stage "6/9 trace of the Hessian"
-python calculate_hessian.py "${measured[@]}" --nsamples 256
+python calculate_hessian.py "${measured[@]}" --nsamples 1024
 
 stage "7/9 linear probes of the models and of the lookup table"
 for name in A B C; do

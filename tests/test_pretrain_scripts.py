@@ -33,8 +33,7 @@ def run(command, **environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment = {**kept, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), **environment}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), **environment}
     return subprocess.run(
         [*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
     )

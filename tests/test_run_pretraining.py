@@ -27,10 +27,9 @@ def command(samples, out, flags, job="job"):
 
 
 def environment():
-    """Of a child process: one thread a rank, and nothing that says it is a rank of this process's group."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
-    return {**kept, "OMP_NUM_THREADS": "1", "PATH": path}
+    """Of a child process: one thread a rank, and the launcher beside the interpreter."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
 
 
 def assert_same_weights(first, second):
@@ -41,7 +40,11 @@ def assert_same_weights(first, second):
 
 def test_main_trains_saves_and_is_done(tiny_samples, tmp_path, capsys):
     arguments = command(tiny_samples, tmp_path, SMALL + " --project_name PROJECT --report_to none")
+    variables = dict(os.environ)
     run_pretraining.main(arguments)
+    # What this process starts next, or a Trainer in it, must not take itself for a rank of the run that ended.
+    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    assert {name for name in os.environ.keys() - variables.keys() if name in launched} == set()
     job = tmp_path / "job"
     assert not (job / "wandb").exists()
     folders = model_folders(tmp_path)

@@ -24,7 +24,6 @@ class Ranks:
 
     def __init__(self, options: argparse.Namespace):
         local_rank = max(0, int(os.environ.get("LOCAL_RANK", options.local_rank)))
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
         accelerator = get_accelerator()
         if accelerator.device_name() == "cpu":
             self.device = torch.device("cpu")

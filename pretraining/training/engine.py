@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 
 import deepspeed
 import torch
@@ -74,9 +75,17 @@ def build_engine(options: argparse.Namespace, model, world_size: int, arithmetic
     """`model` in a DeepSpeed engine with the optimizer of the options; all ranks call this together."""
     if options.steps_per_print is None and not options.wall_clock_breakdown:
         deepspeed.utils.logger.setLevel(logging.WARNING)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=build_optimizer(options, model),
-        config=deepspeed_config(options, world_size, arithmetic),
-    )
+    # DeepSpeed insists on it. If it stayed, a Trainer in this process, or what it starts, would take itself for one of many.
+    alone = "LOCAL_RANK" not in os.environ
+    if alone:
+        os.environ["LOCAL_RANK"] = str(max(0, options.local_rank))
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(options, model),
+            config=deepspeed_config(options, world_size, arithmetic),
+        )
+    finally:
+        if alone:
+            del os.environ["LOCAL_RANK"]
     return engine

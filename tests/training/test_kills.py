@@ -133,8 +133,7 @@ for line in sys.stdin:
 def fork(tiny_samples, tmp_path_factory):
     """Runs the pre-training with some ranks; returns their exit codes, the changes on the disk and the seconds."""
     place = tmp_path_factory.mktemp("forks")
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment = {**kept, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     root = Path(run_pretraining.__file__).parent
     command = [sys.executable, "-W", "ignore", "-c", FORKS]
