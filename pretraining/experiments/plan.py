@@ -1,0 +1,446 @@
+"""From a scale, seeds and tasks to the commands of the experiments, in an order in which they can be done.
+
+A command is a line of the README's scripts; what it reads and writes are files below `$OUT`, and nothing else connects two of
+them. Runs that two experiments share are made once: the models of `steps` are those of the middle size of `sizes`, and the
+standard ones of `algorithms`.
+"""
+
+import dataclasses
+import shlex
+
+from pretraining.evaluation import experiments as contract
+from pretraining.evaluation.experiments import ALGORITHMS, SIZES, STEPS, Entry, Experiment, Experiments
+from pretraining.experiments.scales import Scale
+from pretraining.model.enlarge import TIED_SCALES
+
+# Fixed before looking at any accuracy; README, "Experiments".
+SATURATED = 0.02  # nats: a model counts as saturated up to this gap
+MARGIN = 0.02  # nats: two losses are the same when their difference is certainly less
+ADVERSARIAL_TASK = "B"
+CHOICE, CHOSEN = "adversarial/choice.json", "adversarial/chosen.json"
+LOOKUP = "lookup table"
+COMPARISON = "comparison_*.json"  # its name has the hash of the reference's weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command and what it hangs on.
+
+    Attributes:
+        name: unique, the command's in status.json.
+        words: of the command line; `$OUT` in them is the folder of everything.
+        needs: commands that must be done before it.
+        after: commands that must have ended, one at least well: a measurement of several runs does without one that failed.
+        requires: a file that an earlier command makes or, for a reason that it prints, does not.
+        makes: files and folders that are there when it is done.
+        records: (model folder, file): measurements that are there when it is done, of those folders that are models.
+        seconds, size: expected time and bytes on the disk.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    requires: str | None = None
+    makes: tuple[str, ...] = ()
+    records: tuple[tuple[str, str], ...] = ()
+    seconds: float = 0.0
+    size: float = 0.0
+
+    @property
+    def command(self) -> str:
+        """The command line, as one types it after `OUT=...`."""
+        return " ".join(word if "$OUT" in word else shlex.quote(word) for word in self.words)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A pre-training run: `models/FOLDER/seedS`.
+
+    Attributes:
+        folder: below models/, of all seeds of one kind.
+        size: name in the scale.
+        last: its last step; `saved` the steps before that are kept.
+        flags: of run_pretraining.py, beside those that all runs have.
+        requires: see `Step`.
+        extra: how many times the arithmetic of a plain step it takes.
+    """
+
+    folder: str
+    size: str
+    seed: int
+    last: int
+    saved: tuple[int, ...]
+    flags: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    requires: str | None = None
+    extra: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"train {self.folder} seed {self.seed}"
+
+    def model(self, step: int) -> str:
+        return f"models/{self.folder}/seed{self.seed}/step{step:07d}"
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return tuple(self.model(step) for step in sorted({*self.saved, self.last}))
+
+
+class Planner:
+    """The commands of the wanted experiments.
+
+    Args:
+        scale: how large.
+        names: of the experiments, among `NAMES`.
+        seeds: of pre-training.
+        tasks: of A, B and C.
+        launcher: words that start run_pretraining.py, in the place of `python`.
+    """
+
+    def __init__(self, scale: Scale, names: list[str], seeds: list[int], tasks: list[str], launcher: list[str]):
+        self.scale, self.names, self.seeds, self.tasks, self.launcher = scale, names, seeds, tasks, launcher
+        self.steps: list[Step] = []
+
+    def plan(self) -> tuple[list[Step], Experiments]:
+        """The commands, and `experiments.json`."""
+        scale = self.scale
+        self._data()
+        base = [self._adamw(scale.base, seed) for seed in self.seeds]
+        sgd = [self._sgd(seed) for seed in self.seeds] if STEPS in self.names else []
+        others = [name for name in scale.sizes if name != scale.base] if SIZES in self.names else []
+        sizes = {name: [self._adamw(name, seed) for seed in self.seeds] for name in others} | {scale.base: base}
+        for runs in (*[sizes[name] for name in reversed(others)], base, sgd):
+            self._train(runs)
+        if ALGORITHMS in self.names:
+            adversarial = self._selection()
+            self._train(adversarial)
+        for runs in (base, sgd, *[sizes[name] for name in others]):
+            self._measure(runs, f"{base[0].model(scale.steps)}", base[0].name)
+        experiments = []
+        if STEPS in self.names:
+            experiments.append(self._steps_experiment(base, sgd))
+        if SIZES in self.names:
+            experiments.append(self._sizes_experiment({name: sizes[name] for name in scale.sizes}))
+        if ALGORITHMS in self.names:
+            self._measure(adversarial, base[0].model(scale.steps), base[0].name)
+            self._lookup_probes()
+            experiments.append(self._algorithms_experiment(base, adversarial))
+        return self.steps, Experiments(
+            scale=scale.name,
+            seeds=tuple(self.seeds),
+            tasks=tuple(self.tasks),
+            finetune_tasks=tuple(task for task in self.tasks if task in scale.finetune_tasks),
+            saturated=SATURATED,
+            margin=MARGIN,
+            reference=base[0].model(scale.steps),
+            experiments=tuple(experiments),
+            commands=tuple(
+                contract.Command(
+                    name=step.name,
+                    command=step.command,
+                    makes=step.makes or tuple(f"{folder}/{file}" for folder, file in step.records),
+                )
+                for step in self.steps
+            ),
+        )
+
+    def _add(self, name: str, words: str | list[str], **rest) -> str:
+        """One more command, from a text that a shell would split, or words."""
+        self.steps.append(Step(name=name, words=tuple(words.split() if isinstance(words, str) else words), **rest))
+        return name
+
+    # data
+
+    def _data(self) -> None:
+        scale = self.scale
+        sentences = scale.shards * scale.sentences
+        rules = f"--rule-path {scale.rules}"
+        limit = f"--length-limit {scale.length_limit}"
+        self._add(
+            "text",
+            f"python generate_pretraining.py {rules} --save-path $OUT/data --sentence-num {scale.sentences} --shard-num "
+            f"{scale.shards} --test-shard-num 1 --test-sentence-num {scale.test_sentences} {limit}",
+            makes=("data/manifest_pretraining.json",),
+            seconds=scale.speed.start + sentences / 2e6,
+            size=sentences * scale.mean_words * 6,
+        )
+        self._add(
+            "samples",
+            "python generate_samples.py --dir $OUT/data -o $OUT/data/pretraining --dup_factor 1 --vocab_file vocab.txt "
+            f"--do_lower_case 1 --masked_lm_prob 0.15 --max_seq_length {scale.tokens} --model_name bert-large-uncased "
+            "--max_predictions_per_seq 5 --single_mask",
+            needs=("text",),
+            makes=("data/pretraining/manifest_samples.json",),
+            seconds=scale.speed.start + sentences / 4e5,
+            size=sentences * (scale.tokens * 4 + 30),
+        )
+        for task in self.tasks:
+            self._labelled(f"task {task}", task, "data", scale.labelled, scale.validation, seed=0)
+        self._add(
+            "lookup table",
+            f"python -m pcfg.lookup {rules} --datafile $OUT/data/test0.txt --save-path $OUT/data/lookup.hdf5",
+            needs=("text",),
+            makes=("data/lookup.hdf5",),
+            seconds=scale.speed.start + scale.test_sentences / 2e4,
+            size=scale.test_sentences * scale.mean_words * scale.words * 4,
+        )
+
+    def _labelled(self, name: str, task: str, folder: str, rows: int, validation: int, seed: int) -> str:
+        """Labelled sentences of a task in a folder of their own."""
+        return self._add(
+            name,
+            f"python generate_downstream.py --rule-path {self.scale.rules} --save-path $OUT/{folder} --sentence-num {rows} "
+            f"--validation-num {validation} --task-type {task} --seed {seed} --length-limit {self.scale.length_limit}",
+            makes=(f"{folder}/manifest_downstream_{task}.json",),
+            seconds=self.scale.speed.start + (rows + validation) / 1e5,
+            size=(rows + validation) * self.scale.mean_words * 6,
+        )
+
+    # pre-training
+
+    def _adamw(self, size: str, seed: int) -> Run:
+        """A standard run; that of the base goes on as far as the experiment `steps` does, whatever is wanted of it."""
+        scale = self.scale
+        # The rate depends on the step alone, so that a longer run begins as a shorter one, and goes on after it has converged.
+        flags = (
+            f"--optimizer_type adamw --lr {scale.lr:g} --lr_schedule constant_step --num_warmup_steps {scale.warmup} "
+            f"--curve exp --decay_rate 0.5 --decay_step {scale.half_life}"
+        )
+        saved = (0, *scale.checkpoints) if size == scale.base else (0, scale.steps)
+        return Run(folder=size, size=size, seed=seed, last=max(saved), saved=saved, flags=tuple(flags.split()))
+
+    def _sgd(self, seed: int) -> Run:
+        """The paper's second optimizer of figure 3: a longer warmup, then a constant rate."""
+        scale = self.scale
+        flags = (
+            f"--optimizer_type sgd --lr {scale.sgd_lr:g} --lr_schedule constant_step --num_warmup_steps {scale.sgd_warmup} "
+            "--curve const"
+        )
+        saved, folder = (0, *scale.checkpoints), f"{scale.base}_sgd"
+        return Run(folder=folder, size=scale.base, seed=seed, last=max(saved), saved=saved, flags=tuple(flags.split()))
+
+    def _train(self, runs: list[Run]) -> None:
+        for run in runs:
+            scale, size = self.scale, self.scale.sizes[run.size]
+            tokens = scale.batch * (scale.mean_words + 2)
+            operations = 6 * size.parameters(scale.words) * tokens * run.extra
+            words = [
+                *self.launcher,
+                *(
+                    "run_pretraining.py --model_type bert-mlm --tokenizer_name bert-large-uncased --hidden_act gelu "
+                    f"--hidden_size {size.hidden_size} --num_hidden_layers {size.layers} --num_attention_heads {size.heads} "
+                    f"--intermediate_size {4 * size.hidden_size} --hidden_dropout_prob {scale.dropout:g} "
+                    f"--attention_probs_dropout_prob {scale.dropout:g} --encoder_ln_mode pre-ln --train_batch_size "
+                    f"{scale.batch} --train_micro_batch_size_per_gpu {scale.micro_batch} --gradient_clipping 1.0 "
+                    f"--weight_decay 0.01 --adam_beta1 0.9 --adam_beta2 0.98 --adam_eps 1e-6 --max_steps {run.last} "
+                    f"--save_steps {','.join(map(str, run.saved))} --dataset_path $OUT/data/pretraining "
+                    f"--output_dir $OUT/models/{run.folder} --job_name seed{run.seed} --seed {run.seed} --report_to none "
+                    "--total_training_time 100000 --early_exit_time_marker 100000"
+                ).split(),
+                *run.flags,
+                *scale.precision,
+            ]
+            self._add(
+                run.name,
+                words,
+                needs=("samples", *run.needs),
+                requires=run.requires,
+                makes=run.models,
+                seconds=scale.speed.start + run.last * (scale.speed.step + operations / scale.speed.rate),
+                size=4.2 * size.parameters(scale.words) * (len(run.models) + 6),  # two training states of three times the model
+            )
+
+    # measurements
+
+    def _measure(
+        self, runs: list[Run], reference: str, reference_run: str, labelled: str = "data", what: str | None = None
+    ) -> None:
+        """Loss, comparison with the reference, trace, probes and fine-tuning of all models of like runs.
+
+        Args:
+            runs: seeds of one kind.
+            reference: the model that the losses are compared with, made by the command `reference_run`.
+            labelled: folder of the labelled files.
+            what: "selection": only what choosing a weight needs.
+        """
+        if not runs:
+            return
+        scale, folder = self.scale, runs[0].folder
+        trained = tuple(run.name for run in runs)
+        folders = [model for run in runs for model in run.models]
+        parameters = scale.sizes[runs[0].size].parameters(scale.words)
+
+        def seconds(passes: float) -> float:
+            return scale.speed.start + len(folders) * (
+                0.3 + 2 * parameters * passes * (scale.mean_words + 2) / scale.speed.rate
+            )
+
+        def add(name: str, words: str, file: str, needs: tuple[str, ...], passes: float) -> None:
+            records = tuple((model, file) for model in folders if model != reference or file != COMPARISON)
+            self._add(f"{name} of {folder}", words, needs=needs, after=trained, records=records, seconds=seconds(passes))
+
+        where, data = f"--model-path $OUT/models/{folder}", "--datafile $OUT/data/test0.txt --vocabfile vocab.txt"
+        passes = scale.test_sentences * scale.mean_words
+        add(
+            "loss",
+            f"python calculate_loss.py {where} {data} --condprobfile $OUT/data/lookup.hdf5",
+            "loss.json",
+            (LOOKUP,),
+            passes,
+        )
+        add(
+            "comparison",
+            f"python calculate_loss.py {where} {data} --condprobfile $OUT/data/lookup.hdf5 --compare-with $OUT/{reference}",
+            COMPARISON,
+            (LOOKUP, reference_run),
+            passes,
+        )
+        tasks = [ADVERSARIAL_TASK] if what == "selection" else self.tasks
+        if what != "selection":
+            add(
+                "trace",
+                f"python calculate_hessian.py {where} {data} --nsamples {scale.trace_sentences}",
+                "hessian.json",
+                ("text",),
+                6 * scale.trace_sentences * scale.mean_words,
+            )
+        source = "selection task" if what == "selection" else "task"
+        rows = scale.labelled + scale.validation
+        for task in tasks:
+            files = f"--train_file $OUT/{labelled}/pcfg_{task}.csv --validation_file $OUT/{labelled}/pcfg_{task}_validation.csv"
+            common = f"--model_name_or_path $OUT/models/{folder} {files} {self._transfer}"
+            probe = f"python run_lp.py {common} {' '.join(scale.probe)}"
+            add(f"probe {task}", probe, f"probe_pcfg_{task}.json", (f"{source} {task}",), 2 * rows)
+            if task in scale.finetune_tasks and what != "selection":
+                finetune = f"python run_ft.py {common} {' '.join(scale.finetune)}"
+                passes = 3 * scale.finetune_epochs * scale.labelled + rows
+                add(f"finetune {task}", finetune, f"finetune_pcfg_{task}.json", (f"task {task}",), passes)
+
+    @property
+    def _transfer(self) -> str:
+        """Flags that probes and fine-tuning share."""
+        return (
+            f"--tokenizer_name bert-large-uncased --max_seq_length {self.scale.tokens} --do_train --do_eval "
+            "--weight_decay 0.01 --max_grad_norm 1.0 --lr_scheduler_type polynomial"
+        )
+
+    def _lookup_probes(self) -> None:
+        """Probes of the language's own conditionals, under models/lookup_table."""
+        scale, folder = self.scale, "models/lookup_table"
+        for task in self.tasks:
+            # Conditionals are far smaller numbers than hidden states: at the models' rate their probe would be left unfinished.
+            words = (
+                f"python run_lp.py --features conditional --rule-path {scale.rules} --output_dir $OUT/{folder} --train_file "
+                f"$OUT/data/pcfg_{task}.csv --validation_file $OUT/data/pcfg_{task}_validation.csv {self._transfer} "
+                f"{' '.join(scale.probe)} --learning_rate 1e-1 --tokenizer_name $OUT/data/pretraining/bert-large-uncased"
+            )
+            file = f"{folder}/probe_pcfg_{task}.json"
+            seconds = scale.speed.start + (scale.labelled + scale.validation) / 2e4
+            self._add(f"probe {task} of the {LOOKUP}", words, needs=("samples", f"task {task}"), makes=(file,), seconds=seconds)
+
+    # experiments
+
+    def _steps_experiment(self, base: list[Run], sgd: list[Run]) -> Experiment:
+        """Training on: all checkpoints of both optimizers."""
+        entries = [
+            Entry(group=group, seed=run.seed, step=step, folder=run.model(step))
+            for group, runs in (("AdamW", base), ("SGD", sgd))
+            for run in runs
+            for step in self.scale.checkpoints
+        ]
+        return Experiment(name=STEPS, entries=tuple(entries))
+
+    def _sizes_experiment(self, sizes: dict[str, list[Run]]) -> Experiment:
+        """Models of all sizes at the same step, in the parameters of the largest by both rules."""
+        scale = self.scale
+        step, large = scale.steps, sizes[scale.largest][0]
+        entries, enlarged = [], {rule: [] for rule in TIED_SCALES}
+        for name, runs in sizes.items():
+            for run in runs:
+                common = {}
+                for rule in TIED_SCALES if name != scale.largest else ():
+                    common[rule] = f"enlarged/{rule}/{run.folder}/seed{run.seed}"
+                    made = self._add(
+                        f"enlarge {run.folder} seed {run.seed} by {rule}",
+                        f"python enlarge.py --checkpoint-path $OUT/{run.model(step)} --large-model-path "
+                        f"$OUT/{large.model(step)} --enlarged-model-path $OUT/{common[rule]} --tied-scale {rule}",
+                        needs=(run.name, large.name),
+                        makes=(common[rule],),
+                        seconds=scale.speed.start,
+                        size=4 * scale.sizes[scale.largest].parameters(scale.words),
+                    )
+                    enlarged[rule].append((made, common[rule]))
+                entries.append(Entry(group=name, seed=run.seed, step=step, folder=run.model(step), common=common))
+        passes = 6 * scale.trace_sentences * scale.mean_words * (scale.mean_words + 2)
+        operations = 2 * passes * scale.sizes[scale.largest].parameters(scale.words)
+        for rule, models in enlarged.items():
+            self._add(
+                f"trace of the enlarged by {rule}",
+                f"python calculate_hessian.py --model-path $OUT/enlarged/{rule} --datafile $OUT/data/test0.txt --vocabfile "
+                f"vocab.txt --nsamples {scale.trace_sentences}",
+                needs=("text",),
+                after=tuple(made for made, _ in models),
+                records=tuple((folder, "hessian.json") for _, folder in models),
+                seconds=scale.speed.start + len(models) * operations / scale.speed.rate,
+            )
+        return Experiment(name=SIZES, entries=tuple(entries))
+
+    def _selection(self) -> list[Run]:
+        """Models for choosing the adversarial weight, the choice, and the runs with the chosen one, not yet trained."""
+        scale, seed = self.scale, self.scale.selection_seed
+        # Labelled files of their own: for the adversarial term, and for choosing; the tasks' files stay unseen.
+        adversarial = self._labelled("adversarial task", ADVERSARIAL_TASK, "data/adversarial", scale.labelled, 1, seed=1)
+        task = ADVERSARIAL_TASK
+        self._labelled(f"selection task {task}", task, "data/selection", scale.labelled, scale.validation, seed=2)
+        plain = dataclasses.replace(self._adamw(scale.base, seed), folder="selection_standard", last=scale.steps, saved=(0,))
+        tried = {
+            weight: self._adversarial(f"selection_{weight:g}", seed, (adversarial,), ("--adversarial_weight", f"{weight:g}"))
+            for weight in scale.weights
+        }
+        runs = [plain, *tried.values()]
+        self._train(runs)
+        standard = plain.model(scale.steps)
+        for run in runs:
+            self._measure([run], standard, plain.name, "data/selection", what="selection")
+        candidates = " ".join(f"--candidate {weight:g} $OUT/{run.model(scale.steps)}" for weight, run in tried.items())
+        measured = [f"{what} of {run.folder}" for run in runs for what in ("comparison", f"probe {task}")]
+        self._add(
+            "choice of the weight",
+            f"python -m pretraining.experiments.choose --standard $OUT/{standard} {candidates} --task pcfg_{task} "
+            f"--gap-allowed {MARGIN:g} --output $OUT/adversarial",
+            needs=tuple(measured),
+            makes=(CHOICE,),
+            seconds=2.0,
+        )
+        needs = (adversarial, "choice of the weight")
+        flags = ("--config", f"$OUT/{CHOSEN}")
+        return [self._adversarial("adversarial", seed, needs, flags, requires=CHOSEN) for seed in self.seeds]
+
+    def _adversarial(self, folder: str, seed: int, needs: tuple[str, ...], flags: tuple[str, ...], requires=None) -> Run:
+        """A run with the adversarial term, of the standard one's length and order of sentences."""
+        scale, plain = self.scale, self._adamw(self.scale.base, seed)
+        text = f"--adversarial_file $OUT/data/adversarial/pcfg_{ADVERSARIAL_TASK}.csv"
+        text += f" --adversarial_batch_size {scale.adversarial_batch}"
+        return dataclasses.replace(
+            plain,
+            folder=folder,
+            last=scale.steps,
+            saved=(0,),
+            flags=(*plain.flags, *text.split(), *flags),
+            needs=needs,
+            requires=requires,
+            extra=1 + 1.3 * scale.adversarial_batch / scale.batch,  # its last layer works at all positions
+        )
+
+    def _algorithms_experiment(self, base: list[Run], adversarial: list[Run]) -> Experiment:
+        """Standard, adversarial and lookup table."""
+        step = self.scale.steps
+        entries = [
+            Entry(group=group, seed=run.seed, step=step, folder=run.model(step))
+            for group, runs in (("standard", base), ("adversarial", adversarial))
+            for run in runs
+        ]
+        entries.append(Entry(group=LOOKUP, seed=None, step=None, folder="models/lookup_table"))
+        return Experiment(name=ALGORITHMS, entries=tuple(entries), choice=CHOICE)

@@ -1,0 +1,211 @@
+"""Doing a plan: several commands at a time, each as soon as what it hangs on is done; what is done already is skipped.
+
+A command is done when the files that it makes are there: every script writes them whole or not at all, so nothing else has to
+be remembered, and no log is read. One that fails is said in `status.json`, and what needs it is blocked; the rest goes on.
+"""
+
+import contextlib
+import ctypes
+import datetime
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pcfg.artefacts import disk_errors
+from pretraining.evaluation.experiments import Status, read_statuses, write_statuses
+from pretraining.experiments.plan import Step
+from pretraining.model.checkpoints import is_model_folder
+
+ROOT = Path(__file__).parents[2]
+LOCK_FILE = ".running"
+POLL = 0.05  # seconds between two looks at the running commands
+DEATH_SIGNAL = 1  # of Linux' prctl: what a process is sent when its parent is gone
+
+
+def is_done(step: Step, out: Path) -> bool:
+    """Whether everything that the command makes is there; never for one that makes nothing."""
+    if not all((out / path).exists() for path in step.makes):
+        return False
+    models = [(out / folder, file) for folder, file in step.records if is_model_folder(out / folder)]
+    if step.records and not models:
+        return False
+    return bool(step.makes or step.records) and all(any(folder.glob(file)) for folder, file in models)
+
+
+def _die_with_parent() -> None:
+    """In a child, before it becomes the command: be sent SIGTERM when the runner is killed. Only Linux has this."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def lock(out: Path):
+    """Hold the folder: a second runner waits for the first one, and for the last commands of one that was killed.
+
+    The commands inherit the open file, and the lock lasts until the last of them has ended.
+    """
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{out}: another run, or the last commands of one, work here; waiting for them", flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def words_to_run(step: Step, out: Path) -> list[str]:
+    """The command line with its folder, and this Python."""
+    words = [word.replace("$OUT", str(out)) for word in step.words]
+    return [sys.executable, *words[1:]] if words[0] == "python" else words
+
+
+class Runner:
+    """Does the steps of a plan.
+
+    Args:
+        steps: in an order in which they can be done one by one.
+        out: folder of everything.
+        jobs: commands at a time.
+        environment: of the commands, beside this process's.
+        descriptor: of the lock, which the commands inherit.
+
+    Attributes:
+        statuses: of `status.json`: how each command ended.
+    """
+
+    def __init__(self, steps: list[Step], out: Path, jobs: int, environment: dict[str, str], descriptor: int):
+        self.steps, self.out, self.jobs, self.descriptor = steps, out, jobs, descriptor
+        self.environment = {**os.environ, **environment}
+        self.statuses: dict[str, Status] = {}
+        own = {step.name for step in steps}
+        self._of_others = {name: status for name, status in read_statuses(out).items() if name not in own}
+        self._running: dict[str, tuple[subprocess.Popen, float]] = {}
+        self._begun = time.monotonic()
+
+    def run(self) -> bool:
+        """Do all that can be done; returns whether nothing failed. On Ctrl-C or SIGTERM the commands are ended first."""
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            while self._start_what_can() or self._running:
+                time.sleep(POLL)
+                self._see_what_ended()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            self._end_commands()
+        return all(status.state in ("done", "not due") for status in self.statuses.values())
+
+    def _start_what_can(self) -> bool:
+        """Start commands until all places are taken; returns whether any step is still to come."""
+        waiting = False
+        for step in self.steps:
+            if step.name in self.statuses or step.name in self._running:
+                continue
+            if self._settle(step):
+                continue
+            waiting = True
+            if len(self._running) < self.jobs and self._is_ready(step):
+                self._start(step)
+        return waiting
+
+    def _state(self, name: str) -> str | None:
+        return self.statuses[name].state if name in self.statuses else None
+
+    def _is_ready(self, step: Step) -> bool:
+        return all(self._state(name) for name in (*step.needs, *step.after))
+
+    def _settle(self, step: Step) -> bool:
+        """Say what becomes of a step that will not be started, once that is known; returns whether it is."""
+        if not self._is_ready(step):
+            return False
+        missing = [name for name in step.needs if self._state(name) != "done"]
+        if step.after and all(self._state(name) != "done" for name in step.after):
+            missing += step.after
+        if missing:
+            # What waits for a thing that is not due is not due either.
+            states = {self._state(name) for name in missing}
+            state = "not due" if states == {"not due"} else "blocked"
+            self._note(step, Status(state=state, why=f"{missing[0]}: {self._state(missing[0])}"))
+        elif step.requires and not (self.out / step.requires).exists():
+            self._note(step, Status(state="not due", why=f"{step.requires} was not made"))
+        elif is_done(step, self.out):
+            self._note(step, Status(state="done"), skipped=True)
+        else:
+            return False
+        return True
+
+    def _log(self, step: Step) -> Path:
+        return Path("logs") / (re.sub(r"[^\w.]+", "_", step.name) + ".log")
+
+    def _start(self, step: Step) -> None:
+        path = self.out / self._log(step)
+        with disk_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            with open(path, "a") as log:
+                log.write(f"$ OUT={self.out}; {step.command}\n")
+                log.flush()
+                process = subprocess.Popen(
+                    words_to_run(step, self.out),
+                    cwd=ROOT,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C is this process's to pass on
+                    pass_fds=(self.descriptor,),
+                    preexec_fn=_die_with_parent,
+                )
+        self._running[step.name] = process, time.monotonic()
+
+    def _see_what_ended(self) -> None:
+        for step in [step for step in self.steps if step.name in self._running]:
+            process, begun = self._running[step.name]
+            if process.poll() is None:
+                continue
+            del self._running[step.name]
+            facts = {"seconds": round(time.monotonic() - begun, 1), "log": self._log(step).as_posix()}
+            makes_nothing = not step.makes and not step.records
+            if process.returncode == 0 and (makes_nothing or is_done(step, self.out)):
+                self._note(step, Status(state="done", **facts))
+            else:
+                why = "it did not make all that it should" if process.returncode == 0 else None
+                self._note(step, Status(state="failed", exit_code=process.returncode, why=why, **facts))
+
+    def _note(self, step: Step, status: Status, skipped: bool = False) -> None:
+        """Record how a step ended, on the disk and on the screen."""
+        self.statuses[step.name] = status
+        write_statuses(self.out, {**self._of_others, **self.statuses})
+        text = "done already" if skipped else status.state
+        if status.state == "failed":
+            text += f" with exit code {status.exit_code}; see {self.out / status.log}"
+        elif status.why:
+            text += f" ({status.why})"
+        elif not skipped and status.seconds is not None:
+            text += f" in {status.seconds:.0f} s"
+        left = datetime.timedelta(seconds=round(self._seconds_left()))
+        print(f"[{len(self.statuses):3}/{len(self.steps)}] {step.name}: {text}  ({left} left)", flush=True)
+
+    def _seconds_left(self) -> float:
+        """By the expected times, corrected by those of the commands that have been done here."""
+        expected = {step.name: step.seconds for step in self.steps}
+        ended = {name: status.seconds for name, status in self.statuses.items() if status.seconds is not None}
+        planned = sum(expected[name] for name in ended)
+        factor = sum(ended.values()) / planned if planned else 1.0
+        return factor * sum(seconds for name, seconds in expected.items() if name not in self.statuses) / self.jobs
+
+    def _end_commands(self) -> None:
+        """Ask what runs to end, and wait for it: a pre-training saves its state first."""
+        for process, _ in self._running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        for process, _ in self._running.values():
+            process.wait()

@@ -1,0 +1,87 @@
+"""The choice of the adversarial weight from made-up records."""
+
+import pytest
+
+from pcfg.artefacts import InputError, read_json, sha256
+from pretraining.evaluation.experiments import read_choice
+from pretraining.evaluation.records import write_record
+from pretraining.experiments import choose
+
+COMMON = {"inputs": {"data": {"sha256": "ab" * 32}}, "arguments": {}, "seconds": 1.0, "device": "cpu"}
+
+
+def means(value, error):
+    return {by: {"mean": value, "standard_error": error} for by in ("pairs", "sentences")}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Writes a model folder with a probe's record, and a comparison with the standard model."""
+
+    def write(name, accuracy, increase=None, error=0.001):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(name)
+        details = {"accuracies": [accuracy], "best_accuracy": accuracy, "sampling_standard_error": 0.01, "majority": 0.3}
+        kinds = {"value": accuracy, "standard_error": 0.004, "n": 100, "unit": "accuracy"}
+        write_record(folder, "probe_pcfg_B.json", measurement="probe", **kinds, **details, **COMMON)
+        if increase is not None:
+            inputs = {"model": {"sha256": sha256(folder / "model.safetensors")}}
+            inputs["other"] = {"sha256": sha256(tmp_path / "standard/model.safetensors")}
+            kinds = {"value": increase, "standard_error": error, "n": 100, "unit": "nats", "models": ["a", "b"]}
+            rest = {**COMMON, "inputs": inputs}
+            write_record(
+                folder, "comparison_0.json", measurement="comparison", difference=means(increase, error), **kinds, **rest
+            )
+        return str(folder)
+
+    return write
+
+
+def run(tmp_path, standard, candidates):
+    words = ["--standard", standard, "--task", "pcfg_B", "--gap-allowed", "0.02", "--output", str(tmp_path / "out")]
+    for weight, folder in candidates.items():
+        words += ["--candidate", weight, folder]
+    choose.main(words)
+    return read_choice(tmp_path / "out/choice.json")
+
+
+def test_the_lowest_accuracy_among_the_weights_that_keep_the_gap(tmp_path, model, capsys):
+    standard = model("standard", 0.9)
+    candidates = {
+        "3": model("w3", 0.3, 0.1),
+        "1": model("w1", 0.5, 0.0195, 0.001),  # less than 0.02, but not certainly
+        "0.3": model("w0.3", 0.6, 0.017),
+        "0.1": model("w0.1", 0.8, 0.001),
+    }
+    choice = run(tmp_path, standard, candidates)
+    assert choice.chosen == 0.3 and "chosen: 0.3" in capsys.readouterr().out
+    assert [tried.weight for tried in choice.weights] == [0.1, 0.3, 1.0, 3.0]
+    assert (choice.weights[1].gap_increase, choice.weights[1].accuracy, choice.weights[1].standard_accuracy) == (
+        0.017,
+        0.6,
+        0.9,
+    )
+    assert read_json(tmp_path / "out/chosen.json") == {"arguments": {"adversarial_weight": 0.3}}
+
+
+def test_none_where_the_gap_grows_or_the_accuracy_does(tmp_path, model, capsys):
+    standard = model("standard", 0.9)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/chosen.json").write_text("{}")  # of an earlier choice
+    choice = run(tmp_path, standard, {"1": model("w1", 0.5, 0.3), "0.1": model("w0.1", 0.91, 0.0)})
+    assert choice.chosen is None and not (tmp_path / "out/chosen.json").exists()
+    assert "none is chosen" in capsys.readouterr().out
+
+
+def test_missing_measurements(tmp_path, model):
+    standard = model("standard", 0.9)
+    alone = model("w1", 0.5)
+    with pytest.raises(InputError, match="w1: no comparison with .*standard.*--compare-with"):
+        run(tmp_path, standard, {"1": alone})
+    (tmp_path / "standard/probe_pcfg_B.json").unlink()
+    with pytest.raises(InputError, match="no probe_pcfg_B.json; measure"):
+        run(tmp_path, standard, {"1": alone})
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path, standard, {"much": alone})
+    assert error.value.code == 2
