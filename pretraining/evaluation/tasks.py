@@ -128,8 +128,7 @@ def read_task(options, with_test: bool = False) -> Task:
         if part.labels is None or (part.labels < 0).any():
             raise InputError(f"{part.file}: not labelled; take a training and a validation file that are")
     train = train.first(options.max_train_samples)
-    if len(set(train.labels.tolist())) < 2:
-        raise InputError(f"{train.file}: all labels are {train.labels[0]}; a task needs at least 2 classes")
+    _check_classes(train)
     classes = list(range(len(glue[1]))) if glue else sorted({*train.labels.tolist(), *validation.labels.tolist()})
     overlap = _warn_of_odd_parts(train, validation)
     for part in (train, validation, *test):
@@ -139,6 +138,27 @@ def read_task(options, with_test: bool = False) -> Task:
     if train.pairs is not None and not pieces:
         raise InputError("--tokenization words: is for single sentences; pairs are encoded as pieces")
     return Task(name, train, validation, test[0] if test else None, classes, majority, overlap, pieces)
+
+
+def read_labelled_part(path: Path) -> tuple[Part, list[int]]:
+    """The sentences of a CSV file `text,label`, labelled by indices into its classes, and these: the labels that occur, sorted.
+
+    Raises:
+        InputError: the file or a column is missing, a row or a label is malformed, a label is not in the label JSON beside the
+            file, or there is one class only.
+    """
+    part = _read_part(path, None, is_test=False)
+    _check_label_names([part])
+    _check_classes(part)
+    classes = sorted(set(part.labels.tolist()))
+    _index_labels(part, classes)
+    return part, classes
+
+
+def _check_classes(part: Part) -> None:
+    """Refuse a part to train on that has one class only."""
+    if len(set(part.labels.tolist())) < 2:
+        raise InputError(f"{part.file}: all labels are {part.labels[0]}; a task needs at least 2 classes")
 
 
 def _read_part(path: Path, glue, is_test: bool) -> Part:
@@ -258,11 +278,12 @@ def _index_labels(part: Part, classes: list[int]) -> None:
         print(f"warning: {unknown} of {len(part)} sentences of {part.file} have a label that is none of the task's")
 
 
-def check_max_seq_length(words: np.ndarray, max_seq_length: int, source) -> None:
+def check_max_seq_length(words: np.ndarray, max_seq_length: int, source, needed: str = "--max_seq_length") -> None:
     """Refuse sentences that need more positions than there are.
 
     Args:
         words: (sentences,) words of each sentence.
+        needed: what decides the number of positions, for the message.
 
     Raises:
         InputError: names the sentence and the length needed.
@@ -271,7 +292,7 @@ def check_max_seq_length(words: np.ndarray, max_seq_length: int, source) -> None
     if words[longest] + 2 > max_seq_length:
         raise InputError(
             f"{source}: sentence {longest + 1} has {words[longest]} words; with [CLS] and [SEP] it needs "
-            f"--max_seq_length {words[longest] + 2} or more, not {max_seq_length}"
+            f"{needed} {words[longest] + 2} or more, not {max_seq_length}"
         )
 
 

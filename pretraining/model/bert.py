@@ -135,7 +135,13 @@ class MaskedLM(nn.Module):
         return F.linear(self.transform(hidden), self.embeddings.words.weight, self.decoder_bias)
 
     def forward(self, input_ids, input_mask, flat_positions):
-        """Logits (M, vocab_size) at `flat_positions`, (M,) int64 indices into the flattened (batch * length)."""
+        """Logits (M, vocab_size) at `flat_positions`, (M,) int64 indices into the flattened (batch * length).
+
+        For None as `flat_positions` it is `encode`: hidden states (batch, length, hidden) of all positions. What wraps a model
+        for training (DeepSpeed's engine) passes on this method alone.
+        """
+        if flat_positions is None:
+            return self.encode(input_ids, input_mask)
         return self.predict(self.encode(input_ids, input_mask, flat_positions).squeeze(1))
 
     def number_of_parameters(self) -> int:

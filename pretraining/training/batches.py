@@ -39,10 +39,14 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
         tensors = (getattr(self, field.name) for field in dataclasses.fields(self))
-        if device.type == "cuda":
-            # from pinned memory the copy doesn't make the host wait
-            tensors = (tensor if tensor is None else tensor.pin_memory() for tensor in tensors)
-        return MicroBatch(*(tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors))
+        return MicroBatch(*(tensor if tensor is None else moved(tensor, device) for tensor in tensors))
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on another device; the host doesn't wait for it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # from other memory the host would wait
+    return tensor.to(device, non_blocking=True)
 
 
 def micro_batch(samples: Samples, rows: np.ndarray) -> MicroBatch:

@@ -16,6 +16,7 @@ from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import FACTS_FILE, check_folder, read_facts
 from pretraining.model.config import ModelConfig
 from pretraining.training import state
+from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.arguments import check_accumulation, differences, job_folder, model_config
 from pretraining.training.distributed import Ranks
 from pretraining.training.engine import build_engine, precision, zero_stage
@@ -157,6 +158,7 @@ def load_data(options: argparse.Namespace) -> tuple[Data, int]:
     gap = None
     if options.rule_path:
         gap = GapMeter(options.rule_path, options.gap_sentences, vocabulary, length, options.seed)
+    adversarial = AdversarialTerm.from_options(options, vocabulary, length)
     facts = {
         "job_name": options.job_name,
         "seed": options.seed,
@@ -165,15 +167,21 @@ def load_data(options: argparse.Namespace) -> tuple[Data, int]:
         "versions": versions("torch", "deepspeed", "transformers"),
         "arguments": vars(options),
     }
-    return Data(train, test, gap, tokenizer, facts), length
+    if adversarial is not None:
+        facts["adversarial"] = adversarial.facts
+    return Data(train, test, gap, tokenizer, facts, adversarial), length
 
 
 def check_fits(saved: dict, folder: Path, facts: dict) -> None:
     """Refuse a training state of another model, vocabulary, optimizer or, where it is split over them, number of ranks.
 
+    So is one of a run with the same arguments whose labelled file has been changed since.
+
     Raises:
         InputError: names what differs.
     """
+
+    is_same_run = not differences(saved["arguments"], facts["arguments"])
 
     def relevant(content: dict) -> dict:
         shape = {name: value for name, value in content["model"].items() if name not in FREE_TO_CHANGE}
@@ -183,6 +191,7 @@ def check_fits(saved: dict, folder: Path, facts: dict) -> None:
             "zero_stage": content["zero_stage"],
             "float16": content["precision"] == "float16",
             "ranks": content["world_size"] if content["zero_stage"] else "any",
+            "the SHA-256 of --adversarial_file": content.get("adversarial", {}).get("sha256") if is_same_run else "any",
         }
 
     old, new = relevant(saved), relevant(facts)

@@ -14,6 +14,7 @@ from pcfg.artefacts import InputError, keyed_rng
 from pretraining.data.samples import Samples
 from pretraining.model.checkpoints import save_model
 from pretraining.training import state
+from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.arguments import job_folder
 from pretraining.training.batches import global_batches, masked_loss, micro_batch, number_of_masks, rank_micro_batches
 from pretraining.training.distributed import Ranks
@@ -42,6 +43,7 @@ class Data:
         gap: measured at each validation; None if the grammar was not given.
         tokenizer: saved with each model.
         facts: for `args.json` and `state.json`: arguments, precision, versions, hashes.
+        adversarial: its term is subtracted from the loss; None without one.
     """
 
     train: Shards
@@ -49,6 +51,7 @@ class Data:
     gap: GapMeter | None
     tokenizer: object
     facts: dict
+    adversarial: AdversarialTerm | None = None
 
 
 class Trainer:
@@ -115,16 +118,21 @@ class Trainer:
         )[: options.max_steps_per_epoch]  # (batches, train_batch_size)
         first = min(progress.batch, len(batches) - 1)  # other data or sizes may have come with a training state
         for index, rows in enumerate(batches[first:], start=first):
-            loss = self._step(samples, rows)
-            self.losses.add(f"step {progress.step} (batch {index} of epoch {progress.epoch})", loss)
+            losses = self._step(samples, rows)
+            self.losses.add(f"step {progress.step} (batch {index} of epoch {progress.epoch})", losses)
             is_last = index == len(batches) - 1
             progress.epoch, progress.batch = (progress.epoch + 1, 0) if is_last else (progress.epoch, index + 1)
-            self._after_step(loss, is_last)
+            self._after_step(losses, is_last)
             if self.stop_reason() or self.is_interrupted:
                 return
 
-    def _step(self, samples: Samples, rows) -> torch.Tensor:
-        """One update from the global batch `rows`; returns the mean loss of its masked positions, the same on all ranks."""
+    def _step(self, samples: Samples, rows) -> dict[str, torch.Tensor]:
+        """One update from the global batch `rows`.
+
+        Returns:
+            Scalars for the record, the same on all ranks: "loss", the mean of its masked positions, and "adversarial_loss",
+            without its weight, if there is one.
+        """
         options, ranks, progress = self.options, self.ranks, self.progress
         progress.hours, self.is_interrupted = ranks.agree(self.clock.hours(), self.signals.received is not None)
         self.lr = self.schedule(progress.hours if options.lr_schedule == "time" else progress.step)
@@ -144,19 +152,26 @@ class Trainer:
             # division by the number of accumulation steps is turned off.
             self.engine.backward(share * ranks.world_size, scale_wrt_gas=False)
             loss += share.detach()
+        losses = {"loss": loss}
+        if self.data.adversarial is not None:
+            # Every rank computes all of the term, so DeepSpeed's mean over ranks is right. The record's is added up from equal
+            # parts: either all ranks see that it is not finite, or none.
+            term = self.data.adversarial.loss(self.engine, progress.step)
+            self.engine.backward(-options.adversarial_weight * term, scale_wrt_gas=False)
+            losses["adversarial_loss"] = term.detach() / ranks.world_size
         self.engine.step()
         progress.step += 1
         progress.samples += len(rows)
         progress.tokens += int(samples.input_mask[rows].sum())
-        return ranks.sum(loss)
+        return {name: ranks.sum(part) for name, part in losses.items()}
 
-    def _after_step(self, loss: torch.Tensor, is_end_of_epoch: bool) -> None:
+    def _after_step(self, losses: dict[str, torch.Tensor], is_end_of_epoch: bool) -> None:
         """Records, validation, model folders and stopping, as they are due."""
         options, progress = self.options, self.progress
         if self.data.facts["precision"] == "float16":
             self._check_loss_scale()
         if progress.step % options.print_steps == 0 or self.stop_reason():
-            self._record(loss)
+            self._record(losses)
         elif options.log_throughput_every and progress.step % options.log_throughput_every == 0 and self.ranks.is_main:
             print(f"step {progress.step}: {self._speed():,.0f} sentences/s")
         validates = is_end_of_epoch and self._is_validation_due()
@@ -217,10 +232,11 @@ class Trainer:
                 f"{minutes:.1f} minutes"
             )
 
-    def _record(self, loss: torch.Tensor) -> None:
-        """Record the loss of the step that has ended, the learning rate and the speed."""
+    def _record(self, losses: dict[str, torch.Tensor]) -> None:
+        """Record the losses of the step that has ended, the learning rate and the speed."""
         self.losses.settle()
-        self._write({"loss": loss.item(), "lr": self.lr, "sentences_per_second": self._speed()})
+        values = {name: loss.item() for name, loss in losses.items()}
+        self._write({**values, "lr": self.lr, "sentences_per_second": self._speed()})
 
     def _speed(self) -> float:
         """Sentences a second since the last call."""

@@ -50,19 +50,19 @@ class LossWatch:
 
     def __init__(self, device: torch.device):
         self._delay = 0 if device.type == "cpu" else 1
-        self._unseen: list[tuple[str, torch.Tensor]] = []
+        self._unseen: list[tuple[str, dict[str, torch.Tensor]]] = []
 
-    def add(self, where: str, loss: torch.Tensor) -> None:
-        """Take the loss of a step; checks those that are due.
+    def add(self, where: str, losses: dict[str, torch.Tensor]) -> None:
+        """Take the losses of a step; checks those that are due.
 
         Args:
             where: step and batch, for the message.
-            loss: scalar, the same on all ranks.
+            losses: scalars by their names in the records, the same on all ranks.
 
         Raises:
             InputError: a loss is NaN or infinite.
         """
-        self._unseen.append((where, loss))
+        self._unseen.append((where, losses))
         self._check(keep=self._delay)
 
     def settle(self) -> None:
@@ -75,8 +75,9 @@ class LossWatch:
 
     def _check(self, keep: int) -> None:
         while len(self._unseen) > keep:
-            where, loss = self._unseen.pop(0)
-            check_finite(loss.item(), where, "loss")
+            where, losses = self._unseen.pop(0)
+            for name, loss in losses.items():
+                check_finite(loss.item(), where, name.replace("_", " "))
 
 
 def check_finite(loss: float, where: str, what: str) -> None:

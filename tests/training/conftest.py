@@ -1,8 +1,15 @@
+import csv
 import shlex
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+from pcfg.text import read_texts, write_labelled
+from pretraining.data.samples import read_samples
+from pretraining.data.vocabulary import Vocabulary
+from pretraining.training.adversarial import AdversarialTerm
+from pretraining.training.batches import global_batches
 
 SMALL = (
     "--tokenizer_name bert-large-uncased --hidden_size 16 --num_hidden_layers 2 --num_attention_heads 2 "
@@ -52,5 +59,55 @@ def relative_error():
         after = dict(after.named_parameters())
         wrong = sum((old - after[name] - old.grad).double().square().sum() for name, old in before.named_parameters())
         return (wrong / sum(old.grad.double().square().sum() for old in before.parameters())).sqrt().item()
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def labelled(tiny_data, tmp_path_factory):
+    """A file of 60 sentences of `tiny_data`, labelled by their third word; some are in it twice."""
+    path = tmp_path_factory.mktemp("labelled") / "task.csv"
+    texts = read_texts(tiny_data / "test0.txt")[:60]
+    thirds = [text.split()[2] for text in texts]
+    write_labelled(path, texts, [10 * sorted(set(thirds)).index(word) for word in thirds])
+    return path
+
+
+@pytest.fixture(scope="session")
+def naive_adversarial():
+    """The adversarial loss on some rows of a labelled file, in float64: one padded sentence at a time, and the primal head."""
+
+    def compute(model, path, vocabulary, rows, ridge=1e-3, positions=10):
+        vocabulary = Vocabulary.read(vocabulary)
+        with open(path) as file:
+            table = list(csv.DictReader(file))
+        classes = sorted({int(row["label"]) for row in table})
+        features, targets = [], []
+        for row in rows:
+            words = [vocabulary.cls_id, *(vocabulary.ids[word] for word in table[row]["text"].split()), vocabulary.sep_id]
+            mask = torch.tensor([[1] * len(words) + [0] * (positions - len(words))])
+            hidden = model.encode(torch.tensor([words + [vocabulary.pad_id] * (positions - len(words))]), mask)[0].double()
+            hidden = (hidden * mask[0, :, None]).flatten()  # (positions * hidden,)
+            features.append(hidden / hidden.norm())
+            targets.append([float(int(table[row]["label"]) == label) - 1 / len(classes) for label in classes])
+        phi, y, half = torch.stack(features), torch.tensor(targets, dtype=torch.float64), len(rows) // 2
+        fit = phi[:half]
+        head = torch.linalg.solve(fit.T @ fit + ridge * torch.eye(fit.shape[1], dtype=fit.dtype), fit.T @ y[:half])
+        return ((phi[half:] @ head - y[half:]) ** 2).sum() / (len(rows) - half)
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def naive_total(naive_loss, naive_adversarial, tiny_samples, tiny_data, labelled):
+    """Masked-LM and adversarial loss of a model at step 0; its parameters are given the gradient of the total."""
+
+    def compute(model, batch_size, weight):
+        samples, words = read_samples(tiny_samples / "train_shard_0.hdf5"), tiny_data / "vocab.txt"
+        rows = AdversarialTerm(labelled, 20, 1e-3, Vocabulary.read(words), 10, 42).rows(0)
+        term = naive_adversarial(model, labelled, words, rows)
+        loss = naive_loss(model, samples, global_batches(len(samples), batch_size, 42, 0, "")[0])
+        (loss - weight * term).backward()
+        return loss.item(), term.item()
 
     return compute

@@ -161,8 +161,8 @@ def log(job):
 def record(job):
     """All that must not depend on kills: each model folder's weights, and the losses and learning rates of the log."""
     weights = {path.parent.name: sha256(path) for path in sorted(job.glob("step*/model.safetensors"))}
-    curve = [(r["step"], r.get("loss"), r.get("lr"), r.get("validation_loss")) for r in read_metrics(job / "metrics.jsonl")]
-    return weights, curve
+    names = ("step", "loss", "lr", "validation_loss", "adversarial_loss")
+    return weights, [tuple(map(r.get, names)) for r in read_metrics(job / "metrics.jsonl")]
 
 
 def moments(number, rng):
@@ -170,15 +170,19 @@ def moments(number, rng):
     return rng.permutation((np.arange(number) + rng.random(number)) / number)
 
 
-def test_killed_at_any_moment_and_run_again(fork, tmp_path):
+def term(labelled):
+    return f" --adversarial_weight 1 --adversarial_file {labelled} --adversarial_batch_size 20"
+
+
+def test_killed_at_any_moment_and_run_again(fork, labelled, tmp_path):
     """SIGKILL between any two changes of the disk (so inside saves), and at random moments; the reruns are killed as well.
 
     Every job is killed up to three times before it may finish. Weights, losses and learning rates are then bitwise those of
-    the undisturbed run.
+    the undisturbed run. Those with ZeRO 2 have an adversarial term.
     """
     rng, each = np.random.default_rng(5), -(-KILLS // len(KINDS))
     for ranks, stage in KINDS:
-        flags, kind = f"--zero_stage {stage}", f"ranks{ranks}-zero{stage}"
+        flags, kind = f"--zero_stage {stage}" + term(labelled) * (stage == 2), f"ranks{ranks}-zero{stage}"
         codes, changes, seconds = fork(tmp_path / kind, flags, ranks)
         assert codes == [0] * ranks, log(tmp_path / kind)
         expected = record(tmp_path / kind)
@@ -207,10 +211,10 @@ def test_killed_at_any_moment_and_run_again(fork, tmp_path):
             jobs += 1
 
 
-def test_one_rank_two_ranks_and_one_again(fork, tmp_path):
-    """With ZeRO 0 and without dropout the samples of every step are the same, and so is the loss."""
+def test_one_rank_two_ranks_and_one_again(fork, labelled, tmp_path):
+    """With ZeRO 0 and without dropout the samples of every step are the same, and so are the losses."""
     flags = "--hidden_dropout_prob 0 --attention_probs_dropout_prob 0 --lr_schedule constant_step --num_warmup_steps 2"
-    flags += " --curve const --keep_checkpoints 9"
+    flags += " --curve const --keep_checkpoints 9" + term(labelled)
     assert fork(tmp_path / "one", flags)[0] == [0]
     job = tmp_path / "changing"
     there = f" --load_training_checkpoint {job}/training_state"
@@ -219,8 +223,9 @@ def test_one_rank_two_ranks_and_one_again(fork, tmp_path):
         codes, *_ = fork(job, flags + more, ranks)
         assert codes == [0] * ranks, log(job)
     (_, expected), (_, got) = record(tmp_path / "one"), record(job)
-    losses = {step: loss for step, loss, *_ in got if loss is not None}
-    assert losses == pytest.approx({step: loss for step, loss, *_ in expected if loss is not None}, abs=1e-5)
+    for which in (1, 4):  # the loss and the adversarial one
+        found, wanted = ({values[0]: values[which] for values in curve if values[1] is not None} for curve in (got, expected))
+        assert found == pytest.approx(wanted, abs=1e-5)
     first, second = (read_json(folder / "step0000012" / "args.json") for folder in (tmp_path / "one", job))
     assert (first["samples_seen"], first["tokens_seen"]) == (second["samples_seen"], second["tokens_seen"])
 

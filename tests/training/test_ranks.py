@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pretraining.data.samples import read_samples
 from pretraining.model.checkpoints import load_model
-from pretraining.training.batches import global_batches
 from pretraining.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -37,15 +35,17 @@ def launch(ranks, runs):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_step_of_two_ranks_is_the_gradient_of_the_padded_batch(tiny_samples, tmp_path, naive_loss, relative_error):
+def test_a_step_of_two_ranks_is_the_gradient_of_the_padded_batch(tiny_samples, labelled, tmp_path, naive_total, relative_error):
+    """With and without an adversarial term, which is the same for any number of ranks."""
     files = ["--dataset_path", str(tiny_samples), "--output_dir", str(tmp_path)]
-    stages = {f"zero{stage}": f"{ONE_STEP} --zero_stage {stage}" for stage in (0, 1, 2)}
-    launch(2, [[*files, "--job_name", job, *shlex.split(flags)] for job, flags in stages.items()])
-    samples = read_samples(tiny_samples / "train_shard_0.hdf5")
-    rows = global_batches(len(samples), 31, 42, 0, "")[0]
-    for job in stages:
+    term = f"--adversarial_weight 3 --adversarial_file {labelled} --adversarial_batch_size 20"
+    jobs = {f"zero{stage}": (f"--zero_stage {stage}", 0.0) for stage in (0, 1, 2)}
+    jobs |= {f"{job}-term": (f"{flags} {term}", 3.0) for job, (flags, _) in jobs.items()}
+    launch(2, [[*files, "--job_name", job, *shlex.split(f"{ONE_STEP} {flags}")] for job, (flags, _) in jobs.items()])
+    for job, (_, weight) in jobs.items():
         before = load_model(tmp_path / job / "step0000000").train()
-        loss = naive_loss(before, samples, rows)
-        assert read_metrics(tmp_path / job / "metrics.jsonl")[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
-        loss.backward()
+        loss, adversarial = naive_total(before, batch_size=31, weight=weight)
+        (record,) = read_metrics(tmp_path / job / "metrics.jsonl")
+        assert record["loss"] == pytest.approx(loss, rel=1e-6)
+        assert record.get("adversarial_loss") == (pytest.approx(adversarial, rel=1e-5) if weight else None)
         assert relative_error(before, load_model(tmp_path / job / "step0000001")) < 1e-5
