@@ -92,3 +92,19 @@ def test_errors_exit_with_2_and_without_a_traceback(tmp_path):
     result = subprocess.run(script, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "nowhere: no such folder" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_weights_of_a_model_folder_to_begin_with(tiny_samples, tmp_path):
+    run_pretraining.main(command(tiny_samples, tmp_path, SMALL, "first"))
+    start = tmp_path / "first/step0000004"
+    flags = f"{SMALL} --optimizer_type sgd --model_name_or_path {start}"
+    run_pretraining.main(command(tiny_samples, tmp_path, flags + " --max_steps 3 --seed 7", "second"))
+    assert_same_weights(start, tmp_path / "second/step0000000")
+    assert not torch.equal(load_model(start).decoder_bias, load_model(tmp_path / "second/step0000002").decoder_bias)
+    facts = read_json(tmp_path / "second/step0000003/args.json")
+    assert facts["initial_weights"] == {"sha256": checkpoints.weights_sha256(start)}
+    with pytest.raises(InputError, match="another shape than the flags say; give --intermediate_size 32$"):
+        run_pretraining.main(command(tiny_samples, tmp_path, flags + " --intermediate_size 64", "third"))
+    with pytest.raises(InputError, match="model nowhere: no such folder"):
+        run_pretraining.main(command(tiny_samples, tmp_path, SMALL + " --model_name_or_path nowhere", "third"))
+    assert not (tmp_path / "third").exists()

@@ -282,7 +282,7 @@ def check_vocabulary(folder, vocabulary: Vocabulary, source) -> None:
     if own.sha256 != vocabulary.sha256:
         raise InputError(
             f"{source}: {vocabulary.size} words with hash {vocabulary.sha256[:12]}, but the model was trained with "
-            f"{Path(folder) / VOCABULARY_FILE} ({own.size} words, hash {own.sha256[:12]}); give --vocabfile that one"
+            f"{Path(folder) / VOCABULARY_FILE} ({own.size} words, hash {own.sha256[:12]}); give that one"
         )
 
 

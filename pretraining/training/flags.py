@@ -67,6 +67,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model_type", choices=("bert-mlm",), default="bert-mlm", help="kind of model (default: bert-mlm)")
+    group.add_argument(
+        "--model_name_or_path",
+        help="model folder, or a name on the hub, whose weights training begins with; the flags must say its shape (default: "
+        "new weights, a function of --seed)",
+    )
     group.add_argument("--hidden_size", type=positive_int, default=1024, help="width (default: 1024)")
     group.add_argument("--num_hidden_layers", type=positive_int, default=24, help="layers (default: 24)")
     group.add_argument("--num_attention_heads", type=positive_int, default=16, help="attention heads (default: 16)")

@@ -12,8 +12,9 @@ import torch
 
 from pcfg.artefacts import InputError, disk_errors, keyed_rng, versions
 from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer
+from pretraining.evaluation.records import describe_model
 from pretraining.model.bert import MaskedLM
-from pretraining.model.checkpoints import FACTS_FILE, check_folder, read_facts
+from pretraining.model.checkpoints import FACTS_FILE, check_folder, check_vocabulary, find_model, load_model, read_facts
 from pretraining.model.config import ModelConfig
 from pretraining.training import state
 from pretraining.training.adversarial import AdversarialTerm
@@ -206,6 +207,24 @@ def build_model(config: ModelConfig, seed: int) -> MaskedLM:
     return MaskedLM(config)
 
 
+def start_from(name: str, model: MaskedLM, vocabulary: Vocabulary) -> dict:
+    """Give `model` the weights of a model folder; returns their SHA-256, for the record.
+
+    Raises:
+        InputError: there is no such folder, or its vocabulary or shape is another one.
+    """
+    folder = find_model(name)
+    check_vocabulary(folder, vocabulary, "the samples' tokenizer")
+    loaded = load_model(folder)
+    old, new = (dataclasses.asdict(config) for config in (loaded.config, model.config))
+    changed = [key for key in new if key not in FREE_TO_CHANGE and old[key] != new[key]]
+    if changed:
+        flags = " ".join(f"--{key} {old[key]}" for key in changed)
+        raise InputError(f"--model_name_or_path: {folder} has another shape than the flags say; give {flags}")
+    model.load_state_dict(loaded.state_dict())
+    return describe_model(folder)
+
+
 def pretrain(options: argparse.Namespace, now=time.monotonic) -> Path:
     """Run the pre-training that the options describe, or the rest of it; returns the final model folder.
 
@@ -223,6 +242,10 @@ def pretrain(options: argparse.Namespace, now=time.monotonic) -> Path:
     data, length = load_data(options)
     config = model_config(options, data.train.vocabulary.size, length)
     model = build_model(config, options.seed)
+    if found is not None:
+        data.facts["initial_weights"] = found.saved.get("initial_weights")
+    elif options.model_name_or_path:
+        data.facts["initial_weights"] = start_from(options.model_name_or_path, model, data.train.vocabulary)
     model.activation_checkpointing = options.activation_checkpointing
     if options.compile:
         model.compile_layers()
