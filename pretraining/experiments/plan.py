@@ -32,7 +32,7 @@ class Step:
         needs: commands that must be done before it.
         after: commands that must have ended, one at least well: a measurement of several runs does without one that failed.
         requires: a file that an earlier command makes or, for a reason that it prints, does not.
-        makes: files and folders that are there when it is done.
+        makes: files and folders that are there when it is done; a command without `makes` and `records` is always run.
         records: (model folder, file): measurements that are there when it is done, of those folders that are models.
         seconds, size: expected time and bytes on the disk.
     """
@@ -108,10 +108,10 @@ class Planner:
         scale = self.scale
         self._data()
         base = [self._adamw(scale.base, seed) for seed in self.seeds]
-        sgd = [self._sgd(seed) for seed in self.seeds] if STEPS in self.names else []
+        sgd = [self._sgd(run) for run in base] if STEPS in self.names else []
         others = [name for name in scale.sizes if name != scale.base] if SIZES in self.names else []
         sizes = {name: [self._adamw(name, seed) for seed in self.seeds] for name in others} | {scale.base: base}
-        for runs in (*[sizes[name] for name in reversed(others)], base, sgd):
+        for runs in (base, *[sizes[name] for name in reversed(others)], sgd):
             self._train(runs)
         if ALGORITHMS in self.names:
             adversarial = self._selection()
@@ -154,6 +154,7 @@ class Planner:
     # data
 
     def _data(self) -> None:
+        """What is made of the grammar. Without `makes`: these run in any case, and prove by hashes what is there."""
         scale = self.scale
         sentences = scale.shards * scale.sentences
         rules = f"--rule-path {scale.rules}"
@@ -162,7 +163,6 @@ class Planner:
             "text",
             f"python generate_pretraining.py {rules} --save-path $OUT/data --sentence-num {scale.sentences} --shard-num "
             f"{scale.shards} --test-shard-num 1 --test-sentence-num {scale.test_sentences} {limit}",
-            makes=("data/manifest_pretraining.json",),
             seconds=scale.speed.start + sentences / 2e6,
             size=sentences * scale.mean_words * 6,
         )
@@ -172,7 +172,6 @@ class Planner:
             f"--do_lower_case 1 --masked_lm_prob 0.15 --max_seq_length {scale.tokens} --model_name bert-large-uncased "
             "--max_predictions_per_seq 5 --single_mask",
             needs=("text",),
-            makes=("data/pretraining/manifest_samples.json",),
             seconds=scale.speed.start + sentences / 4e5,
             size=sentences * (scale.tokens * 4 + 30),
         )
@@ -182,7 +181,6 @@ class Planner:
             "lookup table",
             f"python -m pcfg.lookup {rules} --datafile $OUT/data/test0.txt --save-path $OUT/data/lookup.hdf5",
             needs=("text",),
-            makes=("data/lookup.hdf5",),
             seconds=scale.speed.start + scale.test_sentences / 2e4,
             size=scale.test_sentences * scale.mean_words * scale.words * 4,
         )
@@ -193,7 +191,6 @@ class Planner:
             name,
             f"python generate_downstream.py --rule-path {self.scale.rules} --save-path $OUT/{folder} --sentence-num {rows} "
             f"--validation-num {validation} --task-type {task} --seed {seed} --length-limit {self.scale.length_limit}",
-            makes=(f"{folder}/manifest_downstream_{task}.json",),
             seconds=self.scale.speed.start + (rows + validation) / 1e5,
             size=(rows + validation) * self.scale.mean_words * 6,
         )
@@ -211,15 +208,21 @@ class Planner:
         saved = (0, *scale.checkpoints) if size == scale.base else (0, scale.steps)
         return Run(folder=size, size=size, seed=seed, last=max(saved), saved=saved, flags=tuple(flags.split()))
 
-    def _sgd(self, seed: int) -> Run:
-        """The paper's second optimizer of figure 3: a longer warmup, then a constant rate."""
+    def _sgd(self, start: Run) -> Run:
+        """SGD from a model that AdamW has trained until its loss has converged: a warmup, then a constant rate."""
         scale = self.scale
         flags = (
             f"--optimizer_type sgd --lr {scale.sgd_lr:g} --lr_schedule constant_step --num_warmup_steps {scale.sgd_warmup} "
-            "--curve const"
+            f"--curve const --model_name_or_path $OUT/{start.model(scale.steps)}"
         )
-        saved, folder = (0, *scale.checkpoints), f"{scale.base}_sgd"
-        return Run(folder=folder, size=scale.base, seed=seed, last=max(saved), saved=saved, flags=tuple(flags.split()))
+        *saved, last = self._after_convergence()
+        needs = (start.name,)
+        folder = f"{start.folder}_sgd"
+        return dataclasses.replace(start, folder=folder, last=last, saved=tuple(saved), flags=tuple(flags.split()), needs=needs)
+
+    def _after_convergence(self) -> list[int]:
+        """How many steps after `steps` the later checkpoints of the experiment are."""
+        return [step - self.scale.steps for step in self.scale.checkpoints if step > self.scale.steps]
 
     def _train(self, runs: list[Run]) -> None:
         for run in runs:
@@ -343,13 +346,16 @@ class Planner:
     # experiments
 
     def _steps_experiment(self, base: list[Run], sgd: list[Run]) -> Experiment:
-        """Training on: all checkpoints of both optimizers."""
+        """Training on: checkpoints of AdamW's runs, and of SGD's, counted from where AdamW began."""
+        steps = self.scale.steps
         entries = [
-            Entry(group=group, seed=run.seed, step=step, folder=run.model(step))
-            for group, runs in (("AdamW", base), ("SGD", sgd))
-            for run in runs
+            Entry(group="AdamW", seed=run.seed, step=step, folder=run.model(step))
+            for run in base
             for step in self.scale.checkpoints
         ]
+        for start, run in zip(base, sgd, strict=True):
+            folders = {steps: start.model(steps)} | {steps + step: run.model(step) for step in self._after_convergence()}
+            entries += [Entry(group="SGD", seed=run.seed, step=step, folder=folder) for step, folder in folders.items()]
         return Experiment(name=STEPS, entries=tuple(entries))
 
     def _sizes_experiment(self, sizes: dict[str, list[Run]]) -> Experiment:

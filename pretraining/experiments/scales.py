@@ -51,7 +51,7 @@ class Scale:
         batch, micro_batch: sentences of a step, most of a forward pass.
         dropout: of pre-training.
         lr, warmup, half_life: of AdamW: the highest rate, steps to it, and steps in which it halves from there.
-        sgd_lr, sgd_warmup: of SGD: the rate, constant after so many steps.
+        sgd_lr, sgd_warmup: of SGD, which goes on from AdamW's models at `steps`: the rate, constant after so many steps.
         steps: of all runs but those of the experiment `steps`; `checkpoints`: the steps at which those are saved, `steps`
             among them.
         weights: of the adversarial term that are tried; `adversarial_batch` labelled sentences a step.
@@ -135,8 +135,8 @@ MINI = Scale(
     lr=3e-3,
     warmup=180,
     half_life=1500,
-    sgd_lr=0.03,
-    sgd_warmup=720,
+    sgd_lr=0.01,
+    sgd_warmup=360,
     steps=3000,
     checkpoints=(1500, 3000, 4500, 6000),
     weights=(0.1, 0.3, 1.0, 3.0),
@@ -170,8 +170,8 @@ SMALL = Scale(
     lr=1e-3,
     warmup=1200,
     half_life=5000,
-    sgd_lr=0.1,
-    sgd_warmup=2400,
+    sgd_lr=0.01,
+    sgd_warmup=1200,
     steps=10_000,
     checkpoints=(5000, 10_000, 15_000, 20_000),
     weights=(0.03, 0.1, 0.3, 1.0, 3.0),
@@ -215,7 +215,7 @@ PAPER = Scale(
     warmup=1800,
     half_life=15_000,
     sgd_lr=1e-3,
-    sgd_warmup=3600,
+    sgd_warmup=2400,
     steps=30_000,
     checkpoints=(20_000, 30_000, 40_000, 50_000),
     weights=(0.03, 0.1, 0.3, 1.0, 3.0),
