@@ -91,7 +91,8 @@ def test_bad_values_are_argparse_errors(tmp_path, flags, capsys):
 
 def test_help_is_grouped_by_purpose():
     text = command_line.build_parser("what it does").format_help()
-    for title in ("data:", "model:", "optimizer:", "batches:", "duration", "precision", "validation:", "output"):
+    titles = "data:,model:,optimizer:,batches:,adversarial term:,duration,precision,validation:,output"
+    for title in titles.split(","):
         assert f"\n{title}" in text
 
 
