@@ -5,35 +5,29 @@ the number of parameters (viridis: ordered by lightness, so also in grey and for
 marker of its own. Error bars are one standard error.
 """
 
-import math
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pcfg.artefacts import atomic_path
+from pretraining.evaluation.plotting import (
+    DASHES,
+    GREY,
+    LIGHTEST,
+    MARKERS,
+    compact,
+    draw_points,
+    make_figure,
+    save_png,
+    scale_axis,
+    size_axis,
+    steps_axis,
+)
 from pretraining.evaluation.report_sizes import SizeComparison, across_sizes
 from pretraining.model.enlarge import TIED_SCALES
 
 SATURATED = 0.05  # nats: models with a gap up to this are drawn filled where accuracies are compared
-MARKERS = "os^Dv<>phX"
-DASHES = ("-", "--", "-.", ":")
-LIGHTEST = 0.78  # of the colour map, whose end is too light for white paper
-PANEL = (4.6, 3.4)  # inches
-GREY = "0.45"
-
-
-def _compact(number: float) -> str:
-    """A number of steps or parameters in at most a few characters.
-
-    >>> [_compact(n) for n in (0, 250, 1500, 40000, 2000000)]
-    ['0', '250', '1.5k', '40k', '2M']
-    """
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.3g}{unit}"
-    return f"{number:g}"
 
 
 class Series:
@@ -42,7 +36,7 @@ class Series:
     def __init__(self, job: str, rows: list[dict], index: int, number: int):
         self.rows = sorted(rows, key=lambda row: row["step"] or 0)
         parameters = rows[0].get("parameters")
-        self.label = job if parameters is None else f"{job} ({_compact(parameters)} parameters)"
+        self.label = job if parameters is None else f"{job} ({compact(parameters)} parameters)"
         self.colour = matplotlib.colormaps["viridis"](LIGHTEST * index / max(1, number - 1))
         self.marker, self.dash = MARKERS[index % len(MARKERS)], DASHES[index % len(DASHES)]
 
@@ -83,40 +77,6 @@ class Quantity:
         return [found[0] for row in rows if (found := self.of(row)) is not None]
 
 
-def _scale_axis(axis, values: list[float]) -> None:
-    """A logarithmic axis for positive values that span more than a factor of 10; a symmetric one if some are not positive."""
-    positive = [value for value in values if value > 0]
-    if not positive or max(positive) / min(positive) <= 10:
-        return
-    owner = axis.axes
-    set_scale = owner.set_yscale if axis is owner.yaxis else owner.set_xscale
-    if len(positive) == len(values):
-        set_scale("log", nonpositive="clip")
-    else:
-        set_scale("symlog", linthresh=min(positive), linscale=0.4)
-    formatter = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}")
-    axis.set_major_formatter(formatter)
-    if max(positive) / min(positive) < 100:  # few decades: the tens alone would leave an axis with one number
-        axis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2.0, 5.0)))
-        axis.set_minor_formatter(formatter)
-    else:
-        axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-
-
-def _draw(axes, series: Series, points: list[tuple], line: bool, hollow=()) -> None:
-    """Points (x, y, x error, y error) with error bars, joined by the series' line; those in `hollow` are not filled."""
-    if not points:
-        return
-    x, y, x_error, y_error = zip(*points, strict=True)
-    axes.errorbar(x, y, y_error, x_error, color=series.colour, linestyle="none", capsize=2, elinewidth=1)
-    if line:
-        axes.plot(x, y, color=series.colour, linestyle=series.dash, linewidth=1.3)
-    for index, point in enumerate(points):
-        face = "white" if index in hollow else series.colour
-        style = {"marker": series.marker, "markerfacecolor": face, "markeredgecolor": series.colour, "linestyle": "none"}
-        axes.plot(point[0], point[1], **style)
-
-
 def _reference_lines(axes, rows: list[dict], quantity: Quantity) -> None:
     """Horizontal lines of an accuracy: the lookup table's, and the majority class."""
     tables = [row for row in rows if row["kind"] != "transformer" and quantity.of(row)]
@@ -131,15 +91,8 @@ def draw_against_steps(axes, rows: list[dict], quantity: Quantity) -> None:
     """`quantity` against training steps, one line a series."""
     for series in make_series(rows):
         measured = [(row["step"], *quantity.of(row)) for row in series.rows if row["step"] is not None and quantity.of(row)]
-        _draw(axes, series, [(step, value, 0, error) for step, value, error in measured], line=True)
-    steps = sorted({row["step"] for row in rows if row["step"] is not None})
-    positive = [step for step in steps if step > 0]
-    if positive and max(positive) / min(positive) > 3:
-        axes.set_xscale("symlog", linthresh=min(positive), linscale=0.5)
-    if len(steps) <= 6:
-        axes.set_xticks(steps, [_compact(step) for step in steps])
-        axes.set_xticks([], minor=True)
-    axes.set_xlabel("training steps")
+        draw_points(axes, series, [(step, value, 0, error) for step, value, error in measured], line=True)
+    steps_axis(axes, sorted({row["step"] for row in rows if row["step"] is not None}))
     _finish(axes, rows, quantity)
 
 
@@ -149,17 +102,11 @@ def draw_against_size(axes, rows: list[dict], quantity: Quantity) -> None:
     for series in make_series(rows):
         measured = [(row["parameters"], *quantity.of(row)) for row in series.rows if quantity.of(row)]
         points = [(size, value, 0, error) for size, value, error in measured]
-        _draw(axes, series, points, line=False, hollow=range(len(points) - 1))
+        draw_points(axes, series, points, line=False, hollow=range(len(points) - 1))
         last_points += points[-1:]
     if last_points:
         axes.plot([p[0] for p in last_points], [p[1] for p in last_points], color=GREY, linewidth=1, zorder=0)
-    sizes = sorted({point[0] for point in last_points})
-    if len(sizes) > 1:
-        axes.set_xscale("log")
-        axes.margins(x=0.12)
-    if len(sizes) <= 6 and all(b / a > 1.25 for a, b in zip(sizes, sizes[1:], strict=False)):
-        axes.set_xticks(sizes, [_compact(size) for size in sizes])
-        axes.set_xticks([], minor=True)
+    size_axis(axes, sorted({point[0] for point in last_points}))
     axes.set_xlabel("parameters (filled: last checkpoint)")
     _finish(axes, rows, quantity)
 
@@ -172,9 +119,9 @@ def draw_against_trace(axes, rows: list[dict], quantity: Quantity, trace: Quanti
         points = [(trace.of(row)[0], quantity.of(row)[0], trace.of(row)[1], quantity.of(row)[1]) for row in measured]
         gaps = [row.get("gap_sentences") for row in measured]
         hollow = {index for index, gap in enumerate(gaps) if gap is None or gap > SATURATED}
-        _draw(axes, series, points, line=False, hollow=hollow)
+        draw_points(axes, series, points, line=False, hollow=hollow)
         x_values += [point[0] for point in points]
-    _scale_axis(axes.xaxis, x_values)
+    scale_axis(axes.xaxis, x_values)
     axes.set_xlabel(f"{trace.label}  (filled: gap ≤ {SATURATED} nats)")
     _finish(axes, rows, quantity)
 
@@ -184,7 +131,7 @@ def _finish(axes, rows: list[dict], quantity: Quantity) -> None:
     if f"{quantity.name}_majority" in {key for row in rows for key in row}:
         _reference_lines(axes, rows, quantity)
     else:
-        _scale_axis(axes.yaxis, quantity.values([row for row in rows if row["kind"] == "transformer"]))
+        scale_axis(axes.yaxis, quantity.values([row for row in rows if row["kind"] == "transformer"]))
     axes.set_ylabel(quantity.label)
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -201,50 +148,31 @@ def _legend(figure: Figure, rows: list[dict], accuracies: list[Quantity]) -> Non
     figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), frameon=False, fontsize=9)
 
 
-def _figure(panels: int, columns: int) -> tuple[Figure, list]:
-    """A figure with `panels` axes in rows of `columns`."""
-    columns = min(columns, panels)
-    lines = math.ceil(panels / columns)
-    size = (PANEL[0] * max(columns, 1.25), PANEL[1] * lines + 0.6)
-    figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.09, h_pad=0.06)  # inches around each panel
-    axes = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
-    for unused in axes[panels:]:
-        unused.remove()
-    return figure, axes[:panels]
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        # No software version in the file: the same numbers give the same picture.
-        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
-
-
 def _size_and_steps(path: Path, rows: list[dict], quantity: Quantity, accuracies: list[Quantity]) -> None:
     """One figure: `quantity` against size and against steps."""
-    figure, axes = _figure(2, 2)
+    figure, axes = make_figure(2, 2)
     draw_against_size(axes[0], rows, quantity)
     draw_against_steps(axes[1], rows, quantity)
     _legend(figure, rows, accuracies)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def _overview(path: Path, rows: list[dict], gap: Quantity, trace: Quantity, accuracies: list[Quantity]) -> None:
     """The one picture: gap, trace and an accuracy against steps, and the accuracy against the trace."""
     quantities = [quantity for quantity in (gap, trace, *accuracies[:1]) if quantity.values(rows)]
     against_trace = [accuracy for accuracy in accuracies[:1] if trace.values(rows)]
-    figure, axes = _figure(len(quantities) + len(against_trace), 2)
+    figure, axes = make_figure(len(quantities) + len(against_trace), 2)
     for panel, quantity in zip(axes, quantities, strict=False):
         draw_against_steps(panel, rows, quantity)
     for panel, accuracy in zip(axes[len(quantities) :], against_trace, strict=True):
         draw_against_trace(panel, rows, accuracy, trace)
     _legend(figure, rows, accuracies[:1])
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def _across_sizes(path: Path, comparison: SizeComparison) -> None:
     """Traces in the parameters of one model against the models' own sizes, a line a rule."""
-    figure, (axes,) = _figure(1, 1)
+    figure, (axes,) = make_figure(1, 1)
     for index, rule in enumerate(TIED_SCALES):
         rows = [(model.size, model.traces[rule]) for model in comparison.models if rule in model.traces]
         if not rows:
@@ -255,14 +183,14 @@ def _across_sizes(path: Path, comparison: SizeComparison) -> None:
         axes.errorbar(x, y, error, label=f"--tied-scale {rule}", **style)
     axes.set_xscale("log")
     sizes = sorted({model.size for model in comparison.models})
-    axes.set_xticks(sizes, map(_compact, sizes))
+    axes.set_xticks(sizes, map(compact, sizes))
     axes.set_xticks([], minor=True)
     axes.set_xlabel("parameters of the model that was enlarged")
     axes.set_ylabel("trace of the Hessian (nats)")
     axes.set_ylim(bottom=0)
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def _accuracy_quantity(name: str, error_of) -> Quantity:
@@ -276,7 +204,7 @@ def write_plots(output, rows: list[dict], names: list[str], error_of) -> list[tu
 
     Args:
         output: folder of the PNG files.
-        rows: rows of `results.csv` (see `pretraining.evaluation.report.collect`).
+        rows: rows of `results.csv` (see `pretraining.evaluation.report_rows.collect`).
         names: the accuracies, `probe_TASK` and `finetune_TASK`.
         error_of: from a row and a name to the accuracy's error, or None.
 
@@ -323,8 +251,8 @@ def write_plots(output, rows: list[dict], names: list[str], error_of) -> list[tu
 
 def _all_against_trace(path: Path, rows: list[dict], trace: Quantity, accuracies: list[Quantity]) -> None:
     """Each accuracy against the trace, a panel each."""
-    figure, axes = _figure(len(accuracies), 2)
+    figure, axes = make_figure(len(accuracies), 2)
     for panel, accuracy in zip(axes, accuracies, strict=True):
         draw_against_trace(panel, rows, accuracy, trace)
     _legend(figure, rows, accuracies)
-    _save(figure, path)
+    save_png(figure, path)

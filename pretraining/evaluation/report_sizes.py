@@ -10,12 +10,11 @@ import dataclasses
 import itertools
 import math
 
+from pretraining.evaluation.statistics import ERRORS, told_apart
 from pretraining.model.enlarge import TIED_SCALES
 
 SHAPE = ("parameters", "hidden_size", "layers", "heads", "intermediate_size")
 PARTS = ("tables", "encoder_matrices", "vectors", "head", "added_layers")
-ERRORS = 2.0  # standard errors from which a difference counts
-ROUNDING = 1e-6  # nats: what float32 logits may make of a mean loss, however small its standard error
 VERDICTS = {"larger": "larger than that of", "smaller": "smaller than that of", "not told apart": "not told apart from that of"}
 
 
@@ -169,8 +168,9 @@ def paired_comparisons(records: list[dict]) -> list[list[str]]:
         record = entry["record"]
         if record["measurement"] == "comparison":
             means = record["difference"]
+            by_sentences = means["sentences"]
             other = names.get(record["inputs"]["other"]["sha256"], record["models"][1])
             numbers = [f"{means[by]['mean']:.6f} ± {means[by]['standard_error']:.6f}" for by in ("sentences", "pairs")]
-            apart = abs(means["sentences"]["mean"]) > max(ERRORS * means["sentences"]["standard_error"], ROUNDING)
+            apart = told_apart(by_sentences["mean"], by_sentences["standard_error"])
             lines.append([entry["model"], other, *numbers, "yes" if apart else "no"])
     return lines

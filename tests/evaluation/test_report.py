@@ -168,11 +168,11 @@ def test_partial_trees_are_reported(tmp_path):
         (tmp_path / name).mkdir()
     write_json(tmp_path / "table" / "args.json", {"model": "lookup table"})
     write_accuracy(tmp_path / "table", "probe_pcfg_A", [0.5])
-    rows, _ = report.make_report(tmp_path / "table", tmp_path / "out1")
+    rows, *_ = report.make_report(tmp_path / "table", tmp_path / "out1")
     assert [row["model"] for row in rows] == ["table"]
     write_model(tmp_path / "model", 8, "job", 0)
     (tmp_path / "model" / "args.json").unlink()
-    rows, _ = report.make_report(tmp_path / "model", tmp_path / "out2")
+    rows, *_ = report.make_report(tmp_path / "model", tmp_path / "out2")
     assert rows[0]["step"] is None and rows[0]["job"] == "model"
     assert not list((tmp_path / "out2").glob("*.png"))
 

@@ -1,0 +1,56 @@
+"""The page of the analysis: findings first, then tables and plots, then the commands and every record."""
+
+from pathlib import Path
+
+from pretraining.evaluation.analysis import Analysis
+from pretraining.evaluation.analysis_tables import choice_table, command_table, correlation_table, experiment_table, paper_table
+from pretraining.evaluation.findings import HOLDS, HOLDS_NOT, Finding
+from pretraining.evaluation.report_page import NOTES, embedded, render, table
+
+RULE = (
+    "A finding holds for an accuracy if the 95% intervals of the changes of both trace and accuracy lie on the paper's side of "
+    "0; it does not hold if one of them lies on the other side; else it can't be told. This rule was fixed beforehand; nothing "
+    "is corrected for the number of comparisons."
+)
+TEXTS = ("missing", "command", "comparable", "what", "name", "models", "against", "accuracy", "state")  # columns of words
+
+
+def _finding(finding: Finding) -> dict:
+    """A finding as the template takes it."""
+    verdicts = set(finding.verdicts.values())
+    return {
+        "headline": finding.headline(),
+        "basis": finding.basis,
+        "numbers": finding.numbers(),
+        "omissions": finding.omissions(),
+        "mark": "holds" if verdicts == {HOLDS} else "not" if verdicts == {HOLDS_NOT} else "",
+    }
+
+
+def write_page(
+    path, rows: list[dict], records: list[dict], analysis: Analysis, plots: dict[str, list[tuple[str, str, Path]]]
+) -> None:
+    """Write the self-contained page.
+
+    Args:
+        rows, records: what `pretraining.evaluation.report_rows.collect` found.
+        plots: by experiment its (title, caption, PNG file).
+    """
+    sections = [(*experiment_table(analysis, name), embedded(plots.get(name, []))) for name in analysis.tables]
+    choice = choice_table(analysis)
+    further = [*([choice] if choice else []), correlation_table(analysis), paper_table(analysis)]
+    _, *commands = command_table(analysis)
+    render(
+        path,
+        "analysis.html.jinja",
+        records,
+        findings=[_finding(finding) for finding in analysis.findings],
+        rule=RULE,
+        sections=sections + [(*section, []) for section in further],
+        texts=TEXTS,
+        models=table(rows),
+        model_notes=NOTES,
+        scale=analysis.experiments.scale,
+        seeds=analysis.experiments.seeds,
+        commands=commands[:2],
+    )

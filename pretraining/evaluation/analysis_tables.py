@@ -1,0 +1,161 @@
+"""The tables of the analysis as texts, for a terminal and for the page."""
+
+from pretraining.evaluation.analysis import SETS, Analysis, Line, Summary
+from pretraining.evaluation.experiment_rows import accuracy_label, trace_label, trace_names
+from pretraining.evaluation.experiments import ALGORITHMS, SIZES, STEPS
+from pretraining.evaluation.findings import decimals
+from pretraining.evaluation.report_page import Section
+from pretraining.evaluation.statistics import FEWEST
+
+TITLES = {
+    STEPS: "Training on after the loss has converged",
+    SIZES: "Sizes of models",
+    ALGORITHMS: "Algorithms of pre-training, and the lookup table",
+}
+OWN = "*"  # marks a measurement's own error
+
+
+def shown(value: Summary, digits: int | None = None, scale: float = 1.0) -> str:
+    """A mean with its error, in two digits of the error unless `digits` says how many; marked where it is not over seeds."""
+    if value.mean is None:
+        return ""
+    error = None if value.error is None else value.error * scale
+    digits = decimals(error) if digits is None else digits
+    text = f"{value.mean * scale:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}{OWN if value.over == 'measurement' else ''}"
+
+
+def _of(count: tuple[int, int]) -> str:
+    """How many of how many: `yes` and `no` where it is all or none."""
+    number, known = count
+    if not known:
+        return ""
+    return {known: "yes", 0: "no"}.get(number, f"{number} of {known}")
+
+
+def experiment_table(analysis: Analysis, name: str) -> Section:
+    """The table of one experiment, in the form of the paper's."""
+    [experiment] = [experiment for experiment in analysis.experiments.experiments if experiment.name == name]
+    lines = analysis.tables[name]
+    has_steps = len({line.step for line in lines if line.step is not None}) > 1
+    sized = name == SIZES
+    accuracies = [column for column in analysis.names if any(line.values[column].n for line in lines)]
+    traces = trace_names(experiment)
+    header = ["group", *(["step"] if has_steps else []), *(["parameters"] if sized else []), "seeds", "gap (nats)", "saturated"]
+    header += ["gap less the reference's (nats)", "equal", *map(trace_label, traces)]
+    header += [f"{accuracy_label(column)} (%)" for column in accuracies]
+    some_missing = any(line.missing for line in lines)
+    body = []
+    for line in lines:
+        cells = [line.group]
+        cells += ["" if line.step is None else f"{line.step:,}"] if has_steps else []
+        cells += ["" if line.parameters is None else f"{line.parameters:,}"] if sized else []
+        cells += [_seeds(line), _gap(line), _of(line.saturated), shown(line.values["gap_difference"]), _of(line.equal)]
+        cells += [shown(line.values[trace]) for trace in traces]
+        cells += [shown(line.values[column], 1, 100.0) for column in accuracies]
+        body.append(cells + (["; ".join(line.missing)] if some_missing else []))
+    return TITLES[name], header + (["missing"] if some_missing else []), body, _notes(analysis, name)
+
+
+def _seeds(line: Line) -> str:
+    if line.kind not in (None, "transformer"):
+        return "none"
+    return str(line.models) if line.models == line.planned else f"{line.models} of {line.planned}"
+
+
+def _gap(line: Line) -> str:
+    return shown(line.values["gap"]) if line.kind in (None, "transformer") else "0 by construction"
+
+
+def _notes(analysis: Analysis, name: str) -> list[str]:
+    experiments = analysis.experiments
+    notes = [
+        "Means over seeds; ± is the standard error over seeds, with * the measurement's own (one model): of gaps and traces "
+        "over sentences, of accuracies over the seeds of probe or fine-tuning, or of the validation sample where there is one.",
+        f"saturated: the 95% interval of the gap lies at or below {experiments.saturated:g} nats. equal: that of the paired "
+        f"difference to {experiments.reference} lies inside ±{experiments.margin:g} nats. Both by sentences, for each model.",
+    ]
+    if name == SIZES:
+        notes.append(
+            "Traces are in the parameters of the largest model: smaller models were enlarged, by each of two rules "
+            "(enlarge.py --tied-scale), on which the trace depends."
+        )
+    return notes
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "no interval" if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
+
+
+def correlation_table(analysis: Analysis) -> Section:
+    """Every correlation, a line each."""
+    header = ["experiment", "accuracy", "against", "models", "n", "runs", "Spearman", "Pearson"]
+    body = []
+    for correlated in analysis.correlations:
+        found = correlated.found
+        line = [correlated.experiment, accuracy_label(correlated.accuracy), trace_label(correlated.against)]
+        line += [SETS[correlated.among], str(found.n), str(found.runs)]
+        if found.spearman is None:
+            reason = f"fewer than {FEWEST} models" if found.n < FEWEST else "no spread"
+            body.append([*line, *[f"can't be told: {reason}"] * 2])
+        else:
+            line += [f"{found.spearman:+.2f} {_interval(found.spearman_interval)}"]
+            body.append([*line, f"{found.pearson:+.2f} {_interval(found.pearson_interval)}"])
+    notes = [
+        "95% percentile intervals of a bootstrap that draws whole runs (all checkpoints of a group and seed together); with "
+        "few runs they are rough. Among models whose loss is equal to the reference's within the margin, and, as a check, "
+        "among those not told apart from it.",
+    ]
+    return "Correlations of accuracy with trace and gap, over models", header, body, notes
+
+
+def paper_table(analysis: Analysis) -> Section:
+    """The paper's numbers beside ours."""
+    body = []
+    for beside in analysis.beside:
+        published = beside.published
+        theirs = f"{published.value:g}" + ("" if published.error is None else f" ± {published.error:g}")
+        ours = Summary(beside.ours, beside.error, None, 0)
+        comparable = (
+            published.comparable if beside.ours is not None or published.experiment is None else "no: not measured here"
+        )
+        body.append([published.where, published.what, theirs, shown(ours), comparable])
+    notes = ["Accuracies of ours are those of linear probes. Their standard model is trained with AdamW."]
+    return "Liu et al. (2023) beside ours", ["where", "what", "paper", "ours", "comparable"], body, notes
+
+
+def choice_table(analysis: Analysis) -> Section | None:
+    """The adversarial weights that were tried; None where nothing is told of them."""
+    title, choice = "Choice of the adversarial weight", analysis.choice
+    if choice is None:
+        return None if analysis.choice_missing is None else (title, ["weight"], [], [analysis.choice_missing])
+    body = []
+    for tried in choice.weights:
+        increase = Summary(tried.gap_increase, tried.gap_increase_se, None, 1)
+        accuracy = Summary(tried.accuracy, tried.accuracy_se, None, 1)
+        chosen = "chosen" if tried.weight == choice.chosen else ""
+        body.append(
+            [f"{tried.weight:g}", shown(increase), shown(accuracy, 1, 100), f"{100 * tried.standard_accuracy:.1f}", chosen]
+        )
+    header = ["weight", "gap increase (nats)", "accuracy (%)", "standard accuracy (%)", "chosen"]
+    notes = [f"{choice.criterion.rstrip('.')}. Gap increase allowed: {choice.gap_allowed:g} nats."]
+    return title, header, body, notes + ([] if choice.chosen is not None else ["No weight met the criterion."])
+
+
+def command_table(analysis: Analysis) -> Section:
+    """The exact commands, and how each ended."""
+    body = []
+    for command in analysis.experiments.commands:
+        status = analysis.statuses.get(command.name)
+        state = "has not run" if status is None else status.state
+        if status is not None and status.exit_code:
+            state += f", exit code {status.exit_code}"
+        body.append([command.name, state, command.command])
+    return "Commands", ["name", "state", "command"], body, []
+
+
+def result_sections(analysis: Analysis) -> list[Section]:
+    """The tables with numbers, in the order in which they are read."""
+    choice = choice_table(analysis)
+    tables = [experiment_table(analysis, name) for name in analysis.tables]
+    return [*tables, *([choice] if choice else []), correlation_table(analysis), paper_table(analysis)]
