@@ -159,7 +159,12 @@ def _add_adversarial(parser: argparse.ArgumentParser) -> None:
         help="labelled sentences a step, all different and drawn anew from (--seed, step): half to fit W on, half to measure "
         "it on; every rank computes the term of all of them (default: 256)",
     )
-    group.add_argument("--adversarial_ridge", type=non_negative, default=1e-3, help="r, above 0 (default: 1e-3)")
+    group.add_argument(
+        "--adversarial_ridge",
+        type=non_negative,
+        default=1e-3,
+        help="r, above 0; the smaller, the further the term can grow (default: 1e-3)",
+    )
 
 
 def _add_schedule(parser: argparse.ArgumentParser) -> None:
