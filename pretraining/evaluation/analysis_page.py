@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pretraining.evaluation.analysis import Analysis
-from pretraining.evaluation.analysis_tables import choice_table, command_table, correlation_table, experiment_table, paper_table
+from pretraining.evaluation.analysis_tables import command_table, experiment_table, further_tables
 from pretraining.evaluation.findings import HOLDS, HOLDS_NOT, Finding
 from pretraining.evaluation.report_page import NOTES, embedded, render, table
 
@@ -37,8 +37,6 @@ def write_page(
         plots: by experiment its (title, caption, PNG file).
     """
     sections = [(*experiment_table(analysis, name), embedded(plots.get(name, []))) for name in analysis.tables]
-    choice = choice_table(analysis)
-    further = [*([choice] if choice else []), correlation_table(analysis), paper_table(analysis)]
     _, *commands = command_table(analysis)
     render(
         path,
@@ -46,7 +44,7 @@ def write_page(
         records,
         findings=[_finding(finding) for finding in analysis.findings],
         rule=RULE,
-        sections=sections + [(*section, []) for section in further],
+        sections=sections + [(*section, []) for section in further_tables(analysis)],
         texts=TEXTS,
         models=table(rows),
         model_notes=NOTES,

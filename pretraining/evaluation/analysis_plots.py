@@ -16,7 +16,6 @@ from pretraining.evaluation.experiments import ALGORITHMS, SIZES, STEPS, Choice
 from pretraining.evaluation.plotting import (
     DASHES,
     GREY,
-    MARKERS,
     draw_points,
     make_figure,
     save_png,
@@ -25,9 +24,10 @@ from pretraining.evaluation.plotting import (
     size_axis,
     steps_axis,
 )
-from pretraining.evaluation.report_rows import error_of
+from pretraining.evaluation.report_rows import LOOKUP_TABLE, error_of
 
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
+MARKERS = "osD^vphX<>d"  # of about one size
 FILLED = "filled: loss equal to the reference's"
 FRONTIER = "adversarial_frontier"
 
@@ -41,9 +41,10 @@ class Style:
     marker: str
     dash: str
 
-    def handle(self) -> Line2D:
-        """The group in a legend."""
-        return Line2D([], [], color=self.colour, marker=self.marker, linestyle=self.dash, label=self.label)
+    def handle(self, line: bool) -> Line2D:
+        """The group in a legend, its markers joined by a line or not."""
+        dash = self.dash if line else "none"
+        return Line2D([], [], color=self.colour, marker=self.marker, linestyle=dash, label=self.label)
 
 
 def styles_of(groups: list[str]) -> dict[str, Style]:
@@ -109,7 +110,10 @@ def _experiment(analysis: Analysis, name: str, styles: dict[str, Style]) -> _Exp
     lines = analysis.tables[name]
     names = ("gap", *trace_names(experiment), *analysis.names)
     models = [line for line in lines if line.kind == "transformer"]
-    quantities = [_quantity(column) for column in names if any(line.values[column].n for line in models)]
+    # One group alone is nothing to compare; steps compare within a group.
+    fewest = 1 if name == STEPS else 2
+    measured = {column: {line.group for line in models if line.values[column].n} for column in names}
+    quantities = [_quantity(column) for column, groups in measured.items() if len(groups) >= fewest]
     rows = [row for row in analysis.rows if row["experiment"] == name]
     return _Experiment(name, lines, rows, styles, analysis.experiments.saturated, quantities)
 
@@ -204,12 +208,12 @@ def _against_trace(axes, experiment: _Experiment, accuracy: Quantity, trace: Qua
     _finish(axes, accuracy, experiment.saturated, [])
 
 
-def _legend(figure, experiment: _Experiment, kinds: tuple[str | None, ...]) -> None:
+def _legend(figure, experiment: _Experiment, kinds: tuple[str, ...], lines: bool = False) -> None:
     """The groups that have models, and what filled markers mean."""
     groups = [
         group for group in experiment.groups() if any(line.group == group and line.kind in kinds for line in experiment.lines)
     ]
-    handles = [experiment.styles[group].handle() for group in groups]
+    handles = [experiment.styles[group].handle(lines) for group in groups]
     face = {"markerfacecolor": GREY, "markeredgecolor": GREY, "linestyle": "none"}
     handles.append(Line2D([], [], marker="o", **face, label=FILLED))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=9)
@@ -265,7 +269,7 @@ def write_plots(output, analysis: Analysis) -> dict[str, list[tuple[str, str, Pa
             figure, axes = make_figure(len(experiment.quantities), 2)
             for panel, quantity in zip(axes, experiment.quantities, strict=True):
                 _AGAINST[name](panel, experiment, quantity)
-            _legend(figure, experiment, ("transformer", "lookup table"))
+            _legend(figure, experiment, ("transformer", LOOKUP_TABLE), lines=name == STEPS)
             add(name, name, TITLES[name], f"{CAPTIONS[name]} Dotted: the limit of saturation. {FILLED.capitalize()}.", figure)
         accuracies, traces = experiment.accuracies(), experiment.traces()
         if accuracies and traces:

@@ -1,7 +1,7 @@
 """The tables of the analysis as texts, for a terminal and for the page."""
 
 from pretraining.evaluation.analysis import SETS, Analysis, Line, Summary
-from pretraining.evaluation.experiment_rows import accuracy_label, trace_label, trace_names
+from pretraining.evaluation.experiment_rows import accuracy_label, loss_label, trace_names
 from pretraining.evaluation.experiments import ALGORITHMS, SIZES, STEPS
 from pretraining.evaluation.findings import decimals
 from pretraining.evaluation.report_page import Section
@@ -12,15 +12,21 @@ TITLES = {
     SIZES: "Sizes of models",
     ALGORITHMS: "Algorithms of pre-training, and the lookup table",
 }
+MOST_DIGITS = 4
+MISSING = "missing"  # the last column, where something is
 OWN = "*"  # marks a measurement's own error
 
 
 def shown(value: Summary, digits: int | None = None, scale: float = 1.0) -> str:
-    """A mean with its error, in two digits of the error unless `digits` says how many; marked where it is not over seeds."""
+    """A mean with its error, marked where that is not over seeds.
+
+    Args:
+        digits: behind the point; None for two digits of the error, but at most `MOST_DIGITS`.
+    """
     if value.mean is None:
         return ""
     error = None if value.error is None else value.error * scale
-    digits = decimals(error) if digits is None else digits
+    digits = decimals(error, MOST_DIGITS) if digits is None else digits
     text = f"{value.mean * scale:.{digits}f}"
     return text if error is None else f"{text} ± {error:.{digits}f}{OWN if value.over == 'measurement' else ''}"
 
@@ -42,7 +48,7 @@ def experiment_table(analysis: Analysis, name: str) -> Section:
     accuracies = [column for column in analysis.names if any(line.values[column].n for line in lines)]
     traces = trace_names(experiment)
     header = ["group", *(["step"] if has_steps else []), *(["parameters"] if sized else []), "seeds", "gap (nats)", "saturated"]
-    header += ["gap less the reference's (nats)", "equal", *map(trace_label, traces)]
+    header += ["gap less the reference's (nats)", "equal", *map(loss_label, traces)]
     header += [f"{accuracy_label(column)} (%)" for column in accuracies]
     some_missing = any(line.missing for line in lines)
     body = []
@@ -54,12 +60,12 @@ def experiment_table(analysis: Analysis, name: str) -> Section:
         cells += [shown(line.values[trace]) for trace in traces]
         cells += [shown(line.values[column], 1, 100.0) for column in accuracies]
         body.append(cells + (["; ".join(line.missing)] if some_missing else []))
-    return TITLES[name], header + (["missing"] if some_missing else []), body, _notes(analysis, name)
+    return TITLES[name], header + ([MISSING] if some_missing else []), body, _notes(analysis, name)
 
 
 def _seeds(line: Line) -> str:
     if line.kind not in (None, "transformer"):
-        return "none"
+        return "no seed"
     return str(line.models) if line.models == line.planned else f"{line.models} of {line.planned}"
 
 
@@ -77,8 +83,8 @@ def _notes(analysis: Analysis, name: str) -> list[str]:
     ]
     if name == SIZES:
         notes.append(
-            "Traces are in the parameters of the largest model: smaller models were enlarged, by each of two rules "
-            "(enlarge.py --tied-scale), on which the trace depends."
+            "Traces are in the parameters of the largest model: smaller models were enlarged by each of two rules, on which "
+            "the trace depends (enlarge.py --tied-scale tables, head)."
         )
     return notes
 
@@ -93,11 +99,11 @@ def correlation_table(analysis: Analysis) -> Section:
     body = []
     for correlated in analysis.correlations:
         found = correlated.found
-        line = [correlated.experiment, accuracy_label(correlated.accuracy), trace_label(correlated.against)]
+        line = [correlated.experiment, accuracy_label(correlated.accuracy), loss_label(correlated.against)]
         line += [SETS[correlated.among], str(found.n), str(found.runs)]
         if found.spearman is None:
             reason = f"fewer than {FEWEST} models" if found.n < FEWEST else "no spread"
-            body.append([*line, *[f"can't be told: {reason}"] * 2])
+            body.append([*line, f"can't be told: {reason}", ""])
         else:
             line += [f"{found.spearman:+.2f} {_interval(found.spearman_interval)}"]
             body.append([*line, f"{found.pearson:+.2f} {_interval(found.pearson_interval)}"])
@@ -114,12 +120,10 @@ def paper_table(analysis: Analysis) -> Section:
     body = []
     for beside in analysis.beside:
         published = beside.published
-        theirs = f"{published.value:g}" + ("" if published.error is None else f" ± {published.error:g}")
-        ours = Summary(beside.ours, beside.error, None, 0)
-        comparable = (
-            published.comparable if beside.ours is not None or published.experiment is None else "no: not measured here"
-        )
-        body.append([published.where, published.what, theirs, shown(ours), comparable])
+        ours = shown(Summary(beside.ours, beside.error), 1 if published.quantity in analysis.experiments.tasks else None)
+        is_known = beside.ours is not None or published.experiment is None
+        comparable = published.comparable if is_known else "no: not measured here"
+        body.append([published.where, published.what, published.value, ours, comparable])
     notes = ["Accuracies of ours are those of linear probes. Their standard model is trained with AdamW."]
     return "Liu et al. (2023) beside ours", ["where", "what", "paper", "ours", "comparable"], body, notes
 
@@ -154,8 +158,7 @@ def command_table(analysis: Analysis) -> Section:
     return "Commands", ["name", "state", "command"], body, []
 
 
-def result_sections(analysis: Analysis) -> list[Section]:
-    """The tables with numbers, in the order in which they are read."""
+def further_tables(analysis: Analysis) -> list[Section]:
+    """The tables that are not an experiment's."""
     choice = choice_table(analysis)
-    tables = [experiment_table(analysis, name) for name in analysis.tables]
-    return [*tables, *([choice] if choice else []), correlation_table(analysis), paper_table(analysis)]
+    return [*([choice] if choice else []), correlation_table(analysis), paper_table(analysis)]

@@ -108,7 +108,8 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def save_svg(figure: Figure, path: Path) -> None:
-    """Write a figure as a drawing for a paper; text is drawn as paths, so that it looks the same everywhere."""
+    """Write a figure that `save_png` has laid out as a drawing for a paper; text as paths, which look the same everywhere."""
+    figure.set_layout_engine("none")
     # The names of what is drawn more than once are random unless there is a salt.
     with atomic_path(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "report", "svg.fonttype": "path"}):
         figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})

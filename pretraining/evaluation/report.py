@@ -20,7 +20,7 @@ from pcfg.cli import run_main
 from pretraining.evaluation import analysis_plots, experiment_rows, report_plots
 from pretraining.evaluation.analysis import RESULTS_FILE, Analysis, analyse, write_results
 from pretraining.evaluation.analysis_page import write_page
-from pretraining.evaluation.analysis_tables import result_sections
+from pretraining.evaluation.analysis_tables import experiment_table
 from pretraining.evaluation.report_page import NOTES, sections, table, table_text, write_html
 from pretraining.evaluation.report_rows import LOOKUP_TABLE, accuracy_names, collect, error_of, write_csv
 
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(table_text(*table(rows)))
         print("\n".join(NOTES))
     else:
-        further = result_sections(analysis)
+        further = [experiment_table(analysis, name) for name in analysis.tables]
         print("\n\n".join(finding.sentence() for finding in analysis.findings))
     for title, header, lines, notes in further:
         print(f"\n{title}\n{table_text(header, lines)}")
