@@ -48,7 +48,7 @@ def experiment_table(analysis: Analysis, name: str) -> Section:
     accuracies = [column for column in analysis.names if any(line.values[column].n for line in lines)]
     traces = trace_names(experiment)
     header = ["group", *(["step"] if has_steps else []), *(["parameters"] if sized else []), "seeds", "gap (nats)", "saturated"]
-    header += ["gap less the reference's (nats)", "equal", *map(loss_label, traces)]
+    header += ["less the reference's (nats)", "equal", *map(loss_label, traces)]
     header += [f"{accuracy_label(column)} (%)" for column in accuracies]
     some_missing = any(line.missing for line in lines)
     body = []
