@@ -4,7 +4,7 @@ import base64
 
 from pretraining.evaluation.analysis import Analysis
 from pretraining.evaluation.analysis_plots import Plot
-from pretraining.evaluation.analysis_tables import command_table, experiment_table, further_tables
+from pretraining.evaluation.analysis_tables import command_table, correlation_sentences, experiment_table, further_tables
 from pretraining.evaluation.findings import HOLDS, HOLDS_NOT, Finding
 from pretraining.evaluation.report_page import NOTES, render, table
 
@@ -48,6 +48,7 @@ def write_page(path, rows: list[dict], records: list[dict], analysis: Analysis, 
         "analysis.html.jinja",
         records,
         findings=[_finding(finding) for finding in analysis.findings],
+        correlations=correlation_sentences(analysis),
         rule=RULE,
         sections=sections + [(*section, []) for section in further_tables(analysis)],
         texts=TEXTS,

@@ -1,11 +1,13 @@
 """The tables of the analysis as texts, for a terminal and for the page."""
 
+import numpy as np
+
 from pretraining.evaluation.analysis import SETS, Analysis, Line, Summary
 from pretraining.evaluation.experiment_rows import accuracy_label, loss_label, trace_names
 from pretraining.evaluation.experiments import ALGORITHMS, SIZES, STEPS
 from pretraining.evaluation.findings import decimals
 from pretraining.evaluation.report_page import Section
-from pretraining.evaluation.statistics import FEWEST
+from pretraining.evaluation.statistics import FEWEST, Correlation
 
 TITLES = {
     STEPS: "Training on after the loss has converged",
@@ -93,6 +95,29 @@ def _interval(interval: tuple[float, float] | None) -> str:
     return "no interval" if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
 
 
+def correlation_sentences(analysis: Analysis) -> list[str]:
+    """One sentence an experiment and trace: how accuracy goes with the trace among models of equal loss (the paper: it falls)."""
+    sentences, of_trace = {}, [found for found in analysis.correlations if found.among == "equal" and found.against != "gap"]
+    for correlated in of_trace:
+        found, label = correlated.found, accuracy_label(correlated.accuracy)
+        if found.spearman is None:
+            text = f"{label} can't be told ({_unknown(found)})"
+        else:
+            side = 0 if found.spearman_interval is None else sum(np.sign(found.spearman_interval))
+            standing = {-2: "as in the paper", 2: "against the paper"}.get(side, "not told from 0")
+            of_models = f"{found.n} models of {found.runs} runs"
+            text = f"{label} {found.spearman:+.2f} {_interval(found.spearman_interval)} over {of_models}, {standing}"
+        sentences.setdefault((correlated.experiment, correlated.against), []).append(text)
+    return [
+        f"Rank correlation of accuracy with {loss_label(against)} in {experiment!r}, among models of equal loss: {'; '.join(texts)}."
+        for (experiment, against), texts in sentences.items()
+    ]
+
+
+def _unknown(found: Correlation) -> str:
+    return f"fewer than {FEWEST} models" if found.n < FEWEST else "no spread"
+
+
 def correlation_table(analysis: Analysis) -> Section:
     """Every correlation, a line each."""
     header = ["experiment", "accuracy", "against", "models", "n", "runs", "Spearman", "Pearson"]
@@ -102,8 +127,7 @@ def correlation_table(analysis: Analysis) -> Section:
         line = [correlated.experiment, accuracy_label(correlated.accuracy), loss_label(correlated.against)]
         line += [SETS[correlated.among], str(found.n), str(found.runs)]
         if found.spearman is None:
-            reason = f"fewer than {FEWEST} models" if found.n < FEWEST else "no spread"
-            body.append([*line, f"can't be told: {reason}", ""])
+            body.append([*line, f"can't be told: {_unknown(found)}", ""])
         else:
             line += [f"{found.spearman:+.2f} {_interval(found.spearman_interval)}"]
             body.append([*line, f"{found.pearson:+.2f} {_interval(found.pearson_interval)}"])

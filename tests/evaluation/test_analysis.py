@@ -316,6 +316,17 @@ def test_the_page_opens_with_the_findings(laboratory, numbers):
     assert raw.count("<script") == 1 and "http" not in raw.split("<script")[1].split("</script>")[0]
 
 
+def test_correlations_in_words(laboratory, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(analysis_plots, "write_plots", lambda *_: {})
+    report.main([str(laboratory), "--output", str(tmp_path)])
+    printed, page = capsys.readouterr().out, html.unescape((tmp_path / "report.html").read_text())
+    for trace, side in (("tables", "as in"), ("head", "against")):
+        pattern = rf"with trace \({trace}\) in 'sizes', among models of equal loss: "
+        pattern += rf"probe A [-+]0\.\d\d \[.*?\] over 8 models of 8 runs, {side} the paper;"
+        assert re.search(pattern, printed) and re.search(pattern, page)
+    assert "fine-tuning B can't be told (fewer than 4 models)." in printed
+
+
 def test_plots_are_there_in_both_formats(laboratory):
     names = ["steps", "sizes", "algorithms", "adversarial_frontier"]
     names += [f"{name}_accuracy_against_trace" for name in names[:3]]
@@ -371,4 +382,4 @@ def test_nothing_is_there_yet(tmp_path, monkeypatch, capsys):
     experiments.write_experiments(tmp_path, plan)
     report.main([str(tmp_path)])
     printed = capsys.readouterr().out
-    assert printed.count("can't be told") == 5 and "`train large seed1` has not run" in printed
+    assert printed.count("): can't be told, ") == 5 and "`train large seed1` has not run" in printed
