@@ -10,12 +10,14 @@ A laptop's version, with the conditionals computed on the way (no lookup table f
 Whether two models have the same loss:
 
     python calculate_loss.py --compare OUT/A/step0001000 OUT/B/step0001000 (and the data as above)
+    python calculate_loss.py --model-path OUT --compare-with OUT/B/step0001000 (every model under OUT with that one)
 
 The loss is E[-sum_w P(w | x_-t) log f(x_-t)[w]] in nats over all positions, each masked alone (Liu et al. 2023, section 2); the
 gap to the entropy is the mean of KL(P || f), computed as such; standard errors are over sentences. Without conditionals: the
 plain MLM loss on HDF5 samples. --compare: the mean of each context's difference of the two gaps (a paired comparison).
 Writes loss.json and loss.txt (one number, the mean over (sentence, position) pairs) beside the weights; --compare writes
-comparison_HASH.json beside MODEL_A's, HASH being the first 12 digits of the SHA-256 of MODEL_B's weights.
+comparison_HASH.json beside MODEL_A's, HASH being the first 12 digits of the SHA-256 of MODEL_B's weights; --compare-with writes
+the same beside each model, and measures the one they are compared with once.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from pathlib import Path
 from pcfg.artefacts import InputError
 from pcfg.cli import positive_int, run_main
 from pretraining.evaluation.inputs import HDF5_SUFFIXES, Inputs, add_input_arguments, read_inputs
-from pretraining.evaluation.loss import compare_losses, measure_loss
+from pretraining.evaluation.loss import compare_losses, context_losses, measure_loss
 from pretraining.evaluation.records import describe_model, is_measured, write_record
 from pretraining.model.checkpoints import check_vocabulary, is_model_folder, load_model, model_folders, read_facts
 
@@ -34,6 +36,12 @@ RECORD = "loss.json"
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_input_arguments(parser, pairs=True)
+    group = parser.add_argument_group("comparisons")
+    group.add_argument(
+        "--compare-with",
+        metavar="MODEL_B",
+        help="a model folder: instead of their losses, measure the differences of all models of --model-path to this one",
+    )
     group = parser.add_argument_group("how much at a time")
     group.add_argument(
         "--batch-size",
@@ -98,26 +106,35 @@ def _label(folder: Path) -> str:
     return f"{facts['job_name']} step {facts['step']}" if {"job_name", "step"} <= facts.keys() else folder.name
 
 
-def compare(folders: list[Path], args: argparse.Namespace, inputs: Inputs) -> None:
-    """Compare two models, unless it was done.
+class Reference:
+    """The model that others are compared with; it is measured when the first of them is, and once."""
 
-    Raises:
-        InputError: their weights are the same.
-    """
-    for folder in folders:
+    def __init__(self, folder: Path, args: argparse.Namespace, inputs: Inputs):
+        self.folder, self._args, self._inputs, self._losses = folder, args, inputs, None
         check_vocabulary(folder, inputs.vocabulary, inputs.vocabulary_path)
-    first, second = (describe_model(folder) for folder in folders)
-    if first == second:
-        raise InputError(f"--compare {folders[0]} {folders[1]}: the same weights; give two models")
-    described = {**inputs.described, "model": first, "other": second}
-    name = f"comparison_{second['sha256'][:12]}.json"
-    if is_measured(folders[0], name, described, {}, args.overwrite):
-        print(f"{folders[0]}: comparison with {folders[1]} is measured already, skipped")
+        self.described = describe_model(folder)
+
+    def losses(self) -> tuple:
+        """What `context_losses` gives for it."""
+        if self._losses is None:
+            model = load_model(self.folder, self._args.device)
+            self._losses = context_losses(model, *_measurement(self._args, self._inputs))
+        return self._losses
+
+
+def compare(folder: Path, reference: Reference, args: argparse.Namespace, inputs: Inputs) -> None:
+    """Compare the model in `folder` with the reference, unless it was done."""
+    check_vocabulary(folder, inputs.vocabulary, inputs.vocabulary_path)
+    described = {**inputs.described, "model": describe_model(folder), "other": reference.described}
+    name = f"comparison_{reference.described['sha256'][:12]}.json"
+    if is_measured(folder, name, described, {}, args.overwrite):
+        print(f"{folder}: comparison with {reference.folder} is measured already, skipped")
         return
-    details = compare_losses([load_model(folder, args.device) for folder in folders], *_measurement(args, inputs))
+    models = load_model(folder, args.device), reference.losses()
+    details = compare_losses(models, *_measurement(args, inputs))
     difference = details["difference"]
     write_record(
-        folders[0],
+        folder,
         name,
         measurement="comparison",
         value=difference["pairs"]["mean"],
@@ -127,32 +144,56 @@ def compare(folders: list[Path], args: argparse.Namespace, inputs: Inputs) -> No
         inputs=described,
         arguments={},
         device=args.device,
-        models=[_label(folder) for folder in folders],
+        models=[_label(model) for model in (folder, reference.folder)],
         **details,
     )
     what = "gap" if "gap_a" in details else "loss"
-    for letter, folder in zip("ab", folders, strict=True):
-        print(f"{folder}: {what} {_number(details[f'{what}_{letter}']['pairs'])} (pairs)")
+    for letter, model in zip("ab", (folder, reference.folder), strict=True):
+        print(f"{model}: {what} {_number(details[f'{what}_{letter}']['pairs'])} (pairs)")
     print(f"difference {_number(difference['pairs'], 6)} (pairs), {_number(difference['sentences'], 6)} (sentences)")
+
+
+def compare_all(folders: list[Path], reference: Reference, args: argparse.Namespace, inputs: Inputs) -> None:
+    """Compare all models with the reference, but for those of its own weights."""
+    for folder in folders:
+        if describe_model(folder) == reference.described:
+            same = "is the model to compare with" if folder.samefile(reference.folder) else "has the same weights as that model"
+            print(f"{folder}: {same}, skipped")
+        else:
+            compare(folder, reference, args, inputs)
+
+
+def _folders(args: argparse.Namespace) -> tuple[list[Path], Path | None]:
+    """The models to measure, and the one to compare them with, if any.
+
+    Raises:
+        InputError: one is not a model folder, or flags exclude each other.
+    """
+    if args.compare and args.compare_with:
+        raise InputError(f"--compare-with {args.compare_with}: goes with --model-path; --compare already names two models")
+    flag, named = ("--compare", args.compare) if args.compare else ("--compare-with", [args.compare_with])
+    for folder in filter(None, named):
+        if not is_model_folder(folder):
+            raise InputError(f"{flag} {folder}: not a model folder")
+    if args.compare:
+        first, second = map(Path, args.compare)
+        if describe_model(first) == describe_model(second):
+            raise InputError(f"--compare {first} {second}: the same weights; give two models")
+        return [first], second
+    return model_folders(args.model_path), args.compare_with and Path(args.compare_with)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
-    if args.compare:
-        folders = [Path(folder) for folder in args.compare]
-        for folder in folders:
-            if not is_model_folder(folder):
-                raise InputError(f"--compare {folder}: not a model folder")
-    else:
-        folders = model_folders(args.model_path)
+    folders, reference = _folders(args)
     if not (args.condprobfile or args.rule_path) and Path(args.datafile).suffix not in HDF5_SUFFIXES:
         raise InputError(
             f"--datafile {args.datafile}: text needs the true conditionals: give --condprobfile or --rule-path "
             f"(or masked samples, {' or '.join(HDF5_SUFFIXES)}, for the plain MLM loss)"
         )
     inputs = read_inputs(args)
-    if args.compare:
-        compare(folders, args, inputs)
+    if reference is not None:
+        compare_all(folders, Reference(reference, args, inputs), args, inputs)
         return
     for folder in folders:
         measure(folder, args, inputs)

@@ -149,6 +149,34 @@ def test_two_models_are_compared(setting, capsys):
     assert {**again, "seconds": 0} == {**record, "seconds": 0}
 
 
+def test_all_models_are_compared_with_one(setting, capsys, monkeypatch):
+    folder, table = setting
+    perturbed(folder / "models" / "step2", 1e-3)
+    shutil.copytree(folder / "models" / "step2", folder / "models" / "copy")
+    shutil.copytree(folder / "models" / "step1", folder / "models" / "step3")
+    perturbed(folder / "models" / "step3", 1e-2)
+    truth, reference = {"--condprobfile": table}, folder / "models" / "step2"
+    compare(folder, "step1", "step2", **truth)
+    [single] = (folder / "models").rglob("comparison_*.json")
+    alone = read_record(single)
+    single.unlink()
+    measured = []
+    real = calculate_loss.context_losses
+    monkeypatch.setattr(calculate_loss, "context_losses", lambda model, *rest: measured.append(1) or real(model, *rest))
+    capsys.readouterr()
+    calculate_loss.main([*flags(folder, **truth), "--compare-with", str(reference)])
+    printed = capsys.readouterr().out
+    assert f"{reference}: is the model to compare with, skipped" in printed and len(measured) == 1
+    assert f"{folder / 'models' / 'copy'}: has the same weights as that model, skipped" in printed
+    assert {**read_record(single), "seconds": 0} == {**alone, "seconds": 0}
+    assert sorted(path.parent.name for path in (folder / "models").rglob("comparison_*.json")) == ["step1", "step3"]
+    (folder / "models" / "step3" / single.name).unlink()
+    calculate_loss.main([*flags(folder, **truth), "--compare-with", str(reference)])
+    printed = capsys.readouterr().out
+    assert f"{folder / 'models' / 'step1'}: comparison with {reference} is measured already, skipped" in printed
+    assert (folder / "models" / "step3" / single.name).exists() and len(measured) == 2
+
+
 def test_what_can_not_be_compared(setting, tiny_samples):
     folder, table = setting
     with pytest.raises(InputError, match="the same weights"):
@@ -157,6 +185,10 @@ def test_what_can_not_be_compared(setting, tiny_samples):
         compare(folder, "step1", "nowhere", **{"--condprobfile": table})
     with pytest.raises(SystemExit):
         calculate_loss.main([*flags(folder, **{"--condprobfile": table}), "--compare", "a", "b"])
+    with pytest.raises(InputError, match="--compare-with nowhere: not a model folder"):
+        calculate_loss.main([*flags(folder, **{"--condprobfile": table}), "--compare-with", "nowhere"])
+    with pytest.raises(InputError, match="goes with --model-path"):
+        compare(folder, "step1", "step2", "--compare-with", "x", **{"--condprobfile": table})
     perturbed(folder / "models" / "step2", 1e-3)
     samples = sample_paths(tiny_samples, "test")[0]
     compare(folder, "step1", "step2", **{"--datafile": samples, "--vocabfile": folder / "vocab.txt"})

@@ -1,11 +1,12 @@
 """The page of the analysis: findings first, then tables and plots, then the commands and every record."""
 
-from pathlib import Path
+import base64
 
 from pretraining.evaluation.analysis import Analysis
-from pretraining.evaluation.analysis_tables import choice_table, command_table, correlation_table, experiment_table, paper_table
+from pretraining.evaluation.analysis_plots import Plot
+from pretraining.evaluation.analysis_tables import command_table, correlation_sentences, experiment_table, further_tables
 from pretraining.evaluation.findings import HOLDS, HOLDS_NOT, Finding
-from pretraining.evaluation.report_page import NOTES, embedded, render, table
+from pretraining.evaluation.report_page import NOTES, render, table
 
 RULE = (
     "A finding holds for an accuracy if the 95% intervals of the changes of both trace and accuracy lie on the paper's side of "
@@ -27,26 +28,29 @@ def _finding(finding: Finding) -> dict:
     }
 
 
-def write_page(
-    path, rows: list[dict], records: list[dict], analysis: Analysis, plots: dict[str, list[tuple[str, str, Path]]]
-) -> None:
+def _plot(plot: Plot) -> dict:
+    """A plot as the template takes it."""
+    panels = [(text, base64.b64encode(picture).decode()) for text, picture in plot.panels]
+    return {"name": plot.name, "title": plot.title, "caption": plot.caption, "panels": panels}
+
+
+def write_page(path, rows: list[dict], records: list[dict], analysis: Analysis, plots: dict[str, list[Plot]]) -> None:
     """Write the self-contained page.
 
     Args:
         rows, records: what `pretraining.evaluation.report_rows.collect` found.
-        plots: by experiment its (title, caption, PNG file).
+        plots: those of each experiment.
     """
-    sections = [(*experiment_table(analysis, name), embedded(plots.get(name, []))) for name in analysis.tables]
-    choice = choice_table(analysis)
-    further = [*([choice] if choice else []), correlation_table(analysis), paper_table(analysis)]
+    sections = [(*experiment_table(analysis, name), [_plot(plot) for plot in plots.get(name, [])]) for name in analysis.tables]
     _, *commands = command_table(analysis)
     render(
         path,
         "analysis.html.jinja",
         records,
         findings=[_finding(finding) for finding in analysis.findings],
+        correlations=correlation_sentences(analysis),
         rule=RULE,
-        sections=sections + [(*section, []) for section in further],
+        sections=sections + [(*section, []) for section in further_tables(analysis)],
         texts=TEXTS,
         models=table(rows),
         model_notes=NOTES,

@@ -16,18 +16,20 @@ from pretraining.evaluation.experiments import ALGORITHMS, SIZES, STEPS, Choice
 from pretraining.evaluation.plotting import (
     DASHES,
     GREY,
-    MARKERS,
     draw_points,
     make_figure,
+    panels_of,
     save_png,
     save_svg,
     scale_axis,
     size_axis,
     steps_axis,
 )
-from pretraining.evaluation.report_rows import error_of
+from pretraining.evaluation.report_rows import LOOKUP_TABLE, error_of
 
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
+MARKERS = "osD^vphX<>d"  # of about one size
+COLUMNS = 2
 FILLED = "filled: loss equal to the reference's"
 FRONTIER = "adversarial_frontier"
 
@@ -41,9 +43,10 @@ class Style:
     marker: str
     dash: str
 
-    def handle(self) -> Line2D:
-        """The group in a legend."""
-        return Line2D([], [], color=self.colour, marker=self.marker, linestyle=self.dash, label=self.label)
+    def handle(self, line: bool) -> Line2D:
+        """The group in a legend, its markers joined by a line or not."""
+        dash = self.dash if line else "none"
+        return Line2D([], [], color=self.colour, marker=self.marker, linestyle=dash, label=self.label)
 
 
 def styles_of(groups: list[str]) -> dict[str, Style]:
@@ -109,7 +112,10 @@ def _experiment(analysis: Analysis, name: str, styles: dict[str, Style]) -> _Exp
     lines = analysis.tables[name]
     names = ("gap", *trace_names(experiment), *analysis.names)
     models = [line for line in lines if line.kind == "transformer"]
-    quantities = [_quantity(column) for column in names if any(line.values[column].n for line in models)]
+    # One group alone is nothing to compare; steps compare within a group.
+    fewest = 1 if name == STEPS else 2
+    measured = {column: {line.group for line in models if line.values[column].n} for column in names}
+    quantities = [_quantity(column) for column, groups in measured.items() if len(groups) >= fewest]
     rows = [row for row in analysis.rows if row["experiment"] == name]
     return _Experiment(name, lines, rows, styles, analysis.experiments.saturated, quantities)
 
@@ -204,12 +210,12 @@ def _against_trace(axes, experiment: _Experiment, accuracy: Quantity, trace: Qua
     _finish(axes, accuracy, experiment.saturated, [])
 
 
-def _legend(figure, experiment: _Experiment, kinds: tuple[str | None, ...]) -> None:
+def _legend(figure, experiment: _Experiment, kinds: tuple[str, ...], lines: bool = False) -> None:
     """The groups that have models, and what filled markers mean."""
     groups = [
         group for group in experiment.groups() if any(line.group == group and line.kind in kinds for line in experiment.lines)
     ]
-    handles = [experiment.styles[group].handle() for group in groups]
+    handles = [experiment.styles[group].handle(lines) for group in groups]
     face = {"markerfacecolor": GREY, "markeredgecolor": GREY, "linestyle": "none"}
     handles.append(Line2D([], [], marker="o", **face, label=FILLED))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=9)
@@ -236,6 +242,21 @@ def _draw_frontier(axes, choice: Choice, style: Style) -> None:
     axes.set_axisbelow(True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A plot as the page shows it.
+
+    Attributes:
+        name: of its files, without `.png` and `.svg`.
+        panels: (what it shows, PNG file) of each panel, and of the legend.
+    """
+
+    name: str
+    title: str
+    caption: str
+    panels: list[tuple[str, bytes]]
+
+
 CAPTIONS = {
     STEPS: "Means over seeds against training steps, ± one standard error over seeds.",
     SIZES: "Means over seeds against the models' own sizes, ± one standard error over seeds; traces in the parameters of the "
@@ -246,41 +267,48 @@ CAPTIONS = {
 TITLES = {STEPS: "Gap, trace and accuracy against steps", SIZES: "Against size", ALGORITHMS: "By algorithm"}
 
 
-def write_plots(output, analysis: Analysis) -> dict[str, list[tuple[str, str, Path]]]:
+def write_plots(output, analysis: Analysis) -> dict[str, list[Plot]]:
     """Draw all plots that there are measurements for, each as NAME.png and NAME.svg.
 
     Returns:
-        By experiment (title, caption, PNG file) of each plot, in the order in which they are shown.
+        By experiment the plots, in the order in which they are shown.
     """
     output, styles, plots = Path(output), styles_of(analysis.experiments.groups()), {}
 
-    def add(experiment: str, name: str, title: str, caption: str, figure) -> None:
+    def add(experiment: str, name: str, title: str, caption: str, figure, axes: list) -> None:
         save_png(figure, output / f"{name}.png")
         save_svg(figure, output / f"{name}.svg")
-        plots.setdefault(experiment, []).append((title, caption, output / f"{name}.png"))
+        plots.setdefault(experiment, []).append(Plot(name, title, caption, panels_of(figure, axes, COLUMNS)))
 
     for name in analysis.tables:
         experiment = _experiment(analysis, name, styles)
         if experiment.quantities:
-            figure, axes = make_figure(len(experiment.quantities), 2)
+            figure, axes = make_figure(len(experiment.quantities), COLUMNS)
             for panel, quantity in zip(axes, experiment.quantities, strict=True):
                 _AGAINST[name](panel, experiment, quantity)
-            _legend(figure, experiment, ("transformer", "lookup table"))
-            add(name, name, TITLES[name], f"{CAPTIONS[name]} Dotted: the limit of saturation. {FILLED.capitalize()}.", figure)
+            _legend(figure, experiment, ("transformer", LOOKUP_TABLE), lines=name == STEPS)
+            add(
+                name,
+                name,
+                TITLES[name],
+                f"{CAPTIONS[name]} Dotted: the limit of saturation. {FILLED.capitalize()}.",
+                figure,
+                axes,
+            )
         accuracies, traces = experiment.accuracies(), experiment.traces()
         if accuracies and traces:
-            figure, axes = make_figure(len(accuracies) * len(traces), 2)
+            figure, axes = make_figure(len(accuracies) * len(traces), COLUMNS)
             pairs = [(accuracy, trace) for accuracy in accuracies for trace in traces]
             for panel, (accuracy, trace) in zip(axes, pairs, strict=True):
                 _against_trace(panel, experiment, accuracy, trace)
             _legend(figure, experiment, ("transformer",))
             caption = f"One point a model, ± its measurement's own standard error. {FILLED.capitalize()}."
-            add(name, f"{name}_accuracy_against_trace", "Accuracy against trace", caption, figure)
+            add(name, f"{name}_accuracy_against_trace", "Accuracy against trace", caption, figure, axes)
         if name == ALGORITHMS and analysis.choice is not None:
             figure, (panel,) = make_figure(1, 1)
             groups = experiment.groups()
             _draw_frontier(panel, analysis.choice, styles[groups[min(1, len(groups) - 1)]])
             caption = "What each weight (number at its point) of the adversarial term costs and does; filled: the chosen one. "
             caption += "Dashed: the standard model's accuracy; dotted: the gap increase allowed."
-            add(name, FRONTIER, "Gap increase against accuracy over adversarial weights", caption, figure)
+            add(name, FRONTIER, "Gap increase against accuracy over adversarial weights", caption, figure, [panel])
     return plots

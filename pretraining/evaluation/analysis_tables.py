@@ -1,26 +1,34 @@
 """The tables of the analysis as texts, for a terminal and for the page."""
 
+import numpy as np
+
 from pretraining.evaluation.analysis import SETS, Analysis, Line, Summary
-from pretraining.evaluation.experiment_rows import accuracy_label, trace_label, trace_names
+from pretraining.evaluation.experiment_rows import accuracy_label, loss_label, trace_names
 from pretraining.evaluation.experiments import ALGORITHMS, SIZES, STEPS
 from pretraining.evaluation.findings import decimals
 from pretraining.evaluation.report_page import Section
-from pretraining.evaluation.statistics import FEWEST
+from pretraining.evaluation.statistics import FEWEST, Correlation
 
 TITLES = {
     STEPS: "Training on after the loss has converged",
     SIZES: "Sizes of models",
     ALGORITHMS: "Algorithms of pre-training, and the lookup table",
 }
+MOST_DIGITS = 4
+MISSING = "missing"  # the last column, where something is
 OWN = "*"  # marks a measurement's own error
 
 
 def shown(value: Summary, digits: int | None = None, scale: float = 1.0) -> str:
-    """A mean with its error, in two digits of the error unless `digits` says how many; marked where it is not over seeds."""
+    """A mean with its error, marked where that is not over seeds.
+
+    Args:
+        digits: behind the point; None for two digits of the error, but at most `MOST_DIGITS`.
+    """
     if value.mean is None:
         return ""
     error = None if value.error is None else value.error * scale
-    digits = decimals(error) if digits is None else digits
+    digits = decimals(error, MOST_DIGITS) if digits is None else digits
     text = f"{value.mean * scale:.{digits}f}"
     return text if error is None else f"{text} ± {error:.{digits}f}{OWN if value.over == 'measurement' else ''}"
 
@@ -42,7 +50,7 @@ def experiment_table(analysis: Analysis, name: str) -> Section:
     accuracies = [column for column in analysis.names if any(line.values[column].n for line in lines)]
     traces = trace_names(experiment)
     header = ["group", *(["step"] if has_steps else []), *(["parameters"] if sized else []), "seeds", "gap (nats)", "saturated"]
-    header += ["gap less the reference's (nats)", "equal", *map(trace_label, traces)]
+    header += ["less the reference's (nats)", "equal", *map(loss_label, traces)]
     header += [f"{accuracy_label(column)} (%)" for column in accuracies]
     some_missing = any(line.missing for line in lines)
     body = []
@@ -54,12 +62,12 @@ def experiment_table(analysis: Analysis, name: str) -> Section:
         cells += [shown(line.values[trace]) for trace in traces]
         cells += [shown(line.values[column], 1, 100.0) for column in accuracies]
         body.append(cells + (["; ".join(line.missing)] if some_missing else []))
-    return TITLES[name], header + (["missing"] if some_missing else []), body, _notes(analysis, name)
+    return TITLES[name], header + ([MISSING] if some_missing else []), body, _notes(analysis, name)
 
 
 def _seeds(line: Line) -> str:
     if line.kind not in (None, "transformer"):
-        return "none"
+        return "no seed"
     return str(line.models) if line.models == line.planned else f"{line.models} of {line.planned}"
 
 
@@ -77,8 +85,8 @@ def _notes(analysis: Analysis, name: str) -> list[str]:
     ]
     if name == SIZES:
         notes.append(
-            "Traces are in the parameters of the largest model: smaller models were enlarged, by each of two rules "
-            "(enlarge.py --tied-scale), on which the trace depends."
+            "Traces are in the parameters of the largest model: smaller models were enlarged by each of two rules, on which "
+            "the trace depends (enlarge.py --tied-scale tables, head)."
         )
     return notes
 
@@ -87,17 +95,39 @@ def _interval(interval: tuple[float, float] | None) -> str:
     return "no interval" if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
 
 
+def correlation_sentences(analysis: Analysis) -> list[str]:
+    """One sentence an experiment and trace: how accuracy goes with the trace among models of equal loss (the paper: it falls)."""
+    sentences, of_trace = {}, [found for found in analysis.correlations if found.among == "equal" and found.against != "gap"]
+    for correlated in of_trace:
+        found, label = correlated.found, accuracy_label(correlated.accuracy)
+        if found.spearman is None:
+            text = f"{label} can't be told ({_unknown(found)})"
+        else:
+            side = 0 if found.spearman_interval is None else sum(np.sign(found.spearman_interval))
+            standing = {-2: "as in the paper", 2: "against the paper"}.get(side, "not told from 0")
+            of_models = f"{found.n} models of {found.runs} runs"
+            text = f"{label} {found.spearman:+.2f} {_interval(found.spearman_interval)} over {of_models}, {standing}"
+        sentences.setdefault((correlated.experiment, correlated.against), []).append(text)
+    return [
+        f"Rank correlation of accuracy with {loss_label(against)} in {experiment!r}, among models of equal loss: {'; '.join(texts)}."
+        for (experiment, against), texts in sentences.items()
+    ]
+
+
+def _unknown(found: Correlation) -> str:
+    return f"fewer than {FEWEST} models" if found.n < FEWEST else "no spread"
+
+
 def correlation_table(analysis: Analysis) -> Section:
     """Every correlation, a line each."""
     header = ["experiment", "accuracy", "against", "models", "n", "runs", "Spearman", "Pearson"]
     body = []
     for correlated in analysis.correlations:
         found = correlated.found
-        line = [correlated.experiment, accuracy_label(correlated.accuracy), trace_label(correlated.against)]
+        line = [correlated.experiment, accuracy_label(correlated.accuracy), loss_label(correlated.against)]
         line += [SETS[correlated.among], str(found.n), str(found.runs)]
         if found.spearman is None:
-            reason = f"fewer than {FEWEST} models" if found.n < FEWEST else "no spread"
-            body.append([*line, *[f"can't be told: {reason}"] * 2])
+            body.append([*line, f"can't be told: {_unknown(found)}", ""])
         else:
             line += [f"{found.spearman:+.2f} {_interval(found.spearman_interval)}"]
             body.append([*line, f"{found.pearson:+.2f} {_interval(found.pearson_interval)}"])
@@ -114,12 +144,10 @@ def paper_table(analysis: Analysis) -> Section:
     body = []
     for beside in analysis.beside:
         published = beside.published
-        theirs = f"{published.value:g}" + ("" if published.error is None else f" ± {published.error:g}")
-        ours = Summary(beside.ours, beside.error, None, 0)
-        comparable = (
-            published.comparable if beside.ours is not None or published.experiment is None else "no: not measured here"
-        )
-        body.append([published.where, published.what, theirs, shown(ours), comparable])
+        ours = shown(Summary(beside.ours, beside.error), 1 if published.quantity in analysis.experiments.tasks else None)
+        is_known = beside.ours is not None or published.experiment is None
+        comparable = published.comparable if is_known else "no: not measured here"
+        body.append([published.where, published.what, published.value, ours, comparable])
     notes = ["Accuracies of ours are those of linear probes. Their standard model is trained with AdamW."]
     return "Liu et al. (2023) beside ours", ["where", "what", "paper", "ours", "comparable"], body, notes
 
@@ -154,8 +182,7 @@ def command_table(analysis: Analysis) -> Section:
     return "Commands", ["name", "state", "command"], body, []
 
 
-def result_sections(analysis: Analysis) -> list[Section]:
-    """The tables with numbers, in the order in which they are read."""
+def further_tables(analysis: Analysis) -> list[Section]:
+    """The tables that are not an experiment's."""
     choice = choice_table(analysis)
-    tables = [experiment_table(analysis, name) for name in analysis.tables]
-    return [*tables, *([choice] if choice else []), correlation_table(analysis), paper_table(analysis)]
+    return [*([choice] if choice else []), correlation_table(analysis), paper_table(analysis)]

@@ -56,13 +56,13 @@ def trace_names(experiment: Experiment) -> tuple[str, ...]:
     return COMMON_TRACES if experiment.name == SIZES else (TRACE,)
 
 
-def trace_label(name: str) -> str:
-    """What people call a trace.
+def loss_label(name: str) -> str:
+    """What people call a trace, with its rule of enlarging, or the gap.
 
-    >>> trace_label("trace"), trace_label("trace_head")
-    ('trace', 'trace (--tied-scale head)')
+    >>> loss_label("gap"), loss_label("trace"), loss_label("trace_head")
+    ('gap', 'trace', 'trace (head)')
     """
-    return name if name == TRACE else f"trace (--tied-scale {name.removeprefix('trace_')})"
+    return f"trace ({name.removeprefix('trace_')})" if name in COMMON_TRACES else name
 
 
 def _differences(root: Path, experiments: Experiments, rows: dict[str, dict], records: list[dict]) -> dict[str, tuple]:
@@ -159,7 +159,7 @@ class _Joined:
             wanted["comparison with the reference"] = ("gap_difference", f"{entry.folder}/comparison")
             for name in trace_names(experiment):
                 folder = entry.common.get(name.removeprefix("trace_"), entry.folder)
-                wanted[trace_label(name)] = (name, f"{folder}/hessian.json")
+                wanted[loss_label(name)] = (name, f"{folder}/hessian.json")
         for name in accuracy_names(self.experiments):
             file = f"{entry.folder}/{name}.json"
             # Fine-tuning is expected only where a command says that it makes it.

@@ -11,7 +11,7 @@ The rule was fixed beforehand, and is applied to each accuracy (task and kind) o
 
 - holds: the intervals of the changes of both trace and accuracy lie on the paper's side of 0;
 - does not hold: one of them lies on the other side;
-- depends on the rule: sizes whose verdicts with --tied-scale tables and head differ, both traces being there;
+- depends on the rule of enlarging: sizes whose verdicts with --tied-scale tables and head differ, both traces being there;
 - can't be told: otherwise; also where a group is missing, not at the same loss, or of one seed.
 
 At the same loss: saturated, and equal to the reference (see `pretraining.evaluation.statistics`). In "steps" saturated is
@@ -23,12 +23,12 @@ left out, and "sizes" takes groups with two models at least. There is no correct
 import dataclasses
 import math
 
-from pretraining.evaluation.experiment_rows import TRACE, accuracy_label, trace_label, trace_names
+from pretraining.evaluation.experiment_rows import TRACE, accuracy_label, loss_label, trace_names
 from pretraining.evaluation.experiments import ALGORITHMS, SIZES, STEPS, Experiment
 from pretraining.evaluation.report_rows import error_of
 from pretraining.evaluation.statistics import Change, Mean, change_of_means, mean_of, paired_change
 
-HOLDS, HOLDS_NOT, BY_RULE, OPEN = "holds", "does not hold", "depends on the rule", "can't be told"
+HOLDS, HOLDS_NOT, BY_RULE, OPEN = "holds", "does not hold", "depends on the rule of enlarging", "can't be told"
 TITLES = {
     STEPS: "Training on after the loss has converged lowers the trace and raises the accuracy",
     SIZES: "A larger model at the same loss has a smaller trace and a higher accuracy",
@@ -70,13 +70,16 @@ class Finding:
     def judge(self, traces: tuple[str, ...], names: list[str]) -> None:
         """Fill in `verdicts` and `by_trace` from `changes`; without traces (a lookup table's) accuracy decides alone."""
         trace_side, accuracy_side = self.sides()
+        all_traces = all(self.changes[trace] is not None for trace in traces)
         for name in names:
-            accuracy = _side(self.changes.get(name)) * accuracy_side
-            signs = {trace: _side(self.changes.get(trace)) * trace_side for trace in traces}
+            if self.changes[name] is None:
+                self.verdicts[name], self.by_trace[name] = OPEN, dict.fromkeys(traces, OPEN)
+                continue
+            accuracy = self.changes[name].sign() * accuracy_side
+            signs = {trace: _side(self.changes[trace]) * trace_side for trace in traces}
             self.by_trace[name] = {trace: _verdict(sign, accuracy) for trace, sign in signs.items()}
             found = set(self.by_trace[name].values()) or {_verdict(accuracy)}
-            there = all(self.changes.get(trace) is not None for trace in traces)
-            self.verdicts[name] = found.pop() if len(found) == 1 else BY_RULE if there else OPEN
+            self.verdicts[name] = found.pop() if len(found) == 1 else BY_RULE if all_traces else OPEN
 
     def headline(self) -> str:
         """What holds for which accuracies, without numbers."""
@@ -94,11 +97,11 @@ class Finding:
         texts = []
         for name, change in self.changes.items():
             if name == "gap":
-                texts.append(describe_change("gap", change, 1.0, " nats"))
+                texts.append(describe_change("gap", change, " nats"))
             elif name.startswith(TRACE):
-                texts.append(describe_change(trace_label(name), change, 1.0, "", trace_side))
+                texts.append(describe_change(loss_label(name), change, "", trace_side))
             else:
-                texts.append(describe_change(accuracy_label(name), change, 100.0, " points", accuracy_side))
+                texts.append(describe_change(accuracy_label(name), change, " points", accuracy_side))
         return texts
 
     def sentence(self) -> str:
@@ -124,24 +127,26 @@ def _and(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def decimals(error: float | None) -> int:
+def decimals(error: float | None, most: int = 6) -> int:
     """Digits behind the point that show two digits of an error.
 
-    >>> [decimals(error) for error in (12.3, 1.23, 0.0123, None)]
-    [0, 1, 3, 3]
+    >>> [decimals(error) for error in (12.3, 1.23, 0.0123, None)], decimals(0.0123, most=2)
+    ([0, 1, 3, 3], 2)
     """
-    return min(6, max(0, 1 - math.floor(math.log10(error)))) if error else 3
+    return min(most, max(0, 1 - math.floor(math.log10(error)))) if error else min(most, 3)
 
 
-def describe_change(label: str, change: Change | None, scale: float, unit: str, side: int | None = None) -> str:
+def describe_change(label: str, change: Change | None, unit: str = "", side: int | None = None) -> str:
     """A change as text: `trace -12.3 [-15.0, -9.6], as in the paper`.
 
     Args:
+        unit: of the text: " nats", or " points" for accuracies, which are fractions.
         side: the paper's side of 0; None where the paper says nothing.
     """
     if change is None:
         return f"no {label}"
-    digits = decimals(None if change.error is None else change.error * scale)
+    scale, most = (100.0, 2) if unit == " points" else (1.0, 6)
+    digits = decimals(None if change.error is None else change.error * scale, most)
     text = f"{label} {change.value * scale:+.{digits}f}"
     if change.low is None:
         return f"{text}{unit} (no interval: no spread over seeds, or one only)"
@@ -172,8 +177,8 @@ def _steps(experiment: Experiment, rows: list[dict], names: list[str]) -> list[F
     found = []
     for group in experiment.groups():
         finding = Finding(STEPS, TITLES[STEPS], group)
-        pairs = []
-        for seed in dict.fromkeys(row["seed"] for row in rows if row["group"] == group):
+        pairs, seeds = [], list(dict.fromkeys(row["seed"] for row in rows if row["group"] == group))
+        for seed in seeds:
             run = sorted(
                 (row for row in rows if (row["group"], row["seed"]) == (group, seed)), key=lambda row: row["step"] or 0
             )
@@ -185,7 +190,7 @@ def _steps(experiment: Experiment, rows: list[dict], names: list[str]) -> list[F
             else:
                 pairs.append((saturated[0], run[-1]))
         if len(pairs) < FEWEST:
-            finding.reason = f"{len(pairs)} of the runs can be compared, an interval takes {FEWEST}"
+            finding.reason = f"{len(pairs)} of {len(seeds)} runs can be compared, an interval takes {FEWEST}"
             finding.verdicts = dict.fromkeys(names, OPEN)
         else:
             steps = [_steps_text([row["step"] for row in side]) for side in zip(*pairs, strict=True)]

@@ -214,7 +214,8 @@ def compare_losses(models, contexts: Contexts, table=None, columns=None, batch_s
     losses (a paired comparison). With conditionals it is that of the gaps, E[ sum_w P(w) (log f_B(w) - log f_A(w)) ].
 
     Args:
-        models: the two, A and B, of one vocabulary. The rest as in `context_losses`.
+        models: the two, A and B, of one vocabulary; for one that was measured before, what `context_losses` gave in its place.
+            The rest as in `context_losses`.
 
     Returns:
         The details of a comparison record: "difference" of A's loss minus B's and "loss_a", "loss_b" (named "gap_a", "gap_b"
@@ -222,7 +223,10 @@ def compare_losses(models, contexts: Contexts, table=None, columns=None, batch_s
         "seconds".
     """
     started, counts = time.monotonic(), contexts.counts
-    losses = [context_losses(model, contexts, table, columns, batch_size, source) for model in models]
+    losses = [
+        model if isinstance(model, tuple) else context_losses(model, contexts, table, columns, batch_size, source)
+        for model in models
+    ]
     name, which = ("loss", 0) if table is None else ("gap", 1)
     a, b = (of_model[which] for of_model in losses)
     return {

@@ -1,10 +1,14 @@
 """What all plots share: figures of panels, axes, points with error bars, files that are a function of what they show."""
 
+import io
 import math
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 from pcfg.artefacts import atomic_path
 
@@ -13,6 +17,8 @@ DASHES = ("-", "--", "-.", ":")
 LIGHTEST = 0.78  # of the colour map, whose end is too light for white paper
 PANEL = (4.6, 3.4)  # inches
 GREY = "0.45"
+DPI = 130
+MARGIN = 6  # pixels below the lowest panel of a picture in pieces
 
 
 def compact(number: float) -> str:
@@ -101,14 +107,58 @@ def make_figure(panels: int, columns: int) -> tuple[Figure, list]:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure as a picture for the page."""
+    """Write a figure as a picture."""
     with atomic_path(path) as temporary:
         # No software version in the file: the same numbers give the same picture.
-        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
 
 
 def save_svg(figure: Figure, path: Path) -> None:
-    """Write a figure as a drawing for a paper; text is drawn as paths, so that it looks the same everywhere."""
+    """Write a figure that has been drawn before as a drawing for a paper; text as paths, which look the same everywhere."""
+    figure.set_layout_engine("none")  # it is laid out
     # The names of what is drawn more than once are random unless there is a salt.
     with atomic_path(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "report", "svg.fonttype": "path"}):
         figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def _borders(low: np.ndarray, high: np.ndarray, end: float) -> list[int]:
+    """Where to cut between boxes low[i] .. high[i] along one direction, in order: from 0 to `end`."""
+    middles = (np.maximum.accumulate(high)[:-1] + np.minimum.accumulate(low[::-1])[::-1][1:]) / 2
+    return [0, *np.round(middles).astype(int).tolist(), round(end)]
+
+
+def panels_of(figure: Figure, axes: list, columns: int) -> list[tuple[str, bytes]]:
+    """A drawn figure of `make_figure` in pieces, for pages too narrow for the whole: its panels, then its legend.
+
+    Returns:
+        (what it shows, PNG file) of each piece.
+    """
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture, renderer = np.asarray(canvas.buffer_rgba()), canvas.get_renderer()
+    height = len(picture)
+    columns = min(columns, len(axes))
+    # Matplotlib counts from the bottom, pictures from the top.
+    boxes = np.array([panel.get_tightbbox(renderer).extents for panel in axes])  # (panels, 4): left, bottom, right, top
+    place = np.arange(len(axes))
+    in_column, in_row = ([boxes[group == i] for i in range(group.max() + 1)] for group in (place % columns, place // columns))
+    across = _borders(*(np.array([f(b[:, i]) for b in in_column]) for f, i in ((np.min, 0), (np.max, 2))), picture.shape[1])
+    lowest = height - min(box[1] for box in boxes)
+    down = _borders(*(np.array([f(height - b[:, i]) for b in in_row]) for f, i in ((np.min, 3), (np.max, 1))), lowest + MARGIN)
+    pieces = []
+    for index, panel in enumerate(axes):
+        row, column = divmod(index, columns)
+        piece = picture[down[row] : down[row + 1], across[column] : across[column + 1]]
+        pieces.append((" ".join(f"{panel.get_ylabel()} against {panel.get_xlabel() or 'groups'}".split()), _png(piece)))
+    for legend in figure.legends:
+        left, bottom, right, top = legend.get_window_extent(renderer).extents
+        piece = picture[round(height - top) : round(height - bottom), max(0, round(left)) : round(right)]
+        pieces.append(("legend", _png(piece)))
+    return pieces
+
+
+def _png(picture: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    imsave(file, picture, format="png", metadata={"Software": None})
+    return file.getvalue()

@@ -7,6 +7,9 @@ as a model), is one row; the numbers come from the measurements' JSON files besi
 `pretraining.evaluation.records`), the facts from `config.json` and `args.json`. Nothing else is read. A measurement that was
 not made is an empty cell.
 
+With an `experiments.json` in the folder (`pretraining.evaluation.experiments`) the report is an analysis of the experiments:
+findings, tables and plots as `pretraining.evaluation.analysis` describes them, `experiments.csv` and `results.json`. Without:
+
 Gaps in the table and the plots are means over sentences of the mean over positions of KL(P || f), in nats: the mean that
 training with `--single_mask` minimises. `results.csv` has both means. Models enlarged by enlarge.py are compared with those of
 their shape apart (see `pretraining.evaluation.report_sizes`) and are left out of the other plots: but for the trace, all that
@@ -20,7 +23,7 @@ from pcfg.cli import run_main
 from pretraining.evaluation import analysis_plots, experiment_rows, report_plots
 from pretraining.evaluation.analysis import RESULTS_FILE, Analysis, analyse, write_results
 from pretraining.evaluation.analysis_page import write_page
-from pretraining.evaluation.analysis_tables import result_sections
+from pretraining.evaluation.analysis_tables import correlation_sentences, experiment_table
 from pretraining.evaluation.report_page import NOTES, sections, table, table_text, write_html
 from pretraining.evaluation.report_rows import LOOKUP_TABLE, accuracy_names, collect, error_of, write_csv
 
@@ -65,8 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(table_text(*table(rows)))
         print("\n".join(NOTES))
     else:
-        further = result_sections(analysis)
-        print("\n\n".join(finding.sentence() for finding in analysis.findings))
+        further = [experiment_table(analysis, name) for name in analysis.tables]
+        print("\n\n".join([*(finding.sentence() for finding in analysis.findings), *correlation_sentences(analysis)]))
     for title, header, lines, notes in further:
         print(f"\n{title}\n{table_text(header, lines)}")
         print("\n".join(notes))

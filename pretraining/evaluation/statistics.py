@@ -24,6 +24,7 @@ TAIL = (1 + LEVEL) / 2
 Z = float(stats.norm.ppf(TAIL))
 ERRORS = 2.0  # standard errors from which a difference counts
 ROUNDING = 1e-6  # nats: what float32 logits may make of a mean loss, however small its standard error
+NO_SPREAD = 1e-12  # standard error, relative to the value, below which all differences count as equal
 DRAWS = 10_000
 SEED = 0  # of the bootstrap
 FEWEST = 4  # models of a correlation
@@ -99,8 +100,11 @@ class Change:
 
 
 def _change(value: float, error: float | None, degrees: float, n: tuple[int, ...]) -> Change:
-    """The interval of a difference. Without any spread there is none: a few equal accuracies don't prove a variance of 0."""
-    if not error:
+    """The interval of a difference. Without any spread there is none: a few equal accuracies don't prove a variance of 0.
+
+    Nor does a spread of rounding: 0.75 - 0.7 and 0.65 - 0.6 differ in their last digit.
+    """
+    if not error or error <= NO_SPREAD * max(1.0, abs(value)):
         return Change(value, error, None, None, None, n)
     half = float(stats.t.ppf(TAIL, degrees)) * error
     return Change(value, error, value - half, value + half, float(degrees), n)

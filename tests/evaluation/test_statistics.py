@@ -27,6 +27,7 @@ def test_paired_interval_is_scipys():
 
 def test_no_interval_without_spread_or_with_one_value():
     assert paired_change([1.0], [2.0]).low is None and paired_change([1.0, 2.0], [2.0, 3.0]).sign() == 0
+    assert paired_change([0.7, 0.6], [0.75, 0.65]).low is None  # 0.05 but for rounding
     assert change_of_means(mean_of([1.0]), mean_of([2.0, 3.0])).sign() == 0
     # a constant against a mean: the mean's own interval
     change = change_of_means(Mean(0.0, 0.0, 1, 1), mean_of([2.0, 3.0, 4.0]))
