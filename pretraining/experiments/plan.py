@@ -84,8 +84,12 @@ class Run:
         return f"models/{self.folder}/seed{self.seed}/step{step:07d}"
 
     @property
+    def all_saved(self) -> list[int]:
+        return sorted({*self.saved, self.last})
+
+    @property
     def models(self) -> tuple[str, ...]:
-        return tuple(self.model(step) for step in sorted({*self.saved, self.last}))
+        return tuple(map(self.model, self.all_saved))
 
 
 class Planner:
@@ -238,7 +242,7 @@ class Planner:
                     f"--attention_probs_dropout_prob {scale.dropout:g} --encoder_ln_mode pre-ln --train_batch_size "
                     f"{scale.batch} --train_micro_batch_size_per_gpu {scale.micro_batch} --gradient_clipping 1.0 "
                     f"--weight_decay 0.01 --adam_beta1 0.9 --adam_beta2 0.98 --adam_eps 1e-6 --max_steps {run.last} "
-                    f"--save_steps {','.join(map(str, run.saved))} --dataset_path $OUT/data/pretraining "
+                    f"--save_steps {','.join(map(str, run.all_saved))} --dataset_path $OUT/data/pretraining "
                     f"--output_dir $OUT/models/{run.folder} --job_name seed{run.seed} --seed {run.seed} --report_to none "
                     "--total_training_time 100000 --early_exit_time_marker 100000"
                 ).split(),
@@ -428,7 +432,7 @@ class Planner:
         """A run with the adversarial term, of the standard one's length and order of sentences."""
         scale, plain = self.scale, self._adamw(self.scale.base, seed)
         text = f"--adversarial_file $OUT/data/adversarial/pcfg_{ADVERSARIAL_TASK}.csv"
-        text += f" --adversarial_batch_size {scale.adversarial_batch}"
+        text += f" --adversarial_batch_size {scale.adversarial_batch} --adversarial_ridge {scale.ridge:g}"
         return dataclasses.replace(
             plain,
             folder=folder,

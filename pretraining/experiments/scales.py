@@ -54,7 +54,7 @@ class Scale:
         sgd_lr, sgd_warmup: of SGD, which goes on from AdamW's models at `steps`: the rate, constant after so many steps.
         steps: of all runs but those of the experiment `steps`; `checkpoints`: the steps at which those are saved, `steps`
             among them.
-        weights: of the adversarial term that are tried; `adversarial_batch` labelled sentences a step.
+        weights: of the adversarial term that are tried, with `adversarial_batch` labelled sentences a step and that `ridge`.
         selection_seed: of the models that the weight is chosen on.
         trace_sentences: of a trace.
         probe, finetune: flags of run_lp.py and run_ft.py; fine-tuning takes `finetune_epochs`.
@@ -86,6 +86,7 @@ class Scale:
     steps: int
     checkpoints: tuple[int, ...]
     weights: tuple[float, ...]
+    ridge: float
     adversarial_batch: int
     selection_seed: int
     trace_sentences: int
@@ -135,11 +136,12 @@ MINI = Scale(
     lr=3e-3,
     warmup=180,
     half_life=1500,
-    sgd_lr=0.01,
+    sgd_lr=5e-4,
     sgd_warmup=360,
     steps=3000,
     checkpoints=(1500, 3000, 4500, 6000),
-    weights=(0.1, 0.3, 1.0, 3.0),
+    weights=(0.01, 0.03, 0.1, 0.3),
+    ridge=1.0,
     adversarial_batch=128,
     selection_seed=100,
     trace_sentences=2000,
@@ -170,11 +172,12 @@ SMALL = Scale(
     lr=1e-3,
     warmup=1200,
     half_life=5000,
-    sgd_lr=0.01,
+    sgd_lr=5e-4,
     sgd_warmup=1200,
     steps=10_000,
     checkpoints=(5000, 10_000, 15_000, 20_000),
-    weights=(0.03, 0.1, 0.3, 1.0, 3.0),
+    weights=(0.01, 0.03, 0.1, 0.3),
+    ridge=1.0,
     adversarial_batch=512,
     selection_seed=100,
     trace_sentences=5000,
@@ -218,7 +221,8 @@ PAPER = Scale(
     sgd_warmup=2400,
     steps=30_000,
     checkpoints=(20_000, 30_000, 40_000, 50_000),
-    weights=(0.03, 0.1, 0.3, 1.0, 3.0),
+    weights=(0.001, 0.003, 0.01, 0.03, 0.1),
+    ridge=1e-3,
     adversarial_batch=512,
     selection_seed=100,
     trace_sentences=10_000,
