@@ -99,6 +99,7 @@ def test_two_nodes_under_slurm_train_as_one_process_does(tiny_samples, tmp_path)
     [
         (["scripts/pretrain.sh", "data"], "needs the folder of samples"),
         (["scripts/pretrain_slurm.sbatch"], "/nowhere: no run_pretraining.py"),
+        (["scripts/reproduce_slurm.sbatch"], "/nowhere: no run_pretraining.py"),
     ],
 )
 def test_wrong_use_is_one_line(command, message):
