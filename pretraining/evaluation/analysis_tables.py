@@ -96,7 +96,7 @@ def _interval(interval: tuple[float, float] | None) -> str:
 
 
 def correlation_sentences(analysis: Analysis) -> list[str]:
-    """One sentence an experiment and trace: how accuracy goes with the trace among models of equal loss (the paper: it falls)."""
+    """One sentence an experiment and trace: how accuracy goes with it among models of equal loss (in the paper it falls)."""
     sentences, of_trace = {}, [found for found in analysis.correlations if found.among == "equal" and found.against != "gap"]
     for correlated in of_trace:
         found, label = correlated.found, accuracy_label(correlated.accuracy)
@@ -109,7 +109,9 @@ def correlation_sentences(analysis: Analysis) -> list[str]:
             text = f"{label} {found.spearman:+.2f} {_interval(found.spearman_interval)} over {of_models}, {standing}"
         sentences.setdefault((correlated.experiment, correlated.against), []).append(text)
     return [
-        f"Rank correlation of accuracy with {loss_label(against)} in {experiment!r}, among models of equal loss: {'; '.join(texts)}."
+        f"Rank correlation of accuracy with {loss_label(against)} in {experiment!r}, among models of equal loss: "
+        + "; ".join(texts)
+        + "."
         for (experiment, against), texts in sentences.items()
     ]
 
