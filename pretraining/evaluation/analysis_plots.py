@@ -28,7 +28,7 @@ from pretraining.evaluation.plotting import (
 from pretraining.evaluation.report_rows import LOOKUP_TABLE, error_of
 
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
-MARKERS = "osD^vphX<>d"  # of about one size
+MARKERS = "osD^vXP<>*p"
 COLUMNS = 2
 FILLED = "filled: loss equal to the reference's"
 FRONTIER = "adversarial_frontier"
