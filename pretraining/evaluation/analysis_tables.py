@@ -134,9 +134,9 @@ def correlation_table(analysis: Analysis) -> Section:
             line += [f"{found.spearman:+.2f} {_interval(found.spearman_interval)}"]
             body.append([*line, f"{found.pearson:+.2f} {_interval(found.pearson_interval)}"])
     notes = [
-        "95% percentile intervals of a bootstrap that draws whole runs (all checkpoints of a group and seed together); with "
-        "few runs they are rough. Among models whose loss is equal to the reference's within the margin, and, as a check, "
-        "among those not told apart from it.",
+        "95% percentile intervals of a bootstrap that draws whole runs (all checkpoints of a group and seed together, and of "
+        "groups that share one); with few runs they are rough. Among models whose loss is equal to the reference's within the "
+        "margin, and, as a check, among those not told apart from it.",
     ]
     return "Correlations of accuracy with trace and gap, over models", header, body, notes
 

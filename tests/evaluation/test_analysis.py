@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from pcfg.artefacts import InputError, write_json
-from pretraining.evaluation import analysis_plots, experiments, report
+from pretraining.evaluation import analysis_plots, experiment_rows, experiments, report
 from pretraining.evaluation.experiments import Choice, Command, Entry, Experiment, Experiments, Status, Weight
 from pretraining.evaluation.records import write_record
 from pretraining.model.config import ModelConfig
@@ -81,13 +81,17 @@ def parameters(hidden):
 
 
 def write_steps(root, rng) -> list[Entry]:
-    """Two optimizers: AdamW converges at the second checkpoint, SGD never does."""
+    """Two optimizers: AdamW converges at the second checkpoint, SGD, which starts at its first one, never does."""
     entries = []
     for seed in SEEDS:
         for index, step in enumerate(STEPS):
             for group, job, gap in (("AdamW", "medium", 0.01 + 0.05 * 0.1**index), ("SGD", "sgd", 0.3 - 0.02 * index)):
                 folder = f"models/{job}/seed{seed}/step{step:07d}"
+                if (group, index) == ("SGD", 0):
+                    folder = folder.replace("sgd", "medium")
                 entries.append(Entry(group=group, seed=seed, step=step, folder=folder))
+                if (root / folder).exists():
+                    continue
                 write_model(root, folder, 16, step)
                 gap = 0.01 if folder == REFERENCE else gap + rng.uniform(0, 1e-3)
                 accuracy = 0.7 + 0.03 * index + rng.normal(0, 0.002)
@@ -230,16 +234,15 @@ def test_correlations_from_the_csv(numbers):
     rows, results = numbers
     told = 0
     for found in results["correlations"]:
-        models = [
-            row
+        wanted = [found["accuracy"], found["against"]]
+        models = {
+            row["folder"]: row
             for row in of(rows, found["experiment"])
-            if row[found["among"]]
-            and row["kind"] == "transformer"
-            and None not in (row[found["accuracy"]], row[found["against"]])
-        ]
-        x, y = ([row[name] for row in models] for name in (found["against"], found["accuracy"]))
+            if row[found["among"]] and row["kind"] == "transformer" and None not in map(row.get, wanted)
+        }.values()
+        y, x = ([row[name] for row in models] for name in wanted)
         correlation = found["found"]
-        assert correlation["n"] == len(models) and correlation["runs"] == len({(row["group"], row["seed"]) for row in models})
+        assert correlation["n"] == len(models) and correlation["runs"] == len({row["run"] for row in models})
         if len(models) < 4:
             assert correlation["spearman"] is None
             continue
@@ -254,6 +257,15 @@ def test_correlations_from_the_csv(numbers):
         if list(found.values())[:4] == ["steps", "probe_pcfg_A", "trace", "equal"]
     ]
     assert (steps["n"], steps["runs"]) == (6, 3) and steps["pearson_interval"][1] < 0
+
+
+def test_groups_that_share_a_model_are_one_run(numbers):
+    assert {row["run"] for row in of(numbers[0], "steps")} == {f"AdamW seed {seed}" for seed in SEEDS}
+    assert len({row["run"] for row in of(numbers[0], "algorithms")}) == 7
+    chain = [("a", "1"), ("b", "2"), ("c", "3"), ("c", "2"), ("b", "1"), ("d", "4")]  # c and b share 2, b and a share 1
+    entries = tuple(Entry(group=group, seed=None, step=index, folder=folder) for index, (group, folder) in enumerate(chain))
+    runs = experiment_rows.runs_of(Experiment(name="steps", entries=entries))
+    assert runs == {("a", None): "a", ("b", None): "a", ("c", None): "a", ("d", None): "d"}
 
 
 def test_changes_from_the_csv(numbers):
