@@ -105,6 +105,8 @@ def correlation_sentences(analysis: Analysis) -> list[str]:
         else:
             side = 0 if found.spearman_interval is None else sum(np.sign(found.spearman_interval))
             standing = {-2: "as in the paper", 2: "against the paper"}.get(side, "not told from 0")
+            if found.runs < FEWEST:  # too few to draw from: the interval comes out too short
+                standing = "the interval of so few runs is rough"
             of_models = f"{found.n} models of {found.runs} runs"
             text = f"{label} {found.spearman:+.2f} {_interval(found.spearman_interval)} over {of_models}, {standing}"
         sentences.setdefault((correlated.experiment, correlated.against), []).append(text)
