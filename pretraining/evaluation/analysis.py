@@ -124,13 +124,12 @@ def _correlations(experiment: Experiment, rows: list[dict], names: list[str], dr
     for name in names:
         for against in (*trace_names(experiment), "gap"):
             for among in SETS:
-                models = [
-                    row
+                models = {
+                    row["folder"]: row  # a model of two groups counts once
                     for row in rows
                     if row.get(among) and row["kind"] == "transformer" and None not in (row.get(name), row.get(against))
-                ]
-                x, y = [row[against] for row in models], [row[name] for row in models]
-                runs = [(row["group"], row["seed"]) for row in models]
+                }.values()
+                x, y, runs = ([row[column] for row in models] for column in (against, name, "run"))
                 purpose = f"{experiment.name}, {name}, {against}, {among}"
                 found.append(Correlated(experiment.name, name, against, among, correlate(x, y, runs, purpose, draws)))
     return found

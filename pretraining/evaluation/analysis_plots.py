@@ -18,8 +18,7 @@ from pretraining.evaluation.plotting import (
     GREY,
     draw_points,
     make_figure,
-    panels_of,
-    save_png,
+    save_png_and_pieces,
     save_svg,
     scale_axis,
     size_axis,
@@ -28,7 +27,7 @@ from pretraining.evaluation.plotting import (
 from pretraining.evaluation.report_rows import LOOKUP_TABLE, error_of
 
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
-MARKERS = "osD^vphX<>d"  # of about one size
+MARKERS = "osD^vXP<>*p"
 COLUMNS = 2
 FILLED = "filled: loss equal to the reference's"
 FRONTIER = "adversarial_frontier"
@@ -276,9 +275,9 @@ def write_plots(output, analysis: Analysis) -> dict[str, list[Plot]]:
     output, styles, plots = Path(output), styles_of(analysis.experiments.groups()), {}
 
     def add(experiment: str, name: str, title: str, caption: str, figure, axes: list) -> None:
-        save_png(figure, output / f"{name}.png")
+        panels = save_png_and_pieces(figure, output / f"{name}.png", axes, COLUMNS)
         save_svg(figure, output / f"{name}.svg")
-        plots.setdefault(experiment, []).append(Plot(name, title, caption, panels_of(figure, axes, COLUMNS)))
+        plots.setdefault(experiment, []).append(Plot(name, title, caption, panels))
 
     for name in analysis.tables:
         experiment = _experiment(analysis, name, styles)

@@ -96,7 +96,7 @@ def _interval(interval: tuple[float, float] | None) -> str:
 
 
 def correlation_sentences(analysis: Analysis) -> list[str]:
-    """One sentence an experiment and trace: how accuracy goes with the trace among models of equal loss (the paper: it falls)."""
+    """One sentence an experiment and trace: how accuracy goes with it among models of equal loss (in the paper it falls)."""
     sentences, of_trace = {}, [found for found in analysis.correlations if found.among == "equal" and found.against != "gap"]
     for correlated in of_trace:
         found, label = correlated.found, accuracy_label(correlated.accuracy)
@@ -105,11 +105,15 @@ def correlation_sentences(analysis: Analysis) -> list[str]:
         else:
             side = 0 if found.spearman_interval is None else sum(np.sign(found.spearman_interval))
             standing = {-2: "as in the paper", 2: "against the paper"}.get(side, "not told from 0")
+            if found.runs < FEWEST:  # too few to draw from: the interval comes out too short
+                standing = "the interval of so few runs is rough"
             of_models = f"{found.n} models of {found.runs} runs"
             text = f"{label} {found.spearman:+.2f} {_interval(found.spearman_interval)} over {of_models}, {standing}"
         sentences.setdefault((correlated.experiment, correlated.against), []).append(text)
     return [
-        f"Rank correlation of accuracy with {loss_label(against)} in {experiment!r}, among models of equal loss: {'; '.join(texts)}."
+        f"Rank correlation of accuracy with {loss_label(against)} in {experiment!r}, among models of equal loss: "
+        + "; ".join(texts)
+        + "."
         for (experiment, against), texts in sentences.items()
     ]
 
@@ -132,9 +136,9 @@ def correlation_table(analysis: Analysis) -> Section:
             line += [f"{found.spearman:+.2f} {_interval(found.spearman_interval)}"]
             body.append([*line, f"{found.pearson:+.2f} {_interval(found.pearson_interval)}"])
     notes = [
-        "95% percentile intervals of a bootstrap that draws whole runs (all checkpoints of a group and seed together); with "
-        "few runs they are rough. Among models whose loss is equal to the reference's within the margin, and, as a check, "
-        "among those not told apart from it.",
+        "95% percentile intervals of a bootstrap that draws whole runs (all checkpoints of a group and seed together, and of "
+        "groups that share one); with few runs they are rough. Among models whose loss is equal to the reference's within the "
+        "margin, and, as a check, among those not told apart from it.",
     ]
     return "Correlations of accuracy with trace and gap, over models", header, body, notes
 

@@ -18,9 +18,10 @@ from pretraining.model.checkpoints import is_model_folder, weights_sha256
 from pretraining.model.enlarge import TIED_SCALES
 
 ROWS_FILE = "experiments.csv"
+COMPARISON = "comparison_*.json"  # how a plan names a record whose name has the hash of the reference's weights
 TRACE = "trace"
 COMMON_TRACES = tuple(f"trace_{rule}" for rule in TIED_SCALES)  # in the parameters of the largest model, by rule
-IDENTITY = ("experiment", "group", "seed", "step", "folder", "kind", "parameters")
+IDENTITY = ("experiment", "group", "seed", "step", "run", "folder", "kind", "parameters")
 LOSS = ("gap", "gap_se", "saturated", "gap_difference", "gap_difference_se", "equal", "not_told_apart")
 ACCURACY_PARTS = ("", "_se", "_sampling_se", "_seeds")
 EXTRA_COLUMNS = ("seed", "gap_difference", "gap_difference_se", "equal")  # that results.csv gets
@@ -156,20 +157,32 @@ class _Joined:
         wanted, is_table = {}, row["kind"] != "transformer"  # by label: column, file
         if not is_table:
             wanted = {"gap": ("gap", f"{entry.folder}/loss.json")}
-            wanted["comparison with the reference"] = ("gap_difference", f"{entry.folder}/comparison")
+            wanted["comparison with the reference"] = ("gap_difference", f"{entry.folder}/{COMPARISON}")
             for name in trace_names(experiment):
                 folder = entry.common.get(name.removeprefix("trace_"), entry.folder)
                 wanted[loss_label(name)] = (name, f"{folder}/hessian.json")
         for name in accuracy_names(self.experiments):
             file = f"{entry.folder}/{name}.json"
             # Fine-tuning is expected only where a command says that it makes it.
-            if not name.startswith("finetune") or any(file in command.makes for command in self.experiments.commands):
+            if not name.startswith("finetune") or self.experiments.is_named(file):
                 wanted[accuracy_label(name)] = (name, file)
         reasons = {}
         for label, (column, file) in wanted.items():
             if row.get(column) is None:
                 reasons.setdefault(why_missing(file, self.experiments, self.statuses), []).append(f"no {label}")
         return [f"{', '.join(labels)}; {reason}" for reason, labels in reasons.items()]
+
+
+def runs_of(experiment: Experiment) -> dict[tuple[str, int | None], str]:
+    """By (group, seed) the name of the run; groups that share a model are one: what starts at it is not independent of it."""
+    names, owners = {}, {}
+    for entry in experiment.entries:
+        key = entry.group, entry.seed
+        name = names.setdefault(key, entry.group if entry.seed is None else f"{entry.group} seed {entry.seed}")
+        first = owners.setdefault(entry.folder, name)
+        names = {other: first if now == name else now for other, now in names.items()}
+        owners = {folder: first if now == name else now for folder, now in owners.items()}
+    return names
 
 
 def experiment_rows(
@@ -197,9 +210,10 @@ def experiment_rows(
         # Beside what is there, what the enlarged ones were enlarged to: the largest model itself may be missing.
         sized = [*(entry.folder for entry in there), *(common for entry in there for common in entry.common.values())]
         largest = max((by_folder[name].get("parameters") or 0 for name in sized if name in by_folder), default=0)
+        runs = runs_of(experiment)
         for entry in experiment.entries:
             row = {"experiment": experiment.name, "group": entry.group, "seed": entry.seed, "step": entry.step}
-            row["folder"] = entry.folder
+            row |= {"run": runs[entry.group, entry.seed], "folder": entry.folder}
             if entry.folder in by_folder:
                 row |= _cells(entry, by_folder, differences, experiments, names)
                 if experiment.name == SIZES:

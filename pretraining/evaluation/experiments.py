@@ -27,6 +27,7 @@ Beside it the runner keeps `status.json`: by command its `state` (one of `STATES
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path, PurePosixPath
 
@@ -87,13 +88,23 @@ class Experiments:
     experiments: tuple[Experiment, ...]
     commands: tuple[Command, ...] = ()
 
+    @functools.cached_property
+    def _by_path(self) -> dict[PurePosixPath, list[Command]]:
+        """The commands by what they make."""
+        found = {}
+        for command in self.commands:
+            for path in command.makes:
+                found.setdefault(PurePosixPath(path), []).append(command)
+        return found
+
     def makers(self, path: str) -> list[Command]:
         """The commands that make `path` or a folder that it lies in; those that name it most exactly."""
-        parents = [PurePosixPath(path), *PurePosixPath(path).parents]
-        for parent in parents[:-1]:  # the last one is "."
-            if found := [command for command in self.commands if parent in map(PurePosixPath, command.makes)]:
-                return found
-        return []
+        own = PurePosixPath(path)
+        return next((self._by_path[parent] for parent in (own, *own.parents) if parent in self._by_path), [])
+
+    def is_named(self, path: str) -> bool:
+        """Whether a command says that it makes exactly `path`."""
+        return PurePosixPath(path) in self._by_path
 
     def groups(self) -> list[str]:
         """The groups of all experiments, each once."""

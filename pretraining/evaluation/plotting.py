@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
-from pcfg.artefacts import atomic_path
+from pcfg.artefacts import atomic_open, atomic_path
 
 MARKERS = "os^Dv<>phX"
 DASHES = ("-", "--", "-.", ":")
@@ -127,16 +127,21 @@ def _borders(low: np.ndarray, high: np.ndarray, end: float) -> list[int]:
     return [0, *np.round(middles).astype(int).tolist(), round(end)]
 
 
-def panels_of(figure: Figure, axes: list, columns: int) -> list[tuple[str, bytes]]:
-    """A drawn figure of `make_figure` in pieces, for pages too narrow for the whole: its panels, then its legend.
+def save_png_and_pieces(figure: Figure, path: Path, axes: list, columns: int) -> list[tuple[str, bytes]]:
+    """Write a figure of `make_figure` as a picture, and give its pieces, for pages too narrow for the whole.
+
+    Args:
+        axes, columns: the panels and the columns that they stand in.
 
     Returns:
-        (what it shows, PNG file) of each piece.
+        (what it shows, PNG file) of each panel, then of the legend.
     """
     figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture, renderer = np.asarray(canvas.buffer_rgba()), canvas.get_renderer()
+    with atomic_open(path, "wb") as file:
+        file.write(_png(picture))
     height = len(picture)
     columns = min(columns, len(axes))
     # Matplotlib counts from the bottom, pictures from the top.
@@ -160,5 +165,5 @@ def panels_of(figure: Figure, axes: list, columns: int) -> list[tuple[str, bytes
 
 def _png(picture: np.ndarray) -> bytes:
     file = io.BytesIO()
-    imsave(file, picture, format="png", metadata={"Software": None})
+    imsave(file, picture, format="png", dpi=DPI, metadata={"Software": None})
     return file.getvalue()

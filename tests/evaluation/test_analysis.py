@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from pcfg.artefacts import InputError, write_json
-from pretraining.evaluation import analysis_plots, experiments, report
+from pretraining.evaluation import analysis_plots, experiment_rows, experiments, records, report
 from pretraining.evaluation.experiments import Choice, Command, Entry, Experiment, Experiments, Status, Weight
 from pretraining.evaluation.records import write_record
 from pretraining.model.config import ModelConfig
@@ -81,13 +81,17 @@ def parameters(hidden):
 
 
 def write_steps(root, rng) -> list[Entry]:
-    """Two optimizers: AdamW converges at the second checkpoint, SGD never does."""
+    """Two optimizers: AdamW converges at the second checkpoint, SGD, which starts at its first one, never does."""
     entries = []
     for seed in SEEDS:
         for index, step in enumerate(STEPS):
             for group, job, gap in (("AdamW", "medium", 0.01 + 0.05 * 0.1**index), ("SGD", "sgd", 0.3 - 0.02 * index)):
                 folder = f"models/{job}/seed{seed}/step{step:07d}"
+                if (group, index) == ("SGD", 0):
+                    folder = folder.replace("sgd", "medium")
                 entries.append(Entry(group=group, seed=seed, step=step, folder=folder))
+                if (root / folder).exists():
+                    continue
                 write_model(root, folder, 16, step)
                 gap = 0.01 if folder == REFERENCE else gap + rng.uniform(0, 1e-3)
                 accuracy = 0.7 + 0.03 * index + rng.normal(0, 0.002)
@@ -171,7 +175,10 @@ def write_laboratory(root) -> Experiments:
 def laboratory(tmp_path_factory):
     """The laboratory, and its report in OUT/report."""
     root = tmp_path_factory.mktemp("laboratory")
-    write_laboratory(root)
+    found = records.versions("torch")
+    with pytest.MonkeyPatch.context() as patch:  # hundreds of records: looked up once
+        patch.setattr(records, "versions", lambda *_: found)
+        write_laboratory(root)
     report.main([str(root)])
     return root
 
@@ -230,16 +237,15 @@ def test_correlations_from_the_csv(numbers):
     rows, results = numbers
     told = 0
     for found in results["correlations"]:
-        models = [
-            row
+        wanted = [found["accuracy"], found["against"]]
+        models = {
+            row["folder"]: row
             for row in of(rows, found["experiment"])
-            if row[found["among"]]
-            and row["kind"] == "transformer"
-            and None not in (row[found["accuracy"]], row[found["against"]])
-        ]
-        x, y = ([row[name] for row in models] for name in (found["against"], found["accuracy"]))
+            if row[found["among"]] and row["kind"] == "transformer" and None not in map(row.get, wanted)
+        }.values()
+        y, x = ([row[name] for row in models] for name in wanted)
         correlation = found["found"]
-        assert correlation["n"] == len(models) and correlation["runs"] == len({(row["group"], row["seed"]) for row in models})
+        assert correlation["n"] == len(models) and correlation["runs"] == len({row["run"] for row in models})
         if len(models) < 4:
             assert correlation["spearman"] is None
             continue
@@ -254,6 +260,15 @@ def test_correlations_from_the_csv(numbers):
         if list(found.values())[:4] == ["steps", "probe_pcfg_A", "trace", "equal"]
     ]
     assert (steps["n"], steps["runs"]) == (6, 3) and steps["pearson_interval"][1] < 0
+
+
+def test_groups_that_share_a_model_are_one_run(numbers):
+    assert {row["run"] for row in of(numbers[0], "steps")} == {f"AdamW seed {seed}" for seed in SEEDS}
+    assert len({row["run"] for row in of(numbers[0], "algorithms")}) == 7
+    chain = [("a", "1"), ("b", "2"), ("c", "3"), ("c", "2"), ("b", "1"), ("d", "4")]  # c and b share 2, b and a share 1
+    entries = tuple(Entry(group=group, seed=None, step=index, folder=folder) for index, (group, folder) in enumerate(chain))
+    runs = experiment_rows.runs_of(Experiment(name="steps", entries=entries))
+    assert runs == {("a", None): "a", ("b", None): "a", ("c", None): "a", ("d", None): "d"}
 
 
 def test_changes_from_the_csv(numbers):
@@ -324,6 +339,9 @@ def test_correlations_in_words(laboratory, capsys, monkeypatch, tmp_path):
         pattern = rf"with trace \({trace}\) in 'sizes', among models of equal loss: "
         pattern += rf"probe A [-+]0\.\d\d \[.*?\] over 8 models of 8 runs, {side} the paper;"
         assert re.search(pattern, printed) and re.search(pattern, page)
+    assert re.search(
+        r"trace in 'steps', .*: probe A -.* over 6 models of 3 runs, the interval of so few runs is rough;", printed
+    )
     assert "fine-tuning B can't be told (fewer than 4 models)." in printed
 
 
@@ -340,9 +358,10 @@ def test_a_group_looks_the_same_everywhere_and_like_no_other():
     assert len({style.marker for style in styles.values()}) >= 10
 
 
-def test_same_tree_gives_same_bytes_wherever_it_lies(tmp_path):
+def test_same_tree_gives_same_bytes_wherever_it_lies(laboratory, tmp_path):
     """One experiment, one task: what else there is is drawn by the same code."""
-    plan = write_laboratory(tmp_path / "one")
+    shutil.copytree(laboratory, tmp_path / "one", ignore=shutil.ignore_patterns("report"))
+    plan = experiments.read_experiments(tmp_path / "one")
     plan = dataclasses.replace(plan, tasks=("A",), finetune_tasks=(), experiments=plan.experiments[2:])
     experiments.write_experiments(tmp_path / "one", plan)
     report.main([str(tmp_path / "one"), "--output", str(tmp_path / "out1")])
@@ -371,15 +390,11 @@ def test_an_enlarged_model_must_be_the_one(laboratory, tmp_path, monkeypatch):
     assert "seed 0: no trace (head); no command of the plan makes it" in page
 
 
-def test_nothing_is_there_yet(tmp_path, monkeypatch, capsys):
-    """The reference is missing, and all but one model."""
-    monkeypatch.setattr(analysis_plots, "write_plots", lambda *_: {})
-    plan = write_laboratory(tmp_path)
-    shutil.rmtree(tmp_path / "models/medium")
-    for job in ("sgd", "small", "large", "adversarial", "lookup_table"):
-        shutil.rmtree(tmp_path / "models" / job)
-    (tmp_path / "status.json").unlink()
-    experiments.write_experiments(tmp_path, plan)
+def test_nothing_is_there_yet(laboratory, tmp_path, capsys):
+    """All but the enlarged models is missing."""
+    shutil.copytree(laboratory / "enlarged", tmp_path / "enlarged")
+    shutil.copy(laboratory / "experiments.json", tmp_path)
     report.main([str(tmp_path)])
+    assert not list((tmp_path / "report").glob("*.png"))
     printed = capsys.readouterr().out
     assert printed.count("): can't be told, ") == 5 and "`train large seed1` has not run" in printed
