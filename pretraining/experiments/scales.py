@@ -170,12 +170,12 @@ SMALL = Scale(
     micro_batch=1024,
     dropout=0.0,
     lr=1e-3,
-    warmup=1200,
-    half_life=5000,
+    warmup=600,
+    half_life=2500,
     sgd_lr=5e-4,
-    sgd_warmup=1200,
-    steps=10_000,
-    checkpoints=(5000, 10_000, 15_000, 20_000),
+    sgd_warmup=600,
+    steps=5000,
+    checkpoints=(2500, 5000, 7500, 10_000),
     weights=(0.01, 0.03, 0.1, 0.3),
     ridge=1.0,
     adversarial_batch=512,
@@ -186,7 +186,7 @@ SMALL = Scale(
     finetune_epochs=15,
     finetune_tasks=("A", "B", "C"),
     precision=("--bf16",),
-    speed=Speed(start=15.0, step=0.01, rate=5e13, source="a guess for one H100; not measured"),
+    speed=Speed(start=10.0, step=0.01, rate=5e13, source="a guess for one H100; not measured"),
 )
 
 # Liu et al. 2023, appendix A: batches of 4096, over 30,000 steps, AdamW at 1e-3 with 6% warmup, SGD with 12% and a constant
