@@ -87,5 +87,5 @@ python run_ft.py --model_name_or_path "$models" $(task B) "${transfer[@]}" --eva
     --learning_rate 1e-4 --num_train_epochs 30
 
 stage "9/9 report"
-python -m pretraining.evaluation.report "$models" --output "$out/report"
+python -m pretraining.report "$models" --output "$out/report"
 printf '\nreport: %s (%d s in all)\n' "$out/report/report.html" "$SECONDS"

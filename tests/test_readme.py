@@ -44,7 +44,9 @@ def commands() -> list[list[str]]:
 def module_and_arguments(words: list[str]) -> tuple:
     """The module that a command starts, and what it is given."""
     if words[1] == "-m":
-        return importlib.import_module(words[2]), words[3:]
+        module = importlib.import_module(words[2])
+        # A package's __main__.py would start it; its command.py is what that calls.
+        return importlib.import_module(f"{words[2]}.command") if hasattr(module, "__path__") else module, words[3:]
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     return importlib.import_module(words[at].removesuffix(".py")), words[at + 1 :]
 

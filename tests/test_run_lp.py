@@ -11,8 +11,8 @@ from pcfg import lookup
 from pcfg.artefacts import InputError
 from pcfg.text import read_texts, write_labelled
 from pretraining.data.vocabulary import build_tokenizer
-from pretraining.evaluation import report
 from pretraining.model.checkpoints import load_model, load_vocabulary, read_facts, save_model
+from pretraining.report import command as report
 
 # The README's flags; the test adds sizes.
 README = """--tokenizer_name bert-large-uncased --max_seq_length 32 --do_train --do_eval --evaluation_strategy steps

@@ -1,1 +1,1 @@
-"""What came out of pre-training: exact loss, trace of the Hessian, transfer, and the report over all of them."""
+"""What came out of pre-training: exact loss, trace of the Hessian, transfer."""

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from pcfg.artefacts import InputError, write_json
 from pcfg.cli import non_negative, run_main
-from pretraining.evaluation.experiments import Choice, Weight, write_choice
 from pretraining.evaluation.records import read_records
 from pretraining.model.checkpoints import weights_sha256
+from pretraining.report.experiments import Choice, Weight, write_choice
 
 ERRORS = 2.0  # standard errors that a gap's increase must stay below the limit by
 

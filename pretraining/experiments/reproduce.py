@@ -21,10 +21,10 @@ import torch
 
 from pcfg.artefacts import InputError, check_space
 from pcfg.cli import non_negative_int, positive_int, run_main
-from pretraining.evaluation.experiments import NAMES, Experiments, read_experiments, write_experiments
 from pretraining.experiments.plan import Planner, Step
 from pretraining.experiments.runner import ROOT, Runner, is_done, lock
 from pretraining.experiments.scales import SCALES, Scale
+from pretraining.report.experiments import NAMES, Experiments, read_experiments, write_experiments
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     with lock(out) as descriptor:
         write_experiments(out, planned)
         all_done = Runner(steps, out, jobs, environment, descriptor).run()
-    report = [sys.executable, "-m", "pretraining.evaluation.report", str(out), "--output", str(out / "report")]
+    report = [sys.executable, "-m", "pretraining.report", str(out), "--output", str(out / "report")]
     done = subprocess.run(report, cwd=ROOT, env={**os.environ, **environment}, check=False)
     sys.exit(done.returncode or (0 if all_done else 1))
 

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 from pcfg.artefacts import disk_errors
-from pretraining.evaluation.experiments import Status, read_statuses, write_statuses
 from pretraining.experiments.plan import Step
 from pretraining.model.checkpoints import is_model_folder
+from pretraining.report.experiments import Status, read_statuses, write_statuses
 
 ROOT = Path(__file__).parents[2]
 LOCK_FILE = ".running"

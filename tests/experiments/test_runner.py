@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from pcfg.artefacts import write_json
-from pretraining.evaluation.experiments import read_statuses
 from pretraining.experiments.plan import Step
 from pretraining.experiments.runner import Runner, is_done, lock
+from pretraining.report.experiments import read_statuses
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,31 +1,31 @@
 """One report of everything measured under a folder: `results.csv`, plots, `report.html`.
 
-    python -m pretraining.evaluation.report quickstart/models --output quickstart/report
+    python -m pretraining.report quickstart/models --output quickstart/report
 
 The report is a pure function of a tree of folders. Each folder with weights, or with records only (a lookup table measured
 as a model), is one row; the numbers come from the measurements' JSON files beside the weights (see
 `pretraining.evaluation.records`), the facts from `config.json` and `args.json`. Nothing else is read. A measurement that was
 not made is an empty cell.
 
-With an `experiments.json` in the folder (`pretraining.evaluation.experiments`) the report is an analysis of the experiments:
-findings, tables and plots as `pretraining.evaluation.analysis` describes them, `experiments.csv` and `results.json`. Without:
+With an `experiments.json` in the folder (`pretraining.report.experiments`) the report is an analysis of the experiments:
+findings, tables and plots as `pretraining.report.analysis` describes them, `experiments.csv` and `results.json`. Without:
 
 Gaps in the table and the plots are means over sentences of the mean over positions of KL(P || f), in nats: the mean that
 training with `--single_mask` minimises. `results.csv` has both means. Models enlarged by enlarge.py are compared with those of
-their shape apart (see `pretraining.evaluation.report_sizes`) and are left out of the other plots: but for the trace, all that
+their shape apart (see `pretraining.report.sizes`) and are left out of the other plots: but for the trace, all that
 is measured of them is the small model's.
 """
 
 import argparse
 from pathlib import Path
 
-from pcfg.cli import run_main
-from pretraining.evaluation import analysis_plots, experiment_rows, report_plots
-from pretraining.evaluation.analysis import RESULTS_FILE, Analysis, analyse, write_results
-from pretraining.evaluation.analysis_page import write_page
-from pretraining.evaluation.analysis_tables import correlation_sentences, experiment_table
-from pretraining.evaluation.report_page import NOTES, sections, table, table_text, write_html
-from pretraining.evaluation.report_rows import LOOKUP_TABLE, accuracy_names, collect, error_of, write_csv
+from pretraining.report import analysis_plots, experiment_rows
+from pretraining.report import plots as report_plots
+from pretraining.report.analysis import RESULTS_FILE, Analysis, analyse, write_results
+from pretraining.report.analysis_page import write_page
+from pretraining.report.analysis_tables import correlation_sentences, experiment_table
+from pretraining.report.page import NOTES, sections, table, table_text, write_html
+from pretraining.report.rows import LOOKUP_TABLE, accuracy_names, collect, error_of, write_csv
 
 CSV_FILE, HTML_FILE = "results.csv", "report.html"
 
@@ -49,7 +49,7 @@ def make_report(folder, output) -> tuple[list[dict], list[dict], Analysis | None
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pretraining.evaluation.report",
+        prog="python -m pretraining.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -76,7 +76,3 @@ def main(arguments: list[str] | None = None) -> None:
     if any(row["kind"] == LOOKUP_TABLE for row in rows):
         print("lookup table: its output is P itself, so its loss is the entropy and its gap 0 by construction.")
     print(f"report: {output / HTML_FILE}  (numbers: {output / CSV_FILE})")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pretraining.evaluation.experiments import Entry, Experiment
-from pretraining.evaluation.findings import Finding, findings_of
+from pretraining.report.experiments import Entry, Experiment
+from pretraining.report.findings import Finding, findings_of
 
 NAMES = ["probe_pcfg_A", "probe_pcfg_B"]
 WOBBLE = (-0.1, 0.0, 0.1)  # of seeds 0, 1, 2, around a mean

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from matplotlib.lines import Line2D
 
-from pretraining.evaluation.analysis import Analysis, Line
-from pretraining.evaluation.experiment_rows import TRACE, accuracy_label, trace_names
-from pretraining.evaluation.experiments import ALGORITHMS, SIZES, STEPS, Choice
-from pretraining.evaluation.plotting import (
+from pretraining.report.analysis import Analysis, Line
+from pretraining.report.experiment_rows import TRACE, accuracy_label, trace_names
+from pretraining.report.experiments import ALGORITHMS, SIZES, STEPS, Choice
+from pretraining.report.plotting import (
     DASHES,
     GREY,
     draw_points,
@@ -24,7 +24,7 @@ from pretraining.evaluation.plotting import (
     size_axis,
     steps_axis,
 )
-from pretraining.evaluation.report_rows import LOOKUP_TABLE, error_of
+from pretraining.report.rows import LOOKUP_TABLE, error_of
 
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
 MARKERS = "osD^vXP<>*p"

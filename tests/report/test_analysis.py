@@ -13,10 +13,12 @@ import pytest
 from scipy import stats
 
 from pcfg.artefacts import InputError, write_json
-from pretraining.evaluation import analysis_plots, experiment_rows, experiments, records, report
-from pretraining.evaluation.experiments import Choice, Command, Entry, Experiment, Experiments, Status, Weight
+from pretraining.evaluation import records
 from pretraining.evaluation.records import write_record
 from pretraining.model.config import ModelConfig
+from pretraining.report import analysis_plots, experiment_rows, experiments
+from pretraining.report import command as report
+from pretraining.report.experiments import Choice, Command, Entry, Experiment, Experiments, Status, Weight
 
 TASKS, SEEDS, STEPS = ("A", "B"), (0, 1, 2), (500, 1000, 2000)
 REFERENCE = "models/medium/seed0/step0002000"

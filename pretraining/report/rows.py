@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from pcfg.artefacts import InputError, atomic_open, read_json
-from pretraining.evaluation import report_sizes
 from pretraining.evaluation.records import read_records
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import CONFIG_FILE, is_model_folder, read_facts
 from pretraining.model.config import ModelConfig
+from pretraining.report import sizes as report_sizes
 
 LOOKUP_TABLE = "lookup table"  # what args.json of a folder without weights says its model is
 FACTS = ("model", "kind", "job", "step", "parameters", "hidden_size", "layers", "heads", "intermediate_size")

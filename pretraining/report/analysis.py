@@ -1,8 +1,8 @@
 """The analysis of the experiments: tables, findings, correlations, the paper's numbers beside ours; `results.json` has it all.
 
 What is computed: means over seeds with standard errors over seeds where there are several, else the measurement's own (a table
-of one says so); the findings (`pretraining.evaluation.findings`); Spearman's and Pearson's correlation of each accuracy with
-trace and gap over the models of an experiment (`pretraining.evaluation.statistics`), among those whose loss is equal to the
+of one says so); the findings (`pretraining.report.findings`); Spearman's and Pearson's correlation of each accuracy with
+trace and gap over the models of an experiment (`pretraining.report.statistics`), among those whose loss is equal to the
 reference's within the margin, and, to see whether the criterion matters, among those not told apart from it. Lookup tables are
 in no correlation: they have no trace, and their features are of another kind.
 """
@@ -11,12 +11,12 @@ import dataclasses
 from pathlib import Path
 
 from pcfg.artefacts import write_json
-from pretraining.evaluation import paper, statistics
-from pretraining.evaluation.experiment_rows import accuracy_names, probe_name, read_experiment_rows, trace_names, why_missing
-from pretraining.evaluation.experiments import STEPS, Choice, Experiment, Experiments, Status, read_choice
-from pretraining.evaluation.findings import Finding, findings_of
-from pretraining.evaluation.report_rows import error_of
-from pretraining.evaluation.statistics import Change, Correlation, correlate, mean_of
+from pretraining.report import paper, statistics
+from pretraining.report.experiment_rows import accuracy_names, probe_name, read_experiment_rows, trace_names, why_missing
+from pretraining.report.experiments import STEPS, Choice, Experiment, Experiments, Status, read_choice
+from pretraining.report.findings import Finding, findings_of
+from pretraining.report.rows import error_of
+from pretraining.report.statistics import Change, Correlation, correlate, mean_of
 
 RESULTS_FILE = "results.json"
 SETS = {"equal": "equal within the margin", "not_told_apart": "not told apart"}  # column of the rows: in words
@@ -238,7 +238,7 @@ def analyse(folder, rows: list[dict], records: list[dict], draws: int = statisti
     """Analyse the experiments of a folder; None where it has no `experiments.json`.
 
     Args:
-        rows, records: what `pretraining.evaluation.report_rows.collect` found in `folder`.
+        rows, records: what `pretraining.report.rows.collect` found in `folder`.
         draws: of the bootstrap.
 
     Raises:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pretraining.evaluation import statistics
-from pretraining.evaluation.statistics import Mean, change_of_means, correlate, mean_of, paired_change
+from pretraining.report import statistics
+from pretraining.report.statistics import Mean, change_of_means, correlate, mean_of, paired_change
 
 RNG = np.random.default_rng(5)
 

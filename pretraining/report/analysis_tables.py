@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from pretraining.evaluation.analysis import SETS, Analysis, Line, Summary
-from pretraining.evaluation.experiment_rows import accuracy_label, loss_label, trace_names
-from pretraining.evaluation.experiments import ALGORITHMS, SIZES, STEPS
-from pretraining.evaluation.findings import decimals
-from pretraining.evaluation.report_page import Section
-from pretraining.evaluation.statistics import FEWEST, Correlation
+from pretraining.report.analysis import SETS, Analysis, Line, Summary
+from pretraining.report.experiment_rows import accuracy_label, loss_label, trace_names
+from pretraining.report.experiments import ALGORITHMS, SIZES, STEPS
+from pretraining.report.findings import decimals
+from pretraining.report.page import Section
+from pretraining.report.statistics import FEWEST, Correlation
 
 TITLES = {
     STEPS: "Training on after the loss has converged",

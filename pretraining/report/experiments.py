@@ -1,6 +1,6 @@
 """`experiments.json`: which models belong to which experiment, and what makes them; its writer and its reader.
 
-The runner of the experiments writes it, `pretraining.evaluation.report` reads it. All folders are relative to the folder that
+The runner of the experiments writes it, `pretraining.report.command` reads it. All folders are relative to the folder that
 it lies in, and written with `/`.
 
 | field | type | meaning |

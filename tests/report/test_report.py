@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from pcfg.artefacts import InputError, write_json
-from pretraining.evaluation import report, report_sizes
 from pretraining.evaluation.records import write_record
 from pretraining.model.config import ModelConfig
+from pretraining.report import command as report
+from pretraining.report import sizes as report_sizes
 
 COMMON = {"inputs": {"data": {"sha256": "ab" * 32}}, "arguments": {"seed": 0}, "seconds": 1.0, "device": "cpu"}
 

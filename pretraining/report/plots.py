@@ -11,7 +11,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pretraining.evaluation.plotting import (
+from pretraining.model.enlarge import TIED_SCALES
+from pretraining.report.plotting import (
     DASHES,
     GREY,
     LIGHTEST,
@@ -24,8 +25,7 @@ from pretraining.evaluation.plotting import (
     size_axis,
     steps_axis,
 )
-from pretraining.evaluation.report_sizes import SizeComparison, across_sizes
-from pretraining.model.enlarge import TIED_SCALES
+from pretraining.report.sizes import SizeComparison, across_sizes
 
 SATURATED = 0.05  # nats: models with a gap up to this are drawn filled where accuracies are compared
 
@@ -204,7 +204,7 @@ def write_plots(output, rows: list[dict], names: list[str], error_of) -> list[tu
 
     Args:
         output: folder of the PNG files.
-        rows: rows of `results.csv` (see `pretraining.evaluation.report_rows.collect`).
+        rows: rows of `results.csv` (see `pretraining.report.rows.collect`).
         names: the accuracies, `probe_TASK` and `finetune_TASK`.
         error_of: from a row and a name to the accuracy's error, or None.
 

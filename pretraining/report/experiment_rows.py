@@ -1,6 +1,6 @@
 """The models of the experiments as rows: one an (experiment, group, seed, step), with all numbers that the analysis uses.
 
-Each row is joined from `experiments.json` (see `pretraining.evaluation.experiments`), the rows of `results.csv` and the
+Each row is joined from `experiments.json` (see `pretraining.report.experiments`), the rows of `results.csv` and the
 comparisons with the reference. What is missing is named, with the command that should have made it.
 
 Differences to the reference are by sentences, model minus reference (`comparison_HASH.json`, HASH being that of the reference's
@@ -12,10 +12,10 @@ import dataclasses
 from pathlib import Path
 
 from pcfg.artefacts import InputError, atomic_open
-from pretraining.evaluation import statistics
-from pretraining.evaluation.experiments import SIZES, Entry, Experiment, Experiments, Status, read_experiments, read_statuses
 from pretraining.model.checkpoints import is_model_folder, weights_sha256
 from pretraining.model.enlarge import TIED_SCALES
+from pretraining.report import statistics
+from pretraining.report.experiments import SIZES, Entry, Experiment, Experiments, Status, read_experiments, read_statuses
 
 ROWS_FILE = "experiments.csv"
 COMPARISON = "comparison_*.json"  # how a plan names a record whose name has the hash of the reference's weights
@@ -192,7 +192,7 @@ def experiment_rows(
 
     Args:
         folder: of `experiments.json`.
-        rows, records: what `pretraining.evaluation.report_rows.collect` found there.
+        rows, records: what `pretraining.report.rows.collect` found there.
 
     Returns:
         Dicts with `IDENTITY`, `LOSS`, the traces and accuracies with their errors, as columns of `experiments.csv` (None or no

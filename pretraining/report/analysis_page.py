@@ -2,11 +2,11 @@
 
 import base64
 
-from pretraining.evaluation.analysis import Analysis
-from pretraining.evaluation.analysis_plots import Plot
-from pretraining.evaluation.analysis_tables import command_table, correlation_sentences, experiment_table, further_tables
-from pretraining.evaluation.findings import HOLDS, HOLDS_NOT, Finding
-from pretraining.evaluation.report_page import NOTES, render, table
+from pretraining.report.analysis import Analysis
+from pretraining.report.analysis_plots import Plot
+from pretraining.report.analysis_tables import command_table, correlation_sentences, experiment_table, further_tables
+from pretraining.report.findings import HOLDS, HOLDS_NOT, Finding
+from pretraining.report.page import NOTES, render, table
 
 RULE = (
     "A finding holds for an accuracy if the 95% intervals of the changes of both trace and accuracy lie on the paper's side of "
@@ -38,7 +38,7 @@ def write_page(path, rows: list[dict], records: list[dict], analysis: Analysis, 
     """Write the self-contained page.
 
     Args:
-        rows, records: what `pretraining.evaluation.report_rows.collect` found.
+        rows, records: what `pretraining.report.rows.collect` found.
         plots: those of each experiment.
     """
     sections = [(*experiment_table(analysis, name), [_plot(plot) for plot in plots.get(name, [])]) for name in analysis.tables]

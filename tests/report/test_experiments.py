@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pcfg.artefacts import InputError
-from pretraining.evaluation import experiments
-from pretraining.evaluation.experiments import Choice, Command, Entry, Experiment, Experiments, Status, Weight
+from pretraining.report import experiments
+from pretraining.report.experiments import Choice, Command, Entry, Experiment, Experiments, Status, Weight
 
 
 def whole() -> Experiments:

@@ -7,8 +7,8 @@ from pathlib import Path
 import jinja2
 
 from pcfg.artefacts import atomic_open
-from pretraining.evaluation import report_sizes
-from pretraining.evaluation.report_rows import LOOKUP_TABLE, accuracy_names, error_of
+from pretraining.report import sizes as report_sizes
+from pretraining.report.rows import LOOKUP_TABLE, accuracy_names, error_of
 
 
 def _number(value, error, digits: int, scale: float = 1.0, mark: str = "") -> str:
