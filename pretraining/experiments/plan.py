@@ -317,7 +317,7 @@ class Planner:
         rows = scale.labelled + scale.validation
         for task in tasks:
             files = f"--train_file $OUT/{labelled}/pcfg_{task}.csv --validation_file $OUT/{labelled}/pcfg_{task}_validation.csv"
-            common = f"--model_name_or_path $OUT/models/{folder} {files} {self._transfer}"
+            common = f"--model_name_or_path $OUT/models/{folder} {files} {self._transfer()}"
             probe = f"python run_lp.py {common} {' '.join(scale.probe)}"
             add(f"probe {task}", probe, f"probe_pcfg_{task}.json", (f"{source} {task}",), 2 * rows)
             if task in scale.finetune_tasks and what != "selection":
@@ -325,23 +325,23 @@ class Planner:
                 passes = 3 * scale.finetune_epochs * scale.labelled + rows
                 add(f"finetune {task}", finetune, f"finetune_pcfg_{task}.json", (f"task {task}",), passes)
 
-    @property
-    def _transfer(self) -> str:
+    def _transfer(self, tokenizer: str = "bert-large-uncased") -> str:
         """Flags that probes and fine-tuning share."""
         return (
-            f"--tokenizer_name bert-large-uncased --max_seq_length {self.scale.tokens} --do_train --do_eval "
-            "--weight_decay 0.01 --max_grad_norm 1.0 --lr_scheduler_type polynomial"
+            f"--tokenizer_name {tokenizer} --max_seq_length {self.scale.tokens} --do_train --do_eval --weight_decay 0.01 "
+            "--max_grad_norm 1.0 --lr_scheduler_type polynomial"
         )
 
     def _lookup_probes(self) -> None:
         """Probes of the language's own conditionals, under models/lookup_table."""
         scale, folder = self.scale, "models/lookup_table"
+        flags = self._transfer("$OUT/data/pretraining/bert-large-uncased")
         for task in self.tasks:
             # Conditionals are far smaller numbers than hidden states: at the models' rate their probe would be left unfinished.
             words = (
                 f"python run_lp.py --features conditional --rule-path {scale.rules} --output_dir $OUT/{folder} --train_file "
-                f"$OUT/data/pcfg_{task}.csv --validation_file $OUT/data/pcfg_{task}_validation.csv {self._transfer} "
-                f"{' '.join(scale.probe)} --learning_rate 1e-1 --tokenizer_name $OUT/data/pretraining/bert-large-uncased"
+                f"$OUT/data/pcfg_{task}.csv --validation_file $OUT/data/pcfg_{task}_validation.csv {flags} "
+                f"{' '.join(scale.probe)} --learning_rate 1e-1"
             )
             file = f"{folder}/probe_pcfg_{task}.json"
             seconds = scale.speed.start + (scale.labelled + scale.validation) / 2e4
