@@ -21,9 +21,10 @@ import torch
 
 from pcfg.artefacts import InputError, check_space
 from pcfg.cli import non_negative_int, positive_int, run_main
-from pretraining.experiments.plan import Planner, Step
+from pretraining.experiments.plan import Planner
 from pretraining.experiments.runner import ROOT, Runner, is_done, lock
 from pretraining.experiments.scales import SCALES, Scale
+from pretraining.experiments.steps import Step
 from pretraining.report.experiments import NAMES, Experiments, read_experiments, write_experiments
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}

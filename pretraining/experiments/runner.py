@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from pcfg.artefacts import disk_errors
-from pretraining.experiments.plan import Step
+from pretraining.experiments.steps import Step
 from pretraining.model.checkpoints import is_model_folder
 from pretraining.report.experiments import Status, read_statuses, write_statuses
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pcfg.artefacts import write_json
-from pretraining.experiments.plan import Step
 from pretraining.experiments.runner import Runner, is_done, lock
+from pretraining.experiments.steps import Step
 from pretraining.report.experiments import read_statuses
 
 ROOT = Path(__file__).parents[2]
@@ -145,7 +145,7 @@ def driver(tmp_path):
         "(out / 'result').touch()\n"
     )
     (tmp_path / "tests_steps.py").write_text(
-        "from pretraining.experiments.plan import Step\n"
+        "from pretraining.experiments.steps import Step\n"
         f"steps = [Step(name='slow', words=('python', '-c', {code!r}), makes=('result',))]\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
