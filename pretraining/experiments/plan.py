@@ -241,7 +241,7 @@ class Planner:
                 f"python calculate_hessian.py {where} {data} --nsamples {scale.trace_sentences}",
                 "hessian.json",
                 ("text",),
-                6 * scale.trace_sentences * scale.mean_words,
+                2 * scale.trace_sentences * scale.mean_words,
             )
         source = "selection task" if what == "selection" else "task"
         rows = scale.labelled + scale.validation
@@ -313,7 +313,7 @@ class Planner:
                     )
                     enlarged[rule].append((made, common[rule]))
                 entries.append(Entry(group=name, seed=run.seed, step=step, folder=run.model(step), common=common))
-        passes = 6 * scale.trace_sentences * scale.mean_words * (scale.mean_words + 2)
+        passes = 2 * scale.trace_sentences * scale.mean_words * (scale.mean_words + 2)
         operations = 2 * passes * scale.sizes[scale.largest].parameters(scale.words)
         for rule, models in enlarged.items():
             self._add(
@@ -371,7 +371,7 @@ class Planner:
             flags=(*plain.flags, *text.split(), *flags),
             needs=needs,
             requires=requires,
-            extra=1 + 1.3 * scale.adversarial_batch / scale.batch,  # its last layer works at all positions
+            extra=1 + 1.6 * scale.adversarial_batch / scale.batch,  # its last layer works at all positions
         )
 
     def _algorithms_experiment(self, base: list[Run], adversarial: list[Run]) -> Experiment:
