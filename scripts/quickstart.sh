@@ -3,7 +3,7 @@
 # sizes, exact loss, trace of the Hessian, linear probes, fine-tuning, report. Sets up .venv itself.
 #     bash scripts/quickstart.sh [FOLDER]      (default: quickstart)
 # A run that was interrupted goes on where it stopped; a finished one is checked in about a minute.
-# QUICKSTART_STEPS (default 1500, a multiple of 3) makes a shorter run.
+# QUICKSTART_STEPS (default 1500, a multiple of 3) makes a shorter run; below 300 its measurements are short as well.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh "$PWD/requirements.txt"
@@ -11,6 +11,8 @@ source scripts/setup.sh "$PWD/requirements.txt"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 out=${1:-quickstart}
 steps=${QUICKSTART_STEPS:-1500}
+trace_sentences=1024 epochs=30
+if [ "$steps" -lt 300 ]; then trace_sentences=64 epochs=3; fi
 rules=rule_mini_mlm.txt
 data=$out/data
 models=$out/models
@@ -68,7 +70,7 @@ stage "5/9 exact loss"
 python calculate_loss.py "${measured[@]}"
 
 stage "6/9 trace of the Hessian"
-python calculate_hessian.py "${measured[@]}" --nsamples 1024
+python calculate_hessian.py "${measured[@]}" --nsamples $trace_sentences
 
 stage "7/9 linear probes of the models and of the lookup table"
 for name in A B C; do
@@ -84,7 +86,7 @@ stage "8/9 fine-tuning of the models"
 # shellcheck disable=SC2046
 python run_ft.py --model_name_or_path "$models" $(task B) "${transfer[@]}" --evaluation_strategy steps --eval_steps 100 \
     --per_device_train_batch_size 128 --gradient_accumulation_steps 1 --per_device_eval_batch_size 128 \
-    --learning_rate 1e-4 --num_train_epochs 30
+    --learning_rate 1e-4 --num_train_epochs $epochs
 
 stage "9/9 report"
 python -m pretraining.report "$models" --output "$out/report"

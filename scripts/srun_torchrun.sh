@@ -4,7 +4,8 @@
 # For the experiments it is a launcher: reproduce_all.sh --scale paper --launcher "bash scripts/srun_torchrun.sh".
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # a line each; a pipe to head would be broken before scontrol ends
+master=${nodes%%$'\n'*}
 port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 script=$1
 shift

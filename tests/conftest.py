@@ -1,6 +1,7 @@
 """Small artefacts that many tests need, made once a session through the project's own scripts."""
 
 import os
+import signal
 
 import pytest
 
@@ -41,6 +42,21 @@ C2 river 0.6
 C2 stone 0.3
 C2 bird 0.1
 """
+
+LONGEST = ("test_quickstart.py", "test_reproduce.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests come first: begun last, they would leave the other cores without work."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Let processes started here obey Ctrl-C: those of a shell's background job would inherit that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -43,14 +43,6 @@ def test_success_and_mistakes_of_ours_are_left_alone():
         run_main(raising(ZeroDivisionError()))
 
 
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Let processes started here obey Ctrl-C: those of a shell's background job would inherit that it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def script(body, *arguments):
     return [sys.executable, "-c", f"from pcfg.cli import *\n{body}", *map(str, arguments)]
 

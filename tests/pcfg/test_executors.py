@@ -30,14 +30,6 @@ def two_cores(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
 
 
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Let processes started here obey Ctrl-C: those of a shell's background job would inherit that it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def options(*flags):
     parser = argparse.ArgumentParser()
     add_executor_arguments(parser)
