@@ -44,6 +44,7 @@ class Ranks:
         return array
 
     def close(self) -> None:
-        """Leave the others."""
+        """Leave the others, all at once: one that went ahead would close connections that another still reads from."""
         if self.size > 1:
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
