@@ -51,7 +51,7 @@ class Planner:
             adversarial = self._selection()
             self._train(adversarial)
         for runs in (base, sgd, *[sizes[name] for name in others]):
-            self._measure(runs, f"{base[0].model(scale.steps)}", base[0].name)
+            self._measure(runs, base[0].model(scale.steps), base[0].name)
         experiments = []
         if STEPS in self.names:
             experiments.append(self._steps_experiment(base, sgd))
@@ -112,7 +112,7 @@ class Planner:
         for task in self.tasks:
             self._labelled(f"task {task}", task, "data", scale.labelled, scale.validation, seed=0)
         self._add(
-            "lookup table",
+            LOOKUP,
             f"python -m pcfg.lookup {rules} --datafile $OUT/data/test0.txt --save-path $OUT/data/lookup.hdf5",
             needs=("text",),
             seconds=scale.speed.start + scale.test_sentences / 2e4,
@@ -191,16 +191,13 @@ class Planner:
 
     # measurements
 
-    def _measure(
-        self, runs: list[Run], reference: str, reference_run: str, labelled: str = "data", what: str | None = None
-    ) -> None:
+    def _measure(self, runs: list[Run], reference: str, reference_run: str, for_selection: bool = False) -> None:
         """Loss, comparison with the reference, trace, probes and fine-tuning of all models of like runs.
 
         Args:
             runs: seeds of one kind.
             reference: the model that the losses are compared with, made by the command `reference_run`.
-            labelled: folder of the labelled files.
-            what: "selection": only what choosing a weight needs.
+            for_selection: only what choosing a weight needs, on the labelled files for that.
         """
         if not runs:
             return
@@ -220,22 +217,13 @@ class Planner:
 
         where, data = f"--model-path $OUT/models/{folder}", "--datafile $OUT/data/test0.txt --vocabfile vocab.txt"
         passes = scale.test_sentences * scale.mean_words
-        add(
-            "loss",
-            f"python calculate_loss.py {where} {data} --condprobfile $OUT/data/lookup.hdf5",
-            "loss.json",
-            (LOOKUP,),
-            passes,
-        )
-        add(
-            "comparison",
-            f"python calculate_loss.py {where} {data} --condprobfile $OUT/data/lookup.hdf5 --compare-with $OUT/{reference}",
-            COMPARISON,
-            (LOOKUP, reference_run),
-            passes,
-        )
-        tasks = [ADVERSARIAL_TASK] if what == "selection" else self.tasks
-        if what != "selection":
+        loss = f"python calculate_loss.py {where} {data} --condprobfile $OUT/data/lookup.hdf5"
+        add("loss", loss, "loss.json", (LOOKUP,), passes)
+        add("comparison", f"{loss} --compare-with $OUT/{reference}", COMPARISON, (LOOKUP, reference_run), passes)
+        if for_selection:
+            tasks, source, labelled = [ADVERSARIAL_TASK], "selection task", "data/selection"
+        else:
+            tasks, source, labelled = self.tasks, "task", "data"
             add(
                 "trace",
                 f"python calculate_hessian.py {where} {data} --nsamples {scale.trace_sentences}",
@@ -243,14 +231,13 @@ class Planner:
                 ("text",),
                 2 * scale.trace_sentences * scale.mean_words,
             )
-        source = "selection task" if what == "selection" else "task"
         rows = scale.labelled + scale.validation
         for task in tasks:
             files = f"--train_file $OUT/{labelled}/pcfg_{task}.csv --validation_file $OUT/{labelled}/pcfg_{task}_validation.csv"
             common = f"--model_name_or_path $OUT/models/{folder} {files} {self._transfer()}"
             probe = f"python run_lp.py {common} {' '.join(scale.probe)}"
             add(f"probe {task}", probe, f"probe_pcfg_{task}.json", (f"{source} {task}",), 2 * rows)
-            if task in scale.finetune_tasks and what != "selection":
+            if task in scale.finetune_tasks and not for_selection:
                 finetune = f"python run_ft.py {common} {' '.join(scale.finetune)}"
                 passes = 3 * scale.finetune_epochs * scale.labelled + rows
                 add(f"finetune {task}", finetune, f"finetune_pcfg_{task}.json", (f"task {task}",), passes)
@@ -343,7 +330,7 @@ class Planner:
         self._train(runs)
         standard = plain.model(scale.steps)
         for run in runs:
-            self._measure([run], standard, plain.name, "data/selection", what="selection")
+            self._measure([run], standard, plain.name, for_selection=True)
         candidates = " ".join(f"--candidate {weight:g} $OUT/{run.model(scale.steps)}" for weight, run in tried.items())
         measured = [f"{what} of {run.folder}" for run in runs for what in ("comparison", f"probe {task}")]
         self._add(

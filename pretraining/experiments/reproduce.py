@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 
 from pcfg.artefacts import InputError, check_space
-from pcfg.cli import non_negative_int, positive_int, run_main
+from pcfg.cli import positive_int, run_main
 from pretraining.experiments.plan import Planner
 from pretraining.experiments.runner import ROOT, Runner, is_done, lock
 from pretraining.experiments.scales import SCALES, Scale
 from pretraining.experiments.steps import Step
 from pretraining.report.experiments import NAMES, Experiments, read_experiments, write_experiments
+from pretraining.training import flags
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -36,7 +37,10 @@ def seed_list(text: str) -> list[int]:
     >>> seed_list("2,0")
     [0, 2]
     """
-    return sorted({non_negative_int(part) for part in text.split(",") if part.strip()})
+    seeds = flags.steps(text)  # the same kind of list
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"{text!r} has no seed")
+    return seeds
 
 
 def task_list(text: str) -> list[str]:

@@ -91,7 +91,6 @@ class Runner:
         own = {step.name for step in steps}
         self._of_others = {name: status for name, status in read_statuses(out).items() if name not in own}
         self._running: dict[str, tuple[subprocess.Popen, float]] = {}
-        self._begun = time.monotonic()
 
     def run(self) -> bool:
         """Do all that can be done; returns whether nothing failed. On Ctrl-C or SIGTERM the commands are ended first."""
@@ -109,12 +108,14 @@ class Runner:
         """Start commands until all places are taken; returns whether any step is still to come."""
         waiting = False
         for step in self.steps:
+            if len(self._running) == self.jobs:  # no place, so nothing to look for on the disk
+                return True
             if step.name in self.statuses or step.name in self._running:
                 continue
             if self._settle(step):
                 continue
             waiting = True
-            if len(self._running) < self.jobs and self._is_ready(step):
+            if self._is_ready(step):
                 self._start(step)
         return waiting
 
