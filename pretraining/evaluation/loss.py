@@ -27,6 +27,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from pcfg.means import mean_by_pairs, mean_by_sentences
@@ -129,7 +130,11 @@ def _parallel_map(device: torch.device):
         yield map
         return
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # The choice of a kernel is the process's: a thread that leaves the model's own choice would undo that of the others.
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
             yield pool.map
     finally:
         torch.set_num_threads(threads)  # threads that are started later take over what was set last

@@ -1,9 +1,11 @@
 import copy
 import decimal
+import time
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pcfg.artefacts import InputError
 from pcfg.grammar import Grammar
@@ -170,16 +172,24 @@ def test_whole_vocabularies_and_batches(measured, monkeypatch, mode):
     np.testing.assert_allclose(found, found[0], rtol=1e-6)
 
 
-def test_threads_change_nothing(measured):
+def test_threads_change_nothing(measured, monkeypatch):
     model, _, _, contexts, table, columns = measured
     alone = context_losses(model, contexts, table, columns, 16)
-    before = torch.get_num_threads()
+    before, attend, flash = torch.get_num_threads(), F.scaled_dot_product_attention, []
+
+    def slow_attention(*args, **keywords):
+        time.sleep(0.002)  # others enter and leave meanwhile
+        flash.append(torch.backends.cuda.flash_sdp_enabled())  # the switch of the CPU's kernel too
+        return attend(*args, **keywords)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", slow_attention)
     torch.set_num_threads(3)
     try:
         together = context_losses(model, contexts, table, columns, 16)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+    assert flash and not any(flash)
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_array_equal(a, b)
 
