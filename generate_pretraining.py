@@ -14,189 +14,32 @@ with any number of workers: threads of this machine, or the tasks of a Ray clust
 """
 
 import argparse
-import contextlib
-import dataclasses
-import functools
-from collections.abc import Iterator
-from pathlib import Path
+import importlib
 
-from pcfg.artefacts import InputError, Manifest, atomic_open, check_space, free_bytes, keyed_rng, sha256
-from pcfg.cli import non_negative_int, positive_int, run_main
-from pcfg.executors import add_executor_arguments, end_if_asked, executor_options, run_jobs
-from pcfg.grammar import Grammar, find_rules
-from pcfg.sampler import DRAWING, Sampler
-from pcfg.text import SPLITS, decoded, shard_name, shard_paths, write_shard
+from pcfg.cli import run_main
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MANIFEST = "manifest_pretraining.json"
-# Sentences from which the plan estimates bytes.
-PLAN_SAMPLE = 2_000
+# Modules with `add_arguments(parser)` and `generate(options)`; only the one that is asked for is imported.
+SOURCES = {"pcfg": "pretraining.sources.grammar"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One of the text files to make."""
-
-    split: str
-    number: int
-    sentences: int
-
-    @property
-    def name(self) -> str:
-        return shard_name(self.split, self.number)
-
-
-def make_shard(sampler: Sampler, folder: Path, seed: int, shard: Shard) -> dict:
-    """Draw and write one shard, a block of sentences at a time; returns what the manifest says of it."""
-    rng = keyed_rng(seed, f"pretraining-{shard.split}", shard.number)
-    words = 0
-
-    def blocks() -> Iterator[memoryview]:
-        nonlocal words
-        for text, number in sampler.draw_text(shard.sentences, rng):
-            end_if_asked()
-            words += number
-            yield text
-
-    written = write_shard(folder / shard.name, blocks())
-    return {**written, "sentences": shard.sentences, "words": words}
-
-
-def vocabulary_bytes(grammar: Grammar, vocab_file: str | None) -> bytes:
-    """The content of vocab.txt: the special tokens and the grammar's words, or that of `vocab_file`, checked.
-
-    Raises:
-        InputError: `vocab_file` can't be read, or lacks a special token or a word of the grammar; a word of the grammar is
-            a special token.
-    """
-    for token in SPECIAL_TOKENS:
-        if token in grammar.words:
-            raise InputError(f"{token}: a special token as a word of the grammar; rename the word")
-    if vocab_file is None:
-        return "".join(f"{token}\n" for token in (*SPECIAL_TOKENS, *grammar.words)).encode()
-    known = set(decoded(Path(vocab_file)).replace("\r\n", "\n").split("\n"))
-    missing = [word for word in (*SPECIAL_TOKENS, *grammar.words) if word not in known]
-    if missing:
-        raise InputError(
-            f"{vocab_file}: {missing[0]!r} is not in this vocabulary ({len(missing)} of {len(grammar.words)} words and "
-            "special tokens missing); one word must be one token: take another vocabulary, or leave --vocab-file out"
-        )
-    return Path(vocab_file).read_bytes()
-
-
-def open_manifest(folder: Path, made_from: dict, overwrite: bool) -> Manifest:
-    """The manifest of `folder`; text that was made otherwise is removed if `overwrite`, else refused."""
-    path = folder / MANIFEST
-    present = [shard for split in SPLITS for shard in shard_paths(folder, split)] if folder.is_dir() else []
-    if present and not path.exists() and not overwrite:
-        raise InputError(
-            f"{present[0]}: text that this script has no record of ({MANIFEST} is missing); "
-            "give another --save-path, or --overwrite to replace it"
-        )
-    manifest = Manifest(path, made_from, overwrite)
-    if overwrite:
-        # Shards beyond the new number would be read with the new ones.
-        for shard in present:
-            if shard.name not in manifest.names():
-                shard.unlink()
-    return manifest
-
-
-def write_vocabulary(manifest: Manifest, folder: Path, content: bytes, overwrite: bool) -> None:
-    """Write vocab.txt if it is not complete. It comes first, so that no shard is ever there without a manifest."""
-    path = folder / "vocab.txt"
-    if manifest.is_complete(path.name):
-        return
-    if path.exists() and not overwrite and not manifest.names() and path.read_bytes() != content:
-        raise InputError(f"{path}: another vocabulary is here; give another --save-path, or --overwrite to replace it")
-    with atomic_open(path, "wb") as file:
-        file.write(content)
-    manifest.add(path.name, tokens=len(content.split()))
-
-
-def complete_names(manifest: Manifest, shards: list[Shard]) -> set[str]:
-    """The names of the shards that are there and unchanged; several are read at once."""
-    listed = sorted({shard.name for shard in shards} & set(manifest.names()))
-    with contextlib.closing(run_jobs(manifest.is_complete, listed, len(listed), "verifying", "threads")) as verified:
-        return {name for name, complete in verified if complete}
-
-
-def check_disk(sampler: Sampler, seed: int, folder: Path, wanted: list[Shard], shards: list[Shard]) -> None:
-    """Print the plan, and raise an `InputError` if the disk can't hold the shards that are `wanted`."""
-    sample = sampler.draw_text(PLAN_SAMPLE, keyed_rng(seed, "pretraining-plan"))
-    sentence_bytes = sum(len(text) + 1 for text, _ in sample) / PLAN_SAMPLE
-    needed = sum(shard.sentences for shard in wanted) * sentence_bytes
-    for split in SPLITS:
-        numbers = [shard.sentences for shard in shards if shard.split == split]
-        total = sum(numbers)
-        print(f"plan: {len(numbers):,} {split} shards, {total:,} sentences, {total * sentence_bytes / 1e9:.3g} GB")
-    print(
-        f"plan: {len(shards) - len(wanted):,} shards are complete, {len(wanted):,} to make, {needed / 1e9:.3g} GB in {folder} "
-        f"({free_bytes(folder) / 1e9:.3g} GB free); sentences of at most {sampler.width} words, "
-        f"{sampler.length_probability.sum():.2%} of the grammar's"
-    )
-    check_space(folder, needed)
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(source: str = "pcfg") -> argparse.ArgumentParser:
+    """The command line of one source; `--help` lists its own flags only."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--rule-path", required=True, help="grammar file (rules format or nltk's PCFG format), or the name of a shipped one"
-    )
-    files.add_argument("--save-path", type=Path, required=True, help="folder for the text; made if missing")
-    files.add_argument(
-        "--vocab-file", help="copy this vocabulary to vocab.txt, after a check; default: special tokens and grammar's words"
-    )
-    files.add_argument("--overwrite", action="store_true", help="replace text that was made otherwise; default: refuse")
-    sizes = parser.add_argument_group("sizes")
-    sizes.add_argument(
-        "--sentence-num", type=positive_int, default=1_000_000, help="sentences a training shard; default 1000000"
-    )
-    sizes.add_argument("--shard-num", type=non_negative_int, default=200, help="training shards; default 200")
-    sizes.add_argument("--test-sentence-num", type=positive_int, default=10_000, help="sentences a test shard; default 10000")
-    sizes.add_argument("--test-shard-num", type=non_negative_int, default=10, help="test shards; default 10")
-    sizes.add_argument("--length-limit", type=positive_int, default=32, help="sentences have fewer words than this; default 32")
-    running = parser.add_argument_group("running")
-    running.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
-    add_executor_arguments(running)
+    _add_source(parser)
+    importlib.import_module(SOURCES[source]).add_arguments(parser)
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = build_parser().parse_args(arguments)
-    if options.length_limit < 2:
-        raise InputError(f"--length-limit {options.length_limit}: no sentence has fewer words; it must be 2 or more")
-    if options.shard_num + options.test_shard_num == 0:
-        raise InputError("--shard-num 0 --test-shard-num 0: nothing to make; ask for a shard at least")
-    executor = executor_options(options, local="threads")
-    grammar = Grammar.read(find_rules(options.rule_path))
-    sampler = Sampler(grammar, options.length_limit - 1)
-    vocabulary = vocabulary_bytes(grammar, options.vocab_file)
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", choices=SOURCES, default="pcfg", help="where the text comes from; default pcfg")
 
-    folder, seed = options.save_path, options.seed
-    shards = [Shard("training", i, options.sentence_num) for i in range(options.shard_num)]
-    shards += [Shard("test", i, options.test_sentence_num) for i in range(options.test_shard_num)]
-    made_from = {
-        "grammar_sha256": grammar.sha256,
-        "drawing": DRAWING,
-        "seed": seed,
-        "max_words": sampler.width,
-        "sentence_num": options.sentence_num,
-        "test_sentence_num": options.test_sentence_num,
-        "vocabulary": "the grammar's words" if options.vocab_file is None else sha256(options.vocab_file),
-    }
-    manifest = open_manifest(folder, made_from, options.overwrite)
-    complete = complete_names(manifest, shards)
-    wanted = [shard for shard in shards if shard.name not in complete]
-    check_disk(sampler, seed, folder, wanted, shards)
-    write_vocabulary(manifest, folder, vocabulary, options.overwrite)
-    # Absolute, as a Ray task may run in another working directory.
-    function = functools.partial(make_shard, sampler, folder.absolute(), seed)
-    with contextlib.closing(run_jobs(function, wanted, what="text shards", **executor)) as made:
-        for shard, facts in made:
-            manifest.add(shard.name, **facts)
-    print(f"{folder}: {len(wanted)} shards made, {len(shards) - len(wanted)} skipped as complete; vocab.txt beside them")
+
+def main(arguments: list[str] | None = None) -> None:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_source(first)
+    source = first.parse_known_args(arguments)[0].source
+    options = build_parser(source).parse_args(arguments)
+    importlib.import_module(SOURCES[source]).generate(options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The README is true: its file tree is the project's, and its commands' flags exist."""
 
 import importlib
+import itertools
 import re
 import shlex
 import subprocess
@@ -55,7 +56,8 @@ def module_and_arguments(words: list[str]) -> tuple:
 def test_the_commands_flags_exist(words):
     module, arguments = module_and_arguments(words)
     numbers = ["2" if word == "K" else word for word in arguments]  # K is a placeholder
-    assert vars(module.build_parser().parse_args(numbers))
+    source = [after for word, after in itertools.pairwise(numbers) if word == "--source"]  # each has its own parser
+    assert vars(module.build_parser(*source).parse_args(numbers))
 
 
 def test_the_dataset_commands_run(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,1 @@
+"""Where pre-training text comes from: a grammar, a causal language model, a corpus."""
