@@ -64,6 +64,7 @@ def run_jobs(
     what: str,
     executor: str = "processes",
     ray_address: str | None = None,
+    weight: Callable | None = None,
 ) -> Iterator[tuple]:
     """Yield `(job, function(job))` as jobs finish, and show a progress bar named `what`.
 
@@ -73,6 +74,7 @@ def run_jobs(
         n_processes: jobs at once; more than there are jobs or cores never are. A Ray cluster at an address uses all its cores.
         executor: "processes", "threads" (for functions that release Python's global lock most of the time) or "ray".
         ray_address: of a running cluster; None starts Ray on this machine, unless the caller did.
+        weight: bytes that a job works on, by which the bar advances; by jobs for None.
 
     Raises:
         InputError: a worker was killed (with Ray: several times for one job); Ray is not installed or not at the address.
@@ -90,10 +92,13 @@ def run_jobs(
     else:
         results = {"processes": _on_processes, "threads": _on_threads}[executor](function, jobs, workers, what)
     # Closed by name: a generator that an exception leaves behind would be closed when Python ends, and wait for its workers.
-    with tqdm(total=len(jobs), desc=what, unit="file") as progress, contextlib.closing(results):
+    bar = {"total": len(jobs), "unit": "file"}
+    if weight is not None:
+        bar = {"total": sum(map(weight, jobs)), "unit": "B", "unit_scale": True}
+    with tqdm(desc=what, **bar) as progress, contextlib.closing(results):
         for result in results:
             yield result
-            progress.update()
+            progress.update(1 if weight is None else weight(result[0]))
 
 
 _thread = threading.local()

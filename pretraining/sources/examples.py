@@ -1,0 +1,129 @@
+"""Small local stand-ins for what the hub has, so that each kind of data can be tried without a network.
+
+    python -m pretraining.sources.examples openwebtext FOLDER     documents, a row each (parquet, column text)
+    python -m pretraining.sources.examples bookcorpus FOLDER      sentences, a row each, lower-cased (parquet, column text)
+    python -m pretraining.sources.examples opt FOLDER             a tiny OPT with random weights, and its tokenizer
+    python -m pretraining.sources.examples sst2 FOLDER            labelled sentences in GLUE's columns: is "the" in them?
+
+The text is the docstrings of Python's standard library, which every machine with Python has. The layouts are those of the hub's
+data sets Skylion007/openwebtext and bookcorpus, and of facebook/opt-125m.
+"""
+
+import argparse
+import ast
+import csv
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from pcfg.artefacts import InputError, atomic_folder
+from pcfg.cli import positive_int, run_main
+
+OPT_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # with OPT's ids; OPT begins and ends a text with </s>
+OPT_TOKENS = 600
+
+
+def documents(number: int) -> list[str]:
+    """The docstrings of `number` modules of the standard library, one document a module, in the order of their names."""
+    found = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(path.read_bytes())
+        nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
+        text = "\n\n".join(docstring for node in nodes if (docstring := ast.get_docstring(node)))
+        if text:
+            found.append(text)
+        if len(found) == number:
+            break
+    return found
+
+
+def write_openwebtext(folder: Path, number: int) -> None:
+    """A parquet file of documents."""
+    _write_parquet(folder, documents(number))
+
+
+def write_bookcorpus(folder: Path, number: int) -> None:
+    """A parquet file of sentences, lower-cased, punctuation set apart."""
+    _write_parquet(folder, [" ".join(words) for words in _sentences(number)])
+
+
+def write_sst2(folder: Path, number: int) -> None:
+    """train.csv and validation.csv, every fourth sentence of ten words or fewer in the latter."""
+    short = [words for words in _sentences(number) if len(words) <= 10]
+    for name, part in (("train", [words for i, words in enumerate(short) if i % 4]), ("validation", short[::4])):
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("sentence", "label"))
+            writer.writerows((" ".join(words), int("the" in words)) for words in part)
+
+
+def _sentences(number: int) -> Iterator[list[str]]:
+    """The sentences of `documents`, as lower-case words."""
+    from nltk.tokenize import NLTKWordTokenizer
+    from sentencex import segment
+
+    split = NLTKWordTokenizer().tokenize
+    for document in documents(number):
+        for sentence in segment("en", " ".join(document.split())):
+            yield split(sentence.lower())
+
+
+def _write_parquet(folder: Path, rows: list[str]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), folder / "train-00000-of-00001.parquet")
+
+
+def write_opt(folder: Path, number: int) -> None:
+    """An OPT of two layers with random weights (seed 0), and a byte-level BPE tokenizer trained on `number` documents."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(documents(number), OPT_TOKENS, special_tokens=list(OPT_SPECIAL_TOKENS), show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="</s>"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        init_std=0.3,  # far from uniform
+    )
+    OPTForCausalLM(config).save_pretrained(folder)
+
+
+WRITERS = {"openwebtext": write_openwebtext, "bookcorpus": write_bookcorpus, "opt": write_opt, "sst2": write_sst2}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretraining.sources.examples",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("kind", choices=WRITERS, help="what to make")
+    parser.add_argument("folder", type=Path, help="where; must not exist")
+    parser.add_argument("--documents", type=positive_int, default=100, help="modules whose docstrings are taken; default 100")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    if options.folder.exists():
+        raise InputError(f"{options.folder}: is there already; give another folder, or remove it")
+    with atomic_folder(options.folder) as folder:
+        WRITERS[options.kind](folder, options.documents)
+    print(f"{options.folder}: {options.kind}, small and local")
+
+
+if __name__ == "__main__":
+    run_main(main)
