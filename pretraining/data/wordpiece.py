@@ -22,13 +22,18 @@ def wordpiece(vocabulary: Vocabulary, do_lower_case: bool) -> Tokenizer:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
+    add_special_tokens(tokenizer, vocabulary)
+    return tokenizer
+
+
+def add_special_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    """Let a tokenizer know its special tokens and put them around a text, [CLS] a [SEP], or a pair, [CLS] a [SEP] b [SEP]."""
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{CLS}:0 $A:0 {SEP}:0",
         pair=f"{CLS}:0 $A:0 {SEP}:0 $B:1 {SEP}:1",
         special_tokens=[(CLS, vocabulary.cls_id), (SEP, vocabulary.sep_id)],
     )
-    return tokenizer
 
 
 def ordinary_words_changed(vocabulary: Vocabulary, do_lower_case: bool) -> frozenset[str]:
@@ -46,22 +51,34 @@ def save_wordpiece(folder, vocabulary: Vocabulary, do_lower_case: bool, max_leng
         max_length: longest input in tokens, [CLS] and [SEP] included.
         name: by which `resolve_tokenizer` recognises it.
     """
-    folder = Path(folder)
-    with atomic_open(folder / "tokenizer.json") as file:  # tokenizers' own save() reports a full disk as a bare Exception
-        file.write(wordpiece(vocabulary, do_lower_case).to_str(pretty=True))
     configuration = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": do_lower_case,
+        "strip_accents": None,
+        "tokenize_chinese_chars": True,
+    }
+    write_tokenizer(Path(folder), wordpiece(vocabulary, do_lower_case), vocabulary, configuration, max_length, name)
+
+
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, vocabulary: Vocabulary, configuration: dict, max_length: int, name: str
+) -> None:
+    """Write the files of any tokenizer with our special tokens: tokenizer.json, tokenizer_config.json, vocab.txt.
+
+    Args:
+        configuration: what tokenizer_config.json says of its class.
+        max_length, name: as `save_wordpiece`.
+    """
+    with atomic_open(folder / "tokenizer.json") as file:  # tokenizers' own save() reports a full disk as a bare Exception
+        file.write(tokenizer.to_str(pretty=True))
+    common = {
         "backend": "tokenizers",
         "cls_token": CLS,
-        "do_lower_case": do_lower_case,
         "mask_token": MASK,
         "model_max_length": max_length,
         "pad_token": PAD,
         "sep_token": SEP,
-        "strip_accents": None,
-        "tokenize_chinese_chars": True,
-        "tokenizer_class": "BertTokenizer",
         "unk_token": UNK,
-        "name_or_path": name,
     }
-    write_json(folder / "tokenizer_config.json", configuration)
+    write_json(folder / "tokenizer_config.json", {**dict(sorted({**common, **configuration}.items())), "name_or_path": name})
     vocabulary.write(folder / VOCABULARY_FILE)

@@ -8,7 +8,7 @@ import torch
 LINES = [line for topic in pydoc_data.topics.topics.values() for line in topic.split("\n")]
 
 
-def make_tokenizer(lines, size):
+def _make_tokenizer(lines, size):
     """GPT-2's kind of tokenizer: byte-level BPE, and OPT's special tokens with its ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -24,7 +24,7 @@ def make_tokenizer(lines, size):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def make_opt(folder, size, seed=0, scale=1.0, positions=64):
+def _make_opt(folder, size, seed=0, scale=1.0, positions=64):
     """Save a random OPT of 2 layers, 16 wide; `scale` of its weights decides how uneven its distributions are."""
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -45,9 +45,27 @@ def make_opt(folder, size, seed=0, scale=1.0, positions=64):
 
 
 @pytest.fixture(scope="session")
+def english():
+    """Some 700 kB of English, as a list of lines."""
+    return LINES
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """`make_tokenizer(lines, size)`."""
+    return _make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_opt():
+    """`make_opt(folder, size, seed, scale, positions)`."""
+    return _make_opt
+
+
+@pytest.fixture(scope="session")
 def opt_folder(tmp_path_factory):
     """A folder like facebook/opt-125m's: model of 640 tokens and tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "opt"
-    make_opt(folder, 640)
-    make_tokenizer(LINES, 630).save_pretrained(folder)
+    _make_opt(folder, 640)
+    _make_tokenizer(LINES, 630).save_pretrained(folder)
     return folder
