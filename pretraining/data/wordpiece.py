@@ -8,10 +8,11 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
-from pcfg.artefacts import atomic_open, write_json
+from pcfg.artefacts import InputError, atomic_open, write_json
 from pretraining.data.vocabulary import SPECIAL_TOKENS, VOCABULARY_FILE, Vocabulary
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS
+OWN_TOKENIZER = "tokenizer"
 
 
 def wordpiece(vocabulary: Vocabulary, do_lower_case: bool) -> Tokenizer:
@@ -36,12 +37,33 @@ def add_special_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     )
 
 
-def ordinary_words_changed(vocabulary: Vocabulary, do_lower_case: bool) -> frozenset[str]:
-    """The ordinary words of a vocabulary that its tokenizer doesn't turn into one token that is the word."""
+def ordinary_words_changed(vocabulary: Vocabulary, tokenizer: Tokenizer) -> frozenset[str]:
+    """The ordinary words of a vocabulary that a tokenizer of it doesn't turn into one token that is the word."""
     ids = vocabulary.ordinary_ids().tolist()
     words = [vocabulary.words[index] for index in ids]
-    encodings = wordpiece(vocabulary, do_lower_case).encode_batch_fast(words, add_special_tokens=False)
+    encodings = tokenizer.encode_batch_fast(words, add_special_tokens=False)
     return frozenset(word for word, index, encoding in zip(words, ids, encodings, strict=True) if encoding.ids != [index])
+
+
+def find_own_tokenizer(folder, vocabulary: Vocabulary) -> Tokenizer | None:
+    """The tokenizer that a folder of text came with, in its subfolder `tokenizer`; None if there is none.
+
+    Raises:
+        InputError: it is damaged, or its entries are not the vocabulary's.
+    """
+    path = Path(folder) / OWN_TOKENIZER / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no class of its own
+        raise InputError(f"{path}: can't be loaded ({error}); make the text again") from None
+    if tokenizer.get_vocab() != vocabulary.ids:
+        raise InputError(
+            f"{path}: the text's own tokenizer has {tokenizer.get_vocab_size()} entries that are not the {vocabulary.size} of "
+            "the vocabulary; leave --vocab_file out, to take the one beside the text"
+        )
+    return tokenizer
 
 
 def save_wordpiece(folder, vocabulary: Vocabulary, do_lower_case: bool, max_length: int, name: str) -> None:
@@ -58,6 +80,12 @@ def save_wordpiece(folder, vocabulary: Vocabulary, do_lower_case: bool, max_leng
         "tokenize_chinese_chars": True,
     }
     write_tokenizer(Path(folder), wordpiece(vocabulary, do_lower_case), vocabulary, configuration, max_length, name)
+
+
+def save_own_tokenizer(folder, tokenizer: Tokenizer, vocabulary: Vocabulary, max_length: int, name: str) -> None:
+    """As `save_wordpiece`, for a tokenizer that is all in its tokenizer.json."""
+    configuration = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_tokenizer(Path(folder), tokenizer, vocabulary, configuration, max_length, name)
 
 
 def write_tokenizer(

@@ -16,21 +16,19 @@ and before 's 't 're 've 'm 'll 'd.
 
 import json
 import re
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 
 from pcfg.artefacts import InputError
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
-from pretraining.data.wordpiece import UNK, add_special_tokens, write_tokenizer
+from pretraining.data.wordpiece import UNK, add_special_tokens, ordinary_words_changed
 
 SPACED, JOINED = "Ġ", "‿"
 OPEN, CLOSE = "⟨", "⟩"
 _RESERVED = (SPACED, JOINED, OPEN, CLOSE)
 # What str.splitlines cuts at.
 LINE_BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
-TOKENIZER_FOLDER = "tokenizer"
 # The longest word that is looked up; longer ones are [UNK]. WordPiece's search takes the square of it.
 LONGEST_WORD = 1_000
 
@@ -159,26 +157,7 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.Sequence([decoders.Replace(JOINED, ""), decoders.Replace(SPACED, " "), decoders.Fuse()])
     add_special_tokens(tokenizer, vocabulary)
-    changed = changed_pieces(tokenizer, vocabulary)
+    changed = ordinary_words_changed(vocabulary, tokenizer)
     if changed:
         raise InputError(f"vocabulary: {sorted(changed)[0]!r} is no piece that stays one token; make the data again")
     return tokenizer
-
-
-def changed_pieces(tokenizer: Tokenizer, vocabulary: Vocabulary) -> frozenset[str]:
-    """The ordinary words of a vocabulary that the tokenizer doesn't turn into one token that is the word."""
-    ids = vocabulary.ordinary_ids().tolist()
-    words = [vocabulary.words[index] for index in ids]
-    encodings = tokenizer.encode_batch_fast(words, add_special_tokens=False)
-    return frozenset(word for word, index, encoding in zip(words, ids, encodings, strict=True) if encoding.ids != [index])
-
-
-def save_tokenizer(folder, vocabulary: Vocabulary, max_length: int, name: str) -> None:
-    """Write the tokenizer, as AutoTokenizer and `vocabulary.resolve_tokenizer` find it, into a folder that is there.
-
-    Args:
-        max_length: longest input in tokens, [CLS] and [SEP] included.
-        name: by which `resolve_tokenizer` recognises it.
-    """
-    configuration = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    write_tokenizer(Path(folder), build_tokenizer(vocabulary), vocabulary, configuration, max_length, name)

@@ -13,12 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 from pcfg.artefacts import InputError
 from pretraining.data.vocabulary import SPECIAL_TOKENS, TOKENIZER_FILES, Vocabulary, resolve_tokenizer
+from pretraining.data.wordpiece import ordinary_words_changed, save_own_tokenizer
 from pretraining.sources.pieces import (
     LINE_BREAKS,
     build_tokenizer,
-    changed_pieces,
     escape,
-    save_tokenizer,
     token_bytes,
     unescape,
     why_excluded,
@@ -106,7 +105,7 @@ def test_a_text_comes_back(plain):
 def test_a_cut_that_would_split_a_piece_is_not_made():
     vocabulary = Vocabulary([*SPECIAL_TOKENS, "Ġa.b", "Ġx", "‿1", "‿.", "‿,"])
     tokenizer = build_tokenizer(vocabulary)
-    assert not changed_pieces(tokenizer, vocabulary)
+    assert not ordinary_words_changed(vocabulary, tokenizer)
     assert tokenizer.encode(" x1, a.b, dog1.", add_special_tokens=False).tokens == "Ġx ‿1 ‿, Ġa.b ‿, [UNK] ‿.".split()
     with pytest.raises(InputError, match="no piece that stays one token"):
         build_tokenizer(Vocabulary([*SPECIAL_TOKENS, "‿a[SEP]"]))
@@ -154,7 +153,7 @@ def test_the_bytes_of_tokens_of_both_kinds(make_tokenizer):
 def test_the_saved_files_are_found_and_give_the_same(plain, tmp_path):
     vocabulary = Vocabulary([*SPECIAL_TOKENS, *PLAIN])
     (tmp_path / "opt").mkdir()
-    save_tokenizer(tmp_path / "opt", vocabulary, 24, "opt")
+    save_own_tokenizer(tmp_path / "opt", plain, vocabulary, 24, "opt")
     assert sorted(path.name for path in (tmp_path / "opt").iterdir()) == sorted(TOKENIZER_FILES)
     loaded = resolve_tokenizer("opt", [tmp_path])
     assert loaded.model_max_length == 24 and loaded.mask_token == "[MASK]" and loaded.pad_token_id == 0
