@@ -19,7 +19,11 @@ import importlib
 from pcfg.cli import run_main
 
 # Modules with `add_arguments(parser)` and `generate(options)`; only the one that is asked for is imported.
-SOURCES = {"pcfg": "pretraining.sources.grammar", "corpus": "pretraining.sources.corpus"}
+SOURCES = {
+    "pcfg": "pretraining.sources.grammar",
+    "opt": "pretraining.sources.language_model",
+    "corpus": "pretraining.sources.corpus",
+}
 
 
 def build_parser(source: str = "pcfg") -> argparse.ArgumentParser:

@@ -25,7 +25,13 @@ from pretraining.data.masking import MaskingRule
 from pretraining.data.samples import SAMPLES_MANIFEST
 from pretraining.data.shards import Recipe, SampleJob, find_text_shards, make_samples, missing_shards
 from pretraining.data.vocabulary import TOKENIZER_FILES, Vocabulary, find_vocabulary
-from pretraining.data.wordpiece import ordinary_words_changed, save_wordpiece
+from pretraining.data.wordpiece import (
+    find_own_tokenizer,
+    ordinary_words_changed,
+    save_own_tokenizer,
+    save_wordpiece,
+    wordpiece,
+)
 
 
 def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         choices=(0, 1),
         default=1,
-        help="whether the tokenizer lower-cases; it may not change a word of the text (default: 1)",
+        help="whether the tokenizer lower-cases; it may not change a word of the text; of no effect on text that came with a "
+        "tokenizer of its own (default: 1)",
     )
     text.add_argument(
         "--max_seq_length",
@@ -110,13 +117,19 @@ def check_model_name(name: str) -> None:
         raise InputError(f"--model_name: {name!r} can't be a folder in --output_dir; give a name like bert-large-uncased")
 
 
-def save_tokenizer_once(recipe: Recipe, model_name: str, manifest: Manifest) -> None:
-    """Save the recipe's tokenizer as folder `model_name` beside the manifest, unless it is there and unchanged."""
+def save_tokenizer_once(recipe: Recipe, own, model_name: str, manifest: Manifest) -> None:
+    """Save the tokenizer as folder `model_name` beside the manifest, unless it is there and unchanged.
+
+    `own` is the one that the text came with; None: the recipe's, BERT's kind.
+    """
     names = [f"{model_name}/{file}" for file in TOKENIZER_FILES]
     if all(manifest.is_complete(name) for name in names):
         return
     with atomic_folder(manifest.path.parent / model_name) as folder:
-        save_wordpiece(folder, recipe.vocabulary, recipe.do_lower_case, recipe.max_seq_length, model_name)
+        if own is None:
+            save_wordpiece(folder, recipe.vocabulary, recipe.do_lower_case, recipe.max_seq_length, model_name)
+        else:
+            save_own_tokenizer(folder, own, recipe.vocabulary, recipe.max_seq_length, model_name)
     for name in names:
         manifest.add(name)
 
@@ -125,9 +138,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     check_model_name(args.model_name)
     executor = executor_options(args, local="processes")
+    vocabulary = Vocabulary.read(find_vocabulary(args.vocab_file, [args.dir]))
+    own = find_own_tokenizer(args.dir, vocabulary)
     recipe = Recipe(
-        vocabulary=Vocabulary.read(find_vocabulary(args.vocab_file, [args.dir])),
-        do_lower_case=bool(args.do_lower_case),
+        vocabulary=vocabulary,
+        do_lower_case=bool(args.do_lower_case) and own is None,
         max_seq_length=args.max_seq_length,
         dup_factor=args.dup_factor,
         rule=MaskingRule(
@@ -145,9 +160,9 @@ def main(arguments: list[str] | None = None) -> None:
     wanted, missing = (sum(len(shard.numbers) for shard in shards) for shards in (text, remaining))
     print(f"{len(text)} text shards, {wanted} sample shards: {wanted - missing} skipped (complete), {missing} to make")
 
-    save_tokenizer_once(recipe, args.model_name, manifest)
+    save_tokenizer_once(recipe, own, args.model_name, manifest)
     if remaining:
-        changed = ordinary_words_changed(recipe.vocabulary, recipe.do_lower_case)
+        changed = ordinary_words_changed(vocabulary, own or wordpiece(vocabulary, recipe.do_lower_case))
         # Absolute, as a Ray task may run in another working directory.
         jobs = [SampleJob(shard, recipe, changed, args.output_dir.absolute()) for shard in remaining]
         with contextlib.closing(run_jobs(make_samples, jobs, what="masking", **executor)) as finished:

@@ -8,10 +8,11 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
-from pcfg.artefacts import atomic_open, write_json
+from pcfg.artefacts import InputError, atomic_open, write_json
 from pretraining.data.vocabulary import SPECIAL_TOKENS, VOCABULARY_FILE, Vocabulary
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS
+OWN_TOKENIZER = "tokenizer"
 
 
 def wordpiece(vocabulary: Vocabulary, do_lower_case: bool) -> Tokenizer:
@@ -22,21 +23,47 @@ def wordpiece(vocabulary: Vocabulary, do_lower_case: bool) -> Tokenizer:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
+    add_special_tokens(tokenizer, vocabulary)
+    return tokenizer
+
+
+def add_special_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    """Let a tokenizer know its special tokens and put them around a text, [CLS] a [SEP], or a pair, [CLS] a [SEP] b [SEP]."""
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{CLS}:0 $A:0 {SEP}:0",
         pair=f"{CLS}:0 $A:0 {SEP}:0 $B:1 {SEP}:1",
         special_tokens=[(CLS, vocabulary.cls_id), (SEP, vocabulary.sep_id)],
     )
-    return tokenizer
 
 
-def ordinary_words_changed(vocabulary: Vocabulary, do_lower_case: bool) -> frozenset[str]:
-    """The ordinary words of a vocabulary that its tokenizer doesn't turn into one token that is the word."""
+def ordinary_words_changed(vocabulary: Vocabulary, tokenizer: Tokenizer) -> frozenset[str]:
+    """The ordinary words of a vocabulary that a tokenizer of it doesn't turn into one token that is the word."""
     ids = vocabulary.ordinary_ids().tolist()
     words = [vocabulary.words[index] for index in ids]
-    encodings = wordpiece(vocabulary, do_lower_case).encode_batch_fast(words, add_special_tokens=False)
+    encodings = tokenizer.encode_batch_fast(words, add_special_tokens=False)
     return frozenset(word for word, index, encoding in zip(words, ids, encodings, strict=True) if encoding.ids != [index])
+
+
+def find_own_tokenizer(folder, vocabulary: Vocabulary) -> Tokenizer | None:
+    """The tokenizer that a folder of text came with, in its subfolder `tokenizer`; None if there is none.
+
+    Raises:
+        InputError: it is damaged, or its entries are not the vocabulary's.
+    """
+    path = Path(folder) / OWN_TOKENIZER / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no class of its own
+        raise InputError(f"{path}: can't be loaded ({error}); make the text again") from None
+    if tokenizer.get_vocab() != vocabulary.ids:
+        raise InputError(
+            f"{path}: the text's own tokenizer has {tokenizer.get_vocab_size()} entries that are not the {vocabulary.size} of "
+            "the vocabulary; leave --vocab_file out, to take the one beside the text"
+        )
+    return tokenizer
 
 
 def save_wordpiece(folder, vocabulary: Vocabulary, do_lower_case: bool, max_length: int, name: str) -> None:
@@ -46,22 +73,40 @@ def save_wordpiece(folder, vocabulary: Vocabulary, do_lower_case: bool, max_leng
         max_length: longest input in tokens, [CLS] and [SEP] included.
         name: by which `resolve_tokenizer` recognises it.
     """
-    folder = Path(folder)
-    with atomic_open(folder / "tokenizer.json") as file:  # tokenizers' own save() reports a full disk as a bare Exception
-        file.write(wordpiece(vocabulary, do_lower_case).to_str(pretty=True))
     configuration = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": do_lower_case,
+        "strip_accents": None,
+        "tokenize_chinese_chars": True,
+    }
+    write_tokenizer(Path(folder), wordpiece(vocabulary, do_lower_case), vocabulary, configuration, max_length, name)
+
+
+def save_own_tokenizer(folder, tokenizer: Tokenizer, vocabulary: Vocabulary, max_length: int, name: str) -> None:
+    """As `save_wordpiece`, for a tokenizer that is all in its tokenizer.json."""
+    configuration = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_tokenizer(Path(folder), tokenizer, vocabulary, configuration, max_length, name)
+
+
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, vocabulary: Vocabulary, configuration: dict, max_length: int, name: str
+) -> None:
+    """Write the files of any tokenizer with our special tokens: tokenizer.json, tokenizer_config.json, vocab.txt.
+
+    Args:
+        configuration: what tokenizer_config.json says of its class.
+        max_length, name: as `save_wordpiece`.
+    """
+    with atomic_open(folder / "tokenizer.json") as file:  # tokenizers' own save() reports a full disk as a bare Exception
+        file.write(tokenizer.to_str(pretty=True))
+    common = {
         "backend": "tokenizers",
         "cls_token": CLS,
-        "do_lower_case": do_lower_case,
         "mask_token": MASK,
         "model_max_length": max_length,
         "pad_token": PAD,
         "sep_token": SEP,
-        "strip_accents": None,
-        "tokenize_chinese_chars": True,
-        "tokenizer_class": "BertTokenizer",
         "unk_token": UNK,
-        "name_or_path": name,
     }
-    write_json(folder / "tokenizer_config.json", configuration)
+    write_json(folder / "tokenizer_config.json", {**dict(sorted({**common, **configuration}.items())), "name_or_path": name})
     vocabulary.write(folder / VOCABULARY_FILE)

@@ -323,8 +323,10 @@ def generate(options: argparse.Namespace) -> None:
         counts = make_parts(folder / PARTS, pieces, read_from, function, options.skip_damaged, executor)
         layout = Layout([np.load(folder / PARTS / index_name(i)) for i in range(len(pieces))], options.test_fraction)
         count_documents(counts, layout, options)
-        write_shards(folder, layout, shards, wanted, manifest, options.n_processes)
+        # Before the shards, so that none of them is ever there without a manifest.
         write_json(folder / COUNTS, dict(counts))
+        manifest.add(COUNTS)
+        write_shards(folder, layout, shards, wanted, manifest, options.n_processes)
         for what, number in counts.items():
             print(f"{what}: {number:,}")
     if not manifest.is_complete("vocab.txt"):

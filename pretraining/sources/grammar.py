@@ -9,14 +9,22 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-from pcfg.artefacts import InputError, check_space, free_bytes, keyed_rng, sha256
-from pcfg.cli import non_negative_int, positive_int
+from pcfg.artefacts import InputError, keyed_rng, sha256
+from pcfg.cli import non_negative_int
 from pcfg.executors import add_executor_arguments, end_if_asked, executor_options, run_jobs
 from pcfg.grammar import Grammar, find_rules
 from pcfg.sampler import DRAWING, Sampler
-from pcfg.text import SPLITS, decoded, write_shard
+from pcfg.text import decoded, write_shard
 from pretraining.data.vocabulary import SPECIAL_TOKENS
-from pretraining.sources.text_shards import Shard, complete_names, open_manifest, write_vocabulary
+from pretraining.sources.text_shards import (
+    Shard,
+    add_shard_arguments,
+    check_disk,
+    complete_names,
+    list_shards,
+    open_manifest,
+    write_vocabulary,
+)
 
 # Sentences from which the plan estimates bytes.
 PLAN_SAMPLE = 2_000
@@ -60,21 +68,10 @@ def vocabulary_bytes(grammar: Grammar, vocab_file: str | None) -> bytes:
     return Path(vocab_file).read_bytes()
 
 
-def check_disk(sampler: Sampler, seed: int, folder: Path, wanted: list[Shard], shards: list[Shard]) -> None:
-    """Print the plan, and raise an `InputError` if the disk can't hold the shards that are `wanted`."""
+def sentence_bytes(sampler: Sampler, seed: int) -> float:
+    """Mean bytes of a sentence, with the empty line after it, by a sample."""
     sample = sampler.draw_text(PLAN_SAMPLE, keyed_rng(seed, "pretraining-plan"))
-    sentence_bytes = sum(len(text) + 1 for text, _ in sample) / PLAN_SAMPLE
-    needed = sum(shard.sentences for shard in wanted) * sentence_bytes
-    for split in SPLITS:
-        numbers = [shard.sentences for shard in shards if shard.split == split]
-        total = sum(numbers)
-        print(f"plan: {len(numbers):,} {split} shards, {total:,} sentences, {total * sentence_bytes / 1e9:.3g} GB")
-    print(
-        f"plan: {len(shards) - len(wanted):,} shards are complete, {len(wanted):,} to make, {needed / 1e9:.3g} GB in {folder} "
-        f"({free_bytes(folder) / 1e9:.3g} GB free); sentences of at most {sampler.width} words, "
-        f"{sampler.length_probability.sum():.2%} of the grammar's"
-    )
-    check_space(folder, needed)
+    return sum(len(text) + 1 for text, _ in sample) / PLAN_SAMPLE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,14 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vocab-file", help="copy this vocabulary to vocab.txt, after a check; default: special tokens and grammar's words"
     )
     files.add_argument("--overwrite", action="store_true", help="replace text that was made otherwise; default: refuse")
-    sizes = parser.add_argument_group("sizes")
-    sizes.add_argument(
-        "--sentence-num", type=positive_int, default=1_000_000, help="sentences a training shard; default 1000000"
-    )
-    sizes.add_argument("--shard-num", type=non_negative_int, default=200, help="training shards; default 200")
-    sizes.add_argument("--test-sentence-num", type=positive_int, default=10_000, help="sentences a test shard; default 10000")
-    sizes.add_argument("--test-shard-num", type=non_negative_int, default=10, help="test shards; default 10")
-    sizes.add_argument("--length-limit", type=positive_int, default=32, help="sentences have fewer words than this; default 32")
+    add_shard_arguments(parser.add_argument_group("sizes"), length_limit=32)
     running = parser.add_argument_group("running")
     running.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     add_executor_arguments(running)
@@ -102,18 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     """Make the text that the command line asks for."""
-    if options.length_limit < 2:
-        raise InputError(f"--length-limit {options.length_limit}: no sentence has fewer words; it must be 2 or more")
-    if options.shard_num + options.test_shard_num == 0:
-        raise InputError("--shard-num 0 --test-shard-num 0: nothing to make; ask for a shard at least")
+    shards = list_shards(options)
     executor = executor_options(options, local="threads")
     grammar = Grammar.read(find_rules(options.rule_path))
     sampler = Sampler(grammar, options.length_limit - 1)
     vocabulary = vocabulary_bytes(grammar, options.vocab_file)
 
     folder, seed = options.save_path, options.seed
-    shards = [Shard("training", i, options.sentence_num) for i in range(options.shard_num)]
-    shards += [Shard("test", i, options.test_sentence_num) for i in range(options.test_shard_num)]
     made_from = {
         "grammar_sha256": grammar.sha256,
         "drawing": DRAWING,
@@ -126,7 +111,8 @@ def generate(options: argparse.Namespace) -> None:
     manifest = open_manifest(folder, made_from, options.overwrite)
     complete = complete_names(manifest, shards)
     wanted = [shard for shard in shards if shard.name not in complete]
-    check_disk(sampler, seed, folder, wanted, shards)
+    lengths = f"sentences of at most {sampler.width} words, {sampler.length_probability.sum():.2%} of the grammar's"
+    check_disk(folder, wanted, shards, sentence_bytes(sampler, seed), lengths)
     write_vocabulary(manifest, folder, vocabulary, options.overwrite)
     # Absolute, as a Ray task may run in another working directory.
     function = functools.partial(make_shard, sampler, folder.absolute(), seed)

@@ -1,10 +1,12 @@
 """What the sources of text have in common: shards, the manifest of a folder of text, its vocabulary file."""
 
+import argparse
 import contextlib
 import dataclasses
 from pathlib import Path
 
-from pcfg.artefacts import InputError, Manifest, atomic_open
+from pcfg.artefacts import InputError, Manifest, atomic_open, check_space, free_bytes
+from pcfg.cli import non_negative_int, positive_int
 from pcfg.executors import run_jobs
 from pcfg.text import SPLITS, shard_name, shard_paths
 
@@ -22,6 +24,56 @@ class Shard:
     @property
     def name(self) -> str:
         return shard_name(self.split, self.number)
+
+
+def add_shard_arguments(sizes, length_limit: int) -> None:
+    """Add the flags of numbers and sizes of shards, of which `list_shards` makes a list, and --length-limit to a group."""
+    sizes.add_argument(
+        "--sentence-num", type=positive_int, default=1_000_000, help="sentences a training shard; default 1000000"
+    )
+    sizes.add_argument("--shard-num", type=non_negative_int, default=200, help="training shards; default 200")
+    sizes.add_argument("--test-sentence-num", type=positive_int, default=10_000, help="sentences a test shard; default 10000")
+    sizes.add_argument("--test-shard-num", type=non_negative_int, default=10, help="test shards; default 10")
+    sizes.add_argument(
+        "--length-limit",
+        type=positive_int,
+        default=length_limit,
+        help=f"sentences have fewer words than this; default {length_limit}",
+    )
+
+
+def list_shards(options: argparse.Namespace) -> list[Shard]:
+    """The shards that the flags of `add_shard_arguments` ask for.
+
+    Raises:
+        InputError: none, or no sentence is short enough.
+    """
+    if options.length_limit < 2:
+        raise InputError(f"--length-limit {options.length_limit}: no sentence has fewer words; it must be 2 or more")
+    if options.shard_num + options.test_shard_num == 0:
+        raise InputError("--shard-num 0 --test-shard-num 0: nothing to make; ask for a shard at least")
+    shards = [Shard("training", i, options.sentence_num) for i in range(options.shard_num)]
+    return shards + [Shard("test", i, options.test_sentence_num) for i in range(options.test_shard_num)]
+
+
+def check_disk(folder: Path, wanted: list[Shard], shards: list[Shard], sentence_bytes: float, about: str) -> None:
+    """Print the plan, and raise an `InputError` if the disk can't hold the shards that are `wanted`.
+
+    Args:
+        shards: all shards, the wanted ones among them.
+        sentence_bytes: mean bytes of a sentence, with the empty line after it.
+        about: what else the plan says.
+    """
+    needed = sum(shard.sentences for shard in wanted) * sentence_bytes
+    for split in SPLITS:
+        numbers = [shard.sentences for shard in shards if shard.split == split]
+        total = sum(numbers)
+        print(f"plan: {len(numbers):,} {split} shards, {total:,} sentences, {total * sentence_bytes / 1e9:.3g} GB")
+    print(
+        f"plan: {len(shards) - len(wanted):,} shards are complete, {len(wanted):,} to make, {needed / 1e9:.3g} GB in {folder} "
+        f"({free_bytes(folder) / 1e9:.3g} GB free); {about}"
+    )
+    check_space(folder, needed)
 
 
 def open_manifest(folder: Path, made_from: dict, overwrite: bool) -> Manifest:

@@ -116,8 +116,19 @@ def test_a_failure_between_parts_loses_nothing(source, made, tmp_path, monkeypat
     monkeypatch.setattr(corpus, "make_part", fails_at_last)
     with pytest.raises(RuntimeError):
         generate(source, tmp_path)
-    generate(source, tmp_path)
+    make_shard = corpus.make_shard
+
+    def fails_when_written(*arguments):
+        make_shard(*arguments)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "make_shard", fails_when_written)
+        with pytest.raises(RuntimeError):
+            generate(source, tmp_path)
     assert calls == [0, 1, 2, 2] and "3 pieces, 2 are read already" in capsys.readouterr().out
+    generate(source, tmp_path)
+    assert len(calls) == 4
     assert contents(tmp_path) == contents(made)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.txt")}
     generate(source, tmp_path)
