@@ -122,9 +122,14 @@ class Vocabulary:
             raise InputError(f"{name}: its ids are not 0..{len(entries) - 1}; use a tokenizer of BERT's kind")
         return cls([word for word, _ in entries], name)
 
-    def ordinary_ids(self) -> np.ndarray:
-        """Ids of the real words, ascending, (W,) int32: no special tokens, no [unusedN], no ##pieces."""
-        return self._word_ids
+    def ordinary_ids(self, pieces: bool = False) -> np.ndarray:
+        """Ids of the real words, ascending, (W,) int32: no special tokens, no [unusedN], and ##pieces only if asked for."""
+        return self._ids_of_words_and_pieces if pieces else self._word_ids
+
+    @functools.cached_property
+    def _ids_of_words_and_pieces(self) -> np.ndarray:
+        is_wanted = [_is_ordinary(word) or word.startswith("##") for word in self.words]
+        return np.flatnonzero(is_wanted).astype(np.int32)
 
     def encode(self, texts: list[str], source) -> tuple[np.ndarray, np.ndarray]:
         """Sentences as ids.
