@@ -22,12 +22,21 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from pcfg.artefacts import InputError, Manifest, atomic_folder, read_json
+from pcfg.artefacts import InputError, Manifest, atomic_folder
 from pcfg.cli import non_negative_int, positive_int, probability, run_main
 from pcfg.executors import add_executor_arguments, executor_options, run_jobs
 from pretraining.data.masking import MaskingRule
 from pretraining.data.samples import SAMPLES_MANIFEST
-from pretraining.data.shards import TEXT_MANIFEST, Recipe, SampleJob, find_text_shards, make_samples, missing_shards
+from pretraining.data.shards import (
+    DOCUMENTS,
+    TEXT_MANIFEST,
+    Recipe,
+    SampleJob,
+    find_text_shards,
+    is_of_documents,
+    make_samples,
+    missing_shards,
+)
 from pretraining.data.vocabulary import TOKENIZER_FILES, Vocabulary, find_vocabulary
 from pretraining.data.wordpiece import ordinary_words_changed, save_wordpiece
 
@@ -94,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = parser.add_argument_group("tokens")
     text.add_argument(
         "--text",
-        choices=("auto", "sentences", "documents"),
+        choices=("auto", "sentences", DOCUMENTS),
         default="auto",
         help="sentences: of a known language, a sample each, a token a word, anything else is an error; documents: natural "
         "text, an empty line between two documents, split into WordPieces, its sentences packed into samples, none of two "
@@ -144,22 +153,14 @@ def save_tokenizer_once(recipe: Recipe, model_name: str, manifest: Manifest) -> 
         manifest.add(name)
 
 
-def is_of_documents(args: argparse.Namespace) -> bool:
-    """Whether the text is of documents, by --text or what the manifest in --dir says of its source."""
-    manifest = args.dir / TEXT_MANIFEST
-    if args.text == "auto" and manifest.is_file():
-        made_from = read_json(manifest).get("made_from")
-        return isinstance(made_from, dict) and made_from.get("source") == "corpus"
-    return args.text == "documents"
-
-
 def read_recipe(args: argparse.Namespace) -> Recipe:
     """What the flags say of the samples.
 
     Raises:
         InputError: they say what can't be, or there is no such vocabulary.
     """
-    documents, short_seq_prob, most = is_of_documents(args), args.short_seq_prob, args.max_predictions_per_seq
+    documents = is_of_documents(args.dir) if args.text == "auto" else args.text == DOCUMENTS
+    short_seq_prob, most = args.short_seq_prob, args.max_predictions_per_seq
     if documents and args.max_seq_length < 3:
         raise InputError(f"--max_seq_length: {args.max_seq_length} leaves no room between [CLS] and [SEP]; give 3 or more")
     if short_seq_prob is not None and not documents:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pcfg.artefacts import InputError, Manifest, keyed_rng, sha256, versions
+from pcfg.artefacts import InputError, Manifest, keyed_rng, read_json, sha256, versions
 from pcfg.text import shard_paths, text_blocks
 from pretraining.data.masking import MaskingRule, check_lengths, mask_sentences
 from pretraining.data.packing import pack
@@ -84,6 +84,13 @@ class TextShard:
     sha256: str
     split: str
     numbers: tuple[int, ...]
+
+
+def is_of_documents(folder) -> bool:
+    """Whether the text in `folder` is natural: documents of sentences, as its manifest says."""
+    path = Path(folder) / TEXT_MANIFEST
+    made_from = read_json(path).get("made_from") if path.is_file() else None
+    return isinstance(made_from, dict) and made_from.get("source") == "corpus"
 
 
 def find_text_shards(folder, dup_factor: int) -> list[TextShard]:
