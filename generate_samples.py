@@ -38,7 +38,7 @@ from pretraining.data.shards import (
     missing_shards,
 )
 from pretraining.data.vocabulary import TOKENIZER_FILES, Vocabulary, find_vocabulary
-from pretraining.data.wordpiece import ordinary_words_changed, save_wordpiece
+from pretraining.data.wordpiece import check_same_tokenizer, ordinary_words_changed, save_wordpiece
 
 
 def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--vocab_file",
         default="vocab.txt",
-        help="vocabulary; a bare name is looked up in --dir, then in the working directory (default: vocab.txt)",
+        help="vocabulary, or a model's tokenizer.json of BERT's kind; a bare name is looked up in --dir, then in the working "
+        "directory (default: vocab.txt)",
     )
     files.add_argument(
         "--model_name",
@@ -167,6 +168,10 @@ def read_recipe(args: argparse.Namespace) -> Recipe:
         raise InputError(f"--short_seq_prob {short_seq_prob:g}: sentences aren't packed; leave it out or give --text documents")
     if most is None:
         most = max(1, round(args.masked_lm_prob * args.max_seq_length)) if documents else 5
+    path = find_vocabulary(args.vocab_file, [args.dir])
+    vocabulary = Vocabulary.read(path)
+    if path.suffix == ".json":
+        check_same_tokenizer(path, vocabulary, bool(args.do_lower_case))
     rule = MaskingRule(
         masked_lm_prob=args.masked_lm_prob,
         max_predictions=most,
@@ -176,7 +181,7 @@ def read_recipe(args: argparse.Namespace) -> Recipe:
         pieces=documents,
     )
     return Recipe(
-        vocabulary=Vocabulary.read(find_vocabulary(args.vocab_file, [args.dir])),
+        vocabulary=vocabulary,
         do_lower_case=bool(args.do_lower_case),
         max_seq_length=args.max_seq_length,
         dup_factor=args.dup_factor,
