@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pcfg.artefacts import InputError
 from pcfg.cli import positive_int, run_main
-from pretraining.evaluation.inputs import HDF5_SUFFIXES, Inputs, add_input_arguments, read_inputs
+from pretraining.evaluation.inputs import HDF5_SUFFIXES, Inputs, add_input_arguments, read_inputs, refuse_natural_text
 from pretraining.evaluation.loss import compare_losses, context_losses, measure_loss
 from pretraining.evaluation.records import describe_model, is_measured, write_record
 from pretraining.model.checkpoints import check_vocabulary, is_model_folder, load_model, model_folders, read_facts
@@ -57,10 +57,11 @@ def _number(means: dict, digits: int = 4) -> str:
     return f"{means['mean']:.{digits}f} +- {means['standard_error']:.{digits}f}"
 
 
-def describe(details: dict) -> str:
-    """One line of results, in nats."""
+def describe(details: dict, natural: bool = False) -> str:
+    """One line of results, in nats; `natural` for those on natural text."""
     if "gap" not in details:
-        return f"MLM loss {_number(details['sampled_loss']['pairs'])} (masked positions)"
+        why = "; natural text, no exact entropy exists for this data" if natural else ""
+        return f"MLM loss {_number(details['sampled_loss']['pairs'])} (masked positions){why}"
     loss, entropy = (details[name]["pairs"]["mean"] for name in ("loss", "entropy"))
     gap = details["gap"]
     return (
@@ -97,7 +98,7 @@ def measure(folder: Path, args: argparse.Namespace, inputs: Inputs) -> None:
         number_file=True,
         **details,
     )
-    print(f"{folder}: {describe(details)}")
+    print(f"{folder}: {describe(details, inputs.contexts.natural)}")
 
 
 def _label(folder: Path) -> str:
@@ -186,6 +187,7 @@ def _folders(args: argparse.Namespace) -> tuple[list[Path], Path | None]:
 def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     folders, reference = _folders(args)
+    refuse_natural_text(Path(args.datafile))
     if not (args.condprobfile or args.rule_path) and Path(args.datafile).suffix not in HDF5_SUFFIXES:
         raise InputError(
             f"--datafile {args.datafile}: text needs the true conditionals: give --condprobfile or --rule-path "

@@ -95,7 +95,7 @@ def padded(flat: np.ndarray, lengths: np.ndarray, padding: int) -> np.ndarray:
 
 
 @numba.njit
-def _mixed(hashed, eight):
+def mixed(hashed, eight):
     """A hash with eight more bytes; for given `hashed` no two values of `eight` give the same."""
     product = (hashed ^ eight) * np.uint64(0x9E3779B97F4A7C15)  # odd, so that the product can be undone
     return product ^ (product >> np.uint64(32))
@@ -124,9 +124,9 @@ def _scan(text, place):
         eight |= np.uint64(byte) << shift
         shift += np.uint64(8)
         if shift == np.uint64(64):
-            hashed, eight, shift = _mixed(hashed, eight), np.uint64(0), np.uint64(0)
+            hashed, eight, shift = mixed(hashed, eight), np.uint64(0), np.uint64(0)
         place += 1
-    return place, _mixed(hashed, eight) if shift > np.uint64(0) else hashed
+    return place, mixed(hashed, eight) if shift > np.uint64(0) else hashed
 
 
 @numba.njit
@@ -154,7 +154,7 @@ def _wide_space(text, place):
 
 
 @numba.njit
-def _is_word(text, start, end, hashed, word, letters, ends, hashes):
+def is_word(text, start, end, hashed, word, letters, ends, hashes):
     """Whether the bytes from `start` to `end`, whose hash is `hashed`, are the word number `word`."""
     if hashes[word] != hashed or ends[word + 1] - ends[word] != end - start:
         return False
@@ -188,7 +188,7 @@ def _encode(text, letters, ends, hashes, slots, flat, lengths):
         place, hashed = _scan(text, start)
         slot = np.int64(hashed & np.uint64(len(slots) - 1))
         word = slots[slot]
-        while word >= 0 and not _is_word(text, start, place, hashed, word, letters, ends, hashes):
+        while word >= 0 and not is_word(text, start, place, hashed, word, letters, ends, hashes):
             slot = (slot + 1) & (len(slots) - 1)
             word = slots[slot]
         if word < 0:

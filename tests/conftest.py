@@ -1,7 +1,11 @@
 """Small artefacts that many tests need, made once a session through the project's own scripts."""
 
+import ast
+import importlib.util
 import os
+import re
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +92,40 @@ def tiny_samples(tiny_data, tmp_path_factory):
     names = ["--dir", str(tiny_data), "-o", str(folder), "--model_name", "bert-large-uncased"]
     generate_samples.main([*names, *flags.split()])
     return folder
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory):
+    """A folder of natural text as --source corpus makes it, from the docstrings of Python's own library.
+
+    Two training shards and a test shard of documents, vocab.txt of 600 WordPieces, and the manifest.
+    """
+    from tokenizers import BertWordPieceTokenizer
+
+    from pcfg.artefacts import Manifest
+    from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
+
+    folder = tmp_path_factory.mktemp("documents")
+    shards = {"training0.txt": docstrings("argparse", "random"), "training1.txt": docstrings("unittest.case", "shutil")}
+    for name, texts in {**shards, "test0.txt": docstrings("statistics")}.items():
+        (folder / name).write_text("\n\n".join("\n".join(sentences) for sentences in texts) + "\n")
+    tokenizer = BertWordPieceTokenizer()
+    tokenizer.train([str(folder / name) for name in shards], vocab_size=600, special_tokens=list(SPECIAL_TOKENS))
+    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    Vocabulary(words).write(folder / "vocab.txt")
+    manifest = Manifest(folder / "manifest_pretraining.json", {"source": "corpus"})
+    for path in sorted(folder.glob("*.txt")):
+        manifest.add(path.name)
+    return folder
+
+
+def docstrings(*modules: str) -> list[list[str]]:
+    """The sentences of each docstring in some modules of Python's library."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+    files = [Path(importlib.util.find_spec(module).origin) for module in modules]
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kinds))
+    texts = (" ".join((ast.get_docstring(node) or "").split()) for node in nodes)
+    return [re.split(r"(?<=[.:]) ", text) for text in texts if text]
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ class MaskingRule:
         mask_token_prob: probability that a masked word becomes [MASK].
         random_token_prob: probability that it becomes a word drawn uniformly from the vocabulary.
         single_mask: one mask a sentence, always [MASK]; the other fields count for nothing then.
+        pieces: whether a random word may be a ##piece of one: in natural text they stand for themselves.
 
     Raises:
         InputError: a number is out of its range.
@@ -42,6 +43,7 @@ class MaskingRule:
     mask_token_prob: float = 0.8
     random_token_prob: float = 0.1
     single_mask: bool = False
+    pieces: bool = False
 
     def __post_init__(self):
         for name in ("masked_lm_prob", "mask_token_prob", "random_token_prob"):
@@ -62,7 +64,7 @@ class MaskingRule:
         """
         fields = {}
         for field in dataclasses.fields(cls):
-            value = attributes.get(field.name)
+            value = attributes.get(field.name, False if field.name == "pieces" else None)
             kinds = int | float if field.type is float else field.type
             if not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool):
                 raise InputError(
@@ -75,6 +77,10 @@ class MaskingRule:
             return cls(**fields)
         except InputError as error:
             raise InputError(f"{source}: attributes that are no masking rule: {error}") from None
+
+    def facts(self) -> dict:
+        """The rule as plain values, for files; without `pieces` where there are none, as files have it that know of none."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "pieces" or value}
 
     @property
     def width(self) -> int:
@@ -153,7 +159,8 @@ def mask_sentences(
     _lay_out(flat, lengths, vocabulary.special_ids, samples.input_ids, samples.input_mask)
     places = np.cumsum(numbers) - numbers
     corrupted = (samples.input_ids, samples.masked_lm_positions, samples.masked_lm_ids)
-    _mask(lengths, numbers, places, bits, rule.thresholds(), vocabulary.ordinary_ids(), vocabulary.mask_id, *corrupted)
+    words = vocabulary.ordinary_ids(rule.pieces)
+    _mask(lengths, numbers, places, bits, rule.thresholds(), words, vocabulary.mask_id, *corrupted)
     return samples
 
 
@@ -182,7 +189,7 @@ def remask(
     )
     number_of_masks = rule.number_of_masks(np.arange(1, width - 1))
     most = int(number_of_masks.max())
-    thresholds, words = rule.thresholds(), vocabulary.ordinary_ids()
+    thresholds, words = rule.thresholds(), vocabulary.ordinary_ids(rule.pieces)
     for first in range(0, rows, ROWS_A_CHUNK):  # of a size that the caches hold
         block = slice(first, min(first + ROWS_A_CHUNK, rows))
         input_ids, positions, ids = (array[block] for array in corrupted)

@@ -2,6 +2,10 @@
 
 Text shard i with `dup_factor` d gives the sample shards k = i * d + j, j = 0..d-1: the same sentences, other masks. A sample
 shard is a pure function of (text shard, vocabulary, masking rule, seed, split, k).
+
+A text is of one of two kinds. Sentences of a known language: each is a sample, a word is a token, and what doesn't fit is an
+error. Documents, natural text: the tokenizer splits words into pieces, and `pretraining.data.packing` packs a document's
+sentences into samples, for each k in a way of its own if there are short ones.
 """
 
 import dataclasses
@@ -12,15 +16,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pcfg.artefacts import InputError, Manifest, keyed_rng, sha256, versions
+from pcfg.artefacts import InputError, Manifest, keyed_rng, read_json, sha256, versions
 from pcfg.text import shard_paths, text_blocks
 from pretraining.data.masking import MaskingRule, check_lengths, mask_sentences
+from pretraining.data.packing import pack
+from pretraining.data.pieces import BLOCK_BYTES, PieceEncoder
 from pretraining.data.samples import ROWS_A_CHUNK, Samples, sample_name, sample_paths, write_samples
 from pretraining.data.vocabulary import Vocabulary
 
 SPLITS = {"training": "train", "test": "test"}  # of text files -> of sample files
 TEXT_MANIFEST = "manifest_pretraining.json"
 ROWS_A_BLOCK = 4 * ROWS_A_CHUNK  # samples that are in memory at once, uncompressed
+TEXT_ATTRIBUTE, DOCUMENTS = "text", "documents"  # an attribute of samples that were packed, and its value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +40,9 @@ class Recipe:
         max_seq_length: tokens of a sample, [CLS], [SEP] and padding included.
         dup_factor: sample shards of each text shard.
         rule: how words are masked.
-        seed: of all masks.
+        seed: of all that is drawn.
+        documents: whether the text is of documents; a line is a sentence, and an empty line ends one.
+        short_seq_prob: share of short samples of documents.
     """
 
     vocabulary: Vocabulary
@@ -42,17 +51,21 @@ class Recipe:
     dup_factor: int
     rule: MaskingRule
     seed: int
+    documents: bool = False
+    short_seq_prob: float = 0.0
 
     def facts(self) -> dict:
         """The recipe as plain values, for manifests and file attributes."""
+        packing = {TEXT_ATTRIBUTE: DOCUMENTS, "short_seq_prob": self.short_seq_prob} if self.documents else {}
         return {
             "vocab_sha256": self.vocabulary.sha256,
             "vocab_size": self.vocabulary.size,
             "do_lower_case": self.do_lower_case,
             "max_seq_length": self.max_seq_length,
             "dup_factor": self.dup_factor,
-            **dataclasses.asdict(self.rule),
+            **self.rule.facts(),
             "seed": self.seed,
+            **packing,
         }
 
 
@@ -71,6 +84,13 @@ class TextShard:
     sha256: str
     split: str
     numbers: tuple[int, ...]
+
+
+def is_of_documents(folder) -> bool:
+    """Whether the text in `folder` is natural: documents of sentences, as its manifest says."""
+    path = Path(folder) / TEXT_MANIFEST
+    made_from = read_json(path).get("made_from") if path.is_file() else None
+    return isinstance(made_from, dict) and made_from.get("source") == "corpus"
 
 
 def find_text_shards(folder, dup_factor: int) -> list[TextShard]:
@@ -156,27 +176,50 @@ class SampleJob:
     folder: Path
 
 
-def make_samples(job: SampleJob) -> dict[str, int]:
+def make_samples(job: SampleJob) -> dict[str, dict]:
     """Write the sample shards of one text shard.
 
     Returns:
-        For each file written, by name: its number of samples.
+        For each file written, by name: its number of "samples"; of documents also its "tokens", those that are "unknown" and
+        the "cut_sentences".
 
     Raises:
-        InputError: the text can't be read, a sentence is too long, or a word of it is not one token.
+        InputError: the text can't be read; of sentences one is too long, or a word of one is not one token.
     """
     shard, recipe = job.shard, job.recipe
-    flat, lengths = _encode_shard(job)
-    check_lengths(lengths, recipe.max_seq_length, shard.path)
+    flat, lines = (_encode_documents if recipe.documents else _encode_sentences)(job)
+    counts = {}
+    if recipe.documents:
+        unknown, cut = (flat == recipe.vocabulary.unk_id).sum(), (lines > recipe.max_seq_length - 2).sum()
+        counts = {"tokens": len(flat), "unknown": int(unknown), "cut_sentences": int(cut)}
+    else:
+        check_lengths(lines, recipe.max_seq_length, shard.path)
     made = {}
     for number in shard.numbers:
-        name = sample_name(shard.split, number)
+        name, lengths = sample_name(shard.split, number), lines
+        if recipe.documents:
+            rng = keyed_rng(recipe.seed, f"packing-{shard.split}", number)
+            lengths = pack(lines, recipe.max_seq_length - 2, recipe.short_seq_prob, rng)
         write_samples(job.folder / name, _masked_blocks(flat, lengths, shard, recipe, number))
-        made[name] = len(lengths)
+        made[name] = {"samples": len(lengths), **counts}
     return made
 
 
-def _encode_shard(job: SampleJob) -> tuple[np.ndarray, np.ndarray]:
+def _encode_documents(job: SampleJob) -> tuple[np.ndarray, np.ndarray]:
+    """The text as ids of pieces (M,) int32, line after line, and the pieces of each line, (n,) int32, `BLANK` for an empty one.
+
+    Raises:
+        InputError: the text can't be read, or has nothing that is a token.
+    """
+    path, recipe = job.shard.path, job.recipe
+    encoder = PieceEncoder(recipe.vocabulary, recipe.do_lower_case)
+    flat, lines = zip(*map(encoder.encode, text_blocks(path, BLOCK_BYTES)), strict=True)
+    if not any(map(len, flat)):
+        raise InputError(f"{path}: no token in it for the tokenizer; remove the file")
+    return np.concatenate(flat), np.concatenate(lines)
+
+
+def _encode_sentences(job: SampleJob) -> tuple[np.ndarray, np.ndarray]:
     """The text as ids (M,) int32, sentence after sentence, and the words of each sentence, (n,) int32."""
     path, vocabulary = job.shard.path, job.recipe.vocabulary
     flat, lengths, sentences = [], [], 0

@@ -23,8 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NOT_A_WORD = re.compile(r"##.*|\[unused\d+\]", re.DOTALL)
-VOCABULARY_FILE = "vocab.txt"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", VOCABULARY_FILE)
+VOCABULARY_FILE, TOKENIZER_FILE = "vocab.txt", "tokenizer.json"
+TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", VOCABULARY_FILE)
 
 
 def _is_ordinary(word: str) -> bool:
@@ -89,11 +89,13 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path) -> "Vocabulary":
-        """The vocabulary in a file (UTF-8, one entry a line).
+        """The vocabulary in a file: UTF-8, one entry a line, or a `tokenizer.json` of WordPieces.
 
         Raises:
             InputError: the file is missing or not UTF-8, or its content is refused by the class.
         """
+        if Path(path).suffix == ".json":
+            return cls._from_json(path)
         try:
             content = Path(path).read_bytes()
         except FileNotFoundError:
@@ -110,21 +112,43 @@ class Vocabulary:
         return cls([] if lines == [""] else lines, path)
 
     @classmethod
+    def _from_json(cls, path) -> "Vocabulary":
+        """The vocabulary of a `tokenizer.json`, the file of the library `tokenizers`."""
+        content = read_json(path)
+        model, added = content.get("model"), content.get("added_tokens")
+        try:
+            if model["type"] != "WordPiece":
+                raise InputError(f"{path}: its tokenizer is a {model['type']}; only BERT's WordPiece can be read")
+            entries = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
+            return cls._by_id(entries, path)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: not a tokenizer of the library tokenizers ({error!r}); save it again") from None
+
+    @classmethod
     def from_tokenizer(cls, tokenizer) -> "Vocabulary":
         """The vocabulary of a tokenizer, ordered by id.
 
         Raises:
             InputError: the ids have gaps, or the entries are refused by the class.
         """
-        entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-        name = f"tokenizer {tokenizer.name_or_path}"
+        return cls._by_id(tokenizer.get_vocab(), f"tokenizer {tokenizer.name_or_path}")
+
+    @classmethod
+    def _by_id(cls, ids: dict[str, int], name) -> "Vocabulary":
+        """The vocabulary of entries by id; `name` is for messages."""
+        entries = sorted(ids.items(), key=lambda entry: entry[1])
         if [index for _, index in entries] != list(range(len(entries))):
             raise InputError(f"{name}: its ids are not 0..{len(entries) - 1}; use a tokenizer of BERT's kind")
         return cls([word for word, _ in entries], name)
 
-    def ordinary_ids(self) -> np.ndarray:
-        """Ids of the real words, ascending, (W,) int32: no special tokens, no [unusedN], no ##pieces."""
-        return self._word_ids
+    def ordinary_ids(self, pieces: bool = False) -> np.ndarray:
+        """Ids of the real words, ascending, (W,) int32: no special tokens, no [unusedN], and ##pieces only if asked for."""
+        return self._ids_of_words_and_pieces if pieces else self._word_ids
+
+    @functools.cached_property
+    def _ids_of_words_and_pieces(self) -> np.ndarray:
+        is_wanted = [_is_ordinary(word) or word.startswith("##") for word in self.words]
+        return np.flatnonzero(is_wanted).astype(np.int32)
 
     def encode(self, texts: list[str], source) -> tuple[np.ndarray, np.ndarray]:
         """Sentences as ids.

@@ -3,12 +3,13 @@
 The files are those that `vocabulary.save_tokenizer` writes of `vocabulary.build_tokenizer`, byte for byte.
 """
 
+import json
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
-from pcfg.artefacts import InputError, atomic_open, write_json
+from pcfg.artefacts import InputError, atomic_open, read_json, write_json
 from pretraining.data.vocabulary import SPECIAL_TOKENS, VOCABULARY_FILE, Vocabulary
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS
@@ -64,6 +65,23 @@ def find_own_tokenizer(folder, vocabulary: Vocabulary) -> Tokenizer | None:
             "the vocabulary; leave --vocab_file out, to take the one beside the text"
         )
     return tokenizer
+
+
+def check_same_tokenizer(path, vocabulary: Vocabulary, do_lower_case: bool) -> None:
+    """Check that a `tokenizer.json` whose entries are `vocabulary` cuts a text as `wordpiece` does.
+
+    Raises:
+        InputError: it normalises, splits or looks up otherwise; names the first difference.
+    """
+    theirs, ours = read_json(path), json.loads(wordpiece(vocabulary, do_lower_case).to_str())
+    for part in ("normalizer", "pre_tokenizer", "model"):
+        there = theirs.get(part) if isinstance(theirs.get(part), dict) else {"type": theirs.get(part)}
+        for key in ours[part]:
+            if key != "vocab" and there.get(key, ours[part][key]) != ours[part][key]:
+                flag = (
+                    f"give --do_lower_case {int(not do_lower_case)}" if key == "lowercase" else "only BERT's own can be taken"
+                )
+                raise InputError(f"{path}: {part} has {key} {there[key]!r}, BERT's here {ours[part][key]!r}; {flag}")
 
 
 def save_wordpiece(folder, vocabulary: Vocabulary, do_lower_case: bool, max_length: int, name: str) -> None:

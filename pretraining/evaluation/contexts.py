@@ -7,8 +7,11 @@ import torch
 
 from pcfg.artefacts import InputError
 from pretraining.data.samples import read_samples
+from pretraining.data.shards import DOCUMENTS, TEXT_ATTRIBUTE
 from pretraining.data.vocabulary import Vocabulary
 from pretraining.model.config import ModelConfig
+
+MOST_PAIRS = 1 << 21  # of positions that look at each other, in a batch: 512 contexts of 64 tokens, 8 of 512
 
 
 @dataclasses.dataclass
@@ -22,6 +25,7 @@ class Contexts:
         position: (M,) int64, the position of its masked token in `input_ids`.
         label: (M,) int64, the id of the true word.
         mask_id: the id put at `position`; None where the file has its masks in it already (all masks of a sample at once).
+        natural: whether they are of natural text, whose true conditionals nobody knows.
     """
 
     input_ids: np.ndarray
@@ -30,6 +34,7 @@ class Contexts:
     position: np.ndarray
     label: np.ndarray
     mask_id: int | None
+    natural: bool = False
 
     @property
     def counts(self) -> np.ndarray:
@@ -59,10 +64,15 @@ class Contexts:
         return np.concatenate([[0], np.cumsum(self.counts)])
 
     def batches(self, chosen: np.ndarray, size: int) -> list[np.ndarray]:
-        """The contexts `chosen`, in batches of at most `size` that are of one length each, so that nothing is padded."""
-        lengths = self.lengths[self.sentence[chosen]]
-        of_length = [chosen[lengths == length] for length in np.unique(lengths)]
-        return [same[start : start + size] for same in of_length for start in range(0, len(same), size)]
+        """The contexts `chosen`, in batches that are of one length each, so that nothing is padded.
+
+        A batch has at most `size` of them; fewer where they are long, as attention takes memory by the square of the length.
+        """
+        lengths, batches = self.lengths[self.sentence[chosen]], []
+        for length in np.unique(lengths).tolist():
+            same, step = chosen[lengths == length], max(1, min(size, MOST_PAIRS // length**2))
+            batches += [same[start : start + step] for start in range(0, len(same), step)]
+        return batches
 
 
 def from_texts(texts: list[str], vocabulary: Vocabulary, source) -> Contexts:
@@ -96,6 +106,7 @@ def from_samples(path, vocabulary: Vocabulary, max_sentences: int | None = None)
         positions[sentence, slot].astype(np.int64),
         samples.masked_lm_ids[sentence, slot].astype(np.int64),
         None,
+        samples.attributes.get(TEXT_ATTRIBUTE) == DOCUMENTS,
     )
 
 

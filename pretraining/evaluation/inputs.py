@@ -11,6 +11,7 @@ from pcfg.artefacts import InputError
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
 from pcfg.text import read_texts
+from pretraining.data.shards import is_of_documents
 from pretraining.data.vocabulary import Vocabulary, find_vocabulary
 from pretraining.evaluation.contexts import Contexts, from_samples, from_texts
 from pretraining.evaluation.records import describe_file
@@ -90,6 +91,15 @@ def _check_sentences(table, contexts: Contexts, columns: np.ndarray, source) -> 
         raise InputError(f"{source}: the lookup table is of other sentences; make one with python -m pcfg.lookup")
 
 
+def refuse_natural_text(data: Path) -> None:
+    """Refuse a text shard of documents: what is measured on it are the samples that it is packed into."""
+    if data.suffix == ".txt" and is_of_documents(data.parent):
+        raise InputError(
+            f"--datafile {data}: natural text, which no true conditionals are known of; make masked samples of it with "
+            "generate_samples.py and give one of their files (test_shard_0.hdf5)"
+        )
+
+
 def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None) -> Inputs:
     """Read what the flags of `add_input_arguments` name, and check that it belongs together.
 
@@ -102,6 +112,7 @@ def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None)
     data = Path(arguments.datafile)
     if not data.is_file():
         raise InputError(f"--datafile {data}: no such file")
+    refuse_natural_text(data)
     # Samples lie in a folder of their own inside the dataset's.
     beside = [data.parent, data.resolve().parent.parent] if data.suffix in HDF5_SUFFIXES else [data.parent]
     vocabulary_path = find_vocabulary(arguments.vocabfile, beside)

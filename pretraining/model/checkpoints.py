@@ -1,7 +1,9 @@
 """Model folders: `config.json`, weights, tokenizer files, `vocab.txt`, `args.json`; every measurement adds a JSON beside them.
 
 The folders are plain Hugging Face ones: pre-LN models load as `RobertaPreLayerNormForMaskedLM`, post-LN models as
-`BertForMaskedLM`, without remote code. Weights are safetensors; a folder that has only `pytorch_model.bin` is read without
+`BertForMaskedLM`, without remote code; and folders that transformers saved of these classes, or of `BertForPreTraining`, are
+model folders here. Such a folder may have a `tokenizer.json` in place of `vocab.txt`, and more rows in the word table than
+words. Weights are safetensors; a folder that has only `pytorch_model.bin` is read without
 executing what is pickled in it. `args.json` lists the SHA-256 of the files that were saved with it: what has been damaged since
 is refused.
 
@@ -21,13 +23,11 @@ import torch
 from pcfg.artefacts import InputError, atomic_folder, read_json, sha256, write_json
 from pcfg.cli import run_main
 from pcfg.sealed import FILES, check_file, read_sealed, write_sealed
-from pretraining.data.vocabulary import Vocabulary, hub_is_off, save_tokenizer
+from pretraining.data.vocabulary import TOKENIZER_FILE, VOCABULARY_FILE, Vocabulary, hub_is_off, save_tokenizer
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 
-CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, FACTS_FILE, VOCABULARY_FILE = (
-    *("config.json", "model.safetensors", "pytorch_model.bin", "args.json", "vocab.txt"),
-)
+CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, FACTS_FILE = "config.json", "model.safetensors", "pytorch_model.bin", "args.json"
 
 # (our name, transformers' name) of modules; {base} is "bert" or "roberta_prelayernorm".
 _COMMON = (
@@ -99,6 +99,7 @@ def from_stored(stored: dict, config: ModelConfig, source) -> dict:
         stored = {name.replace(old, new): tensor for name, tensor in stored.items()}
     with torch.device("meta"):
         expected = MaskedLM(config).state_dict()
+    _check_tied(stored, pre_ln, source)
 
     def read(name: str, wanted: tuple[int, ...]) -> torch.Tensor:
         key = _stored_name(name, pre_ln)
@@ -117,6 +118,17 @@ def from_stored(stored: dict, config: ModelConfig, source) -> dict:
         shape = (parameter.shape[0] // len(parts), *parameter.shape[1:])
         state[name] = torch.cat([read(part, shape) for part in parts])
     return state
+
+
+def _check_tied(stored: dict, pre_ln: bool, source) -> None:
+    """Refuse a decoder of its own: ours is the word table. Files that transformers saved may have the decoder as a copy."""
+    decoder = "lm_head.decoder" if pre_ln else "cls.predictions.decoder"
+    for part, name in (("weight", "embeddings.words.weight"), ("bias", "decoder_bias")):
+        own, tied = stored.get(f"{decoder}.{part}"), stored.get(_stored_name(name, pre_ln))
+        if own is not None and tied is not None and not torch.equal(own, tied):
+            raise InputError(
+                f"{source}: '{decoder}.{part}' is not that of the word table; only models of tied weights can be read"
+            )
 
 
 def save_model(folder, model: MaskedLM, tokenizer, vocabulary: Vocabulary, facts: dict) -> None:
@@ -179,7 +191,7 @@ def load_model(folder, device="cpu", attention: str = "sdpa", weights=None) -> M
     if (folder / FACTS_FILE).exists() and FILES not in read_facts(folder):
         print(f"warning: {folder / FACTS_FILE} lists no hashes: {folder} is used as it is")
     _check_files(folder, CONFIG_FILE, *([] if weights else [weights_file(folder).name]))
-    config = ModelConfig.from_transformers(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE, attention)
+    config = read_config(folder, attention)
     path = Path(weights or weights_file(folder))
     model = MaskedLM(config)
     model.load_state_dict(from_stored(_read_weights(path), config, path))
@@ -204,6 +216,8 @@ def find_model(name) -> Path:
     files = [CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE, "tokenizer*"]
     try:
         folder = Path(snapshot_download(str(name), allow_patterns=files, local_files_only=hub_is_off()))
+        if not is_model_folder(folder):  # it is read without executing what is pickled in it
+            folder = Path(snapshot_download(str(name), allow_patterns=[PICKLE_FILE], local_files_only=hub_is_off()))
     except (OSError, ValueError) as error:
         off = "the hub is off; HF_HUB_OFFLINE=0 turns it on" if hub_is_off() else str(error).splitlines()[0]
         raise InputError(f"model {name}: no such folder, and not in the hub's local cache ({off}); give a folder") from None
@@ -266,10 +280,38 @@ def check_folder(folder) -> None:
     _check_files(Path(folder), *(name for name in read_facts(folder).get(FILES, ()) if name != FACTS_FILE))
 
 
+def read_config(folder, attention: str = "sdpa") -> ModelConfig:
+    """The configuration of the model in `folder`."""
+    path = Path(folder) / CONFIG_FILE
+    return ModelConfig.from_transformers(read_json(path), path, attention)
+
+
+def vocabulary_file(folder) -> Path:
+    """The file of a folder that has the model's vocabulary: vocab.txt if there, else `tokenizer.json`.
+
+    Raises:
+        InputError: it has neither.
+    """
+    path, tokenizer = Path(folder) / VOCABULARY_FILE, Path(folder) / TOKENIZER_FILE
+    if not path.is_file() and FILES in read_facts(folder):
+        _check_files(Path(folder), VOCABULARY_FILE)
+    if not path.is_file() and not tokenizer.is_file():
+        raise InputError(f"{folder}: no {VOCABULARY_FILE} and no {TOKENIZER_FILE}; save the model's tokenizer in the folder")
+    return path if path.is_file() else tokenizer
+
+
 def load_vocabulary(folder) -> Vocabulary:
-    """The vocabulary that the model of `folder` was trained with."""
-    _check_files(Path(folder), VOCABULARY_FILE)
-    return Vocabulary.read(Path(folder) / VOCABULARY_FILE)
+    """The vocabulary that the model of `folder` was trained with.
+
+    Raises:
+        InputError: there is none, it is damaged, or it has more words than the model.
+    """
+    path = vocabulary_file(folder)
+    _check_files(Path(folder), path.name)
+    vocabulary, rows = Vocabulary.read(path), read_config(folder).vocab_size
+    if vocabulary.size > rows:
+        raise InputError(f"{path}: {vocabulary.size} words, but the model knows {rows}; is it the vocabulary of this model?")
+    return vocabulary
 
 
 def check_vocabulary(folder, vocabulary: Vocabulary, source) -> None:
@@ -282,7 +324,7 @@ def check_vocabulary(folder, vocabulary: Vocabulary, source) -> None:
     if own.sha256 != vocabulary.sha256:
         raise InputError(
             f"{source}: {vocabulary.size} words with hash {vocabulary.sha256[:12]}, but the model was trained with "
-            f"{Path(folder) / VOCABULARY_FILE} ({own.size} words, hash {own.sha256[:12]}); give that one"
+            f"{vocabulary_file(folder)} ({own.size} words, hash {own.sha256[:12]}); give that one"
         )
 
 

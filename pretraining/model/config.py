@@ -106,6 +106,9 @@ class ModelConfig:
         }
         if not isinstance(kind, str) or kind not in modes:
             raise InputError(f"{source}: model_type {kind!r} is not one of {', '.join(modes)}")
+        for name, only in (("position_embedding_type", "absolute"), ("tie_word_embeddings", True), ("is_decoder", False)):
+            if content.get(name, only) != only:
+                raise InputError(f"{source}: {name} is {content[name]!r}; only models where it is {only!r} can be read")
         names = {field.name for field in dataclasses.fields(cls)} - {"attention", "encoder_ln_mode", "layer_norm_type"}
         values = {name: content[name] for name in names if name in content}
         if values.get("hidden_act") == "silu":

@@ -86,6 +86,8 @@ def apex_attention(query, key, value, mask, dropout):
     return F.dropout(weights, dropout, training=dropout > 0) @ value
 
 
+# Chosen positions a sentence, in the mean, up to which keys and values are copied for each: that is faster for few.
+MOST_COPIES = 8
 ATTENTION_FUNCTIONS = {"sdpa": sdpa_attention, "eager": eager_attention, "apex": apex_attention}
 
 
@@ -116,6 +118,8 @@ class SelfAttention(nn.Module):
         batch, length, width = hidden.shape
         split = self.qkv(hidden).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)  # (batch, heads, length, head_dim) each
+        if chosen is not None and len(chosen) > MOST_COPIES * batch:
+            return self._by_sentence(query, key, value, mask, chosen)
         if chosen is not None:
             query = split[:, :, 0].flatten(0, 1)[chosen].unsqueeze(2)  # (M, heads, 1, head_dim)
             sentence = chosen // length
@@ -123,3 +127,18 @@ class SelfAttention(nn.Module):
             mask = None if mask is None else mask[sentence]
         context = self.attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.output(context.transpose(1, 2).flatten(2))
+
+    def _by_sentence(self, query, key, value, mask, chosen):
+        """What `forward` gives for `chosen`, without a copy of a sentence's keys and values for each of its positions.
+
+        The chosen positions of a sentence are its queries, (batch, heads, most, head_dim) with `most` the most of a sentence.
+        """
+        batch, heads, length, size = query.shape
+        sentence, order = chosen // length, chosen.argsort()
+        counts = sentence.bincount(minlength=batch)
+        column = torch.empty_like(chosen)  # of each position among those of its sentence
+        column[order] = torch.arange(len(chosen), device=chosen.device) - (counts.cumsum(0) - counts)[sentence[order]]
+        queries = query.new_zeros(batch, int(counts.max()), heads, size)
+        queries = queries.index_put((sentence, column), query.transpose(1, 2).flatten(0, 1)[chosen])
+        context = self.attend(queries.transpose(1, 2), key, value, mask, self.dropout if self.training else 0.0)
+        return self.output(context.transpose(1, 2)[sentence, column].flatten(1).unsqueeze(1))

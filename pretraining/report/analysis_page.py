@@ -6,7 +6,7 @@ from pretraining.report.analysis import Analysis
 from pretraining.report.analysis_plots import Plot
 from pretraining.report.analysis_tables import command_table, correlation_sentences, experiment_table, further_tables
 from pretraining.report.findings import HOLDS, HOLDS_NOT, Finding
-from pretraining.report.page import NOTES, render, table
+from pretraining.report.page import notes, render, table
 
 RULE = (
     "A finding holds for an accuracy if the 95% intervals of the changes of both trace and accuracy lie on the paper's side of "
@@ -53,7 +53,7 @@ def write_page(path, rows: list[dict], records: list[dict], analysis: Analysis, 
         sections=sections + [(*section, []) for section in further_tables(analysis)],
         texts=TEXTS,
         models=table(rows),
-        model_notes=NOTES,
+        model_notes=notes(rows),
         scale=analysis.experiments.scale,
         seeds=analysis.experiments.seeds,
         commands=commands[:2],

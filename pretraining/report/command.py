@@ -24,7 +24,7 @@ from pretraining.report import plots as report_plots
 from pretraining.report.analysis import RESULTS_FILE, Analysis, analyse, write_results
 from pretraining.report.analysis_page import write_page
 from pretraining.report.analysis_tables import correlation_sentences, experiment_table
-from pretraining.report.page import NOTES, sections, table, table_text, write_html
+from pretraining.report.page import notes, sections, table, table_text, write_html
 from pretraining.report.rows import LOOKUP_TABLE, accuracy_names, collect, error_of, write_csv
 
 CSV_FILE, HTML_FILE = "results.csv", "report.html"
@@ -66,13 +66,13 @@ def main(arguments: list[str] | None = None) -> None:
     if analysis is None:
         further = sections(rows, records)
         print(table_text(*table(rows)))
-        print("\n".join(NOTES))
+        print("\n".join(notes(rows)))
     else:
         further = [experiment_table(analysis, name) for name in analysis.tables]
         print("\n\n".join([*(finding.sentence() for finding in analysis.findings), *correlation_sentences(analysis)]))
-    for title, header, lines, notes in further:
+    for title, header, lines, remarks in further:
         print(f"\n{title}\n{table_text(header, lines)}")
-        print("\n".join(notes))
+        print("\n".join(remarks))
     if any(row["kind"] == LOOKUP_TABLE for row in rows):
         print("lookup table: its output is P itself, so its loss is the entropy and its gap 0 by construction.")
     print(f"report: {output / HTML_FILE}  (numbers: {output / CSV_FILE})")

@@ -22,10 +22,13 @@ def _number(value, error, digits: int, scale: float = 1.0, mark: str = "") -> st
 def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     """The report's table as texts: header and one list a model. Accuracies in %; `*` marks a sampling error (one seed)."""
     header = ["model", "parameters", "step", "gap (nats)", "trace"]
+    only_loss = _has_only_loss(rows)
+    if any(only_loss):
+        header.insert(4, "MLM loss (nats)")
     names = accuracy_names(rows)
     header += [f"{name.replace('_', ' ', 1)} (%)" for name in names]
     lines = []
-    for row in rows:
+    for row, is_only_loss in zip(rows, only_loss, strict=True):
         line = [
             row["model"] if row["kind"] != LOOKUP_TABLE else f"{row['model']} (lookup table)",
             "" if row.get("parameters") is None else f"{row['parameters']:,}",
@@ -35,11 +38,19 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
         ]
         if row["kind"] == LOOKUP_TABLE:
             line[3] = "0 by construction"
+        if any(only_loss):
+            loss = _number(row.get("sampled_loss_pairs"), row.get("sampled_loss_pairs_se"), 4)
+            line.insert(4, loss if is_only_loss else "")
         for name in names:
             mark = "*" if row.get(f"{name}_se") is None else ""
             line.append(_number(row.get(name), error_of(row, name), 1, 100, mark))
         lines.append(line)
     return header, lines
+
+
+def _has_only_loss(rows: list[dict]) -> list[bool]:
+    """Of each model, whether a loss was measured and no gap: no true conditionals were given, or nobody knows them."""
+    return [row.get("sampled_loss_pairs") is not None and row.get("gap_pairs") is None for row in rows]
 
 
 def table_text(header: list[str], lines: list[list[str]]) -> str:
@@ -53,11 +64,22 @@ def table_text(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(texts)
 
 
-NOTES = (
+GAP_AND_ACCURACIES = (
     "gap: KL(P || f), mean over sentences (the mean that --single_mask minimises); ± is one standard error.",
     "accuracies: ± is the standard error over seeds; with * there is one seed and ± is the binomial standard error of the "
     "validation sample.",
 )
+
+
+MLM_LOSS = (
+    "MLM loss: of models measured without true conditionals, mean over the masked positions of samples; natural text has no "
+    "exact entropy.",
+)
+
+
+def notes(rows: list[dict]) -> tuple[str, ...]:
+    """What the table's columns are."""
+    return GAP_AND_ACCURACIES + (MLM_LOSS if any(_has_only_loss(rows)) else ())
 
 
 Section = tuple[str, list[str], list[list[str]], list[str]]
@@ -110,5 +132,5 @@ def write_html(path, rows: list[dict], records: list[dict], images: list[tuple[s
     Args:
         images: (title, caption, PNG file) of each plot.
     """
-    tables = [("", *table(rows), NOTES), *sections(rows, records)]
+    tables = [("", *table(rows), notes(rows)), *sections(rows, records)]
     render(path, "report.html.jinja", records, tables=tables, images=embedded(images))

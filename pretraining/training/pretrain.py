@@ -14,7 +14,15 @@ from pcfg.artefacts import InputError, disk_errors, keyed_rng, versions
 from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer
 from pretraining.evaluation.records import describe_model
 from pretraining.model.bert import MaskedLM
-from pretraining.model.checkpoints import FACTS_FILE, check_folder, check_vocabulary, find_model, load_model, read_facts
+from pretraining.model.checkpoints import (
+    FACTS_FILE,
+    check_folder,
+    check_vocabulary,
+    find_model,
+    load_model,
+    read_config,
+    read_facts,
+)
 from pretraining.model.config import ModelConfig
 from pretraining.training import state
 from pretraining.training.adversarial import AdversarialTerm
@@ -207,13 +215,22 @@ def build_model(config: ModelConfig, seed: int) -> MaskedLM:
     return MaskedLM(config)
 
 
-def start_from(name: str, model: MaskedLM, vocabulary: Vocabulary) -> dict:
+def with_rows_of(config: ModelConfig, older: dict) -> ModelConfig:
+    """`config` with what no flag says of a model that it goes on from: rows without a word in its table, LayerNorm's epsilon.
+
+    Args:
+        older: the fields of that model's configuration.
+    """
+    rows = max(config.vocab_size, older["vocab_size"])
+    return dataclasses.replace(config, vocab_size=rows, layer_norm_eps=older["layer_norm_eps"])
+
+
+def start_from(folder: Path, model: MaskedLM, vocabulary: Vocabulary) -> dict:
     """Give `model` the weights of a model folder; returns their SHA-256, for the record.
 
     Raises:
-        InputError: there is no such folder, or its vocabulary or shape is another one.
+        InputError: its vocabulary or shape is another one.
     """
-    folder = find_model(name)
     check_vocabulary(folder, vocabulary, "the samples' tokenizer")
     loaded = load_model(folder)
     old, new = (dataclasses.asdict(config) for config in (loaded.config, model.config))
@@ -240,12 +257,17 @@ def pretrain(options: argparse.Namespace, now=time.monotonic) -> Path:
     found = agreed_state(options, job, ranks)
     check_accumulation(options, ranks.world_size)
     data, length = load_data(options)
-    config = model_config(options, data.train.vocabulary.size, length)
+    config, start = model_config(options, data.train.vocabulary.size, length), None
+    if found is not None:
+        config = with_rows_of(config, found.saved["model"])
+    elif options.model_name_or_path:
+        start = find_model(options.model_name_or_path)
+        config = with_rows_of(config, dataclasses.asdict(read_config(start)))
     model = build_model(config, options.seed)
     if found is not None:
         data.facts["initial_weights"] = found.saved.get("initial_weights")
-    elif options.model_name_or_path:
-        data.facts["initial_weights"] = start_from(options.model_name_or_path, model, data.train.vocabulary)
+    elif start is not None:
+        data.facts["initial_weights"] = start_from(start, model, data.train.vocabulary)
     model.activation_checkpointing = options.activation_checkpointing
     if options.compile:
         model.compile_layers()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pcfg.artefacts import InputError
+from pretraining.model import layers
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 from pretraining.model.layers import eager_attention, sdpa_attention
@@ -51,6 +52,25 @@ def test_padding_changes_nothing(mode, norm):
     padded = torch.cat([ids, torch.zeros(3, 3, dtype=torch.long)], 1)
     mask = (torch.arange(9) < 6).expand(3, 9)
     assert torch.allclose(model.encode(padded, mask)[:, :6], model.encode(ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["pre-ln", "post-ln"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_many_masks_a_sentence_are_few_with_copies_of_keys(mode, attention, monkeypatch):
+    """In any order, twice, and with a sentence that has none: outputs and gradients."""
+    ids, mask = torch.randint(1, 30, (4, 9)), torch.ones(4, 9, dtype=torch.long)
+    ids[1, 5:] = mask[1, 5:] = 0
+    chosen = torch.tensor([30, 2, 3, 4, 9, 10, 11, 12, 13, 27, 28, 0, 2, 35, 29])  # the third sentence has none
+    outputs, gradients = [], []
+    for most in (8, 0):
+        monkeypatch.setattr(layers, "MOST_COPIES", most)
+        model = random_model(encoder_ln_mode=mode, attention=attention).double()
+        outputs.append(model.predict(model.encode(ids, mask, chosen)))
+        outputs[-1].square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert outputs[0].shape == (15, 1, 30)
+    assert torch.allclose(*outputs, atol=1e-12)
+    assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["pre-ln", "post-ln"])

@@ -7,11 +7,12 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertForPreTraining, BertTokenizerFast
 
 from pcfg.artefacts import InputError, read_json, sha256, write_json
 from pcfg.sealed import write_sealed
 from pretraining.data.vocabulary import Vocabulary, build_tokenizer
+from pretraining.data.wordpiece import check_same_tokenizer
 from pretraining.model import checkpoints
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import (
@@ -95,6 +96,79 @@ def test_pytorch_bin_is_read_without_pickle(tmp_path):
     assert torch.equal(load_model(tmp_path / "model").head_dense.weight, model.head_dense.weight)
 
 
+def bert_of_transformers(folder, kind, lower, seed=0):
+    """What transformers saves of a random BERT with 3 rows more than words, and its output on a padded batch."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    model = kind(BertConfig(vocab_size=len(WORDS) + 3, max_position_embeddings=9, initializer_range=0.3, **sizes)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}, do_lower_case=lower).save_pretrained(folder)
+    ids, mask = padded_batch()
+    with torch.no_grad():
+        output = model(input_ids=ids, attention_mask=mask)
+    return ids, mask, output.prediction_logits if kind is BertForPreTraining else output.logits
+
+
+@pytest.mark.parametrize("as_pickle", [False, True])
+@pytest.mark.parametrize(("kind", "lower"), [(BertForMaskedLM, True), (BertForPreTraining, False)])
+def test_a_bert_that_transformers_saved(tmp_path, kind, lower, as_pickle):
+    """Pooler and next-sentence head are left out; the words are those of tokenizer.json."""
+    ids, mask, expected = bert_of_transformers(tmp_path, kind, lower)
+    if as_pickle:  # as older versions did, with the decoder as a copy
+        weights = tmp_path / "model.safetensors"
+        stored = safetensors.torch.load_file(weights)
+        stored["cls.predictions.decoder.weight"] = stored["bert.embeddings.word_embeddings.weight"]
+        stored["cls.predictions.decoder.bias"] = stored["cls.predictions.bias"]
+        stored["bert.embeddings.position_ids"] = torch.arange(9)[None]
+        torch.save(stored, tmp_path / "pytorch_model.bin")
+        weights.unlink()
+    model = load_model(tmp_path)
+    assert (model.config.type_vocab_size, model.config.hidden_act, model.config.vocab_size) == (2, "gelu", len(WORDS) + 3)
+    assert (model.predict(model.encode(ids, mask)) - expected)[mask.bool()].abs().max() < 1e-5
+    vocabulary = load_vocabulary(tmp_path)
+    assert vocabulary.words == WORDS
+    check_vocabulary(tmp_path, vocabulary, "itself")
+    assert model_folders(tmp_path) == [tmp_path]
+    check_same_tokenizer(tmp_path / "tokenizer.json", vocabulary, lower)
+    with pytest.raises(InputError, match=f"normalizer has lowercase {lower}.*give --do_lower_case {int(lower)}"):
+        check_same_tokenizer(tmp_path / "tokenizer.json", vocabulary, not lower)
+
+
+def test_folders_of_transformers_that_are_no_model_here(tmp_path):
+    bert_of_transformers(tmp_path, BertForMaskedLM, True)
+    config, tokenizer, weights = (tmp_path / name for name in ("config.json", "tokenizer.json", "model.safetensors"))
+    content = read_json(config)
+    for changes, message in (
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'; only .*'absolute'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"hidden_act": "gelu_new"}, "hidden_act: 'gelu_new' is not one of"),
+        ({"model_type": "distilbert"}, "model_type 'distilbert' is not one of"),
+    ):
+        write_json(config, {**content, **changes})
+        with pytest.raises(InputError, match=f"config.json: .*{message}"):
+            load_model(tmp_path)
+    write_json(config, {**content, "vocab_size": len(WORDS) - 1})
+    with pytest.raises(InputError, match="tokenizer.json: 15 words, but the model knows 14"):
+        load_vocabulary(tmp_path)
+    write_json(config, content)
+    stored = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({**stored, "cls.predictions.decoder.bias": stored["cls.predictions.bias"] + 1}, weights)
+    with pytest.raises(InputError, match="'cls.predictions.decoder.bias' is not that of the word table"):
+        load_model(tmp_path)
+    write_json(tokenizer, {**read_json(tokenizer), "model": {"type": "BPE"}})
+    with pytest.raises(InputError, match="its tokenizer is a BPE"):
+        load_vocabulary(tmp_path)
+    write_json(tokenizer, {})
+    with pytest.raises(InputError, match="tokenizer.json: not a tokenizer"):
+        load_vocabulary(tmp_path)
+    tokenizer.unlink()
+    with pytest.raises(InputError, match="no vocab.txt and no tokenizer.json; save the model's tokenizer"):
+        load_vocabulary(tmp_path)
+
+
 class Bomb:
     def __init__(self, path):
         self.path = path
@@ -110,6 +184,16 @@ def plain_pickle(content, path):
 
 def legacy(content, path):
     torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("write", [plain_pickle, torch.save, legacy])
+def test_a_malicious_pickle_of_others_is_refused(tmp_path, write):
+    bert_of_transformers(tmp_path, BertForPreTraining, True)
+    (tmp_path / "model.safetensors").unlink()
+    write({"bert.pooler.dense.bias": Bomb(str(tmp_path / "executed"))}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pytorch_model.bin: refused"):
+        load_model(tmp_path)
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("write", [plain_pickle, torch.save, legacy])
