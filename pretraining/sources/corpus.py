@@ -203,8 +203,11 @@ def training_text(folder: Path, shards: list[Shard]) -> Iterator[str]:
     """Lines of the training shards, of each from its beginning, `VOCABULARY_BYTES` in all."""
     training = [shard for shard in shards if shard.split == "training"]
     for shard in training:
-        with open(folder / shard.name, encoding="utf-8", newline="\n") as file:
-            yield from file.readlines(max(1, VOCABULARY_BYTES // len(training)))
+        with open(folder / shard.name, "rb") as file:
+            read = 0
+            while read < VOCABULARY_BYTES // len(training) and (line := file.readline()):
+                read += len(line)
+                yield line.decode()
 
 
 def vocabulary_bytes(options: argparse.Namespace, shards: list[Shard]) -> bytes:
