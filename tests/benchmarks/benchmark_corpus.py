@@ -9,7 +9,8 @@ A version of some seconds, with rough numbers:
 The text is English that is there wherever Python is: the documentation strings of its own library and of the installed
 packages, each once, those of a file in one document, cut into sentences at full stops. It is cut into shards that have no
 document in common; more text than there is is made of the same shards again, which gives none of them an advantage: a shard is
-encoded with no memory of another. Baselines read, tokenise a sentence a call, pack, mask with `random` and write HDF5, on one core.
+encoded with no memory of another. Baselines read, tokenise a sentence a call, pack, mask with `random` and write HDF5, on one
+core.
 """
 
 import argparse
