@@ -5,9 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from transformers import BertTokenizerFast
 
 import generate_samples
-from pcfg.artefacts import InputError, keyed_rng, read_json, sha256
+from pcfg.artefacts import InputError, keyed_rng, read_json, sha256, write_json
 from pretraining.data.masking import MaskingRule, remask
 from pretraining.data.samples import read_samples, sample_paths
 from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer
@@ -138,6 +139,22 @@ def test_wrong_flags(documents, tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
         run(documents, tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_vocabulary_of_a_models_tokenizer(documents, tmp_path):
+    """tokenizer.json, where transformers writes no vocab.txt; it must be BERT's, with the same letter case."""
+    BertTokenizerFast(vocab=Vocabulary.read(documents / "vocab.txt").ids, do_lower_case=False).save_pretrained(
+        tmp_path / "bert"
+    )
+    path = tmp_path / "bert" / "tokenizer.json"
+    for name, vocabulary in (("txt", documents / "vocab.txt"), ("json", path)):
+        run(documents, tmp_path / name, "--vocab_file", vocabulary, "--do_lower_case", 0, "--max_seq_length", 64)
+    assert sha256(tmp_path / "txt" / "train_shard_0.hdf5") == sha256(tmp_path / "json" / "train_shard_0.hdf5")
+    with pytest.raises(InputError, match="tokenizer.json: normalizer has lowercase False.*give --do_lower_case 0"):
+        run(documents, tmp_path / "out", "--vocab_file", path)
+    write_json(path, {**read_json(path), "pre_tokenizer": {"type": "Whitespace"}})
+    with pytest.raises(InputError, match="pre_tokenizer has type 'Whitespace'.*only BERT's"):
+        run(documents, tmp_path / "out", "--vocab_file", path, "--do_lower_case", 0)
 
 
 def test_text_without_a_token(documents, tmp_path):

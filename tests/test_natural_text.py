@@ -54,10 +54,10 @@ def train(samples, output, job, flags):
     run_pretraining.main([*fixed, *shlex.split(SMALL), *shlex.split(flags)])
 
 
-def measure(output, documents, samples, task):
+def measure(output, vocabulary, samples, task):
     """Everything that is measured of the models under `output`."""
     data = ["--model-path", str(output), "--datafile", str(samples / "test_shard_0.hdf5")]
-    data += ["--vocabfile", str(documents / "vocab.txt")]
+    data += ["--vocabfile", str(vocabulary)]
     calculate_loss.main(data)
     calculate_hessian.main([*data, "--nsamples", "4", "--positions", "2"])
     for script in (run_ft, run_lp):
@@ -84,7 +84,7 @@ def test_from_documents_to_the_report(documents, samples, task, tmp_path, capsys
     assert len(losses) >= 20 and losses[-1] < losses[0] - 0.3
     folder = tmp_path / "job" / "step0000020"
     capsys.readouterr()
-    measure(tmp_path, documents, samples, task)
+    measure(tmp_path, documents / "vocab.txt", samples, task)
     printed = capsys.readouterr().out
     assert "natural text, no exact entropy exists for this data" in printed and "are [UNK]" in printed
 
@@ -137,8 +137,8 @@ def test_a_bert_of_transformers_is_gone_on_from_and_measured(bert, documents, sa
     with pytest.raises(InputError, match="another shape than the flags say; give --max_position_embeddings"):
         train(samples, tmp_path / "out", "wide", flags + " --max_position_embeddings 600")
 
-    measure(bert, documents, samples, task)
-    measure(tmp_path / "out/job/step0000000", documents, samples, task)
+    measure(bert, bert / "tokenizer.json", samples, task)
+    measure(tmp_path / "out/job/step0000000", documents / "vocab.txt", samples, task)
     for name in ("loss.json", "hessian.json", "finetune_long.json", "probe_long.json"):
         first, second = (read_json(folder / name) for folder in (bert, tmp_path / "out/job/step0000000"))
         assert first["value"] == pytest.approx(second["value"], rel=1e-5), name

@@ -1,9 +1,9 @@
 """Natural text as ids of BERT's WordPieces, straight from its bytes: each different word is tokenised once, in Rust.
 
-BERT's tokenizer cuts a text at its white space before anything else that it does depends on what stands beside it: cleaning,
-lower-casing, accents, punctuation and pieces are matters of one word alone. So the ids of a text are those of its words, one
-after the other, and a word that was met before is looked up in a hash table. `tests/data/test_pieces.py` compares the ids with
-those of transformers' tokenizer on whole sentences.
+BERT's tokenizer cuts a text at white space and before and after each punctuation mark, and nothing that it does depends on
+what stands on the other side of a cut: cleaning, lower-casing, accents and pieces are matters of one word alone. So the ids of
+a text are those of its words and marks, one after the other, and one that was met before is looked up in a hash table.
+`tests/data/test_pieces.py` compares the ids with those of transformers' tokenizer on whole sentences.
 
 What looks like a special token in a text ("[MASK]") is text here, as it is for transformers with `split_special_tokens=True`.
 """
@@ -40,7 +40,7 @@ class PieceEncoder:
         self._forget()
 
     def _forget(self) -> None:
-        self._words = 0
+        self._words = 0  # punctuation marks are words too
         self._letters = np.empty(BLOCK_BYTES, dtype=np.uint8)  # of all words, one after the other
         self._ends = np.zeros(1, dtype=np.int64)  # word w: letters[ends[w]:ends[w + 1]]
         self._hashes = np.empty(0, dtype=np.uint64)
@@ -62,7 +62,7 @@ class PieceEncoder:
             self._forget()
         letters = np.frombuffer(text, dtype=np.uint8)
         self._make_room(len(letters))
-        words = np.empty((len(letters) + 1) // 2, dtype=np.int32)
+        words = np.empty(len(letters), dtype=np.int32)
         lines = np.empty(text.count(b"\n") + 1, dtype=np.int32)
         table = self._letters, self._ends, self._hashes, self._slots
         known, found, self._words = self._words, *_find(letters, *table, self._words, words, lines)
@@ -72,7 +72,7 @@ class PieceEncoder:
 
     def _make_room(self, size: int) -> None:
         """Make room in the table for what `size` bytes of text can bring."""
-        words = self._words + (size + 1) // 2
+        words = self._words + (size + 1) // 2 + 32  # the marks of ASCII
         self._letters = _at_least(self._letters, self._ends[self._words] + size)
         self._ends = _at_least(self._ends, words + 1)
         self._hashes = _at_least(self._hashes, words)
@@ -119,6 +119,12 @@ def _is_space(byte):
     return byte == 32 or byte == 9 or byte == 10 or byte == 13
 
 
+@numba.njit
+def _is_mark(byte):
+    # punctuation in ASCII; for other marks the same holds as for spaces
+    return 33 <= byte <= 47 or 58 <= byte <= 64 or 91 <= byte <= 96 or 123 <= byte <= 126
+
+
 @numba.njit(cache=True, nogil=True)
 def _find(text, letters, ends, hashes, slots, known, words, lines):
     """Fill `words` with the numbers of the text's words and `lines` with the words of each line (BLANK for none).
@@ -139,11 +145,15 @@ def _find(text, letters, ends, hashes, slots, known, words, lines):
         start = place
         hashed, eight, shift = np.uint64(0), np.uint64(0), np.uint64(0)
         while place < len(text) and not _is_space(text[place]):
+            if _is_mark(text[place]) and place > start:
+                break
             eight |= np.uint64(text[place]) << shift
             shift += np.uint64(8)
             if shift == np.uint64(64):
                 hashed, eight, shift = mixed(hashed, eight), np.uint64(0), np.uint64(0)
             place += 1
+            if _is_mark(text[start]):
+                break
         if shift > np.uint64(0):
             hashed = mixed(hashed, eight)
         slot = np.int64(hashed & np.uint64(len(slots) - 1))

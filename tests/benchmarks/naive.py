@@ -4,6 +4,7 @@ They are compared with the engine by tests/test_benchmark.py, and timed against 
 """
 
 import functools
+import itertools
 import random
 from collections import defaultdict
 
@@ -135,33 +136,48 @@ def best_parse(parser: ViterbiParser, words: list[str]):
 
 def write_masked_samples(text, tokenizer, path, max_tokens: int, max_masks: int, masked_share: float, sentences: int) -> None:
     """Masked samples of the first sentences of a text file, in the layout of `pretraining.data.samples`, by BERT's rule."""
+    with open(text) as file:
+        encoded = (tokenizer(line.strip())["input_ids"] for line in file if line.strip())
+        write_masked(path, itertools.islice(encoded, sentences), tokenizer, max_tokens, max_masks, masked_share)
+
+
+def packed_documents(lines, tokenizer, max_tokens: int):
+    """The sentences of documents, an empty line between two, packed: lists of ids of at most `max_tokens`."""
+    sample = []
+    for line in itertools.chain(lines, [""]):
+        ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(line.strip()))
+        if sample and (not line.strip() or len(sample) + len(ids) > max_tokens - 2):
+            yield [tokenizer.cls_token_id, *sample, tokenizer.sep_token_id]
+            sample = []
+        while len(ids) > max_tokens - 2:
+            yield [tokenizer.cls_token_id, *ids[: max_tokens - 2], tokenizer.sep_token_id]
+            ids = ids[max_tokens - 2 :]
+        sample = sample + ids
+
+
+def write_masked(path, sequences, tokenizer, max_tokens: int, max_masks: int, masked_share: float) -> None:
+    """Masked samples of lists of ids, [CLS] and [SEP] among them."""
     rows = defaultdict(list)
     ordinary = [index for index in tokenizer.get_vocab().values() if index not in tokenizer.all_special_ids]
-    with open(text) as file:
-        for line in file:
-            if not line.strip():
-                continue
-            ids = tokenizer(line.strip())["input_ids"]
-            positions = list(range(1, len(ids) - 1))
-            random.shuffle(positions)
-            wanted = min(max_masks, max(1, round(masked_share * len(ids))))
-            positions = sorted(positions[:wanted])
-            labels = [ids[position] for position in positions]
-            for position in positions:
-                chance = random.random()
-                if chance < 0.8:
-                    ids[position] = tokenizer.mask_token_id
-                elif chance < 0.9:
-                    ids[position] = random.choice(ordinary)
-            padding = [0] * (max_tokens - len(ids))
-            unused = [0] * (max_masks - len(positions))
-            rows["input_ids"].append(ids + padding)
-            rows["input_mask"].append([1] * len(ids) + padding)
-            rows["segment_ids"].append([0] * max_tokens)
-            rows["masked_lm_positions"].append(positions + unused)
-            rows["masked_lm_ids"].append(labels + unused)
-            if len(rows["input_ids"]) == sentences:
-                break
+    for ids in sequences:
+        positions = list(range(1, len(ids) - 1))
+        random.shuffle(positions)
+        wanted = min(max_masks, max(1, round(masked_share * len(ids))))
+        positions = sorted(positions[:wanted])
+        labels = [ids[position] for position in positions]
+        for position in positions:
+            chance = random.random()
+            if chance < 0.8:
+                ids[position] = tokenizer.mask_token_id
+            elif chance < 0.9:
+                ids[position] = random.choice(ordinary)
+        padding = [0] * (max_tokens - len(ids))
+        unused = [0] * (max_masks - len(positions))
+        rows["input_ids"].append(ids + padding)
+        rows["input_mask"].append([1] * len(ids) + padding)
+        rows["segment_ids"].append([0] * max_tokens)
+        rows["masked_lm_positions"].append(positions + unused)
+        rows["masked_lm_ids"].append(labels + unused)
     with h5py.File(path, "w") as file:
         for name, values in rows.items():
             kind = np.int8 if name in ("input_mask", "segment_ids") else np.int32

@@ -14,7 +14,7 @@ from pcfg.means import mean_by_pairs, mean_by_sentences
 from pcfg.text import read_texts
 from pretraining.data.samples import sample_paths
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.evaluation.contexts import from_samples, from_texts
+from pretraining.evaluation.contexts import Contexts, from_samples, from_texts
 from pretraining.evaluation.loss import compare_losses, context_losses, divergences, measure_loss
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, load_vocabulary
@@ -274,3 +274,13 @@ def test_a_table_of_entropies_only_gives_the_same_loss_up_to_its_error(measured,
         expected = np.asarray(-table.log_true - table.entropy)
         offset = (mean_by_pairs if kind == "pairs" else mean_by_sentences)(expected, contexts.counts)[0]
         assert details["gap"][kind]["mean"] == pytest.approx(gap - offset, abs=1e-5)
+
+
+def test_batches_of_long_contexts_are_small():
+    """Attention's memory grows by the square of the length: 8 contexts of 512 tokens at a time, whatever is asked for."""
+    lengths = np.array([512] * 20 + [6] * 300)
+    every = np.arange(320)
+    contexts = Contexts(np.zeros((320, 512), np.int64), lengths, every, np.ones(320, np.int64), every, None)
+    batches = contexts.batches(every, 128)
+    assert [len(batch) for batch in batches] == [128, 128, 44, 8, 8, 4]
+    assert np.array_equal(np.sort(np.concatenate(batches)), every)
