@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"--datafile {args.datafile}: text needs the true conditionals: give --condprobfile or --rule-path "
             f"(or masked samples, {' or '.join(HDF5_SUFFIXES)}, for the plain MLM loss)"
         )
-    inputs = read_inputs(args)
+    inputs = read_inputs(args, some_positions=True)
     if reference is not None:
         compare_all(folders, Reference(reference, args, inputs), args, inputs)
         return

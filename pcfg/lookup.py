@@ -5,44 +5,30 @@
 A version for a laptop: `--rule-path rule_mini_mlm.txt` with a text made from the same rules. `--entropy-only` leaves the
 distributions out: 12 bytes a position, whatever the number of words.
 
-The file is HDF5, not compressed (gzip and LZF both write slower than the disk). Its datasets, for n sentences of the text in
-order, M words in all and V words of the grammar:
-
-    words         (V,)    UTF-8 strings: what the columns stand for
-    lengths       (n,)    uint8, words of each sentence
-    conditionals  (M, V)  float32 or float16, P(x_t = w | x_-t); the positions of a sentence lie one below the other; not there
-                          in a table made with --entropy-only
-    true_words    (M,)    int32, the column of the word that stands there
-    entropy       (M,)    float32, -sum_w P(w | x_-t) log P(w | x_-t), nats, from the conditionals before they are rounded
-    log_true      (M,)    float32, log P(x_t | x_-t), nats, likewise
-
-and its attributes: `format` (2), `conditionals` ("float32", "float16" or "none"), `text_sha256`, `text_name`, `grammar_sha256`,
-`versions` (JSON). The file is made in one pass over the text after one that counts it, in memory that its size does not
-matter to.
+The file (`pcfg.table_file`) is made in one pass over the text after one that counts it, in memory that its size does not matter
+to.
 """
 
 import argparse
 import functools
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import h5py
 import numpy as np
 from tqdm import tqdm
 
-from pcfg.artefacts import InputError, atomic_path, check_space, sha256, versions
+from pcfg.artefacts import InputError, sha256
 from pcfg.chart import Chart
 from pcfg.cli import run_main
 from pcfg.grammar import Grammar, find_rules
 from pcfg.means import SentenceMeans
 from pcfg.plan import offsets
+from pcfg.table_file import DTYPES, MAKERS, open_file, table_file, table_shapes
 from pcfg.text import text_blocks
 from pcfg.words import WordIndex, padded
 
-FORMAT = 2
-DTYPES = ("float32", "float16", "none")
+ELSEWHERE = "give another --save-path, or --overwrite to replace it"
 # Numbers in a block of conditionals while a table is computed: 16 MiB of float32, small enough for its memory to be used again.
 BLOCK_ELEMENTS = 1 << 22
 # Most sentences of a block, where distributions don't bound it.
@@ -56,13 +42,16 @@ class LookupTable:
         words: what the V columns stand for.
         sentences, positions: n and M.
         lengths: (n,) int64, words of each sentence.
-        offsets: (n + 1,) int64: the positions of sentence s are offsets[s] .. offsets[s + 1].
+        counts: (n,) int64, positions of each sentence that the table has: all, or those that were chosen.
+        places: (M,) int64, position of each row in its sentence, from 0.
+        chosen: how the positions were chosen, {"positions_per_sentence", "seed"}; None in a table of all.
+        offsets: (n + 1,) int64: the rows of sentence s are offsets[s] .. offsets[s + 1].
         true_words: (M,) int32, column of the word at each position.
         entropy: (M,) float64, entropy of the conditional, nats.
         log_true: (M,) float64, log P(x_t | x_-t), nats.
         stored: how the conditionals are stored, "float32", "float16" or "none".
         text_sha256: of the file the text was read from; empty if it came from none.
-        grammar_sha256: of the grammar.
+        grammar_sha256: of the grammar, or of the restricted language model.
     """
 
     def __init__(self, arrays, words: list[str], source: str, text_sha256: str, grammar_sha256: str):
@@ -73,14 +62,25 @@ class LookupTable:
         self._arrays = arrays
         self.sentences, self.positions = len(arrays["lengths"]), len(arrays["true_words"])
         self.stored = str(arrays["conditionals"].dtype) if "conditionals" in arrays else "none"
+        self.chosen = json.loads(arrays.attrs["chosen"]) if "positions" in arrays else None
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         return self._arrays["lengths"][:].astype(np.int64)
 
     @functools.cached_property
+    def counts(self) -> np.ndarray:
+        return self.lengths if self.chosen is None else self._arrays["counts"][:].astype(np.int64)
+
+    @functools.cached_property
+    def places(self) -> np.ndarray:
+        if self.chosen is not None:
+            return self._arrays["positions"][:].astype(np.int64)
+        return np.arange(self.positions) - np.repeat(self.offsets[:-1], self.lengths)
+
+    @functools.cached_property
     def offsets(self) -> np.ndarray:
-        return offsets(self.lengths)
+        return offsets(self.counts)
 
     @functools.cached_property
     def true_words(self) -> np.ndarray:
@@ -98,9 +98,11 @@ class LookupTable:
         """Means of the entropy, read block by block."""
         means, row = SentenceMeans(), 0
         for first in range(0, self.sentences, BLOCK_SENTENCES):
-            lengths = self._arrays["lengths"][first : first + BLOCK_SENTENCES]
-            last = row + int(lengths.sum(dtype=np.int64))
-            means.add(self._arrays["entropy"][row:last], lengths)
+            block = slice(first, first + BLOCK_SENTENCES)
+            lengths = self._arrays["lengths"][block]
+            counts = lengths if self.chosen is None else self._arrays["counts"][block]
+            last = row + int(counts.sum(dtype=np.int64))
+            means.add(self._arrays["entropy"][row:last], counts, lengths)
             row = last
         return means
 
@@ -112,7 +114,7 @@ class LookupTable:
             InputError: an unknown word, or a sentence that the grammar can't derive.
         """
         blocks = [WordIndex(grammar.words).encode_texts(texts, source)]
-        shapes = _shapes(*_sizes(blocks), len(grammar.words), "float32")
+        shapes = table_shapes(*_sizes(blocks), len(grammar.words), "float32")
         arrays = {name: np.empty(shape, kind) for name, (shape, kind) in shapes.items()}
         _fill(arrays, Chart(grammar), blocks, source)
         text_sha256 = sha256(source) if Path(source).is_file() else ""
@@ -125,26 +127,8 @@ class LookupTable:
         Raises:
             InputError: no such file, not HDF5, or not a whole lookup table.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; make it with python -m pcfg.lookup")
-        try:
-            file = h5py.File(path, "r")
-            if file.attrs["format"] != FORMAT:
-                raise InputError(f"{path}: lookup table of format {file.attrs['format']}, not {FORMAT}; make it again")
-            words = [word.decode() for word in file["words"][:]]
-            sentences, positions, stored = len(file["lengths"]), len(file["true_words"]), str(file.attrs["conditionals"])
-            for name, (shape, kind) in _shapes(sentences, positions, len(words), stored).items():
-                if file[name].shape != shape or file[name].dtype != kind:
-                    raise InputError(
-                        f"{path}: dataset {name!r} is {file[name].shape} {file[name].dtype}, not {shape} "
-                        f"{np.dtype(kind)}; delete the file and make it again with python -m pcfg.lookup"
-                    )
-            if not _in_range(file, len(words)):
-                raise InputError(f"{path}: lengths or true_words out of range; delete the file and make it again")
-            return cls(file, words, str(path), str(file.attrs["text_sha256"]), str(file.attrs["grammar_sha256"]))
-        except (OSError, RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not a lookup table ({error}); give a file made by python -m pcfg.lookup") from error
+        file, words, *hashes = open_file(path)
+        return cls(file, words, str(path), *hashes)
 
     def conditionals(self, first_sentence: int, last_sentence: int) -> np.ndarray:
         """P(. | x_-t) at the positions of sentences first_sentence .. last_sentence - 1: (positions, V) float64.
@@ -172,32 +156,34 @@ class LookupTable:
             raise InputError(
                 f"{self.source}: this lookup table was made from another text (sha256 {self.text_sha256[:12] or 'none'}) "
                 f"than {datafile} (sha256 {found[:12]}); make its own with "
-                f"python -m pcfg.lookup --rule-path RULES --datafile {datafile} --save-path LOOKUP"
+                f"{MAKERS} --datafile {datafile} --save-path LOOKUP"
             )
 
+    def check_positions(self) -> None:
+        """Make sure that the table has every position of its sentences.
 
-def _shapes(sentences: int, positions: int, columns: int, stored: str) -> dict:
-    """Name, shape and dtype of the datasets that hold numbers."""
-    shapes = {
-        "lengths": ((sentences,), np.uint8),
-        "true_words": ((positions,), np.int32),
-        "entropy": ((positions,), np.float32),
-        "log_true": ((positions,), np.float32),
-    }
-    if stored not in DTYPES:
-        raise ValueError(f"conditionals stored as {stored!r}")
-    return shapes if stored == "none" else {**shapes, "conditionals": ((positions, columns), np.dtype(stored))}
+        Raises:
+            InputError: it has some only.
+        """
+        if self.chosen is not None:
+            number = self.chosen["positions_per_sentence"]
+            raise InputError(
+                f"{self.source}: has only some positions of each sentence, but all are needed here; make it again without "
+                f"--positions-per-sentence {number}"
+            )
 
+    def check_whole(self, sentences: int) -> None:
+        """Make sure that the table has every position of the first sentences of its text.
 
-def _in_range(file, columns: int) -> bool:
-    """Whether the lengths add up to the positions and all true words are columns."""
-    lengths, words, step = file["lengths"], file["true_words"], 1 << 22
-    total = 0
-    for first in range(0, len(lengths), step):
-        block = lengths[first : first + step]
-        total += int(block.sum(dtype=np.int64)) if block.min() >= 1 else len(words) + 1
-    blocks = (words[first : first + step] for first in range(0, len(words), step))
-    return total == len(words) and all(block.min() >= 0 and block.max() < columns for block in blocks)
+        Raises:
+            InputError: as `check_positions`, or it has fewer sentences.
+        """
+        self.check_positions()
+        if self.sentences < sentences:
+            raise InputError(
+                f"{self.source}: has the first {self.sentences} sentences of its text only, but {sentences} are needed here; "
+                "make it again with a larger --max-sentences, or take fewer"
+            )
 
 
 def _blocks(grammar, datafile) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -256,22 +242,10 @@ def write_table(path, grammar, datafile, stored: str = "float32") -> int:
     Raises:
         InputError: an unknown word, a sentence that the grammar can't derive, or a disk that can't hold the table.
     """
-    shapes = _shapes(*_sizes(_blocks(grammar, datafile)), len(grammar.words), stored)
-    size = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in shapes.values())
-    # Asked beforehand: the HDF5 library does not survive a write that the disk refuses.
-    check_space(path, size)
+    shapes = table_shapes(*_sizes(_blocks(grammar, datafile)), len(grammar.words), stored)
     chart = Chart(grammar)
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        file.create_dataset("words", data=[word.encode() for word in grammar.words], dtype=h5py.string_dtype())
-        for name, (shape, kind) in shapes.items():
-            file.create_dataset(name, shape, kind)
+    with table_file(path, grammar.words, shapes, datafile, grammar.sha256) as file:
         _fill(file, chart, _blocks(grammar, datafile), datafile)
-        file.attrs["format"] = FORMAT
-        file.attrs["conditionals"] = stored
-        file.attrs["text_sha256"] = sha256(datafile)
-        file.attrs["text_name"] = Path(datafile).name
-        file.attrs["grammar_sha256"] = grammar.sha256
-        file.attrs["versions"] = json.dumps(versions("numpy", "numba", "h5py"))
     return chart.redone
 
 
@@ -281,6 +255,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source = parser.add_argument_group("input")
     source.add_argument("--rule-path", required=True, help="rules file, or the name of a shipped grammar")
+    add_file_arguments(source, parser)
+    return parser
+
+
+def add_file_arguments(source, parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the text, to a group, and of the table to be written."""
     source.add_argument("--datafile", required=True, help="text file (.txt) or labelled sentences (.csv, column `text`)")
     output = parser.add_argument_group("output")
     output.add_argument("--save-path", required=True, help="the HDF5 file to write")
@@ -294,39 +274,44 @@ def build_parser() -> argparse.ArgumentParser:
         help="store the entropy and log P of the true word of each position, and no distributions",
     )
     output.add_argument("--overwrite", action="store_true", help="replace a file made from something else; default: refuse")
-    return parser
 
 
-def _is_made(path, grammar, datafile, stored: str) -> bool:
-    """Whether `path` holds the table of this text and this grammar already; InputError if it holds something else."""
-    if not Path(path).exists():
-        return False
-    table = LookupTable.open(path)
-    if table.grammar_sha256 != grammar.sha256:
-        raise InputError(f"{path}: made from another grammar; give another --save-path, or --overwrite to replace it")
-    if table.text_sha256 != sha256(datafile):
-        raise InputError(f"{path}: made from another text; give another --save-path, or --overwrite to replace it")
-    if table.stored != stored:
-        kept = f"--dtype {table.stored}" if table.stored in DTYPES[:2] else "--entropy-only"
-        raise InputError(f"{path}: made with {kept}; give another --save-path, or --overwrite to replace it")
-    return True
+def wanted_storage(options: argparse.Namespace) -> str:
+    """How the flags of `add_file_arguments` want the conditionals to be stored.
 
-
-def main(arguments: list[str] | None = None) -> None:
-    options = build_parser().parse_args(arguments)
-    grammar = Grammar.read(find_rules(options.rule_path))
+    Raises:
+        InputError: there is no such text, or the table would replace it.
+    """
     if not Path(options.datafile).is_file():
         raise InputError(f"--datafile {options.datafile}: no such file")
     if Path(options.save_path).resolve() == Path(options.datafile).resolve():
         raise InputError(f"--save-path {options.save_path}: is the text itself; give another place")
-    stored = "none" if options.entropy_only else options.dtype
-    if not options.overwrite and _is_made(options.save_path, grammar, options.datafile, stored):
-        print(f"{options.save_path}: skipped, complete already")
-    else:
-        redone = write_table(options.save_path, grammar, options.datafile, stored)
-        print(f"{options.save_path}: {redone} sentences were too improbable for float32 and done again in float64")
-    table = LookupTable.open(options.save_path)
-    print(f"{options.save_path}: {table.sentences} sentences, {table.positions} positions, {len(table.words)} words")
+    return "none" if options.entropy_only else options.dtype
+
+
+def find_made(path, language_sha256: str, datafile, stored: str, language: str = "grammar") -> LookupTable | None:
+    """The table of this text and this language if `path` holds it already.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if not Path(path).exists():
+        return None
+    table = LookupTable.open(path)
+    if table.grammar_sha256 != language_sha256:
+        raise InputError(f"{path}: made from another {language}; {ELSEWHERE}")
+    if table.text_sha256 != sha256(datafile):
+        raise InputError(f"{path}: made from another text; {ELSEWHERE}")
+    if table.stored != stored:
+        kept = f"--dtype {table.stored}" if table.stored in DTYPES[:2] else "--entropy-only"
+        raise InputError(f"{path}: made with {kept}; {ELSEWHERE}")
+    return table
+
+
+def print_table(path) -> None:
+    """Print what a table has, and the mean entropy: the least loss that a model can have."""
+    table = LookupTable.open(path)
+    print(f"{path}: {table.sentences} sentences, {table.positions} positions, {len(table.words)} words")
     if table.sentences > 1:
         means = table.mean_entropy()
         pairs, sentences = means.by_pairs(), means.by_sentences()
@@ -334,6 +319,18 @@ def main(arguments: list[str] | None = None) -> None:
             f"conditional entropy in nats: {pairs[0]:.4f} +- {pairs[1]:.4f} (pairs), "
             f"{sentences[0]:.4f} +- {sentences[1]:.4f} (sentences)"
         )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    grammar = Grammar.read(find_rules(options.rule_path))
+    stored = wanted_storage(options)
+    if not options.overwrite and find_made(options.save_path, grammar.sha256, options.datafile, stored):
+        print(f"{options.save_path}: skipped, complete already")
+    else:
+        redone = write_table(options.save_path, grammar, options.datafile, stored)
+        print(f"{options.save_path}: {redone} sentences were too improbable for float32 and done again in float64")
+    print_table(options.save_path)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from pcfg.artefacts import InputError
 class SentenceMeans:
     """Means over positions or sentences, and their standard errors, from sentences that come block by block.
 
-    With y_s the sum of the values over sentence s and T_s its length, kept are the means of (y, T, y / T) over the sentences
+    With y_s the sum of the values over sentence s and T_s its length (y_s is T_s times the mean of its values where there are
+    values at some positions only, chosen by chance: the mean over sentences stays without bias, that over pairs, a ratio, has
+    one of the order of 1 / sentences), kept are the means of (y, T, y / T) over the sentences
     and the matrix of their centred second moments, into which those of two blocks merge (Chan, Golub and LeVeque 1983). From
     the values, the first block's mean is subtracted, lest sums that go with the length hide the differences between values.
 
@@ -22,10 +24,21 @@ class SentenceMeans:
         self.number, self._mean, self._moments = 0, np.zeros(3), np.zeros((3, 3))
         self._origin = 0.0
 
-    def add(self, values, lengths) -> None:
-        """Take in the values (sum of lengths,) of sentences, a sentence's positions one after the other, and their lengths."""
-        lengths = np.asarray(lengths, np.int64)
-        sums = np.add.reduceat(np.asarray(values, np.float64), np.cumsum(lengths) - lengths)
+    def add(self, values, counts, lengths=None) -> None:
+        """Take in sentences.
+
+        Args:
+            values: (sum of counts,), a sentence's positions one after the other.
+            counts: (n,) how many values each has, 1 or more.
+            lengths: (n,) how many positions each has; None for `counts`.
+        """
+        counts = np.asarray(counts, np.int64)
+        sums = np.add.reduceat(np.asarray(values, np.float64), np.cumsum(counts) - counts)
+        if lengths is None:
+            lengths = counts
+        else:
+            lengths = np.asarray(lengths, np.int64)
+            sums = sums * (lengths / counts)
         if self.number == 0:
             self._origin = sums.sum() / lengths.sum()
         sums -= self._origin * lengths
@@ -63,15 +76,15 @@ class SentenceMeans:
             raise InputError(f"{self.number} sentence: a standard error takes at least 2; give a longer text")
 
 
-def mean_by_pairs(values, lengths) -> tuple[float, float]:
+def mean_by_pairs(values, counts, lengths=None) -> tuple[float, float]:
     """`SentenceMeans.by_pairs` of values that are all there; arguments as in `SentenceMeans.add`."""
     means = SentenceMeans()
-    means.add(values, lengths)
+    means.add(values, counts, lengths)
     return means.by_pairs()
 
 
-def mean_by_sentences(values, lengths) -> tuple[float, float]:
+def mean_by_sentences(values, counts, lengths=None) -> tuple[float, float]:
     """`SentenceMeans.by_sentences` of values that are all there; arguments as in `SentenceMeans.add`."""
     means = SentenceMeans()
-    means.add(values, lengths)
+    means.add(values, counts, lengths)
     return means.by_sentences()

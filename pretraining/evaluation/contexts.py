@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pcfg.artefacts import InputError
+from pcfg.lookup import MAKERS
 from pretraining.data.samples import read_samples
 from pretraining.data.shards import DOCUMENTS, TEXT_ATTRIBUTE
 from pretraining.data.vocabulary import Vocabulary
@@ -26,6 +27,8 @@ class Contexts:
         label: (M,) int64, the id of the true word.
         mask_id: the id put at `position`; None where the file has its masks in it already (all masks of a sample at once).
         natural: whether they are of natural text, whose true conditionals nobody knows.
+        stands_for: (sentences,) int64, how many positions the contexts of each sentence are a random choice of; None if they
+            are all that there are.
     """
 
     input_ids: np.ndarray
@@ -35,6 +38,7 @@ class Contexts:
     label: np.ndarray
     mask_id: int | None
     natural: bool = False
+    stands_for: np.ndarray | None = None
 
     @property
     def counts(self) -> np.ndarray:
@@ -75,17 +79,55 @@ class Contexts:
         return batches
 
 
-def from_texts(texts: list[str], vocabulary: Vocabulary, source) -> Contexts:
-    """Every position of every sentence, masked alone: x_-t for all t."""
+def from_texts(texts: list[str], vocabulary: Vocabulary, source, table=None) -> Contexts:
+    """Every position of every sentence, masked alone: x_-t for all t.
+
+    Args:
+        table: a `pcfg.lookup.LookupTable` of the sentences; where it has some positions only, they are the contexts.
+
+    Raises:
+        InputError: the table is of other sentences.
+    """
     tokens, words = vocabulary.encode(texts, source)
     sentences, longest = tokens.shape
     input_ids = np.full((sentences, longest + 2), vocabulary.pad_id, np.int64)
     input_ids[:, 0] = vocabulary.cls_id
     input_ids[:, 1:-1] = tokens
     input_ids[np.arange(sentences), words + 1] = vocabulary.sep_id
-    sentence, word = np.nonzero(np.arange(longest) < words[:, None])  # in the order of the text
+    words = words.astype(np.int64)
+    if table is None or table.chosen is None:
+        sentence, word = np.nonzero(np.arange(longest) < words[:, None])  # in the order of the text
+    else:
+        _check_lengths(table, words)
+        sentence = np.repeat(np.arange(sentences), table.counts[:sentences])
+        word = table.places[: len(sentence)]
     label = tokens[sentence, word].astype(np.int64)
-    return Contexts(input_ids, words.astype(np.int64) + 2, sentence, word + 1, label, vocabulary.mask_id)
+    stands_for = words if table is not None and table.chosen is not None else None
+    return Contexts(input_ids, words + 2, sentence, word + 1, label, vocabulary.mask_id, stands_for=stands_for)
+
+
+def _check_lengths(table, words: np.ndarray) -> None:
+    if not np.array_equal(np.asarray(table.lengths[: len(words)]), words):
+        raise _others(table.source)
+
+
+def check_words(table, contexts: Contexts, columns: np.ndarray, source) -> None:
+    """Refuse a lookup table that does not begin with the sentences of the contexts.
+
+    Args:
+        columns: (words,) the vocabulary id of each word of the table.
+
+    Raises:
+        InputError: names the table.
+    """
+    if table.chosen is None and not np.array_equal(table.lengths[: len(contexts.lengths)], contexts.counts):
+        raise _others(source)
+    if not np.array_equal(columns[np.asarray(table.true_words[: len(contexts.label)])], contexts.label):
+        raise _others(source)
+
+
+def _others(source) -> InputError:
+    return InputError(f"{source}: the lookup table is of other sentences; make one with {MAKERS}")
 
 
 def from_samples(path, vocabulary: Vocabulary, max_sentences: int | None = None) -> Contexts:

@@ -13,7 +13,7 @@ from pcfg.lookup import LookupTable
 from pcfg.text import read_texts
 from pretraining.data.shards import is_of_documents
 from pretraining.data.vocabulary import Vocabulary, find_vocabulary
-from pretraining.evaluation.contexts import Contexts, from_samples, from_texts
+from pretraining.evaluation.contexts import Contexts, check_words, from_samples, from_texts
 from pretraining.evaluation.records import describe_file
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
@@ -51,7 +51,9 @@ def add_input_arguments(parser: argparse.ArgumentParser, pairs: bool = False) ->
         "--vocabfile", required=True, help="the models' vocabulary; a bare name is looked up beside --datafile first"
     )
     truth = group.add_mutually_exclusive_group()
-    truth.add_argument("--condprobfile", help="true conditionals of --datafile, made by python -m pcfg.lookup")
+    truth.add_argument(
+        "--condprobfile", help="true conditionals of --datafile, made by python -m pcfg.lookup or pretraining.sources.lookup"
+    )
     truth.add_argument("--rule-path", help="grammar to compute the true conditionals with, instead of --condprobfile")
     group = parser.add_argument_group("how it runs")
     group.add_argument(
@@ -83,12 +85,13 @@ def table_columns(table, vocabulary, source) -> np.ndarray:
     return np.array([vocabulary.ids[word] for word in table.words])
 
 
-def _check_sentences(table, contexts: Contexts, columns: np.ndarray, source) -> None:
-    """Refuse a lookup table that does not begin with the sentences of the contexts."""
-    sentences, positions = len(contexts.lengths), len(contexts.label)
-    same = np.array_equal(np.asarray(table.lengths[:sentences]), contexts.counts)
-    if not same or not np.array_equal(columns[np.asarray(table.true_words[:positions])], contexts.label):
-        raise InputError(f"{source}: the lookup table is of other sentences; make one with python -m pcfg.lookup")
+def _open_table(path, data: Path, some_positions: bool) -> LookupTable:
+    """The lookup table of a text."""
+    table = LookupTable.open(path)
+    table.check_text(data)
+    if not some_positions:
+        table.check_positions()
+    return table
 
 
 def refuse_natural_text(data: Path) -> None:
@@ -100,11 +103,18 @@ def refuse_natural_text(data: Path) -> None:
         )
 
 
-def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None) -> Inputs:
+def _describe_table(table) -> dict:
+    """What a record says of a lookup table: of what language, and of which positions, if it has some only."""
+    described = {"grammar_sha256": table.grammar_sha256}
+    return described if table.chosen is None else {**described, "chosen": table.chosen, "sentences": table.sentences}
+
+
+def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None, some_positions: bool = False) -> Inputs:
     """Read what the flags of `add_input_arguments` name, and check that it belongs together.
 
     Args:
-        max_sentences: take the first ones only; None for all.
+        max_sentences: take the first ones only; None for all. A lookup table of fewer sentences has the last word.
+        some_positions: whether a lookup table may have some positions of each sentence only, which are then the contexts.
 
     Raises:
         InputError: a file is missing, malformed, or made from or for something else than the others.
@@ -125,19 +135,20 @@ def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None)
         contexts = from_samples(data, vocabulary, max_sentences)
         return Inputs(vocabulary, vocabulary_path, contexts, None, None, described)
     texts = read_texts(data)[:max_sentences]
-    contexts = from_texts(texts, vocabulary, data)
     table = columns = None
     if arguments.condprobfile:
         source = arguments.condprobfile
-        table = LookupTable.open(source)
-        table.check_text(data)
-        described["conditionals"] = {"grammar_sha256": table.grammar_sha256}
+        table = _open_table(source, data, some_positions)
+        if table.sentences < len(texts):
+            print(f"{source}: has the first {table.sentences:,} of {len(texts):,} sentences; these are measured")
+            texts = texts[: table.sentences]
     elif arguments.rule_path:
         source = find_rules(arguments.rule_path)
         grammar = Grammar.read(source)
         table = LookupTable.compute(grammar, texts, data)
-        described["conditionals"] = {"grammar_sha256": grammar.sha256}
+    contexts = from_texts(texts, vocabulary, data, table)
     if table is not None:
+        described["conditionals"] = _describe_table(table)
         columns = table_columns(table, vocabulary, source)
-        _check_sentences(table, contexts, columns, source)
+        check_words(table, contexts, columns, source)
     return Inputs(vocabulary, vocabulary_path, contexts, table, columns, described)

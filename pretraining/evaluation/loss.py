@@ -8,6 +8,9 @@ all in nats, the expectation over x_t taken exactly, x_-t being x with the mask 
 all (sentence, position) pairs. "sentences": over sentences of the mean over positions; it is what one mask a sentence
 minimises. The sampled loss, E[ -log f(x_-t)[x_t] ], has the same expectation when the conditionals belong to the text.
 
+A table with some positions of each sentence, chosen by chance, is measured at these: a sentence's mean over them takes the
+place of its mean over all, and the "pairs" weigh it by the sentence's length. Both errors hold what the choice adds.
+
 A lookup table made with --entropy-only has log P(x_t | x_-t) for the true word only. The gap is then the mean of
 log P(x_t | x_-t) - log f(x_-t)[x_t], which has the same expectation and a larger error, and the loss is the entropy plus
 the gap.
@@ -38,9 +41,10 @@ BLOCK_WORDS = 2048  # words that never occur whose logits are in memory at a tim
 WINDOW_NUMBERS, WINDOW_SENTENCES = 1 << 23, 4096
 
 
-def _both_means(values: np.ndarray, counts: np.ndarray) -> dict:
+def _both_means(values: np.ndarray, contexts: Contexts) -> dict:
     """Means and standard errors of per-context values, in nats; sentences are the clusters."""
-    means = {"pairs": mean_by_pairs(values, counts), "sentences": mean_by_sentences(values, counts)}
+    given = values, contexts.counts, contexts.stands_for
+    means = {"pairs": mean_by_pairs(*given), "sentences": mean_by_sentences(*given)}
     return {name: {"mean": float(mean), "standard_error": float(error)} for name, (mean, error) in means.items()}
 
 
@@ -199,7 +203,7 @@ def measure_loss(model, contexts: Contexts, table=None, columns=None, batch_size
         The details of a loss record: "sampled_loss" always; "loss", "entropy", "gap" and "sampled_minus_exact" with a table,
         each {"pairs": {"mean", "standard_error"}, "sentences": {...}} in nats; "contexts", "sentences", "seconds".
     """
-    started, counts = time.monotonic(), contexts.counts
+    started = time.monotonic()
     sampled, gap = context_losses(model, contexts, table, columns, batch_size, source)
     details = {}
     if table is not None:
@@ -207,9 +211,9 @@ def measure_loss(model, contexts: Contexts, table=None, columns=None, batch_size
         parts = {"loss": entropy + gap, "entropy": entropy, "gap": gap}
         if table.stored != "none":
             parts["sampled_minus_exact"] = sampled - entropy - gap
-        details = {name: _both_means(values, counts) for name, values in parts.items()}
-    details["sampled_loss"] = _both_means(sampled, counts)
-    return {**details, "contexts": len(sampled), "sentences": len(counts), "seconds": time.monotonic() - started}
+        details = {name: _both_means(values, contexts) for name, values in parts.items()}
+    details["sampled_loss"] = _both_means(sampled, contexts)
+    return {**details, "contexts": len(sampled), "sentences": len(contexts.lengths), "seconds": time.monotonic() - started}
 
 
 def compare_losses(models, contexts: Contexts, table=None, columns=None, batch_size: int = 256, source="") -> dict:
@@ -227,7 +231,7 @@ def compare_losses(models, contexts: Contexts, table=None, columns=None, batch_s
         with a table), each {"pairs": {"mean", "standard_error"}, "sentences": {...}} in nats; "contexts", "sentences",
         "seconds".
     """
-    started, counts = time.monotonic(), contexts.counts
+    started = time.monotonic()
     losses = [
         model if isinstance(model, tuple) else context_losses(model, contexts, table, columns, batch_size, source)
         for model in models
@@ -235,10 +239,10 @@ def compare_losses(models, contexts: Contexts, table=None, columns=None, batch_s
     name, which = ("loss", 0) if table is None else ("gap", 1)
     a, b = (of_model[which] for of_model in losses)
     return {
-        "difference": _both_means(a - b, counts),
-        f"{name}_a": _both_means(a, counts),
-        f"{name}_b": _both_means(b, counts),
+        "difference": _both_means(a - b, contexts),
+        f"{name}_a": _both_means(a, contexts),
+        f"{name}_b": _both_means(b, contexts),
         "contexts": len(a),
-        "sentences": len(counts),
+        "sentences": len(contexts.lengths),
         "seconds": time.monotonic() - started,
     }

@@ -188,8 +188,9 @@ def _tables(task: Task, options):
         ]
     files = (options.condprobfile_train, options.condprobfile_validation)
     tables = [LookupTable.open(file) for file in files]
-    for table, source in zip(tables, sources, strict=True):
-        table.check_text(source)
+    for table, part in zip(tables, (task.train, task.validation), strict=True):
+        table.check_text(part.file)
+        table.check_whole(len(part))
     if tables[0].grammar_sha256 != tables[1].grammar_sha256:
         raise InputError(f"{files[0]} and {files[1]}: made from two grammars; make both with the same --rule-path")
     return tables[0].grammar_sha256, lambda: tables

@@ -7,9 +7,10 @@ import types
 import numpy as np
 import pytest
 
-from pcfg.artefacts import InputError
+from pcfg.artefacts import InputError, write_json
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary, build_tokenizer, save_tokenizer
 from pretraining.evaluation.tasks import GLUE, encode_task, read_task
+from pretraining.model.config import ModelConfig
 
 QNLI = "question\tsentence\tlabel\n"
 
@@ -206,10 +207,12 @@ def test_glue_from_the_hubs_cache(folder, monkeypatch):
 
 @pytest.fixture
 def natural(tmp_path):
-    """A model folder's tokenizer with word pieces, and its configuration's number of positions."""
+    """A model folder with a tokenizer of word pieces, and its configuration of 9 positions."""
     vocabulary = Vocabulary([*SPECIAL_TOKENS, "is", "it", "who", "?", ".", "##s", "no"])
     save_tokenizer(tmp_path / "model", build_tokenizer(vocabulary, True, 512), vocabulary)
-    return tmp_path / "model", types.SimpleNamespace(max_position_embeddings=9), vocabulary
+    config = ModelConfig(vocabulary.size, 8, 1, 1, 8, max_position_embeddings=9)
+    write_json(tmp_path / "model" / "config.json", config.to_transformers())
+    return tmp_path / "model", config, vocabulary
 
 
 def test_pairs_as_pieces(pairs, natural, capsys):

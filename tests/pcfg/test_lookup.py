@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 
+import h5py
 import numpy as np
 import pytest
 
@@ -229,7 +230,7 @@ def test_what_is_not_a_table_is_refused(folder, table_path):
 def test_a_table_with_parts_missing_or_wrong_is_refused(folder, table_path, change):
     broken = folder / "broken.hdf5"
     broken.write_bytes(table_path.read_bytes())
-    with lookup.h5py.File(broken, "r+") as file:
+    with h5py.File(broken, "r+") as file:
         if change in ("conditionals", "true_words"):
             del file[change]
         elif change == "text_sha256":
