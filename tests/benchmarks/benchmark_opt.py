@@ -1,0 +1,133 @@
+"""Speed of a language model's exact masked conditionals, beside a forward pass a candidate, measured in the same run.
+
+    bash scripts/benchmark.sh opt
+
+That takes about five minutes. A version of some seconds, with rough numbers:
+
+    bash scripts/benchmark.sh opt --scale 0.02 --only small
+
+Rates are positions a second of the clock, of sentences of 23 tokens (no end factor) over 2,000 kept tokens, on --cores cores.
+The models are OPTs with random weights, one of OPT-125M's shape. The engine computes every candidate of some positions, at
+equal steps through the sentence from the middle of each step. The baseline, one forward pass of the whole sentence a candidate
+without a cache, is timed on few candidates of each of the same positions, and its time scaled to all of them; with one thread
+and with as many as cores, of which the faster counts.
+"""
+
+import argparse
+import dataclasses
+import time
+
+import numpy as np
+import torch
+from measure import Row, add_arguments, machine, number_text, report, use_cores
+from naive_conditionals import SubstituteEachWord
+from transformers import OPTConfig, OPTForCausalLM
+
+from pcfg.artefacts import keyed_rng
+from pcfg.cli import run_main
+from pretraining.sources.causal_lm import RestrictedLM
+from pretraining.sources.conditionals import LogJoints, MaskedTexts, conditionals
+
+GOAL = 20
+KEPT, LENGTH, END = 2000, 23, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A model, and how much is timed at --scale 1.
+
+    Attributes:
+        what: the row's name.
+        shape: hidden size, layers, heads.
+        positions: that the engine is timed on.
+        candidates: that the baseline is timed on, at each of them.
+    """
+
+    what: str
+    shape: tuple[int, int, int]
+    positions: int
+    candidates: int
+
+
+SETTINGS = {
+    "small": Setting("256 wide, 4 layers", (256, 4, 4), 23, 60),
+    "125m": Setting("OPT-125M's shape", (768, 12, 12), 5, 40),
+}
+
+
+def make_model(setting: Setting) -> OPTForCausalLM:
+    width, layers, heads = setting.shape
+    torch.manual_seed(0)
+    shape = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width}
+    return OPTForCausalLM(OPTConfig(vocab_size=50_272, num_hidden_layers=layers, num_attention_heads=heads, **shape)).eval()
+
+
+def measure(setting: Setting, scale: float, cores: int) -> Row:
+    positions, few = (max(2, round(number * scale)) for number in (setting.positions, setting.candidates))
+    rng = keyed_rng(0, "benchmark-opt")
+    model, kept = make_model(setting), rng.choice(np.arange(4, 50_272), KEPT, replace=False).tolist()
+    sentence = rng.integers(KEPT, size=LENGTH)
+    places = ((np.arange(positions) + 0.5) * LENGTH / positions).astype(int)
+    texts, which = MaskedTexts.of(sentence, np.array([LENGTH]), np.zeros(positions, int), places)
+    joints = LogJoints(RestrictedLM(model, kept, END, END, LENGTH), texts)
+    joints.compute(0, 8)  # what a first call loads
+    started = time.perf_counter()
+    rows = []
+    while (done := sum(map(len, rows))) < joints.rows:
+        rows.append(joints.compute(done, joints.batch_end(done)))
+    p, _ = conditionals(np.concatenate(rows).reshape(-1, KEPT))
+    seconds = time.perf_counter() - started
+    loop = SubstituteEachWord(model, kept, END, END, LENGTH)
+    candidates = rng.choice(KEPT, few, replace=False)
+    times, found = [], []
+    for threads in sorted({1, cores}):
+        torch.set_num_threads(threads)
+        loop.conditional(sentence.tolist(), 0, candidates[:1])
+        started = time.perf_counter()
+        found = [loop.conditional(sentence.tolist(), place, candidates) for place in places.tolist()]
+        times.append(time.perf_counter() - started)
+    torch.set_num_threads(cores)
+    among = p[which][:, candidates]
+    difference = np.abs(np.log(among / among.sum(1, keepdims=True)) - np.log(found)).max()
+    baseline = min(times) * KEPT / few
+    operations = joints.operations(0, joints.rows)
+    note = (
+        f"{positions} positions; baseline on {few} candidates of each, {number_text(min(times) / positions / few * 1000)} ms "
+        f"each; {number_text(operations / seconds / 1e9)} GFLOP/s against {number_text(matrix_rate())} of a matrix product; "
+        f"log P of the same candidates differ by {difference:.1e} at most"
+    )
+    unit = f"positions/s on {cores} cores"
+    return Row(f"exact conditionals, {setting.what}", positions / seconds, unit, positions / baseline, None, GOAL, note)
+
+
+def matrix_rate() -> float:
+    """GFLOP/s of a product as large as those of OPT-125M's feed-forward layers."""
+    inputs, weight = torch.randn(4096, 768), torch.randn(3072, 768)
+    torch.nn.functional.linear(inputs, weight)
+    started = time.perf_counter()
+    for _ in range(10):
+        torch.nn.functional.linear(inputs, weight)
+    return 10 * 2 * 4096 * 768 * 3072 / (time.perf_counter() - started) / 1e9
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bash scripts/benchmark.sh opt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, list(SETTINGS))
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    use_cores(options.cores)
+    torch.set_num_threads(options.cores)
+    facts, rows = machine("numpy", "torch", "transformers"), []
+    for name in options.only or SETTINGS:
+        print(f"measuring: {name}", flush=True)
+        rows.append(measure(SETTINGS[name], options.scale, options.cores))
+    report(rows, facts, options.output)
+
+
+if __name__ == "__main__":
+    run_main(main)
