@@ -47,7 +47,7 @@ C2 stone 0.3
 C2 bird 0.1
 """
 
-LONGEST = ("test_quickstart.py", "test_reproduce.py")
+LONGEST = ("test_quickstart.py", "test_reproduce.py", "test_prepare.py")
 
 
 def pytest_collection_modifyitems(items):

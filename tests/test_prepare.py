@@ -14,11 +14,11 @@ from pretraining.data.vocabulary import Vocabulary
 ROOT = Path(__file__).parents[1]
 
 
-def prepare(script, folder, environment=None):
+def prepare(script, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), **(environment or {})}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
     command = ["bash", f"scripts/{script}.sh", "--small", str(folder)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
@@ -27,10 +27,9 @@ def measured(folder, done):
     """The loss and trace of the trained model, after a check that all parts have run."""
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     model = folder / "models" / "small" / "step0000020"
-    (results,) = model.glob("finetune_*.json")
-    assert 0.3 < read_json(results)["value"] <= 1
+    assert 0.3 < read_json(model / "finetune_sst2.json")["value"] <= 1
     assert (folder / "report" / "report.html").is_file()
-    loss, trace = (read_json(next(model.glob(f"{name}*.json"))) for name in ("loss", "trace"))
+    loss, trace = (read_json(model / f"{name}.json") for name in ("loss", "hessian"))
     assert trace["value"] > 0 and trace["standard_error"] > 0 and loss["standard_error"] > 0
     return loss
 
