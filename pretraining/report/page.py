@@ -77,9 +77,19 @@ MLM_LOSS = (
 )
 
 
+def minimal_losses(rows: list[dict]) -> tuple[str, ...]:
+    """The entropy of each text that losses were measured on: the least that any model can have."""
+    keys = [f"entropy_{mean}{error}" for mean in ("sentences", "pairs") for error in ("", "_se")]
+    entropies = {tuple(row[key] for key in keys) for row in rows if row.get(keys[0]) is not None}
+    return tuple(
+        f"minimal loss of the data (entropy): {a:.4f} ± {a_se:.4f} nats, mean over sentences; {b:.4f} ± {b_se:.4f} over pairs."
+        for a, a_se, b, b_se in sorted(entropies)
+    )
+
+
 def notes(rows: list[dict]) -> tuple[str, ...]:
-    """What the table's columns are."""
-    return GAP_AND_ACCURACIES + (MLM_LOSS if any(_has_only_loss(rows)) else ())
+    """What the table's columns are, and the minimal loss."""
+    return GAP_AND_ACCURACIES + minimal_losses(rows) + (MLM_LOSS if any(_has_only_loss(rows)) else ())
 
 
 Section = tuple[str, list[str], list[list[str]], list[str]]

@@ -148,6 +148,10 @@ def test_terminal_table(tree, tmp_path, monkeypatch, capsys):
     assert "0 by construction" in line and "51.0 ± 1.0" in line
     wide = next(line for line in printed.splitlines() if line.startswith("wide/step0001000"))
     assert wide.count("±") == 4 and wide.count("*") == 1  # the one-seed accuracy is marked
+    minimal = [line for line in printed.splitlines() if "minimal loss" in line]  # of the one text that all were measured on
+    assert len(minimal) == 1 and "3.0000 ± 0.0500 nats, mean over sentences; 4.0000 ± 0.1000 over pairs" in minimal[0]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert html.escape(minimal[0]) in page
     assert "mean over sentences" in printed and "binomial" in printed
 
 
