@@ -21,7 +21,7 @@ else
     folder=${1:-opt_dataset}
     model=${MODEL:-facebook/opt-125m}
     text=(--top-tokens 2000 --length-limit 24)
-    samples=(--max_seq_length 26)
+    samples=(--max_seq_length 25 --model_name opt-pieces)
     table=(--max-sentences 1000 --positions-per-sentence 2)
     data=$folder
 fi
