@@ -16,7 +16,13 @@ Candidates go through the model in batches of one (T, t), those of several conte
 computes in its own precision, each log p is float32, and sums over them are float64.
 """
 
+import contextlib
 import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -26,8 +32,9 @@ from pcfg.artefacts import InputError
 from pcfg.words import padded
 from pretraining.sources.causal_lm import RestrictedLM
 
-# Tokens a forward pass, by the kind of device: on a CPU 4,096 rows are as fast as more, and take 0.3 GB with OPT-125M.
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+# Tokens a forward pass, by the kind of device. On a CPU matrix products of 1,024 rows are as fast as larger ones, and what they
+# work on stays in its caches.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 65_536}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +131,7 @@ class LogJoints:
         self.words, self.rows = restricted.end, len(texts) * restricted.end
         self._batch_tokens = batch_tokens or BATCH_TOKENS[restricted.device.type]
         self._groups, self._weights = texts.groups(), weight_number(restricted.model)
-        self._of_contexts, self._prefix = None, None
+        self._last = threading.local()
 
     def fed(self, texts=slice(None)) -> np.ndarray:
         """How many tokens a candidate of each context takes: the factors of J but the first."""
@@ -139,11 +146,6 @@ class LogJoints:
         tokens = whole[-1] - rest * self.fed(context) - (-last % self.words) * self.fed((last - 1) // self.words)
         return 2.0 * self._weights * float(tokens)
 
-    def heaviest(self) -> int:
-        """The first row of the context in the middle of all operations."""
-        share = np.cumsum(self.fed())
-        return int(np.searchsorted(share, share[-1] / 2)) * self.words
-
     def batch_end(self, first: int) -> int:
         """Where the batch ends that begins at row `first`: at the end of its (T, t), or when it has enough tokens."""
         context = first // self.words
@@ -152,7 +154,41 @@ class LogJoints:
         size = max(1, int(self._batch_tokens / (self.fed(context) + prefix / self.words)))
         return min(first + size, int(end) * self.words)
 
-    @torch.inference_mode()
+    def seconds(self, first: int) -> float:
+        """What the rows from `first` on will take, from a batch in the middle of all."""
+        share = np.cumsum(self.fed())
+        begin = max(first, int(np.searchsorted(share, share[-1] / 2)) * self.words)
+        end = self.batch_end(begin)
+        threads = torch.get_num_threads()
+        side_by_side = threads if self.restricted.device.type == "cpu" else 1
+        try:
+            torch.set_num_threads(threads // side_by_side)
+            self.compute(begin, begin + 1)  # what a first call loads
+            begun = time.perf_counter()
+            self.compute(begin, end)
+            seconds = (time.perf_counter() - begun) / side_by_side
+        finally:
+            torch.set_num_threads(threads)
+        return seconds * self.operations(first, self.rows) / max(1.0, self.operations(begin, end))
+
+    def compute_from(self, first: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield (first, last, `compute(first, last)`) of the batches from row `first` to the end, in order.
+
+        On a CPU batches are computed side by side, one a core: that is faster than each on all cores, above all where the
+        cores have other work too.
+        """
+
+        def batches():
+            start = first
+            while start < self.rows:
+                end = self.batch_end(start)
+                yield start, end
+                start = end
+
+        with _in_order(self.restricted.device.type) as run:
+            yield from run(lambda batch: (*batch, self.compute(*batch)), batches())
+
+    @torch.inference_mode()  # of the thread
     def compute(self, first: int, last: int) -> np.ndarray:
         """log J of the rows first .. last - 1, of contexts with one (T, t): (last - first,) float64 nats.
 
@@ -191,9 +227,9 @@ class LogJoints:
         return targets
 
     def _shared(self, contexts: slice) -> tuple[torch.Tensor, DynamicCache]:
-        """log p(w | s, x_<t), (contexts, V) float64, and the keys and values of s, x_<t; those of the last call are kept."""
-        if self._of_contexts == contexts:
-            return self._prefix
+        """log p(w | s, x_<t), (contexts, V) float64, and keys and values of s, x_<t; a thread keeps those of its last call."""
+        if getattr(self._last, "contexts", None) == contexts:
+            return self._last.shared
         restricted, position = self.restricted, int(self.texts.positions[contexts.start])
         before = torch.from_numpy(self.texts.tokens[contexts, :position]).to(restricted.device)
         start = torch.full((len(before), 1), restricted.start_id, device=restricted.device)
@@ -203,8 +239,35 @@ class LogJoints:
         if cache.get_seq_length() != ids.shape[1]:
             raise InputError("--model-name: the model keeps no keys and values of earlier tokens; take a transformer")
         log_p = restricted.log_probabilities(output.logits[:, -1], first=position == 0)
-        self._of_contexts, self._prefix = contexts, (log_p[:, : self.words].double(), cache)
-        return self._prefix
+        self._last.contexts, self._last.shared = contexts, (log_p[:, : self.words].double(), cache)
+        return self._last.shared
+
+
+@contextlib.contextmanager
+def _in_order(device: str) -> Iterator[Callable]:
+    """A `map` that takes in few items ahead of its results: on a CPU in threads of one core each, else in this one."""
+    threads = torch.get_num_threads()
+    if device != "cpu" or threads == 1:
+        yield map
+        return
+
+    def run(function: Callable, items: Iterator) -> Iterator:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                yield run
+            finally:
+                pool.shutdown(cancel_futures=True)
+    finally:
+        torch.set_num_threads(threads)  # threads that are started later take over what was set last
 
 
 def conditionals(log_joint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

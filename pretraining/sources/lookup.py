@@ -19,7 +19,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -106,17 +105,12 @@ def print_plan(joints: LogJoints, chosen: Chosen, done: int) -> None:
         f"plan: {len(chosen.sentence):,} positions of {len(chosen.lengths):,} sentences, {len(joints.texts):,} of them "
         f"different, {joints.words:,} candidates each; {joints.operations(0, joints.rows):.2g} operations"
     )
-    if done == joints.rows:
+    if done == joints.rows or not joints.operations(done, joints.rows):  # nothing, or last positions only
         return
-    first = max(done, joints.heaviest())
-    last = min(joints.batch_end(first), first + max(1, 1024 // max(1, int(joints.fed(first // joints.words)))))
-    joints.compute(first, last)  # what a first call loads
-    begun = time.perf_counter()
-    joints.compute(first, last)
-    each = (time.perf_counter() - begun) / max(1.0, joints.operations(first, last))
+    seconds = joints.seconds(done)
+    rate = joints.operations(done, joints.rows) / seconds / 1e9
     resumed = f"{done / joints.rows:.1%} are there already; " if done else ""
-    left = each * joints.operations(done, joints.rows)
-    print(f"plan: {resumed}about {tqdm.format_interval(left)} at {1e-9 / each:.3g} billion operations a second")
+    print(f"plan: {resumed}about {tqdm.format_interval(seconds)} at {rate:.3g} billion operations a second")
 
 
 def compute(joints: LogJoints, partial: PartialArray) -> None:
@@ -124,9 +118,8 @@ def compute(joints: LogJoints, partial: PartialArray) -> None:
     total = joints.operations(0, joints.rows)
     done = joints.operations(0, partial.done) if partial.done else 0.0
     with tqdm(total=total, initial=done, desc="conditionals", unit="op", unit_scale=True) as progress:
-        while partial.done < joints.rows:
-            first, last = partial.done, joints.batch_end(partial.done)
-            partial.append(joints.compute(first, last))
+        for first, last, values in joints.compute_from(partial.done):
+            partial.append(values)
             progress.update(joints.operations(first, last))
 
 
@@ -170,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     running = parser.add_argument_group("running")
     running.add_argument("--device", choices=("cpu", "cuda"), help="where the model runs; default: cuda if it is there")
     running.add_argument(
-        "--batch-tokens", type=positive_int, help="tokens a forward pass, of all its candidates; default 4096, on cuda 65536"
+        "--batch-tokens", type=positive_int, help="tokens a forward pass, of all its candidates; default 1024, on cuda 65536"
     )
     return parser
 

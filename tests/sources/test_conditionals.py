@@ -38,9 +38,9 @@ def contexts_of(sentences, positions=None):
 
 def all_rows(joints):
     """Batch by batch, as the command computes them: (contexts, V)."""
-    rows = []
-    while (done := sum(map(len, rows))) < joints.rows:
-        rows.append(joints.compute(done, joints.batch_end(done)))
+    batches = list(joints.compute_from(0))
+    assert [first for first, _, _ in batches] == [0, *(last for _, last, _ in batches[:-1])] and batches[-1][1] == joints.rows
+    rows = [values for _, _, values in batches]
     return np.concatenate(rows).reshape(-1, joints.words), len(rows)
 
 
@@ -97,6 +97,24 @@ def test_batches_of_any_size_give_the_same():
         values.append(found)
         np.testing.assert_allclose(found, values[0], atol=1e-5)
     assert numbers[0] == joints.rows and sorted(numbers, reverse=True) == numbers and numbers[-1] == len(texts.groups()) - 1
+
+
+def test_batches_side_by_side(monkeypatch):
+    restricted = RestrictedLM(tiny_opt(), [5, 6, 7, 8, 9, 10, 11], 2, 2, 6)
+    rng = np.random.default_rng(2)
+    joints = LogJoints(restricted, contexts_of(rng.integers(7, size=(10, 6)).tolist())[0], 20)
+    alone, number = all_rows(joints)
+    assert number > 20
+    try:
+        torch.set_num_threads(3)
+        np.testing.assert_array_equal(all_rows(joints)[0], alone)
+        assert torch.get_num_threads() == 3
+        compute = joints.compute
+        monkeypatch.setattr(joints, "compute", lambda first, last: compute(first, last if first < 100 else joints.rows))
+        with pytest.raises((RuntimeError, ValueError, IndexError)):  # an error in a thread is one of the caller's
+            all_rows(joints)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_operations_add_up():

@@ -253,6 +253,19 @@ def test_killed_and_run_again_gives_the_same_table(text, opt_folder, table_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.hdf5", "output", "whole.hdf5"]
 
 
+def test_sentences_of_one_token_and_no_end(text, opt_folder, tmp_path):
+    """Nothing is left to compute but the first token's own probabilities."""
+    (tmp_path / "one").mkdir()
+    tokens = read_json(text / TOP_TOKENS) | {"max_tokens": 1}
+    write_json(tmp_path / "one" / TOP_TOKENS, tokens)
+    (tmp_path / "one.txt").write_text(f"{tokens['pieces'][3]}\n\n{tokens['pieces'][1]}\n")
+    lookup.main(arguments(tmp_path / "one", opt_folder, tmp_path / "one.hdf5", datafile=tmp_path / "one.txt"))
+    rows = LookupTable.open(tmp_path / "one.hdf5").conditionals(0, 2)
+    model, _, _ = load_causal_lm(str(opt_folder), "cpu", torch.float32)
+    expected = model(torch.tensor([[tokens["start_id"]]])).logits[0, 0, tokens["kept"]].double().softmax(-1)
+    np.testing.assert_allclose(rows, np.tile(expected.numpy(), (2, 1)), atol=1e-6)
+
+
 def test_what_does_not_belong_together(text, opt_folder, table_path, make_opt, tmp_path):
     def refused(message, *given, **named):
         with pytest.raises(InputError, match=message):
