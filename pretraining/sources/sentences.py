@@ -11,7 +11,8 @@ from pcfg.artefacts import InputError
 
 UNICODE_FORMS = ("NFC", "NFKC", "none")
 MOST_CHARACTERS = 10_000  # of a sentence; a longer one is cut
-AT_ONCE = 1 << 20  # characters that are given to the splitter, however long a paragraph is
+# Characters that the splitter is given at once: its time grows with the square of a paragraph of many brackets, or of Chinese.
+AT_ONCE = 1 << 12
 # Control characters but for white space, soft hyphens, zero-width spaces, marks of direction, the byte order mark,
 # noncharacters; and half surrogates, which JSON can hold and UTF-8 can't.
 INVISIBLE = re.compile(
@@ -53,9 +54,29 @@ def sentences(text: str, rules: Normalisation, counts: Counter) -> list[str]:
     """
     found = []
     for paragraph in PARAGRAPH.split(rules.clean(text)):
-        for block in _blocks(" ".join(paragraph.split())):
-            found += segment(rules.language, block)
+        found += _split(" ".join(paragraph.split()), rules.language)
     return kept(found, rules, counts)
+
+
+def _split(paragraph: str, language: str) -> list[str]:
+    """The sentences of a paragraph, with the space after each; `AT_ONCE` characters at a time.
+
+    The last sentence of a part may go on in the next one, and is split again with it.
+    """
+    found, rest, start = [], "", 0
+    while start < len(paragraph):
+        stop = start + AT_ONCE
+        if stop < len(paragraph):
+            space = paragraph.rfind(" ", start, stop)
+            stop = stop if space < 0 else space + 1
+        parts = segment(language, rest + paragraph[start:stop])
+        start = stop
+        rest = parts.pop() if start < len(paragraph) and parts else ""
+        if len(rest) > AT_ONCE:
+            parts.append(rest)
+            rest = ""
+        found += parts
+    return found
 
 
 def kept(lines: list[str], rules: Normalisation, counts: Counter) -> list[str]:
@@ -78,7 +99,7 @@ def kept(lines: list[str], rules: Normalisation, counts: Counter) -> list[str]:
     return result
 
 
-def _blocks(text: str, most: int = AT_ONCE) -> list[str]:
+def _blocks(text: str, most: int) -> list[str]:
     """A text of words parted by single spaces, in blocks of at most `most` characters, cut at spaces where there are any.
 
     >>> _blocks("one two three", 8)
