@@ -1,4 +1,4 @@
-r"""Pre-training text: sentences drawn from a grammar, in shards.
+r"""Pre-training text in shards: sentences drawn from a grammar, or from another --source.
 
     python generate_pretraining.py --rule-path rule_deep_mlm.txt --save-path pcfg_dataset
 
@@ -6,6 +6,8 @@ That is 200 million sentences, 16 GB. A version that a laptop finishes in second
 
     python generate_pretraining.py --rule-path rule_mini_mlm.txt --save-path mini \
         --sentence-num 100000 --shard-num 4 --test-shard-num 1
+
+Other sources have their own flags: `python generate_pretraining.py --source opt --help`.
 
 Writes into --save-path: training{i}.txt and test{i}.txt (a sentence a line, an empty line between two), vocab.txt (the
 special tokens, then the grammar's words) and manifest_pretraining.json. A shard is a function of the grammar, the seed, the

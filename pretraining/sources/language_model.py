@@ -316,6 +316,15 @@ def generate(options: argparse.Namespace) -> None:
     # Jobs are threads of ours, with none within, so that neither their number nor that of cores changes a sum.
     torch.set_num_threads(1)
     language = Language(options)
+    try:
+        _generate(options, language, shards)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"--batch-size {options.batch_size}: not enough memory on {language.device}; give a smaller one"
+        ) from error
+
+
+def _generate(options: argparse.Namespace, language: Language, shards: list[Shard]) -> None:
     language.check()
     folder = options.save_path
     manifest = open_manifest(folder, language.facts(), options.overwrite)

@@ -1,10 +1,12 @@
 """generate_pretraining.py --source opt: files, determinism, resuming, refusals; then samples, training and downstream tasks."""
 
+import json
 import os
 import shutil
 
 import h5py
 import pytest
+import torch
 
 import generate_pretraining
 import generate_samples
@@ -49,7 +51,7 @@ def test_the_files_of_a_run(text, opt_folder):
     lines = (text / "test0.txt").read_text().split("\n")
     assert len(lines) == 40 and lines[-1] == "" and lines[1:-1:2] == [""] * 19 and all(lines[:-1:2])
 
-    _, tokenizer, digest = load_causal_lm(str(opt_folder), "cpu", sampling.torch.float32)
+    _, tokenizer, digest = load_causal_lm(str(opt_folder), "cpu", torch.float32)
     restriction, tokens = read_restriction(text), token_bytes(tokenizer)
     assert restriction.pieces == [escape(tokens[index]) for index in restriction.kept] and len(restriction.kept) == 60
     assert restriction.counts == sorted(restriction.counts, reverse=True)
@@ -143,6 +145,10 @@ def test_kept_tokens_of_another_folder(text, opt_folder, make_opt, tmp_path):
     assert not (tmp_path / "more").exists()
 
 
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_what_can_not_be_had(opt_folder, tmp_path, monkeypatch):
     def refused(message, model=opt_folder, *flags, **sizes):
         with pytest.raises(InputError, match=message):
@@ -155,14 +161,18 @@ def test_what_can_not_be_had(opt_folder, tmp_path, monkeypatch):
     refused("nothing to make", shard_num=0, test_shard_num=0)
     refused("no such folder", tmp_path / "nowhere")
     refused("the hub is off", "facebook/opt-125m")
-    if not sampling.torch.cuda.is_available():
+    if not torch.cuda.is_available():
         refused("--device cuda: there is none", device="cuda")
     shutil.copytree(opt_folder, tmp_path / "endless")
     configuration = read_json(opt_folder / "tokenizer_config.json")
     del configuration["eos_token"]
-    (tmp_path / "endless" / "tokenizer_config.json").write_text(str(configuration).replace("'", '"').replace("True", "true"))
+    (tmp_path / "endless" / "tokenizer_config.json").write_text(json.dumps(configuration))
     (tmp_path / "endless" / "special_tokens_map.json").unlink(missing_ok=True)
     refused("no end token", tmp_path / "endless")
+    with monkeypatch.context() as patch:
+        patch.setattr("pretraining.sources.sampling.sample", out_of_memory)
+        with pytest.raises(InputError, match="--batch-size 32: not enough memory on cpu; give a smaller one"):
+            generate(opt_folder, tmp_path / "data")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 10**4, 10**4))
     with pytest.raises(InputError, match="GB to write, but the disk has 1e-05 GB free"):
         generate(opt_folder, tmp_path / "data")

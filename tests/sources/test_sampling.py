@@ -1,5 +1,6 @@
 """Sampling with a cache against a loop without one, its law against enumeration, and the choice of tokens."""
 
+import copy
 import itertools
 from collections import Counter
 
@@ -47,6 +48,14 @@ def test_sampling_is_that_of_a_loop_and_the_batch_does_not_matter(opt):
             ended += len(expected) < length
     assert 2 < ended < 50, "both kinds of sentences are there"
     assert np.array_equal(np.concatenate([sample(restricted, uniform[i : i + 9]) for i in range(0, 60, 9)]), tokens)
+
+
+def test_sampling_in_bfloat16(opt):
+    uniform = np.random.default_rng(0).random((60, 7))
+    exact, rounded = (
+        sample(RestrictedLM(model, [30, 5, 8, 9], 2, 2, 7), uniform) for model in (opt, copy.deepcopy(opt).to(torch.bfloat16))
+    )
+    assert 0.7 < (exact == rounded).mean() <= 1
 
 
 def test_the_law_of_sentences_is_the_joint_probability(opt):
