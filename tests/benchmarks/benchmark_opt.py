@@ -93,8 +93,8 @@ def measure(setting: Setting, scale: float, cores: int) -> Row:
     rates = f"{number_text(operations / seconds / 1e9)} GFLOP/s against {number_text(matrix_rate())} of a matrix product"
     note = (
         f"{positions} positions; baseline on {few} candidates of each, {number_text(each * 1000)} ms each; {rates}; a "
-        f"CPU-second, the ratio is {number_text(baseline_cpu / cpu)}; log P of the same candidates differ by {difference:.1e} "
-        "at most"
+        f"position takes {number_text(cpu / positions)} CPU-seconds against {number_text(baseline_cpu / positions)}, a ratio of "
+        f"{number_text(baseline_cpu / cpu)}; log P of the same candidates differ by {difference:.1e} at most"
     )
     unit = f"positions/s on {cores} cores"
     return Row(f"exact conditionals, {setting.what}", positions / seconds, unit, positions / baseline, None, GOAL, note)
