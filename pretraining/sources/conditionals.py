@@ -124,12 +124,13 @@ class LogJoints:
 
     Attributes:
         rows: U * V.
+        batch_tokens: as given, or the default.
     """
 
     def __init__(self, restricted: RestrictedLM, texts: MaskedTexts, batch_tokens: int | None = None):
         self.restricted, self.texts = restricted, texts
         self.words, self.rows = restricted.end, len(texts) * restricted.end
-        self._batch_tokens = batch_tokens or BATCH_TOKENS[restricted.device.type]
+        self.batch_tokens = batch_tokens or BATCH_TOKENS[restricted.device.type]
         self._groups, self._weights = texts.groups(), weight_number(restricted.model)
         self._last = threading.local()
 
@@ -151,13 +152,14 @@ class LogJoints:
         context = first // self.words
         end = self._groups[np.searchsorted(self._groups, context, side="right")]
         prefix = int(self.texts.positions[context]) + 1
-        size = max(1, int(self._batch_tokens / (self.fed(context) + prefix / self.words)))
+        size = max(1, int(self.batch_tokens / (self.fed(context) + prefix / self.words)))
         return min(first + size, int(end) * self.words)
 
     def seconds(self, first: int) -> float:
-        """What the rows from `first` on will take, from a batch in the middle of all."""
-        share = np.cumsum(self.fed())
-        begin = max(first, int(np.searchsorted(share, share[-1] / 2)) * self.words)
+        """What the rows from `first` on will take, from a batch in the middle of their operations."""
+        context = first // self.words
+        share = np.cumsum(self.fed(slice(context, None)))
+        begin = max(first, (context + int(np.searchsorted(share, share[-1] / 2))) * self.words)
         end = self.batch_end(begin)
         threads = torch.get_num_threads()
         side_by_side = threads if self.restricted.device.type == "cpu" else 1

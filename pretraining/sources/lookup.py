@@ -201,8 +201,11 @@ def make(options: argparse.Namespace, restriction: Restriction, chosen: Chosen, 
     check_space(options.save_path, 8 * joints.rows + stored_bytes * len(which) * columns)
     path = Path(options.save_path)
     with PartialArray(path.with_name(f"{path.name}.partial"), facts, joints.rows, options.overwrite) as partial:
-        print_plan(joints, chosen, partial.done)
-        compute(joints, partial)
+        try:
+            print_plan(joints, chosen, partial.done)
+            compute(joints, partial)
+        except torch.OutOfMemoryError as error:
+            raise InputError(f"--batch-tokens {joints.batch_tokens}: not enough memory on {device}; give fewer") from error
         about = {"datafile": options.datafile, "language_sha256": language}
         write_table(path, partial.read().reshape(-1, columns), which, chosen, restriction.pieces, stored, **about)
     shutil.rmtree(partial.folder)

@@ -89,13 +89,12 @@ def measure(setting: Setting, scale: float, cores: int) -> Row:
     among = p[which][:, candidates]
     difference = np.abs(np.log(among / among.sum(1, keepdims=True)) - np.log(found)).max()
     baseline, baseline_cpu = (spent * KEPT / few for spent in min(times))
-    operations = joints.operations(0, joints.rows)
+    operations, each = joints.operations(0, joints.rows), min(times)[0] / positions / few
+    rates = f"{number_text(operations / seconds / 1e9)} GFLOP/s against {number_text(matrix_rate())} of a matrix product"
     note = (
-        f"{positions} positions; baseline on {few} candidates of each, "
-        f"{number_text(min(times)[0] / positions / few * 1000)} ms each; "
-        f"{number_text(operations / seconds / 1e9)} GFLOP/s against {number_text(matrix_rate())} of a matrix product; "
-        f"a CPU-second, the ratio is {number_text(baseline_cpu / cpu)}; log P of the same candidates differ by "
-        f"{difference:.1e} at most"
+        f"{positions} positions; baseline on {few} candidates of each, {number_text(each * 1000)} ms each; {rates}; a "
+        f"position takes {number_text(cpu / positions)} CPU-seconds against {number_text(baseline_cpu / positions)}, a "
+        f"ratio of {number_text(baseline_cpu / cpu)}; log P of the same candidates differ by {difference:.1e} at most"
     )
     unit = f"positions/s on {cores} cores"
     return Row(f"exact conditionals, {setting.what}", positions / seconds, unit, positions / baseline, None, GOAL, note)

@@ -266,6 +266,16 @@ def test_sentences_of_one_token_and_no_end(text, opt_folder, tmp_path):
     np.testing.assert_allclose(rows, np.tile(expected.numpy(), (2, 1)), atol=1e-6)
 
 
+def test_too_little_memory(text, opt_folder, tmp_path, monkeypatch):
+    def compute(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(lookup.LogJoints, "compute", compute)
+    with pytest.raises(InputError, match="--batch-tokens 1024: not enough memory on cpu; give fewer"):
+        lookup.main(arguments(text, opt_folder, tmp_path / "t.hdf5"))
+    assert not (tmp_path / "t.hdf5").exists()
+
+
 def test_what_does_not_belong_together(text, opt_folder, table_path, make_opt, tmp_path):
     def refused(message, *given, **named):
         with pytest.raises(InputError, match=message):
