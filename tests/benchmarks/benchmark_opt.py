@@ -92,9 +92,9 @@ def measure(setting: Setting, scale: float, cores: int) -> Row:
     operations, each = joints.operations(0, joints.rows), min(times)[0] / positions / few
     rates = f"{number_text(operations / seconds / 1e9)} GFLOP/s against {number_text(matrix_rate())} of a matrix product"
     note = (
-        f"{positions} positions; baseline on {few} candidates of each, {number_text(each * 1000)} ms each; {rates}; a "
-        f"position takes {number_text(cpu / positions)} CPU-seconds against {number_text(baseline_cpu / positions)}, a "
-        f"ratio of {number_text(baseline_cpu / cpu)}; log P of the same candidates differ by {difference:.1e} at most"
+        f"{positions} positions; baseline on {few} candidates of each, {number_text(each * 1000)} ms each; {rates}; "
+        f"CPU-seconds a position {number_text(cpu / positions)} against {number_text(baseline_cpu / positions)}, a ratio of "
+        f"{number_text(baseline_cpu / cpu)}; log P of the same candidates differ by {difference:.1e} at most"
     )
     unit = f"positions/s on {cores} cores"
     return Row(f"exact conditionals, {setting.what}", positions / seconds, unit, positions / baseline, None, GOAL, note)
