@@ -25,11 +25,11 @@ from pathlib import Path
 from pcfg.artefacts import InputError, Manifest, atomic_folder
 from pcfg.cli import non_negative_int, positive_int, probability, run_main
 from pcfg.executors import add_executor_arguments, executor_options, run_jobs
+from pcfg.text import TEXT_MANIFEST
 from pretraining.data.masking import MaskingRule
 from pretraining.data.samples import SAMPLES_MANIFEST
 from pretraining.data.shards import (
     DOCUMENTS,
-    TEXT_MANIFEST,
     Recipe,
     SampleJob,
     find_text_shards,

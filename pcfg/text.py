@@ -16,6 +16,7 @@ from pcfg.artefacts import HashedFile, InputError, atomic_open, atomic_path
 from pcfg.direct import DirectWriter
 
 SPLITS = ("training", "test")
+TEXT_MANIFEST = "manifest_pretraining.json"  # of generate_pretraining.py, beside the shards
 BLOCK_BYTES = 1 << 22  # of `text_blocks`: some 50,000 sentences of ten words
 
 

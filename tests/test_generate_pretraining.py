@@ -16,8 +16,7 @@ import generate_pretraining
 from pcfg.artefacts import InputError, keyed_rng, read_json, sha256
 from pcfg.grammar import Grammar
 from pcfg.sampler import Sampler
-from pcfg.text import read_texts, shard_paths
-from pretraining.sources.text_shards import MANIFEST
+from pcfg.text import TEXT_MANIFEST, read_texts, shard_paths
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"--sentence-num": 300, "--shard-num": 2, "--test-sentence-num": 50, "--test-shard-num": 1}
@@ -34,7 +33,7 @@ def generate(rules, folder, *flags, **sizes):
 
 def contents(folder):
     """The bytes of all files but the manifest, which lists the files in the order in which they were finished."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != TEXT_MANIFEST}
 
 
 def test_the_files_of_a_run(tiny_rules, tmp_path, capsys):
@@ -48,7 +47,7 @@ def test_the_files_of_a_run(tiny_rules, tmp_path, capsys):
     assert len(lines) == 100 and lines[-1] == "" and lines[1:-1:2] == [""] * 49 and all(lines[:-1:2])
     vocabulary = (tmp_path / "data" / "vocab.txt").read_text().split("\n")
     assert vocabulary == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *grammar.words, ""]
-    manifest = read_json(tmp_path / "data" / MANIFEST)
+    manifest = read_json(tmp_path / "data" / TEXT_MANIFEST)
     assert manifest["made_from"]["grammar_sha256"] == grammar.sha256 and set(manifest["files"]) == names
     entry = manifest["files"]["training1.txt"]
     text = (tmp_path / "data" / "training1.txt").read_text()
@@ -89,7 +88,7 @@ def test_text_is_streamed_in_blocks_that_change_nothing(tiny_rules, tmp_path, mo
     generate(tiny_rules, tmp_path / "blocks")
     assert contents(tmp_path / "blocks") == contents(tmp_path / "one block")
     assert len(sizes) > 20 and max(sizes) < 1100
-    files = (read_json(tmp_path / name / MANIFEST)["files"] for name in ("blocks", "one block"))
+    files = (read_json(tmp_path / name / TEXT_MANIFEST)["files"] for name in ("blocks", "one block"))
     assert next(files) == next(files)
 
 
@@ -219,7 +218,7 @@ def undisturbed(tiny_rules, tmp_path_factory):
 def assert_as_undisturbed(folder, undisturbed):
     """The same files with the same bytes, the same entries in the manifest, and nothing else."""
     assert contents(folder) == contents(undisturbed)
-    files = (read_json(place / MANIFEST)["files"] for place in (folder, undisturbed))
+    files = (read_json(place / TEXT_MANIFEST)["files"] for place in (folder, undisturbed))
     assert next(files) == next(files)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pcfg.artefacts import InputError, Manifest, keyed_rng, read_json, sha256, versions
-from pcfg.text import shard_paths, text_blocks
+from pcfg.text import TEXT_MANIFEST, shard_paths, text_blocks
 from pretraining.data.masking import MaskingRule, check_lengths, mask_sentences
 from pretraining.data.packing import pack
 from pretraining.data.pieces import BLOCK_BYTES, PieceEncoder
@@ -25,7 +25,6 @@ from pretraining.data.samples import ROWS_A_CHUNK, Samples, sample_name, sample_
 from pretraining.data.vocabulary import Vocabulary
 
 SPLITS = {"training": "train", "test": "test"}  # of text files -> of sample files
-TEXT_MANIFEST = "manifest_pretraining.json"
 ROWS_A_BLOCK = 4 * ROWS_A_CHUNK  # samples that are in memory at once, uncompressed
 TEXT_ATTRIBUTE, DOCUMENTS = "text", "documents"  # an attribute of samples that were packed, and its value
 

@@ -28,6 +28,17 @@ FORMAT = "top tokens, 1"
 _INCIDENTAL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
+def find_device(wanted: str | None) -> str:
+    """The device of --device: cpu or cuda; for None cuda where it is.
+
+    Raises:
+        InputError: cuda is wanted and not there.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is none on this machine; leave it out, or give cpu")
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_causal_lm(name: str, device: str, dtype: torch.dtype) -> tuple:
     """A causal language model and its tokenizer; no code of the model's folder is executed, nor anything pickled in it.
 

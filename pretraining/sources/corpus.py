@@ -320,7 +320,8 @@ def generate(options: argparse.Namespace) -> None:
     shards = [Shard("training", i, 0) for i in range(options.shard_num)]
     shards += [Shard("test", i, 0) for i in range(options.test_shard_num)]
     manifest = open_manifest(folder, made_from, options.overwrite)
-    wanted = [shard for shard in shards if shard.name not in complete_names(manifest, shards)]
+    complete = complete_names(manifest, shards)
+    wanted = [shard for shard in shards if shard.name not in complete]
     if wanted:
         function = functools.partial(make_part, (folder / PARTS).absolute(), reading, rules, number_a_document)
         counts = make_parts(folder / PARTS, pieces, read_from, function, options.skip_damaged, executor)

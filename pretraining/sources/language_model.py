@@ -39,6 +39,7 @@ from pretraining.sources.causal_lm import (
     RestrictedLM,
     Restriction,
     check_model,
+    find_device,
     load_causal_lm,
     read_restriction,
 )
@@ -130,9 +131,7 @@ class Language:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.max_tokens = options.length_limit - 1
-        self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda: there is none on this machine; leave it out, or give cpu")
+        self.device = find_device(options.device)
         fast = self.device == "cuda" and torch.cuda.is_bf16_supported()
         self.dtype = options.dtype or ("bfloat16" if fast else "float32")
         self.jobs = 1 if self.device == "cuda" else min(options.n_processes, os.cpu_count() or 1)

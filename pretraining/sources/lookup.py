@@ -31,7 +31,7 @@ from pcfg.lookup import ELSEWHERE, add_file_arguments, find_made, print_table, w
 from pcfg.table_file import table_file, table_shapes
 from pcfg.text import read_texts
 from pcfg.words import WordIndex
-from pretraining.sources.causal_lm import RestrictedLM, Restriction, read_restriction
+from pretraining.sources.causal_lm import RestrictedLM, Restriction, find_device, read_restriction
 from pretraining.sources.conditionals import LogJoints, MaskedTexts, conditionals
 from pretraining.sources.partial import PartialArray
 
@@ -183,9 +183,7 @@ def _is_complete(options: argparse.Namespace, language: str, chosen: Chosen, sto
 
 def make(options: argparse.Namespace, restriction: Restriction, chosen: Chosen, stored: str) -> None:
     """Compute the table that the command line asks for, or go on with it."""
-    language, device = language_sha256(restriction), options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: there is none on this machine; leave it out, or give cpu")
+    language, device = language_sha256(restriction), find_device(options.device)
     texts, which = MaskedTexts.of(chosen.flat, chosen.lengths, chosen.sentence, chosen.position)
     facts = {
         "language_sha256": language,

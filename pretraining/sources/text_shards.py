@@ -8,9 +8,7 @@ from pathlib import Path
 from pcfg.artefacts import InputError, Manifest, atomic_open, check_space, free_bytes
 from pcfg.cli import non_negative_int, positive_int
 from pcfg.executors import run_jobs
-from pcfg.text import SPLITS, shard_name, shard_paths
-
-MANIFEST = "manifest_pretraining.json"
+from pcfg.text import SPLITS, TEXT_MANIFEST, shard_name, shard_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +76,11 @@ def check_disk(folder: Path, wanted: list[Shard], shards: list[Shard], sentence_
 
 def open_manifest(folder: Path, made_from: dict, overwrite: bool) -> Manifest:
     """The manifest of `folder`; text that was made otherwise is removed if `overwrite`, else refused."""
-    path = folder / MANIFEST
+    path = folder / TEXT_MANIFEST
     present = [shard for split in SPLITS for shard in shard_paths(folder, split)] if folder.is_dir() else []
     if present and not path.exists() and not overwrite:
         raise InputError(
-            f"{present[0]}: text that this script has no record of ({MANIFEST} is missing); "
+            f"{present[0]}: text that this script has no record of ({TEXT_MANIFEST} is missing); "
             "give another --save-path, or --overwrite to replace it"
         )
     manifest = Manifest(path, made_from, overwrite)

@@ -12,7 +12,6 @@ timed on few sentences, taken at equal steps of the list sorted by length, with 
 which the faster counts.
 """
 
-import argparse
 import dataclasses
 import tempfile
 import time
@@ -20,7 +19,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from measure import Row, add_arguments, cpu_seconds, machine, number_text, report, use_cores
+from measure import Row, cpu_seconds, measure_settings, number_text
 from naive_loss import SentenceBySentence
 from transformers import AutoModelForMaskedLM
 
@@ -132,23 +131,8 @@ def measure(setting: Setting, scale: float, cores: int) -> Row:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bash scripts/benchmark.sh loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser, list(SETTINGS))
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> None:
-    options = build_parser().parse_args(arguments)
-    use_cores(options.cores)
-    torch.set_num_threads(options.cores)
-    facts, rows = machine("numpy", "torch", "transformers"), []
-    for name in options.only or SETTINGS:
-        print(f"measuring: {name}", flush=True)
-        rows.append(measure(SETTINGS[name], options.scale, options.cores))
-    report(rows, facts, options.output)
+    measure_settings("loss", __doc__, SETTINGS, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ without a cache, is timed on few candidates of each of the same positions, and i
 and with as many as cores, of which the faster counts.
 """
 
-import argparse
 import dataclasses
 import time
 
 import numpy as np
 import torch
-from measure import Row, add_arguments, cpu_seconds, machine, number_text, report, use_cores
+from measure import Row, cpu_seconds, measure_settings, number_text
 from naive_conditionals import SubstituteEachWord
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -110,23 +109,8 @@ def matrix_rate() -> float:
     return 10 * 2 * 4096 * 768 * 3072 / (time.perf_counter() - started) / 1e9
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bash scripts/benchmark.sh opt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser, list(SETTINGS))
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> None:
-    options = build_parser().parse_args(arguments)
-    use_cores(options.cores)
-    torch.set_num_threads(options.cores)
-    facts, rows = machine("numpy", "torch", "transformers"), []
-    for name in options.only or SETTINGS:
-        print(f"measuring: {name}", flush=True)
-        rows.append(measure(SETTINGS[name], options.scale, options.cores))
-    report(rows, facts, options.output)
+    measure_settings("opt", __doc__, SETTINGS, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -202,3 +202,27 @@ def report(rows: list[Row], title: str, output: Path | None) -> None:
     if output:
         with atomic_open(output) as file:
             file.write(text)
+
+
+def measure_settings(name: str, description: str, settings: dict, measure, arguments: list[str] | None) -> None:
+    """The whole command of a benchmark of models: one row a setting.
+
+    Args:
+        name: of the benchmark, after `bash scripts/benchmark.sh`.
+        settings: by the name of their row.
+        measure: gives the `Row` of (setting, --scale, --cores).
+    """
+    import torch  # not of all benchmarks
+
+    parser = argparse.ArgumentParser(
+        prog=f"bash scripts/benchmark.sh {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, list(settings))
+    options = parser.parse_args(arguments)
+    use_cores(options.cores)
+    torch.set_num_threads(options.cores)
+    facts, rows = machine("numpy", "torch", "transformers"), []
+    for row in options.only or settings:
+        print(f"measuring: {row}", flush=True)
+        rows.append(measure(settings[row], options.scale, options.cores))
+    report(rows, facts, options.output)

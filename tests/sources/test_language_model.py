@@ -11,12 +11,11 @@ import torch
 import generate_pretraining
 import generate_samples
 from pcfg.artefacts import InputError, read_json, sha256
-from pcfg.text import read_texts, shard_paths
+from pcfg.text import TEXT_MANIFEST, read_texts, shard_paths
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary, resolve_tokenizer
 from pretraining.sources import sampling
 from pretraining.sources.causal_lm import TOP_TOKENS, load_causal_lm, read_restriction
 from pretraining.sources.pieces import escape, token_bytes
-from pretraining.sources.text_shards import MANIFEST
 
 SIZES = {"sentence_num": 70, "shard_num": 2, "test_sentence_num": 20, "test_shard_num": 1, "seed": 1, "batch_size": 32}
 SIZES |= {"top_tokens": 60, "frequency_sentences": 200, "length_limit": 9, "device": "cpu"}
@@ -32,7 +31,7 @@ def generate(model, folder, *flags, n_processes=1, **sizes):
 
 def contents(folder):
     """The bytes of all files but the manifest, whose entries come in another order."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != TEXT_MANIFEST)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
@@ -61,7 +60,7 @@ def test_the_files_of_a_run(text, opt_folder):
     assert words <= set(restriction.pieces) and len(words) > 30
     assert max(len(sentence.split()) for sentence in read_texts(text / "training0.txt")) == 8
 
-    manifest = read_json(text / MANIFEST)
+    manifest = read_json(text / TEXT_MANIFEST)
     assert set(manifest["files"]) == names and manifest["made_from"]["device"] == "cpu"
     entry = manifest["files"]["training1.txt"]
     assert entry["sentences"] == 70 and entry["words"] == len((text / "training1.txt").read_text().split())
@@ -112,8 +111,8 @@ def test_text_made_otherwise_is_refused_or_replaced(text, opt_folder, tmp_path):
     for changed in ({"seed": 2}, {"top_tokens": 61}, {"length_limit": 10}, {"dtype": "bfloat16"}):
         with pytest.raises(InputError, match="the files here were made otherwise.*--overwrite"):
             generate(opt_folder, tmp_path / "data", **changed)
-    manifest = (tmp_path / "data" / MANIFEST).read_text()
-    (tmp_path / "data" / MANIFEST).write_text(manifest.replace('"device": "cpu"', '"device": "cuda"'))
+    manifest = (tmp_path / "data" / TEXT_MANIFEST).read_text()
+    (tmp_path / "data" / TEXT_MANIFEST).write_text(manifest.replace('"device": "cpu"', '"device": "cuda"'))
     with pytest.raises(InputError, match="device was 'cuda', now 'cpu'"):
         generate(opt_folder, tmp_path / "data")
     generate(opt_folder, tmp_path / "data", "--overwrite", top_tokens=30, shard_num=1)
