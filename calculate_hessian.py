@@ -19,8 +19,8 @@ import dataclasses
 import time
 from pathlib import Path
 
-from pcfg.artefacts import InputError, sha256
-from pcfg.cli import non_negative_int, positive_int, run_main
+from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
+from pcfg.common.files import InputError, sha256
 from pretraining.evaluation.estimates import Estimate, difference
 from pretraining.evaluation.hessian import MIN_DRAWS, Plan, Truth, fisher_trace, hutchinson_trace
 from pretraining.evaluation.hutchinson import PROBES
@@ -48,7 +48,7 @@ def relative_error(text: str) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_input_arguments(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher gives it
     group = parser.add_argument_group("estimator")

@@ -23,8 +23,8 @@ the same beside each model, and measures the one they are compared with once.
 import argparse
 from pathlib import Path
 
-from pcfg.artefacts import InputError
-from pcfg.cli import positive_int, run_main
+from pcfg.common.cli import Parser, positive_int, run_main
+from pcfg.common.files import InputError
 from pretraining.evaluation.inputs import HDF5_SUFFIXES, Inputs, add_input_arguments, read_inputs, refuse_natural_text
 from pretraining.evaluation.loss import compare_losses, context_losses, measure_loss
 from pretraining.evaluation.records import describe_model, is_measured, write_record
@@ -34,7 +34,7 @@ RECORD = "loss.json"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_input_arguments(parser, pairs=True)
     group = parser.add_argument_group("comparisons")
     group.add_argument(

@@ -20,8 +20,8 @@ import argparse
 import os
 from pathlib import Path
 
-from pcfg.artefacts import InputError, atomic_folder, read_json
-from pcfg.cli import positive_int, run_main
+from pcfg.common.cli import Parser, positive_int, run_main
+from pcfg.common.files import InputError, atomic_folder, read_json
 from pretraining.data.vocabulary import resolve_tokenizer
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import (
@@ -37,7 +37,7 @@ from pretraining.model.enlarge import LOGIT_TOLERANCE, TIED_SCALES, Growth, enla
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     files = parser.add_argument_group("folders")
     files.add_argument(
         "--checkpoint-path", required=True, action="append", help="folder of a small model; may be given several times"

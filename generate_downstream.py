@@ -18,17 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pcfg.artefacts import InputError, Manifest, write_json
 from pcfg.chart import MAX_WORDS
-from pcfg.cli import non_negative_int, positive_int, run_main
+from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
+from pcfg.common.files import InputError, Manifest, write_json
+from pcfg.common.text import write_labelled
 from pcfg.grammar import Grammar, find_rules
 from pcfg.labels import LABEL_RULES, STATE_TASK, TASK_SPANS, LabelledSentences, Labeller
 from pcfg.sampler import Sampler
-from pcfg.text import write_labelled
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--rule-path", required=True, help="rules file, or the name of a shipped grammar")
     files.add_argument("--save-path", required=True, help="folder for the CSV files; made if missing")

@@ -18,19 +18,19 @@ with any number of workers: threads of this machine, or the tasks of a Ray clust
 import argparse
 import importlib
 
-from pcfg.cli import run_main
+from pcfg.common.cli import Parser, run_main
 
 # Modules with `add_arguments(parser)` and `generate(options)`; only the one that is asked for is imported.
 SOURCES = {
     "pcfg": "pretraining.sources.grammar",
-    "opt": "pretraining.sources.language_model",
-    "corpus": "pretraining.sources.corpus",
+    "opt": "pretraining.sources.opt.source",
+    "corpus": "pretraining.sources.corpus.source",
 }
 
 
 def build_parser(source: str = "pcfg") -> argparse.ArgumentParser:
     """The command line of one source; `--help` lists its own flags only."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     _add_source(parser)
     importlib.import_module(SOURCES[source]).add_arguments(parser)
     return parser
@@ -41,7 +41,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     _add_source(first)
     source = first.parse_known_args(arguments)[0].source
     options = build_parser(source).parse_args(arguments)

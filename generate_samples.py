@@ -22,13 +22,12 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from pcfg.artefacts import InputError, Manifest, atomic_folder
-from pcfg.cli import non_negative_int, positive_int, probability, run_main
-from pcfg.executors import add_executor_arguments, executor_options, run_jobs
-from pcfg.text import TEXT_MANIFEST
+from pcfg.common.cli import Parser, non_negative_int, positive_int, probability, run_main
+from pcfg.common.executors import add_executor_arguments, executor_options, run_jobs
+from pcfg.common.files import InputError, Manifest, atomic_folder
+from pcfg.common.text import TEXT_MANIFEST
 from pretraining.data.masking import MaskingRule
-from pretraining.data.samples import SAMPLES_MANIFEST
-from pretraining.data.shards import (
+from pretraining.data.sample_shards import (
     DOCUMENTS,
     Recipe,
     SampleJob,
@@ -37,6 +36,7 @@ from pretraining.data.shards import (
     make_samples,
     missing_shards,
 )
+from pretraining.data.samples import SAMPLES_MANIFEST
 from pretraining.data.vocabulary import TOKENIZER_FILES, Vocabulary, find_vocabulary
 from pretraining.data.wordpiece import (
     check_same_tokenizer,
@@ -90,7 +90,7 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--dir", type=Path, required=True, help="folder of training{i}.txt and test{i}.txt")
     files.add_argument("-o", "--output_dir", type=Path, required=True, help="folder for the samples and the tokenizer")

@@ -30,8 +30,9 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import IntervalStrategy
 
-from pcfg.artefacts import InputError
-from pcfg.cli import run_main
+from pcfg.common.cli import run_main
+from pcfg.common.files import InputError
+from pretraining.data.tasks import read_task
 from pretraining.evaluation.downstream import (
     DownstreamArguments,
     DownstreamTrainingArguments,
@@ -39,7 +40,6 @@ from pretraining.evaluation.downstream import (
     parse_arguments,
 )
 from pretraining.evaluation.finetuning import finetune_model
-from pretraining.evaluation.tasks import read_task
 from pretraining.model.checkpoints import find_model, model_folders
 
 

@@ -31,8 +31,9 @@ from typing import Literal
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from pcfg.artefacts import InputError
-from pcfg.cli import run_main
+from pcfg.common.cli import run_main
+from pcfg.common.files import InputError
+from pretraining.data.tasks import read_task
 from pretraining.evaluation.downstream import (
     DownstreamArguments,
     DownstreamTrainingArguments,
@@ -40,7 +41,6 @@ from pretraining.evaluation.downstream import (
     parse_arguments,
 )
 from pretraining.evaluation.probes import ineffective_flags, probe_lookup_table, probe_model
-from pretraining.evaluation.tasks import read_task
 from pretraining.model.checkpoints import find_model, model_folders
 
 

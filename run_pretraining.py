@@ -32,7 +32,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import argparse
 
-from pcfg.cli import run_main
+from pcfg.common.cli import run_main
 from pretraining.training import arguments as command_line
 from pretraining.training.pretrain import finished_model, pretrain
 from pretraining.training.saved_arguments import parse_with_config

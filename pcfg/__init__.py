@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def kernel_cache(folder: Path) -> Path:
-    """The cache folder of the kernels in `folder`, named by a hash of the files that have some."""
-    contents = (path.read_bytes() for path in sorted(folder.glob("*.py")))
+    """The cache folder of the kernels in `folder` and the folders in it, named by a hash of the files that have some."""
+    contents = (path.read_bytes() for path in sorted(folder.rglob("*.py")))
     kernels = hashlib.sha256(b"".join(content for content in contents if re.search(rb"^(from|import) numba", content, re.M)))
     return folder / "__pycache__" / f"kernels-{kernels.hexdigest()[:16]}"
 

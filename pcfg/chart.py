@@ -27,10 +27,10 @@ import os
 
 import numpy as np
 
-from pcfg.artefacts import InputError
-from pcfg.parses import best_sweep, tree
-from pcfg.plan import MAX_WORDS, Planner, offsets
-from pcfg.sweeps import chart_sweep, score_sweep, word_sweep
+from pcfg.common.files import InputError
+from pcfg.engine.chart_plan import MAX_WORDS, Planner, offsets
+from pcfg.engine.parses import best_sweep, tree
+from pcfg.engine.sweeps import chart_sweep, score_sweep, word_sweep
 
 # The exponent of c(T)^T: values of a whole sentence are at most 2^RANGE. The factor is never above 2^64 a word.
 RANGE = {"float32": 96, "float64": 960}

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pcfg.artefacts import InputError
-from pcfg.grammar_io import RuleCollector, WeightedRules, parse_grammar, shown
-from pcfg.rule_graph import longest_yields, reachable, shortest_yields, strong_components
-from pcfg.text import decoded
-from pcfg.words import WordIndex, padded
+from pcfg.common.files import InputError
+from pcfg.common.text import decoded, shown
+from pcfg.common.words import WordIndex, padded
+from pcfg.engine.rule_graph import longest_yields, reachable, shortest_yields, strong_components
+from pcfg.grammar_io import RuleCollector, WeightedRules, parse_grammar
 
 if typing.TYPE_CHECKING:
     import nltk

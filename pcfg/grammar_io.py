@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pcfg.artefacts import InputError, atomic_open
+from pcfg.common.files import InputError, atomic_open
+from pcfg.common.text import shown
 
 # Symbols on the right of a rule in nltk's format: a rule of more derives no sentence that a chart can hold.
 MAX_RIGHT_SIDE = 64
@@ -30,15 +31,6 @@ RIGHT_SIDE = re.compile(
 
 # Left side, right side of one or two symbols, probability.
 WeightedRule = tuple[str, tuple[str, ...], float]
-
-
-def shown(text: str) -> str:
-    """`text` in quotes for a message, its end left out if it is long.
-
-    >>> print(shown("a" * 1_000_000))
-    'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' and 999,940 characters more
-    """
-    return repr(text) if len(text) <= 60 else f"{text[:60]!r} and {len(text) - 60:,} characters more"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,10 +26,11 @@ import re
 
 import numpy as np
 
-from pcfg.artefacts import InputError, keyed_rng
-from pcfg.cli import non_negative_int, positive_int, run_main
+from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
+from pcfg.common.files import InputError, keyed_rng
+from pcfg.common.text import shown
 from pcfg.grammar import Grammar
-from pcfg.grammar_io import WeightedRule, as_written, shown, write_rules
+from pcfg.grammar_io import WeightedRule, as_written, write_rules
 from pcfg.random_parts import check_concentrations, command_line, dirichlet, read_words
 
 LENGTH_LAWS = ("geometric", "fixed")
@@ -201,9 +202,7 @@ def hidden_states(grammar: Grammar, position: int) -> tuple[np.ndarray, np.ndarr
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pcfg.hmm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m pcfg.hmm", description=__doc__)
     shape = parser.add_argument_group("shape")
     shape.add_argument("--states", type=positive_int, default=100, help="hidden states; default 100")
     shape.add_argument("--words", type=positive_int, default=200, help="words; default 200")

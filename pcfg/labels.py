@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pcfg.artefacts import InputError, keyed_rng
 from pcfg.chart import MAX_WORDS, Chart
+from pcfg.common.files import InputError, keyed_rng
 from pcfg.hmm import hidden_states
 
 TASK_SPANS = {"A": None, "B": 4, "C": 2}  # words; None: the whole sentence

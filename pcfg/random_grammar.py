@@ -20,14 +20,14 @@ import argparse
 
 import numpy as np
 
-from pcfg.artefacts import InputError, keyed_rng
 from pcfg.chart import MAX_WORDS
-from pcfg.cli import non_negative_int, positive_int, probability, run_main
+from pcfg.common.cli import Parser, non_negative_int, positive_int, probability, run_main
+from pcfg.common.files import InputError, keyed_rng
+from pcfg.common.means import mean_by_pairs, mean_by_sentences
 from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.grammar_io import WeightedRule, as_written, write_rules
 from pcfg.labels import TASK_SPANS, Labeller
 from pcfg.lookup import LookupTable
-from pcfg.means import mean_by_pairs, mean_by_sentences
 from pcfg.random_parts import check_concentrations, command_line, dirichlet, read_words
 from pcfg.sampler import Sampler
 
@@ -136,11 +136,7 @@ def _class_line(labels: np.ndarray) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pcfg.random_grammar",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m pcfg.random_grammar", description=__doc__)
     shape = parser.add_argument_group("shape")
     shape.add_argument(
         "--levels", type=positive_int, default=4, help="levels of symbols; sentences have up to 2^levels words; default 4"

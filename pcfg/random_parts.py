@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pcfg.artefacts import InputError
-from pcfg.text import decoded
+from pcfg.common.files import InputError
+from pcfg.common.text import decoded
 
 # Below this a Dirichlet draw of low concentration is as good as no rule at all; symbols and words must stay in use.
 LEAST_PROBABILITY = 1e-6

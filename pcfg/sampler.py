@@ -12,9 +12,9 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
+from pcfg.engine.rule_graph import reachable, strong_components
 from pcfg.grammar import Grammar
-from pcfg.rule_graph import reachable, strong_components
 
 # Part of what text is made from: another number whenever the same random generator would give other sentences.
 DRAWING = 2

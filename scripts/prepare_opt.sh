@@ -27,7 +27,7 @@ else
 fi
 python generate_pretraining.py --source opt --model-name "$model" --save-path "$data" "${text[@]}"
 python generate_samples.py --dir "$data" -o "$data/pretraining" --vocab_file vocab.txt --do_lower_case 0 --single_mask "${samples[@]}"
-python -m pretraining.sources.lookup --data-path "$data" --model-name "$model" --datafile "$data/test0.txt" \
+python -m pretraining.sources.opt.lookup --data-path "$data" --model-name "$model" --datafile "$data/test0.txt" \
     --save-path "$data/lookup.hdf5" "${table[@]}"
 if [ "${1:-}" = --small ]; then
     bash scripts/small_run.sh "$folder" "$data/test0.txt" 32 --condprobfile "$data/lookup.hdf5"

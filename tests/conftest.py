@@ -102,7 +102,7 @@ def documents(tmp_path_factory):
     """
     from tokenizers import BertWordPieceTokenizer
 
-    from pcfg.artefacts import Manifest
+    from pcfg.common.files import Manifest
     from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 
     folder = tmp_path_factory.mktemp("documents")

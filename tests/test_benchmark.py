@@ -14,10 +14,10 @@ from nltk.grammar import Nonterminal
 from nltk.parse import ViterbiParser
 
 from pcfg.chart import Chart
+from pcfg.common.text import read_texts
 from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.labels import Labeller
 from pcfg.sampler import Sampler
-from pcfg.text import read_texts
 from pretraining.data.samples import DTYPES, read_samples
 from pretraining.data.vocabulary import Vocabulary, build_tokenizer
 from pretraining.model.checkpoints import load_model

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from transformers import AutoModelForMaskedLM
 
+from pcfg.common.text import read_texts
 from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable
-from pcfg.text import read_texts
-from pretraining.evaluation.contexts import from_texts
+from pretraining.data.contexts import from_texts
 from pretraining.evaluation.loss import context_losses
 from pretraining.model.checkpoints import load_model, load_vocabulary
 

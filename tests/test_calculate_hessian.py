@@ -8,7 +8,7 @@ import pytest
 
 import calculate_hessian
 import pcfg.lookup
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.data.samples import sample_paths
 
 

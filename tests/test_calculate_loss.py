@@ -6,8 +6,8 @@ import torch
 
 import calculate_loss
 import pcfg.lookup
-from pcfg.artefacts import InputError
-from pcfg.text import read_texts
+from pcfg.common.files import InputError
+from pcfg.common.text import read_texts
 from pretraining.data.samples import sample_paths
 from pretraining.data.vocabulary import build_tokenizer
 from pretraining.evaluation.records import describe_model, read_record

@@ -6,7 +6,7 @@ import torch
 
 import calculate_loss
 import enlarge
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.data.vocabulary import build_tokenizer
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, load_vocabulary, save_model, weights_sha256

@@ -11,10 +11,10 @@ import pytest
 
 import generate_downstream
 from generate_downstream import main
-from pcfg.artefacts import InputError, sha256
+from pcfg.common.files import InputError, sha256
+from pcfg.common.text import read_labelled
 from pcfg.grammar_io import write_rules
 from pcfg.hmm import hmm_rules
-from pcfg.text import read_labelled
 
 ROOT = Path(generate_downstream.__file__).parent
 RULES = """S S1 0.5

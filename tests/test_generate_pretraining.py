@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import generate_pretraining
-from pcfg.artefacts import InputError, keyed_rng, read_json, sha256
+from pcfg.common.files import InputError, keyed_rng, read_json, sha256
+from pcfg.common.text import TEXT_MANIFEST, read_texts, shard_paths
 from pcfg.grammar import Grammar
 from pcfg.sampler import Sampler
-from pcfg.text import TEXT_MANIFEST, read_texts, shard_paths
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"--sentence-num": 300, "--shard-num": 2, "--test-sentence-num": 50, "--test-shard-num": 1}

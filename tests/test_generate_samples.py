@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import generate_samples
-from pcfg.artefacts import InputError, Manifest, read_json, sha256
+from pcfg.common.files import InputError, Manifest, read_json, sha256
 from pretraining.data.samples import read_samples, sample_paths
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary, resolve_tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import BertTokenizerFast
 
 import generate_samples
-from pcfg.artefacts import InputError, keyed_rng, read_json, sha256, write_json
+from pcfg.common.files import InputError, keyed_rng, read_json, sha256, write_json
 from pretraining.data.masking import MaskingRule, remask
 from pretraining.data.samples import read_samples, sample_paths
 from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer

@@ -15,8 +15,8 @@ import generate_samples
 import run_ft
 import run_lp
 import run_pretraining
-from pcfg.artefacts import InputError, read_json
-from pcfg.text import read_texts, write_labelled
+from pcfg.common.files import InputError, read_json
+from pcfg.common.text import read_texts, write_labelled
 from pretraining.data.samples import read_samples
 from pretraining.data.vocabulary import Vocabulary
 from pretraining.model.checkpoints import load_model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pcfg.artefacts import read_json
+from pcfg.common.files import read_json
 from pcfg.lookup import LookupTable
 from pretraining.data.vocabulary import Vocabulary
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pcfg.artefacts import read_json
+from pcfg.common.files import read_json
 from pretraining.model.checkpoints import load_model
 from pretraining.training.metrics import read_metrics
 

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from pretraining.report.experiments import read_choice, read_experiments, read_statuses
+from pretraining.report.contract import read_choice, read_experiments, read_statuses
 
 ROOT = Path(__file__).parents[1]
 DRIVER = """

@@ -8,8 +8,8 @@ import pytest
 
 import run_lp
 from pcfg import lookup
-from pcfg.artefacts import InputError
-from pcfg.text import read_texts, write_labelled
+from pcfg.common.files import InputError
+from pcfg.common.text import read_texts, write_labelled
 from pretraining.data.vocabulary import build_tokenizer
 from pretraining.model.checkpoints import load_model, load_vocabulary, read_facts, save_model
 from pretraining.report import command as report

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import run_pretraining
-from pcfg.artefacts import InputError, read_json
+from pcfg.common.files import InputError, read_json
 from pretraining.model import checkpoints
 from pretraining.model.checkpoints import load_model, model_folders
 

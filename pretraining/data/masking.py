@@ -17,7 +17,7 @@ import dataclasses
 import numba
 import numpy as np
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.data.samples import ROWS_A_CHUNK, Samples
 from pretraining.data.vocabulary import Vocabulary
 

@@ -9,7 +9,7 @@ own and is cut wherever one is full. No token is left out or used twice, so samp
 import numba
 import numpy as np
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 
 
 def pack(lines: np.ndarray, room: int, short_seq_prob: float, rng: np.random.Generator) -> np.ndarray:

@@ -31,7 +31,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from pcfg.artefacts import InputError, atomic_open, read_json
+from pcfg.common.files import InputError, atomic_open, read_json
 from pretraining.data.layout import (
     DTYPES,
     INPUT_RANGE,

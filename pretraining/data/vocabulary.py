@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pcfg.artefacts import InputError, atomic_open, read_json, write_json
-from pcfg.words import WordIndex, padded
+from pcfg.common.files import InputError, atomic_open, read_json, write_json
+from pcfg.common.words import WordIndex, padded
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -168,7 +168,7 @@ class Vocabulary:
         return padded(self._word_ids[flat], lengths, self.pad_id), lengths
 
     def encode_text(self, text: bytes, source, first_sentence: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """The sentences of a text as ids, one after the other: `pcfg.words.WordIndex.encode`, with ids for indices.
+        """The sentences of a text as ids, one after the other: `pcfg.common.words.WordIndex.encode`, with ids for indices.
 
         Returns:
             flat (M,) int32, the ids of all words; lengths (n,) int32 in words.

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
-from pcfg.artefacts import InputError, atomic_open, read_json, write_json
+from pcfg.common.files import InputError, atomic_open, read_json, write_json
 from pretraining.data.vocabulary import SPECIAL_TOKENS, VOCABULARY_FILE, Vocabulary
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS

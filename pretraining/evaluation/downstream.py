@@ -11,9 +11,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
+from pretraining.data.tasks import GLUE, Task
 from pretraining.evaluation.records import is_measured, write_record
-from pretraining.evaluation.tasks import GLUE, Task
 
 SEEDS = 1 << 32  # numpy, which the Trainer seeds, knows no more
 

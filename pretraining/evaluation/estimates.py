@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.evaluation.parts import LEFT_OUT, Parts
 
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from pcfg.artefacts import InputError
-from pretraining.evaluation.contexts import Contexts
+from pcfg.common.files import InputError
+from pretraining.data.contexts import Contexts
 
 SENTENCES_A_BLOCK = 512  # of a lookup table held in memory at a time
 # Of one encoder pass: more leave a CPU's cache (20% slower at 32,768), and a GPU wants more.

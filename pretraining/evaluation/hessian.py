@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pcfg.artefacts import InputError, keyed_rng
-from pretraining.evaluation.contexts import Contexts, check_length
+from pcfg.common.files import InputError, keyed_rng
+from pretraining.data.contexts import Contexts, check_length
 from pretraining.evaluation.estimates import Estimate, is_reached, stops
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
 from pretraining.evaluation.hutchinson import draw_probe, quadratic_forms

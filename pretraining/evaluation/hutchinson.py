@@ -9,8 +9,8 @@ derivative, and forward over forward mode (`torch.func.jvp` of `jvp`) through `F
 import numpy as np
 import torch
 
-from pcfg.artefacts import keyed_rng
-from pretraining.evaluation.contexts import Contexts
+from pcfg.common.files import keyed_rng
+from pretraining.data.contexts import Contexts
 from pretraining.evaluation.parts import measured_parameters
 
 PROBES = {

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
+from pcfg.common.text import read_texts
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
-from pcfg.text import read_texts
-from pretraining.data.shards import is_of_documents
+from pretraining.data.contexts import Contexts, check_words, from_samples, from_texts
+from pretraining.data.sample_shards import is_of_documents
 from pretraining.data.vocabulary import Vocabulary, find_vocabulary
-from pretraining.evaluation.contexts import Contexts, check_words, from_samples, from_texts
 from pretraining.evaluation.records import describe_file
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
@@ -52,7 +52,8 @@ def add_input_arguments(parser: argparse.ArgumentParser, pairs: bool = False) ->
     )
     truth = group.add_mutually_exclusive_group()
     truth.add_argument(
-        "--condprobfile", help="true conditionals of --datafile, made by python -m pcfg.lookup or pretraining.sources.lookup"
+        "--condprobfile",
+        help="true conditionals of --datafile, made by python -m pcfg.lookup or pretraining.sources.opt.lookup",
     )
     truth.add_argument("--rule-path", help="grammar to compute the true conditionals with, instead of --condprobfile")
     group = parser.add_argument_group("how it runs")

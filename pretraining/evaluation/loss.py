@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from pcfg.means import mean_by_pairs, mean_by_sentences
-from pretraining.evaluation.contexts import Contexts, check_length
+from pcfg.common.means import mean_by_pairs, mean_by_sentences
+from pretraining.data.contexts import Contexts, check_length
 
 BLOCK_WORDS = 2048  # words that never occur whose logits are in memory at a time: they stay in the processor's cache
 # Numbers of the lookup table in memory at a time (float64: 64 MiB), and most sentences, where no table bounds them.

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from pcfg.artefacts import InputError, read_json, write_json
+from pcfg.common.files import InputError, read_json, write_json
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
+from pretraining.data.tasks import Task, check_max_seq_length, encode_task
 from pretraining.evaluation.downstream import data_arguments, measure_accuracy, parse_seeds
 from pretraining.evaluation.heads import conditional_features, feature_width, hidden_features, table_features
 from pretraining.evaluation.records import describe_model
@@ -26,7 +27,6 @@ from pretraining.evaluation.solvers import (
     fit_lbfgs,
     standardise,
 )
-from pretraining.evaluation.tasks import Task, check_max_seq_length, encode_task
 from pretraining.model.checkpoints import FACTS_FILE, is_model_folder, load_model
 
 LOOKUP_TABLE = "lookup table"  # the name in args.json by which the report knows it

@@ -36,7 +36,7 @@ import math
 import re
 from pathlib import Path
 
-from pcfg.artefacts import InputError, atomic_open, read_json, sha256, versions, write_json
+from pcfg.common.files import InputError, atomic_open, read_json, sha256, versions, write_json
 from pretraining.model.checkpoints import weights_sha256
 
 SCHEMA = 2

@@ -24,7 +24,7 @@ from tqdm import tqdm, trange
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import IntervalStrategy
 
-from pcfg.artefacts import InputError, keyed_rng
+from pcfg.common.files import InputError, keyed_rng
 from pretraining.evaluation.downstream import training_steps
 from pretraining.evaluation.heads import linear_head
 

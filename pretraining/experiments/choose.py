@@ -14,11 +14,11 @@ run_pretraining.py.
 import argparse
 from pathlib import Path
 
-from pcfg.artefacts import InputError, write_json
-from pcfg.cli import non_negative, run_main
+from pcfg.common.cli import Parser, non_negative, run_main
+from pcfg.common.files import InputError, write_json
 from pretraining.evaluation.records import read_records
 from pretraining.model.checkpoints import weights_sha256
-from pretraining.report.experiments import Choice, Weight, write_choice
+from pretraining.report.contract import Choice, Weight, write_choice
 
 ERRORS = 2.0  # standard errors that a gap's increase must stay below the limit by
 
@@ -81,11 +81,7 @@ def choose(standard, candidates: dict, task: str, gap_allowed: float) -> Choice:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pretraining.experiments.choose",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m pretraining.experiments.choose", description=__doc__)
     group = parser.add_argument_group("models")
     group.add_argument("--standard", required=True, help="model folder without the adversarial term")
     group.add_argument(

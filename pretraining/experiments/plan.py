@@ -10,8 +10,8 @@ import dataclasses
 from pretraining.experiments.scales import Scale
 from pretraining.experiments.steps import Run, Step
 from pretraining.model.enlarge import TIED_SCALES
-from pretraining.report import experiments as contract
-from pretraining.report.experiments import ALGORITHMS, SIZES, STEPS, Entry, Experiment, Experiments
+from pretraining.report import contract
+from pretraining.report.contract import ALGORITHMS, SIZES, STEPS, Entry, Experiment, Experiments
 
 # Fixed before looking at any accuracy; README, "Experiments".
 SATURATED = 0.02  # nats: a model counts as saturated up to this gap

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from pcfg.artefacts import InputError, check_space
-from pcfg.cli import positive_int, run_main
+from pcfg.common.cli import Parser, positive_int, run_main
+from pcfg.common.files import InputError, check_space
 from pretraining.experiments.plan import Planner
 from pretraining.experiments.runner import ROOT, Runner, is_done, lock
 from pretraining.experiments.scales import SCALES, Scale
 from pretraining.experiments.steps import Step
-from pretraining.report.experiments import NAMES, Experiments, read_experiments, write_experiments
+from pretraining.report.contract import NAMES, Experiments, read_experiments, write_experiments
 from pretraining.training import flags
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
@@ -56,9 +56,7 @@ def task_list(text: str) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="reproduce", description=__doc__)
     parser.add_argument("experiment", choices=(*NAMES, "all"), help="given by the script's name")
     group = parser.add_argument_group("what")
     group.add_argument(

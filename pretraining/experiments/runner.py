@@ -16,10 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from pcfg.artefacts import disk_errors
+from pcfg.common.files import disk_errors
 from pretraining.experiments.steps import Step
 from pretraining.model.checkpoints import is_model_folder
-from pretraining.report.experiments import Status, read_statuses, write_statuses
+from pretraining.report.contract import Status, read_statuses, write_statuses
 
 ROOT = Path(__file__).parents[2]
 LOCK_FILE = ".running"

@@ -20,9 +20,18 @@ import safetensors
 import safetensors.torch
 import torch
 
-from pcfg.artefacts import InputError, atomic_folder, read_json, sha256, write_json
-from pcfg.cli import run_main
-from pcfg.sealed import FILES, check_file, read_sealed, write_sealed
+from pcfg.common.cli import Parser, run_main
+from pcfg.common.files import (
+    FILES,
+    InputError,
+    atomic_folder,
+    check_file,
+    read_json,
+    read_sealed,
+    sha256,
+    write_json,
+    write_sealed,
+)
 from pretraining.data.vocabulary import TOKENIZER_FILE, VOCABULARY_FILE, Vocabulary, hub_is_off, save_tokenizer
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
@@ -360,7 +369,7 @@ def verify(root) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("command", choices=("verify",), help="read all model folders and say which are damaged or the same")
     parser.add_argument("folder", metavar="FOLDER", help="a model folder, or one that holds model folders")
     return parser

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 
 ACTIVATIONS = ("gelu", "relu", "tanh", "swish")
 LAYER_NORMS = ("pytorch", "apex", "rms_norm")

@@ -35,7 +35,7 @@ import math
 
 import torch
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 

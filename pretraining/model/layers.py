@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.model.config import ModelConfig
 
 ACTIVATION_FUNCTIONS = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "swish": F.silu}

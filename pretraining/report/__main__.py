@@ -1,6 +1,6 @@
 """`python -m pretraining.report`; see `pretraining.report.command`."""
 
-from pcfg.cli import run_main
+from pcfg.common.cli import run_main
 from pretraining.report.command import main
 
 run_main(main)

@@ -2,7 +2,7 @@
 
 What is computed: means over seeds with standard errors over seeds where there are several, else the measurement's own (a table
 of one says so); the findings (`pretraining.report.findings`); Spearman's and Pearson's correlation of each accuracy with
-trace and gap over the models of an experiment (`pretraining.report.statistics`), among those whose loss is equal to the
+trace and gap over the models of an experiment (`pretraining.report.intervals`), among those whose loss is equal to the
 reference's within the margin, and, to see whether the criterion matters, among those not told apart from it. Lookup tables are
 in no correlation: they have no trace, and their features are of another kind.
 """
@@ -10,13 +10,13 @@ in no correlation: they have no trace, and their features are of another kind.
 import dataclasses
 from pathlib import Path
 
-from pcfg.artefacts import write_json
-from pretraining.report import paper, statistics
+from pcfg.common.files import write_json
+from pretraining.report import intervals, paper
+from pretraining.report.contract import STEPS, Choice, Experiment, Experiments, Status, read_choice
 from pretraining.report.experiment_rows import accuracy_names, probe_name, read_experiment_rows, trace_names, why_missing
-from pretraining.report.experiments import STEPS, Choice, Experiment, Experiments, Status, read_choice
 from pretraining.report.findings import Finding, findings_of
+from pretraining.report.intervals import Change, Correlation, correlate, mean_of
 from pretraining.report.rows import error_of
-from pretraining.report.statistics import Change, Correlation, correlate, mean_of
 
 RESULTS_FILE = "results.json"
 SETS = {"equal": "equal within the margin", "not_told_apart": "not told apart"}  # column of the rows: in words
@@ -177,9 +177,9 @@ class Analysis:
                 "saturated_nats": experiments.saturated,
                 "margin_nats": experiments.margin,
                 "reference": experiments.reference,
-                "level": statistics.LEVEL,
-                "told_apart_errors": statistics.ERRORS,
-                "bootstrap_seed": statistics.SEED,
+                "level": intervals.LEVEL,
+                "told_apart_errors": intervals.ERRORS,
+                "bootstrap_seed": intervals.SEED,
             },
             "findings": [
                 {**dataclasses.asdict(finding), "headline": finding.headline(), "sentence": finding.sentence()}
@@ -234,7 +234,7 @@ def _of_role(role: str, lines: list[Line]) -> Line | None:
     return (sized[0] if role == paper.SMALLEST else sized[-1]) if sized else None
 
 
-def analyse(folder, rows: list[dict], records: list[dict], draws: int = statistics.DRAWS) -> Analysis | None:
+def analyse(folder, rows: list[dict], records: list[dict], draws: int = intervals.DRAWS) -> Analysis | None:
     """Analyse the experiments of a folder; None where it has no `experiments.json`.
 
     Args:

@@ -11,8 +11,8 @@ from pathlib import Path
 from matplotlib.lines import Line2D
 
 from pretraining.report.analysis import Analysis, Line
+from pretraining.report.contract import ALGORITHMS, SIZES, STEPS, Choice
 from pretraining.report.experiment_rows import TRACE, accuracy_label, trace_names
-from pretraining.report.experiments import ALGORITHMS, SIZES, STEPS, Choice
 from pretraining.report.plotting import (
     DASHES,
     GREY,

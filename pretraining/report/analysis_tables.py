@@ -3,11 +3,11 @@
 import numpy as np
 
 from pretraining.report.analysis import SETS, Analysis, Line, Summary
+from pretraining.report.contract import ALGORITHMS, SIZES, STEPS
 from pretraining.report.experiment_rows import accuracy_label, loss_label, trace_names
-from pretraining.report.experiments import ALGORITHMS, SIZES, STEPS
 from pretraining.report.findings import decimals
+from pretraining.report.intervals import FEWEST, Correlation
 from pretraining.report.page import Section
-from pretraining.report.statistics import FEWEST, Correlation
 
 TITLES = {
     STEPS: "Training on after the loss has converged",

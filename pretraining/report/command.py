@@ -7,7 +7,7 @@ as a model), is one row; the numbers come from the measurements' JSON files besi
 `pretraining.evaluation.records`), the facts from `config.json` and `args.json`. Nothing else is read. A measurement that was
 not made is an empty cell.
 
-With an `experiments.json` in the folder (`pretraining.report.experiments`) the report is an analysis of the experiments:
+With an `experiments.json` in the folder (`pretraining.report.contract`) the report is an analysis of the experiments:
 findings, tables and plots as `pretraining.report.analysis` describes them, `experiments.csv` and `results.json`. Without:
 
 Gaps in the table and the plots are means over sentences of the mean over positions of KL(P || f), in nats: the mean that
@@ -19,6 +19,7 @@ is measured of them is the small model's.
 import argparse
 from pathlib import Path
 
+from pcfg.common.cli import Parser
 from pretraining.report import analysis_plots, experiment_rows
 from pretraining.report import plots as report_plots
 from pretraining.report.analysis import RESULTS_FILE, Analysis, analyse, write_results
@@ -48,11 +49,7 @@ def make_report(folder, output) -> tuple[list[dict], list[dict], Analysis | None
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pretraining.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m pretraining.report", description=__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("folder", help="folder whose records are collected, at any depth")
     files.add_argument("--output", help="folder for results.csv, the plots and report.html (default: FOLDER/report)")

@@ -1,6 +1,6 @@
 """The models of the experiments as rows: one an (experiment, group, seed, step), with all numbers that the analysis uses.
 
-Each row is joined from `experiments.json` (see `pretraining.report.experiments`), the rows of `results.csv` and the
+Each row is joined from `experiments.json` (see `pretraining.report.contract`), the rows of `results.csv` and the
 comparisons with the reference. What is missing is named, with the command that should have made it.
 
 Differences to the reference are by sentences, model minus reference (`comparison_HASH.json`, HASH being that of the reference's
@@ -11,11 +11,11 @@ import csv
 import dataclasses
 from pathlib import Path
 
-from pcfg.artefacts import InputError, atomic_open
+from pcfg.common.files import InputError, atomic_open
 from pretraining.model.checkpoints import is_model_folder, weights_sha256
 from pretraining.model.enlarge import TIED_SCALES
-from pretraining.report import statistics
-from pretraining.report.experiments import SIZES, Entry, Experiment, Experiments, Status, read_experiments, read_statuses
+from pretraining.report import intervals
+from pretraining.report.contract import SIZES, Entry, Experiment, Experiments, Status, read_experiments, read_statuses
 
 ROWS_FILE = "experiments.csv"
 COMPARISON = "comparison_*.json"  # how a plan names a record whose name has the hash of the reference's weights
@@ -116,12 +116,12 @@ def _cells(entry: Entry, rows: dict, differences: dict, experiments: Experiments
     cells = {"kind": row["kind"], "parameters": row.get("parameters")}
     gap, error = row.get("gap_sentences"), row.get("gap_sentences_se")
     if gap is not None:
-        cells |= {"gap": gap, "gap_se": error, "saturated": statistics.is_saturated(gap, error, experiments.saturated)}
+        cells |= {"gap": gap, "gap_se": error, "saturated": intervals.is_saturated(gap, error, experiments.saturated)}
     if entry.folder in differences:
         difference, error = differences[entry.folder]
         cells |= {"gap_difference": difference, "gap_difference_se": error}
-        cells["equal"] = statistics.is_equal(difference, error, experiments.margin)
-        cells["not_told_apart"] = not statistics.told_apart(difference, error)
+        cells["equal"] = intervals.is_equal(difference, error, experiments.margin)
+        cells["not_told_apart"] = not intervals.told_apart(difference, error)
     cells |= {TRACE: row.get(TRACE), f"{TRACE}_se": row.get(f"{TRACE}_se")}
     return cells | {name + part: row.get(name + part) for name in names for part in ACCURACY_PARTS}
 

@@ -14,7 +14,7 @@ The rule was fixed beforehand, and is applied to each accuracy (task and kind) o
 - depends on the rule of enlarging: sizes whose verdicts with --tied-scale tables and head differ, both traces being there;
 - can't be told: otherwise; also where a group is missing, not at the same loss, or of one seed.
 
-At the same loss: saturated, and equal to the reference (see `pretraining.report.statistics`). In "steps" saturated is
+At the same loss: saturated, and equal to the reference (see `pretraining.report.intervals`). In "steps" saturated is
 enough: both checkpoints then have gaps below the same limit. The last checkpoint is the last one of the plan; a run without it,
 or not saturated there or at no earlier one, is left out. In "sizes" and "algorithms" models that are not at the same loss are
 left out, and "sizes" takes groups with two models at least. There is no correction for the number of comparisons.
@@ -23,10 +23,10 @@ left out, and "sizes" takes groups with two models at least. There is no correct
 import dataclasses
 import math
 
+from pretraining.report.contract import ALGORITHMS, SIZES, STEPS, Experiment
 from pretraining.report.experiment_rows import TRACE, accuracy_label, loss_label, trace_names
-from pretraining.report.experiments import ALGORITHMS, SIZES, STEPS, Experiment
+from pretraining.report.intervals import Change, Mean, change_of_means, mean_of, paired_change
 from pretraining.report.rows import error_of
-from pretraining.report.statistics import Change, Mean, change_of_means, mean_of, paired_change
 
 HOLDS, HOLDS_NOT, BY_RULE, OPEN = "holds", "does not hold", "depends on the rule of enlarging", "can't be told"
 TITLES = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from pcfg.artefacts import atomic_open
+from pcfg.common.files import atomic_open
 from pretraining.report import sizes as report_sizes
 from pretraining.report.rows import LOOKUP_TABLE, accuracy_names, error_of
 

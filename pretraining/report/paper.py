@@ -8,7 +8,7 @@ values can't be compared, directions can. Gaps are the published losses less the
 import dataclasses
 
 from pretraining.model.enlarge import TIED_SCALES
-from pretraining.report.experiments import ALGORITHMS, SIZES, STEPS
+from pretraining.report.contract import ALGORITHMS, SIZES, STEPS
 
 OTHER_GRAMMAR = "direction only: another grammar, other sizes of models"
 OTHER_RULE = "direction only: another grammar, other sizes of models; the trace depends on the rule of enlarging"

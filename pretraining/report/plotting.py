@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
-from pcfg.artefacts import atomic_open, atomic_path
+from pcfg.common.files import atomic_open, atomic_path
 
 MARKERS = "os^Dv<>phX"
 DASHES = ("-", "--", "-.", ":")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from pcfg.artefacts import InputError, atomic_open, read_json
+from pcfg.common.files import InputError, atomic_open, read_json
 from pretraining.evaluation.records import read_records
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import CONFIG_FILE, is_model_folder, read_facts

@@ -11,7 +11,7 @@ import itertools
 import math
 
 from pretraining.model.enlarge import TIED_SCALES
-from pretraining.report.statistics import ERRORS, told_apart
+from pretraining.report.intervals import ERRORS, told_apart
 
 SHAPE = ("parameters", "hidden_size", "layers", "heads", "intermediate_size")
 PARTS = ("tables", "encoder_matrices", "vectors", "head", "added_layers")

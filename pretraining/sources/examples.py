@@ -16,8 +16,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from pcfg.artefacts import InputError, atomic_folder
-from pcfg.cli import positive_int, run_main
+from pcfg.common.cli import Parser, positive_int, run_main
+from pcfg.common.files import InputError, atomic_folder
 
 OPT_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # with OPT's ids; OPT begins and ends a text with </s>
 OPT_TOKENS = 600
@@ -105,11 +105,7 @@ WRITERS = {"openwebtext": write_openwebtext, "bookcorpus": write_bookcorpus, "op
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pretraining.sources.examples",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m pretraining.sources.examples", description=__doc__)
     parser.add_argument("kind", choices=WRITERS, help="what to make")
     parser.add_argument("folder", type=Path, help="where; must not exist")
     parser.add_argument("--documents", type=positive_int, default=100, help="modules whose docstrings are taken; default 100")

@@ -9,12 +9,12 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-from pcfg.artefacts import InputError, keyed_rng, sha256
-from pcfg.cli import non_negative_int
-from pcfg.executors import add_executor_arguments, end_if_asked, executor_options, run_jobs
+from pcfg.common.cli import non_negative_int
+from pcfg.common.executors import add_executor_arguments, end_if_asked, executor_options, run_jobs
+from pcfg.common.files import InputError, keyed_rng, sha256
+from pcfg.common.text import decoded, write_shard
 from pcfg.grammar import Grammar, find_rules
 from pcfg.sampler import DRAWING, Sampler
-from pcfg.text import decoded, write_shard
 from pretraining.data.vocabulary import SPECIAL_TOKENS
 from pretraining.sources.text_shards import (
     Shard,

@@ -5,10 +5,10 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
-from pcfg.artefacts import InputError, Manifest, atomic_open, check_space, free_bytes
-from pcfg.cli import non_negative_int, positive_int
-from pcfg.executors import run_jobs
-from pcfg.text import SPLITS, TEXT_MANIFEST, shard_name, shard_paths
+from pcfg.common.cli import non_negative_int, positive_int
+from pcfg.common.executors import run_jobs
+from pcfg.common.files import InputError, Manifest, atomic_open, check_space, free_bytes
+from pcfg.common.text import SPLITS, TEXT_MANIFEST, shard_name, shard_paths
 
 
 @dataclasses.dataclass(frozen=True)

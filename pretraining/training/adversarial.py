@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pcfg.artefacts import InputError, keyed_rng
+from pcfg.common.files import InputError, keyed_rng
+from pretraining.data.contexts import from_texts
+from pretraining.data.tasks import check_max_seq_length, read_labelled_part
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.evaluation.contexts import from_texts
 from pretraining.evaluation.heads import concatenate, sentence_batch
 from pretraining.evaluation.records import describe_file
-from pretraining.evaluation.tasks import check_max_seq_length, read_labelled_part
 from pretraining.training.batches import OVERHEAD_TOKENS, cuts, moved
 
 

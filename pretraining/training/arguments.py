@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from pcfg.artefacts import InputError
+from pcfg.common.cli import Parser
+from pcfg.common.files import InputError
 from pretraining.model.config import ModelConfig
 from pretraining.training.flags import add_flags
 
@@ -22,7 +23,7 @@ ADVERSARIAL = frozenset(f"adversarial_{name}" for name in ("weight", "file", "ba
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The parser of run_pretraining.py, its flags grouped by purpose."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     add_flags(parser)
     return parser
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pcfg.artefacts import InputError, keyed_rng
+from pcfg.common.files import InputError, keyed_rng
 from pretraining.data.samples import Samples
 
 # What a micro-batch costs beside its tokens, counted in tokens: measured on CPU and near the least over a wide range.

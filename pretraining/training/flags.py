@@ -5,7 +5,7 @@ What the values may be together is checked in `pretraining.training.arguments`.
 
 import argparse
 
-from pcfg.cli import boolean, finite, non_negative, non_negative_int, positive_int, probability
+from pcfg.common.cli import boolean, finite, non_negative, non_negative_int, positive_int, probability
 from pretraining.model.config import ACTIVATIONS, ATTENTIONS, LAYER_NORM_MODES, LAYER_NORMS
 
 OPTIMIZERS = ("adam", "adamw", "lamb", "adafactor", "sgd")

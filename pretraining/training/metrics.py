@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from pcfg.artefacts import InputError, atomic_open, disk_errors
+from pcfg.common.files import InputError, atomic_open, disk_errors
 
 METRICS_FILE = "metrics.jsonl"
 

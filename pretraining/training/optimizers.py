@@ -5,7 +5,7 @@ import argparse
 import torch
 from torch import nn
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

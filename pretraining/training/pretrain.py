@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pcfg.artefacts import InputError, disk_errors, keyed_rng, versions
+from pcfg.common.files import InputError, disk_errors, keyed_rng, versions
 from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer
 from pretraining.evaluation.records import describe_model
 from pretraining.model.bert import MaskedLM
@@ -30,7 +30,7 @@ from pretraining.training.arguments import check_accumulation, differences, job_
 from pretraining.training.distributed import Ranks
 from pretraining.training.engine import build_engine, precision, zero_stage
 from pretraining.training.metrics import METRICS_FILE
-from pretraining.training.shards import Shards
+from pretraining.training.sample_stream import Shards
 from pretraining.training.state import Found, Progress
 from pretraining.training.trainer import STATE_FOLDER, Data, Trainer
 from pretraining.training.validation import GapMeter

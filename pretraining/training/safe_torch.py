@@ -9,7 +9,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 
 # All that DeepSpeed puts into a checkpoint of ZeRO 0, 1 or 2 beside tensors and Python's plain types. They hold numbers only.
 SAFE_CLASSES = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)

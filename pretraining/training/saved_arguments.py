@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from pcfg.artefacts import InputError, read_json
-from pcfg.sealed import FILES, read_sealed
+from pcfg.common.cli import Parser
+from pcfg.common.files import FILES, InputError, read_json, read_sealed
 
 # These belong to one start of a run, not to the run.
 OF_ONE_START = frozenset({"config", "resume", "overwrite", "local_rank"})
@@ -20,7 +20,7 @@ def parse_with_config(parser: argparse.ArgumentParser, arguments: list[str] | No
     Raises:
         InputError: names the file and the entry that is unknown here or can't be a value of its flag.
     """
-    finder = argparse.ArgumentParser(add_help=False)
+    finder = Parser(add_help=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(arguments)[0].config
     if path is not None:

@@ -13,8 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
-from pcfg.artefacts import InputError, atomic_folder, atomic_open, disk_errors
-from pcfg.sealed import FILES, check_file, read_sealed, write_sealed
+from pcfg.common.files import FILES, InputError, atomic_folder, atomic_open, check_file, disk_errors, read_sealed, write_sealed
 from pretraining.training.safe_torch import SafeCheckpointEngine
 
 STATE_FILE, LATEST_FILE = "state.json", "latest"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pcfg.artefacts import InputError, keyed_rng
+from pcfg.common.files import InputError, keyed_rng
 from pretraining.data.samples import Samples
 from pretraining.model.checkpoints import save_model
 from pretraining.training import state
@@ -20,8 +20,8 @@ from pretraining.training.batches import global_batches, masked_loss, micro_batc
 from pretraining.training.distributed import Ranks
 from pretraining.training.engine import LOWEST_LOSS_SCALE
 from pretraining.training.metrics import Metrics
+from pretraining.training.sample_stream import Shards
 from pretraining.training.schedules import Clock, Schedule
-from pretraining.training.shards import Shards
 from pretraining.training.state import Progress
 from pretraining.training.validation import GapMeter, validation_loss
 from pretraining.training.watch import LossWatch, Signals, check_finite

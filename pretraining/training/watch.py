@@ -6,7 +6,7 @@ import signal
 
 import torch
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 
 
 class Signals:

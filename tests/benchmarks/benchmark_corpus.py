@@ -27,8 +27,8 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-from pcfg.cli import run_main
-from pcfg.text import shard_name
+from pcfg.common.cli import run_main
+from pcfg.common.text import shard_name
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 SCRIPT = Path(__file__).parents[2] / "generate_samples.py"

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from measure import Row, add_arguments, cpu_seconds, machine, number_text, report, use_cores
 
-from pcfg.artefacts import keyed_rng
-from pcfg.cli import positive_int, run_main
+from pcfg.common.cli import positive_int, run_main
+from pcfg.common.files import keyed_rng
+from pcfg.common.text import read_texts
 from pcfg.grammar import RULES_FOLDER, Grammar, find_rules
 from pcfg.sampler import Sampler
-from pcfg.text import read_texts
+from pretraining.data.contexts import Contexts, from_texts
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
-from pretraining.evaluation.contexts import Contexts, from_texts
 from pretraining.evaluation.estimates import mean_and_error
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
 from pretraining.evaluation.hessian import Plan, fisher_trace

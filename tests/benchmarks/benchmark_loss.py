@@ -23,13 +23,13 @@ from measure import Row, cpu_seconds, measure_settings, number_text
 from naive_loss import SentenceBySentence
 from transformers import AutoModelForMaskedLM
 
-from pcfg.artefacts import keyed_rng
-from pcfg.cli import run_main
+from pcfg.common.cli import run_main
+from pcfg.common.files import keyed_rng
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
 from pcfg.sampler import Sampler
+from pretraining.data.contexts import from_texts
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary, build_tokenizer
-from pretraining.evaluation.contexts import from_texts
 from pretraining.evaluation.loss import context_losses
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, save_model

@@ -22,10 +22,10 @@ from measure import Row, cpu_seconds, measure_settings, number_text
 from naive_conditionals import SubstituteEachWord
 from transformers import OPTConfig, OPTForCausalLM
 
-from pcfg.artefacts import keyed_rng
-from pcfg.cli import run_main
-from pretraining.sources.causal_lm import RestrictedLM
-from pretraining.sources.conditionals import LogJoints, MaskedTexts, conditionals
+from pcfg.common.cli import run_main
+from pcfg.common.files import keyed_rng
+from pretraining.sources.opt.causal_lm import RestrictedLM
+from pretraining.sources.opt.conditionals import LogJoints, MaskedTexts, conditionals
 
 GOAL = 20
 KEPT, LENGTH, END = 2000, 23, 2

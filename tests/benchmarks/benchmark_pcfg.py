@@ -39,9 +39,9 @@ from naive import DictionaryChart, PairChart, PreparedSampler, ProductionSampler
 from nltk.grammar import Nonterminal
 from nltk.parse import ViterbiParser
 
-from pcfg.artefacts import keyed_rng
 from pcfg.chart import MAX_WORDS, Chart
-from pcfg.cli import run_main
+from pcfg.common.cli import run_main
+from pcfg.common.files import keyed_rng
 from pcfg.grammar import Grammar, find_rules
 from pcfg.labels import Labeller
 from pcfg.sampler import Sampler

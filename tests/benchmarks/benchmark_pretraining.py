@@ -27,7 +27,7 @@ import torch
 from measure import Row, add_arguments, machine, number_text, report, run_script, use_cores
 from naive_training import PlainLoop
 
-from pcfg.cli import positive_int, run_main
+from pcfg.common.cli import positive_int, run_main
 from pcfg.grammar import find_rules
 from pretraining.data.samples import Samples, read_samples
 from pretraining.training import arguments as command_line

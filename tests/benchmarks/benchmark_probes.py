@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from measure import Row, add_arguments, cpu_seconds, machine, number_text, report, use_cores
 from transformers import get_scheduler
 
-from pcfg.artefacts import keyed_rng
-from pcfg.cli import positive_int, run_main
+from pcfg.common.cli import positive_int, run_main
+from pcfg.common.files import keyed_rng
 from pcfg.grammar import Grammar, find_rules
 from pcfg.labels import LabelledSentences, Labeller
 from pcfg.sampler import Sampler
+from pretraining.data.contexts import Contexts, from_texts
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
-from pretraining.evaluation.contexts import Contexts, from_texts
 from pretraining.evaluation.downstream import DownstreamTrainingArguments
 from pretraining.evaluation.heads import hidden_features, linear_head
 from pretraining.evaluation.solvers import ProbeData, accuracy, choose_strength, fit_adamw, fit_lbfgs, standardise

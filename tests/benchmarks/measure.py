@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from pcfg.artefacts import InputError, atomic_open, versions
-from pcfg.cli import positive_int
+from pcfg.common.cli import positive_int
+from pcfg.common.files import InputError, atomic_open, versions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.data.masking import MaskingRule, check_lengths, mask_sentences
 from pretraining.data.samples import DTYPES
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary

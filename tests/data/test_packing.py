@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.data.packing import pack
 
 

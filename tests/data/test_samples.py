@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pcfg.artefacts import InputError, write_json
+from pcfg.common.files import InputError, write_json
 from pretraining.data.masking import MaskingRule, mask_sentences
 from pretraining.data.samples import (
     DTYPES,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pcfg.artefacts import InputError, read_json, write_json
+from pcfg.common.files import InputError, read_json, write_json
 from pretraining.data.vocabulary import (
     SPECIAL_TOKENS,
     Vocabulary,
@@ -253,7 +253,7 @@ def test_a_hub_name_fails_at_once(tmp_path, transformers_first):
     code = """
 import time
 from transformers import AutoTokenizer
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.data.vocabulary import resolve_tokenizer
 start = time.monotonic()
 try:

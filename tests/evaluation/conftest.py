@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from pcfg.common.text import read_texts
 from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable
-from pcfg.text import read_texts
+from pretraining.data.contexts import from_texts
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.evaluation.contexts import from_texts
 from pretraining.evaluation.hessian import Truth
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig

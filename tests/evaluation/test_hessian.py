@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.func import functional_call, grad, jacrev
 
-from pcfg.artefacts import InputError, keyed_rng
-from pcfg.means import mean_by_pairs
-from pcfg.text import read_texts
+from pcfg.common.files import InputError, keyed_rng
+from pcfg.common.means import mean_by_pairs
+from pcfg.common.text import read_texts
+from pretraining.data.contexts import Contexts, from_texts
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.evaluation.contexts import Contexts, from_texts
 from pretraining.evaluation.estimates import Estimate, difference, mean_and_error
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
 from pretraining.evaluation.hessian import Plan, Truth, chosen_contexts, fisher_trace, hutchinson_trace, label_numbers

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
+from pretraining.data.contexts import from_samples
 from pretraining.data.samples import sample_paths
 from pretraining.data.vocabulary import Vocabulary
 from pretraining.evaluation import fisher
-from pretraining.evaluation.contexts import from_samples
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
 from pretraining.evaluation.parts import measured_parameters
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
+from pcfg.common.means import mean_by_pairs, mean_by_sentences
+from pcfg.common.text import read_texts
 from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable, main
-from pcfg.means import mean_by_pairs, mean_by_sentences
-from pcfg.text import read_texts
+from pretraining.data.contexts import Contexts, from_samples, from_texts
 from pretraining.data.samples import sample_paths
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.evaluation.contexts import Contexts, from_samples, from_texts
 from pretraining.evaluation.loss import compare_losses, context_losses, divergences, measure_loss
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, load_vocabulary

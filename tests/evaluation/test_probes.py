@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
+from pcfg.common.text import read_texts
 from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable
-from pcfg.text import read_texts
-from pretraining.evaluation.contexts import from_texts
+from pretraining.data.contexts import from_texts
 from pretraining.evaluation.downstream import DownstreamTrainingArguments
 from pretraining.evaluation.heads import (
     POOLS,
@@ -207,7 +207,7 @@ def test_drawn_sentences_are_a_training_part_of_their_own(tmp_path):
 
 def naive_probe(features_of, labels, validation_of, validation_labels, training, seed):
     """The probe with features computed anew in every step, and the schedule written out."""
-    from pcfg.artefacts import keyed_rng
+    from pcfg.common.files import keyed_rng
 
     head = linear_head(validation_of(slice(0, 1)).shape[1], 3, seed)
     batch = training.per_device_train_batch_size

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.evaluation import records
 from pretraining.evaluation.records import is_measured, read_records, write_record
 

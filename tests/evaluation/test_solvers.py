@@ -7,7 +7,7 @@ import scipy.special
 import torch
 from torch import nn
 
-from pcfg.artefacts import InputError, keyed_rng
+from pcfg.common.files import InputError, keyed_rng
 from pretraining.evaluation.solvers import (
     HELD_OUT,
     STRENGTHS,

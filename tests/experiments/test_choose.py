@@ -2,10 +2,10 @@
 
 import pytest
 
-from pcfg.artefacts import InputError, read_json, sha256
+from pcfg.common.files import InputError, read_json, sha256
 from pretraining.evaluation.records import write_record
 from pretraining.experiments import choose
-from pretraining.report.experiments import read_choice
+from pretraining.report.contract import read_choice
 
 COMMON = {"inputs": {"data": {"sha256": "ab" * 32}}, "arguments": {}, "seconds": 1.0, "device": "cpu"}
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pcfg.artefacts import write_json
+from pcfg.common.files import write_json
 from pretraining.experiments.runner import Runner, is_done, lock
 from pretraining.experiments.steps import Step
-from pretraining.report.experiments import read_statuses
+from pretraining.report.contract import read_statuses
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.model import layers
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig

@@ -9,8 +9,7 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertForPreTraining, BertTokenizerFast
 
-from pcfg.artefacts import InputError, read_json, sha256, write_json
-from pcfg.sealed import write_sealed
+from pcfg.common.files import InputError, read_json, sha256, write_json, write_sealed
 from pretraining.data.vocabulary import Vocabulary, build_tokenizer
 from pretraining.data.wordpiece import check_same_tokenizer
 from pretraining.model import checkpoints

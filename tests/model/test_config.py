@@ -1,6 +1,6 @@
 import pytest
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.model.config import ModelConfig
 
 SIZES = {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 from pretraining.model.enlarge import TABLES, TIED_SCALES, Growth, enlarge, largest_logit_difference, logit_differences

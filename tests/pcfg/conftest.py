@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pcfg.grammar import Grammar
 
 PUBLISHED_RULES = Path(__file__).parents[3] / "shared" / "data" / "rule_deep_mlm.txt"

@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from pcfg.artefacts import InputError
 from pcfg.chart import Chart
+from pcfg.common.files import InputError
 from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.sampler import Sampler
 

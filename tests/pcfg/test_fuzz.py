@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from nltk.grammar import read_grammar, standard_nonterm_parser
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
+from pcfg.engine.rule_graph import UNBOUNDED
 from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.hmm import hmm_rules
-from pcfg.rule_graph import UNBOUNDED
 
 LAYERED = """# a comment
 S S1 0.4

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pcfg import grammar as grammar_module
-from pcfg.artefacts import InputError
 from pcfg.chart import Chart
+from pcfg.common.files import InputError
+from pcfg.engine.rule_graph import UNBOUNDED
 from pcfg.grammar import Grammar, find_rules
-from pcfg.rule_graph import UNBOUNDED
 
 PUBLISHED_RULES = Path(__file__).parents[3] / "shared" / "data" / "rule_deep_mlm.txt"
 SMALL = """\

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from pcfg import hmm
-from pcfg.artefacts import InputError
 from pcfg.chart import Chart
+from pcfg.common.files import InputError
 from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.hmm import hidden_states, hmm_grammar
 from pcfg.labels import Labeller

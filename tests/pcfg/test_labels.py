@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pcfg.artefacts import InputError
 from pcfg.chart import Chart
+from pcfg.common.files import InputError
 from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.labels import LabelledSentences, Labeller
 from pcfg.sampler import Sampler

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from pcfg import lookup
-from pcfg.artefacts import InputError
 from pcfg.chart import Chart
+from pcfg.common.files import InputError
+from pcfg.common.means import mean_by_pairs, mean_by_sentences
+from pcfg.common.text import text_blocks, write_labelled
 from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable, main
-from pcfg.means import mean_by_pairs, mean_by_sentences
 from pcfg.sampler import Sampler
-from pcfg.text import text_blocks, write_labelled
 
 RULES = """S S S 0.3
 S A B 0.7

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pcfg import random_grammar
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.sampler import Sampler
 

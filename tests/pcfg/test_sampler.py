@@ -5,8 +5,8 @@ import concurrent.futures
 import numpy as np
 import pytest
 
-from pcfg.artefacts import InputError, keyed_rng
 from pcfg.chart import Chart
+from pcfg.common.files import InputError, keyed_rng
 from pcfg.grammar import Grammar
 from pcfg.sampler import Sampler, _alias_table
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from pcfg.artefacts import keyed_rng
+from pcfg.common.files import keyed_rng
 from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.sampler import DRAWING, Sampler
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pcfg.artefacts import InputError, write_json
+from pcfg.common.files import InputError, write_json
 from pretraining.evaluation import records
 from pretraining.evaluation.records import write_record
 from pretraining.model.config import ModelConfig
-from pretraining.report import analysis_plots, experiment_rows, experiments
+from pretraining.report import analysis_plots, contract, experiment_rows
 from pretraining.report import command as report
-from pretraining.report.experiments import Choice, Command, Entry, Experiment, Experiments, Status, Weight
+from pretraining.report.contract import Choice, Command, Entry, Experiment, Experiments, Status, Weight
 
 TASKS, SEEDS, STEPS = ("A", "B"), (0, 1, 2), (500, 1000, 2000)
 REFERENCE = "models/medium/seed0/step0002000"
@@ -141,7 +141,7 @@ def write_algorithms(root, rng) -> list[Entry]:
         for weight, gap, of in costs
     )
     choice = Choice(criterion="the lowest accuracy within the gap allowed", gap_allowed=0.02, weights=tried, chosen=0.1)
-    experiments.write_choice(root / "adversarial" / "choice.json", choice)
+    contract.write_choice(root / "adversarial" / "choice.json", choice)
     return entries
 
 
@@ -166,10 +166,10 @@ def write_laboratory(root) -> Experiments:
             Command(name="probe B", command="python run_lp.py --train_file data/pcfg_B.csv", makes=(UNPROBED,)),
         ),
     )
-    experiments.write_experiments(root, plan)
+    contract.write_experiments(root, plan)
     failed = Status(state="failed", exit_code=1, seconds=3.5, log="logs/train_large_seed1.log")
     blocked = Status(state="blocked", why="needs <the labelled sentences> of B")
-    experiments.write_statuses(root, {"train large seed1": failed, "probe B": blocked})
+    contract.write_statuses(root, {"train large seed1": failed, "probe B": blocked})
     return plan
 
 
@@ -363,9 +363,9 @@ def test_a_group_looks_the_same_everywhere_and_like_no_other():
 def test_same_tree_gives_same_bytes_wherever_it_lies(laboratory, tmp_path):
     """One experiment, one task: what else there is is drawn by the same code."""
     shutil.copytree(laboratory, tmp_path / "one", ignore=shutil.ignore_patterns("report"))
-    plan = experiments.read_experiments(tmp_path / "one")
+    plan = contract.read_experiments(tmp_path / "one")
     plan = dataclasses.replace(plan, tasks=("A",), finetune_tasks=(), experiments=plan.experiments[2:])
-    experiments.write_experiments(tmp_path / "one", plan)
+    contract.write_experiments(tmp_path / "one", plan)
     report.main([str(tmp_path / "one"), "--output", str(tmp_path / "out1")])
     (tmp_path / "one").rename(tmp_path / "two")
     report.main([str(tmp_path / "two"), "--output", str(tmp_path / "out2")])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pretraining.report.experiments import Entry, Experiment
+from pretraining.report.contract import Entry, Experiment
 from pretraining.report.findings import Finding, findings_of
 
 NAMES = ["probe_pcfg_A", "probe_pcfg_B"]

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from pcfg.artefacts import InputError, write_json
+from pcfg.common.files import InputError, write_json
 from pretraining.evaluation.records import write_record
 from pretraining.model.config import ModelConfig
 from pretraining.report import command as report

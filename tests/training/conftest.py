@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pcfg.text import read_texts, write_labelled
+from pcfg.common.text import read_texts, write_labelled
 from pretraining.data.samples import read_samples
 from pretraining.data.vocabulary import Vocabulary
 from pretraining.training.adversarial import AdversarialTerm

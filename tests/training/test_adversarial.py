@@ -7,7 +7,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 
-from pcfg.artefacts import InputError, read_json
+from pcfg.common.files import InputError, read_json
 from pretraining.data.vocabulary import Vocabulary
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model

@@ -2,7 +2,7 @@ import shlex
 
 import pytest
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.training import arguments as command_line
 
 README = """

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.data.samples import Samples
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pcfg.artefacts import InputError, read_json
+from pcfg.common.files import InputError, read_json
 from pretraining.model.checkpoints import check_folder, load_model, read_facts
 from pretraining.training import state
 

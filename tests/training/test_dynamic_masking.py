@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from pcfg.artefacts import InputError, keyed_rng
+from pcfg.common.files import InputError, keyed_rng
 from pretraining.data.masking import MaskingRule, mask_sentences, remask
 from pretraining.data.samples import DTYPES, read_samples, write_samples
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
-from pretraining.training import shards as module
-from pretraining.training.shards import Shards
+from pretraining.training import sample_stream as module
+from pretraining.training.sample_stream import Shards
 
 VOCABULARY = Vocabulary([*SPECIAL_TOKENS, "[unused0]", *(f"w{i}" for i in range(20)), "##s"])
 WORDS = VOCABULARY.ordinary_ids()

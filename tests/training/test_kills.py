@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import run_pretraining
-from pcfg.artefacts import read_json, sha256
+from pcfg.common.files import read_json, sha256
 from pretraining.training.metrics import read_metrics
 
 KILLS = int(os.environ.get("PRETRAIN_KILLS", 30))
@@ -36,7 +36,7 @@ FORKS = r"""
 import importlib, json, os, signal, socket, sys, time
 import torch
 import run_pretraining
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove")

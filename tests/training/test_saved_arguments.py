@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from pcfg.artefacts import InputError
-from pcfg.sealed import write_sealed
+from pcfg.common.files import InputError, write_sealed
 from pretraining.training.arguments import build_parser
 from pretraining.training.saved_arguments import OF_ONE_START, parse_with_config
 

@@ -8,8 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 
-from pcfg.artefacts import InputError, read_json
-from pcfg.sealed import write_sealed
+from pcfg.common.files import InputError, read_json, write_sealed
 from pretraining.training import pretrain, state, trainer
 from pretraining.training.metrics import Metrics, read_metrics
 from pretraining.training.safe_torch import SafeCheckpointEngine

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pcfg.artefacts import InputError, keyed_rng, read_json
 from pcfg.chart import Chart
+from pcfg.common.files import InputError, keyed_rng, read_json
 from pcfg.grammar import Grammar
 from pcfg.sampler import Sampler
 from pretraining.data.samples import read_samples
@@ -17,7 +17,7 @@ from pretraining.model.checkpoints import load_model, load_vocabulary
 from pretraining.training import trainer
 from pretraining.training.batches import global_batches
 from pretraining.training.metrics import read_metrics
-from pretraining.training.shards import Shards
+from pretraining.training.sample_stream import Shards
 from pretraining.training.state import latest as read_latest
 
 NO_DROPOUT = "--hidden_dropout_prob 0 --attention_probs_dropout_prob 0"

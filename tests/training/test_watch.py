@@ -4,7 +4,7 @@ import signal
 import pytest
 import torch
 
-from pcfg.artefacts import InputError
+from pcfg.common.files import InputError
 from pretraining.training.watch import LossWatch, Signals
 
 

@@ -1,0 +1,1 @@
+"""What knows no grammar and no model: files, command lines, executors, text, words, means."""

@@ -1,0 +1,200 @@
+"""Text as word indices, straight from its bytes: a hash table over the words, and no Python object a word."""
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+
+from pcfg.common.files import InputError
+from pcfg.common.text import decode_block, shown
+
+
+def not_in_grammar(word: str) -> str:  # noqa: ARG001 (the reason is the same for every word)
+    """Why a word of a text is refused, if the words are a grammar's."""
+    return "is not in the grammar; use the grammar that the text was made from"
+
+
+class WordIndex:
+    """Finds words of a text in a list of words.
+
+    Args:
+        words: distinct words, none with white space in it; the position is the index.
+        why_unknown: for a word that is not among them, the end of the error that names it (`not_in_grammar`).
+
+    >>> index = WordIndex(["a", "dog", "runs"])
+    >>> flat, lengths = index.encode(b"a dog\\n\\nruns\\n", "example")
+    >>> flat.tolist(), lengths.tolist()
+    ([0, 1, 2], [2, 1])
+    """
+
+    def __init__(self, words: list[str], why_unknown: Callable[[str], str] = not_in_grammar):
+        if len(set(words)) != len(words):
+            raise ValueError("the words are not distinct")
+        self._why_unknown = why_unknown
+        encoded = [word.encode() for word in words]
+        # a copy, since numba compiles once more for the read-only array that frombuffer gives
+        letters = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
+        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)  # (V + 1,)
+        hashes = np.empty(len(words), dtype=np.uint64)
+        # a quarter full at most, so that a look-up seldom meets a second word
+        slots = np.full(1 << (4 * len(words)).bit_length(), -1, dtype=np.int32)
+        _fill_slots(letters, ends, hashes, slots)
+        self._table = letters, ends, hashes, slots
+
+    def encode(self, text: bytes, source, first_sentence: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Word indices of the sentences of a text: a sentence a line, words separated by white space (as `str.split`
+        understands it, Unicode's included); lines without words are skipped.
+
+        Args:
+            text: UTF-8.
+            source: the file that it is from, for messages.
+            first_sentence: sentences of the file that came before this text, for messages.
+
+        Returns:
+            flat (M,) int32, the indices of all words, sentence after sentence; lengths (n,) int32, words of each sentence.
+
+        Raises:
+            InputError: a word that is not in the list, with the sentence's number from 1; not UTF-8, with the line.
+        """
+        flat, lengths = np.empty((2, (len(text) + 1) // 2), dtype=np.int32)
+        letters = np.frombuffer(text, dtype=np.uint8)
+        words, sentences, start, end = _encode(letters, *self._table, flat, lengths)
+        if end:
+            # no word of the list holds bytes that are not UTF-8, so a text that does always comes here
+            decode_block(text, source)
+            word = text[start:end].decode()
+            number = first_sentence + sentences + 1
+            raise InputError(f"{source}: sentence {number}: word {shown(word)} {self._why_unknown(word)}")
+        return flat[:words].copy(), lengths[:sentences].copy()
+
+    def encode_texts(self, texts: list[str], source) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode`, for a list of sentences, each of which must have a word.
+
+        Raises:
+            InputError: as `encode`; a sentence without words, with its number.
+        """
+        # a line end inside a sentence is white space between words like any other
+        flat, lengths = self.encode("\n".join(text.replace("\n", " ") for text in texts).encode(), source)
+        if len(lengths) != len(texts):
+            number = next(number for number, text in enumerate(texts, 1) if not text.strip())
+            raise InputError(f"{source}: sentence {number}: no words; remove it")
+        return flat, lengths
+
+
+def padded(flat: np.ndarray, lengths: np.ndarray, padding: int) -> np.ndarray:
+    """The sentences of `flat` (M,) as rows, (n, T) int32 with T the longest length, `padding` beyond a sentence's end.
+
+    >>> padded(np.array([4, 7, 5]), np.array([1, 2]), -1).tolist()
+    [[4, -1], [7, 5]]
+    """
+    longest = int(lengths.max(initial=0))
+    tokens = np.full((len(lengths), longest), padding, dtype=np.int32)
+    tokens[np.arange(longest) < lengths[:, None]] = flat  # (n, T), filled row by row
+    return tokens
+
+
+@numba.njit
+def mixed(hashed, eight):
+    """A hash with eight more bytes; for given `hashed` no two values of `eight` give the same."""
+    product = (hashed ^ eight) * np.uint64(0x9E3779B97F4A7C15)  # odd, so that the product can be undone
+    return product ^ (product >> np.uint64(32))
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill_slots(letters, ends, hashes, slots):
+    """Put word v into the first free slot at or after its hash; `slots` has -1 where it is free."""
+    for word in range(len(ends) - 1):
+        _, hashed = _scan(letters[: ends[word + 1]], ends[word])
+        slot = np.int64(hashed & np.uint64(len(slots) - 1))
+        while slots[slot] >= 0:
+            slot = (slot + 1) & (len(slots) - 1)
+        slots[slot] = word
+        hashes[word] = hashed
+
+
+@numba.njit
+def _scan(text, place):
+    """The end of the word that begins at `place`, and its hash."""
+    hashed, eight, shift = np.uint64(0), np.uint64(0), np.uint64(0)
+    while place < len(text):
+        byte = text[place]
+        if (byte <= 32 and _is_ascii_space(byte)) or (byte >= 0xC2 and _wide_space(text, place) > 0):
+            break
+        eight |= np.uint64(byte) << shift
+        shift += np.uint64(8)
+        if shift == np.uint64(64):
+            hashed, eight, shift = mixed(hashed, eight), np.uint64(0), np.uint64(0)
+        place += 1
+    return place, mixed(hashed, eight) if shift > np.uint64(0) else hashed
+
+
+@numba.njit
+def _is_ascii_space(byte):
+    return byte == 32 or 9 <= byte <= 13 or 28 <= byte <= 31
+
+
+@numba.njit
+def _wide_space(text, place):
+    """Bytes of the white space character beyond ASCII that begins at `place`, 0 if none does."""
+    after = len(text) - place - 1
+    first = text[place]
+    second, third = text[place + 1] if after >= 1 else 0, text[place + 2] if after >= 2 else 0
+    if first == 0xC2:  # U+0085, U+00A0
+        return 2 if second == 0x85 or second == 0xA0 else 0
+    if first == 0xE1:  # U+1680
+        return 3 if second == 0x9A and third == 0x80 else 0
+    if first == 0xE2 and second == 0x80:  # U+2000 to U+200A, U+2028, U+2029, U+202F
+        return 3 if 0x80 <= third <= 0x8A or third == 0xA8 or third == 0xA9 or third == 0xAF else 0
+    if first == 0xE2:  # U+205F
+        return 3 if second == 0x81 and third == 0x9F else 0
+    if first == 0xE3:  # U+3000
+        return 3 if second == 0x80 and third == 0x80 else 0
+    return 0
+
+
+@numba.njit
+def is_word(text, start, end, hashed, word, letters, ends, hashes):
+    """Whether the bytes from `start` to `end`, whose hash is `hashed`, are the word number `word`."""
+    if hashes[word] != hashed or ends[word + 1] - ends[word] != end - start:
+        return False
+    if end - start > 8:  # up to eight bytes the hash can be undone, so that nothing remains to be compared
+        for offset in range(end - start):
+            if text[start + offset] != letters[ends[word] + offset]:
+                return False
+    return True
+
+
+@numba.njit(cache=True, nogil=True)
+def _encode(text, letters, ends, hashes, slots, flat, lengths):
+    """Fill `flat` and `lengths`.
+
+    Returns:
+        The numbers of words and of sentences that were filled, and 0, 0; or, at the first unknown word, the numbers of
+        words and of whole sentences before it, and its first byte and the byte after its last.
+    """
+    place, words, sentences, first_word = 0, 0, 0, 0
+    while place < len(text):
+        byte = text[place]
+        space = 1 if byte <= 32 and _is_ascii_space(byte) else (_wide_space(text, place) if byte >= 0xC2 else 0)
+        if space > 0:
+            if byte == 10 and words > first_word:
+                lengths[sentences] = words - first_word
+                sentences += 1
+                first_word = words
+            place += space
+            continue
+        start = place
+        place, hashed = _scan(text, start)
+        slot = np.int64(hashed & np.uint64(len(slots) - 1))
+        word = slots[slot]
+        while word >= 0 and not is_word(text, start, place, hashed, word, letters, ends, hashes):
+            slot = (slot + 1) & (len(slots) - 1)
+            word = slots[slot]
+        if word < 0:
+            return words, sentences, start, place
+        flat[words] = word
+        words += 1
+    if words > first_word:
+        lengths[sentences] = words - first_word
+        sentences += 1
+    return words, sentences, 0, 0

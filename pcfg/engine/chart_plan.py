@@ -1,0 +1,276 @@
+"""What a chart of a given sentence length has to compute, worked out once a length and not once a sentence.
+
+Most of a chart is dead: a nonterminal can span only as many words as its yields can have, and only what is reachable from the
+roots at the top cell matters. A `Plan` lists the living cells by width and what to do in each; the kernels of
+`pcfg.engine.sweeps` read it as plain arrays.
+
+What happens in a cell depends only on its width w and on which nonterminals live there, since a child lives wherever both
+children of its rule have yields of a fitting length. Cells of the same kind share a `Kind`, in which each pair of children
+(B, C) with the splits d (words of B) where both are possible is a product
+
+    products[slot] = sum over d of inside(i, i + d, B) inside(i + d, j, C)
+
+and rules are (parent, slot, probability). Pairs of one left child with the same splits are taken four at a time, so that its
+values are read once.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from pcfg.engine.rule_graph import carry
+
+MAX_WORDS = 64
+QUAD = 4
+
+
+class Kind(NamedTuple):
+    """What is done in a cell of `width` words where the nonterminals `symbols` live. Products: quads first, then singles."""
+
+    width: int
+    symbols: np.ndarray  # (S,) int32
+    quads: np.ndarray  # (Q, 3 + QUAD) int32: left child, first d, last d + 1, right children
+    singles: np.ndarray  # (L, 4) int32: left child, first d, last d + 1, right child
+    rules: np.ndarray  # (E, 2) int32: parent (place in symbols), slot; by parent
+    probability: np.ndarray  # (E,) float64
+    chains: np.ndarray  # (U, 2) int32: parent, child of unary rules, children's own rules first
+    chain_probability: np.ndarray  # (U,) float64
+    left: np.ndarray  # (width - 1, N) bool: what lives in the left part of a split after d = 1, 2, .. words
+    right: np.ndarray  # (width - 1, N) bool: in the right part
+
+
+class Plan(NamedTuple):
+    """The plan of one sentence length and set of roots, K kinds and C cells; probabilities in the dtype of the chart.
+
+    Entries `x_start` are offsets: kind k has entries x_start[k] .. x_start[k + 1]. Cells come by width, so that the last
+    cell is the top one. The values of cell c and nonterminal A are row c N + A of a chart.
+    """
+
+    length: int
+    number: int  # N
+    cell_begin: np.ndarray  # (C,) int32, first word
+    cell_width: np.ndarray  # (C,) int32
+    cell_kind: np.ndarray  # (C,) int32
+    cell_of: np.ndarray  # (T, T + 1) int32, -1 where the chart is dead
+    split_start: np.ndarray  # (C + 1,) int64: where the splits of a cell are in the two arrays below
+    split_left: np.ndarray  # int32: first row of the left part at split_start[c] + d - 1 (0 if dead), d = 1, 2, ...
+    split_right: np.ndarray  # int32: first row of the right part
+    symbol_start: np.ndarray
+    symbols: np.ndarray
+    rule_start: np.ndarray  # (all symbols + 1,) int64: the rules of each parent
+    rule_slot: np.ndarray
+    rule_probability: np.ndarray
+    quad_start: np.ndarray
+    quads: np.ndarray
+    single_start: np.ndarray
+    singles: np.ndarray
+    slot_start: np.ndarray  # (K + 1,) int64: where a kind's slots are in back_start
+    back_start: np.ndarray  # (all slots + 1,) int64: the same rules by slot
+    back_parent: np.ndarray
+    back_probability: np.ndarray
+    chain_start: np.ndarray
+    chains: np.ndarray
+    chain_probability: np.ndarray
+    most_slots: int
+
+
+def offsets(sizes) -> np.ndarray:
+    """Where groups of these sizes begin, and the end: one more than there are groups, int64."""
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+
+def possible_widths(grammar) -> np.ndarray:
+    """possible[A, w]: whether A derives some string of w words; (N, MAX_WORDS + 1) bool."""
+    possible = np.zeros((len(grammar.names), MAX_WORDS + 1), dtype=bool)
+    parent, child = grammar.unary[grammar.unary_order].T
+    for width in range(1, MAX_WORDS + 1):
+        if width == 1:
+            possible[:, 1] = grammar.emission.any(axis=1)
+        _mark_splits(possible, width, grammar.binary)
+        carry(possible[:, width], child, parent)
+    return possible
+
+
+@njit(cache=True)
+def _mark_splits(possible, width, binary):
+    """Mark possible[A, width] for each A -> B C whose children have yields of as many words together."""
+    for rule in range(len(binary)):
+        parent, first, second = binary[rule]
+        for words in range(1, width):
+            if possible[parent, width]:
+                break
+            possible[parent, width] = possible[first, words] and possible[second, width - words]
+
+
+class Planner:
+    """Makes the plans of a grammar and keeps them.
+
+    Args:
+        grammar: a `pcfg.grammar.Grammar`.
+    """
+
+    def __init__(self, grammar):
+        self._number = len(grammar.names)
+        self._possible = possible_widths(grammar)
+        # The rules come sorted by (left child, right child, parent), which is the order of `unique` too.
+        self._pairs, self._pair_of_rule = np.unique(grammar.binary[:, 1:], axis=0, return_inverse=True)
+        self._pair_of_rule = self._pair_of_rule.reshape(-1)
+        self._parent, self._probability = grammar.binary[:, 0], grammar.binary_probability
+        self._unary = grammar.unary[grammar.unary_order]
+        self._unary_probability = grammar.unary_probability[grammar.unary_order]
+        self._kinds: dict[tuple, Kind] = {}
+        self._plans: dict[tuple, Plan] = {}
+
+    def plan(self, length: int, roots, dtype) -> Plan | None:
+        """The plan of sentences of `length` words; None where no root derives so many.
+
+        Args:
+            roots: the nonterminals whose value over the whole sentence is wanted; None: every nonterminal in every cell.
+            dtype: float32 or float64, of the probabilities.
+        """
+        key = (length, None if roots is None else tuple(roots), np.dtype(dtype).name)
+        if key not in self._plans:
+            living = self._living(length, roots)
+            self._plans[key] = self._assemble(length, living, dtype) if living else None
+        return self._plans[key]
+
+    def _living(self, length: int, roots) -> dict[tuple[int, int], Kind]:
+        """The kind of each living cell (begin, width), the widest first."""
+        alive = np.zeros((length, length + 1, self._number), dtype=bool)
+        alive[0, length, slice(None) if roots is None else np.asarray(roots)] = True
+        found = {}
+        for width in range(length, 0, -1):
+            for begin in range(length - width + 1):
+                end = begin + width
+                if roots is None:
+                    alive[begin, end] = True
+                alive[begin, end] &= self._possible[:, width]
+                if not alive[begin, end].any():
+                    continue
+                kind = found[begin, width] = self._kind(width, alive[begin, end])
+                alive[begin, begin + 1 : end] |= kind.left
+                alive[begin + 1 : end, end] |= kind.right
+        return found
+
+    def _kind(self, width: int, alive: np.ndarray) -> Kind:
+        key = (width, np.packbits(alive).tobytes())
+        if key not in self._kinds:
+            self._kinds[key] = self._make_kind(width, alive)
+        return self._kinds[key]
+
+    def _make_kind(self, width: int, alive: np.ndarray) -> Kind:
+        alive = alive.copy()
+        carry(alive, *self._unary[::-1].T)  # parents first
+        # What a child can't derive, its own children by unary rules can't either.
+        alive &= self._possible[:, width]
+        chained = alive[self._unary].all(axis=1)
+        pairs = np.unique(self._pair_of_rule[alive[self._parent]])
+        left, right = self._pairs[pairs].T
+        # (pairs, width - 1): whether the pair can be split after d words
+        fits = self._possible[left, 1:width] & self._possible[right, width - 1 : 0 : -1]
+        lives = np.zeros((2, width - 1, self._number), dtype=bool)
+        pair, split = np.nonzero(fits)
+        lives[0, split, left[pair]] = lives[1, split, right[pair]] = True
+
+        edges = np.diff(np.pad(fits, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+        pair, first = np.nonzero(edges == 1)  # runs of splits, by pair
+        last = np.nonzero(edges == -1)[1]
+        quads, singles, slots = _grouped(left[pair], first + 1, last + 1, right[pair])
+
+        symbols = np.flatnonzero(alive).astype(np.int32)
+        # A rule has as many entries as its pair has runs.
+        runs = np.zeros(len(self._pairs) + 1, dtype=np.int64)
+        np.add.at(runs, pairs[pair] + 1, 1)
+        run_start, run_number = np.cumsum(runs), runs[1:]
+        rule = np.flatnonzero(alive[self._parent] & (run_number[self._pair_of_rule] > 0))
+        rule = rule[np.argsort(self._parent[rule], kind="stable")]
+        repeats = run_number[self._pair_of_rule[rule]]
+        within = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+        rule = np.repeat(rule, repeats)
+        entries = np.column_stack(
+            [np.searchsorted(symbols, self._parent[rule]), slots[run_start[self._pair_of_rule[rule]] + within]]
+        )
+        return Kind(
+            width,
+            symbols,
+            quads,
+            singles,
+            entries.astype(np.int32),
+            self._probability[rule],
+            self._unary[chained].astype(np.int32),
+            self._unary_probability[chained],
+            *lives,
+        )
+
+    def _assemble(self, length: int, living: dict[tuple[int, int], Kind], dtype) -> Plan:
+        cells = list(living)[::-1]
+        begin, width = np.array(cells, dtype=np.int32).reshape(-1, 2).T
+        cell_of = np.full((length, length + 1), -1, dtype=np.int32)
+        cell_of[begin, begin + width] = np.arange(len(cells))
+        rows = np.maximum(cell_of, 0) * self._number
+        lefts = [rows[i, i + 1 : i + w] for i, w in cells]
+        rights = [rows[i + 1 : i + w, i + w] for i, w in cells]
+
+        kinds = list({id(kind): kind for kind in living.values()}.values())
+        place = {id(kind): number for number, kind in enumerate(kinds)}
+        parents = [np.bincount(kind.rules[:, 0], minlength=len(kind.symbols)) for kind in kinds]
+        slots = np.array([QUAD * len(kind.quads) + len(kind.singles) for kind in kinds])
+        by_slot = [np.argsort(kind.rules[:, 1], kind="stable") for kind in kinds]
+
+        def joined(parts, kind=np.int32):
+            return np.ascontiguousarray(np.concatenate(parts), dtype=kind)
+
+        return Plan(
+            length=length,
+            number=self._number,
+            cell_begin=np.ascontiguousarray(begin),
+            cell_width=np.ascontiguousarray(width),
+            cell_kind=np.array([place[id(living[cell])] for cell in cells], dtype=np.int32),
+            cell_of=cell_of,
+            split_start=offsets(width - 1),
+            split_left=joined(lefts or [[]]),
+            split_right=joined(rights or [[]]),
+            symbol_start=offsets([len(kind.symbols) for kind in kinds]),
+            symbols=joined([kind.symbols for kind in kinds]),
+            rule_start=offsets(np.concatenate(parents)),
+            rule_slot=joined([kind.rules[:, 1] for kind in kinds]),
+            rule_probability=joined([kind.probability for kind in kinds], dtype),
+            quad_start=offsets([len(kind.quads) for kind in kinds]),
+            quads=joined([kind.quads for kind in kinds]),
+            single_start=offsets([len(kind.singles) for kind in kinds]),
+            singles=joined([kind.singles for kind in kinds]),
+            slot_start=offsets(slots),
+            back_start=offsets(
+                np.concatenate([np.bincount(k.rules[:, 1], minlength=n) for k, n in zip(kinds, slots, strict=True)])
+            ),
+            back_parent=joined([kind.symbols[kind.rules[order, 0]] for kind, order in zip(kinds, by_slot, strict=True)]),
+            back_probability=joined([k.probability[order] for k, order in zip(kinds, by_slot, strict=True)], dtype),
+            chain_start=offsets([len(kind.chains) for kind in kinds]),
+            chains=joined([kind.chains for kind in kinds]),
+            chain_probability=joined([kind.chain_probability for kind in kinds], dtype),
+            most_slots=int(slots.max(initial=0)),
+        )
+
+
+def _grouped(left, first, last, right):
+    """Runs of splits in groups of four of one left child and the same splits; what is left over stays single.
+
+    Returns:
+        quads (Q, 3 + QUAD), singles (L, 4) int32, and the slot of each run, (runs,) int64.
+    """
+    order = np.lexsort((right, last, first, left))
+    key = np.column_stack([left, first, last])[order]
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (key[1:] != key[:-1]).any(axis=1)
+    group = np.cumsum(new) - 1
+    size = np.bincount(group)
+    within = np.arange(len(order)) - (np.cumsum(size) - size)[group]
+    in_quad = within < (size // QUAD * QUAD)[group]
+    slots = np.empty(len(order), dtype=np.int64)
+    quad_runs, single_runs = order[in_quad], order[~in_quad]
+    slots[quad_runs] = np.arange(len(quad_runs))
+    slots[single_runs] = len(quad_runs) + np.arange(len(single_runs))
+    quads = np.column_stack([key[in_quad][::QUAD], right[quad_runs].reshape(-1, QUAD)])
+    singles = np.column_stack([key[~in_quad], right[single_runs]])
+    return quads.astype(np.int32), singles.astype(np.int32), slots

@@ -1,0 +1,277 @@
+"""The kernels of the charts: inside and outside sweeps over blocks of sentences of one length, in lockstep.
+
+A block has `lanes(dtype)` sentences; its charts are arrays of lanes with row c N + A for cell c and nonterminal A of a
+`pcfg.engine.chart_plan.Plan`. `best` chooses the semiring: None sums over derivations, anything else takes the best one
+(numba compiles the two apart, so that the choice costs nothing).
+"""
+
+import numpy as np
+from numba import njit
+
+from pcfg.engine.chart_plan import QUAD
+from pcfg.engine.lanes import LANE_BYTES, divide, load, log, maximum, multiply, multiply_add, splat, store
+
+
+@njit(inline="always")
+def _add(first, second, total, best):
+    """total + first * second, or the larger of the two."""
+    if best is None:
+        return multiply_add(first, second, total)
+    return maximum(total, multiply(first, second))
+
+
+@njit(nogil=True)
+def _products(cell, kind, plan, inside, products, best):
+    """products[slot] of one cell: see `pcfg.engine.chart_plan`."""
+    zero = splat(inside.dtype.type(0))
+    first_quad, last_quad = plan.quad_start[kind], plan.quad_start[kind + 1]
+    first_split = plan.split_start[cell] - 1
+    for number in range(first_quad, last_quad):
+        left, c0, c1 = plan.quads[number, 0], plan.quads[number, 3], plan.quads[number, 4]
+        c2, c3 = plan.quads[number, 5], plan.quads[number, 6]
+        p0, p1, p2, p3 = zero, zero, zero, zero
+        for split in range(first_split + plan.quads[number, 1], first_split + plan.quads[number, 2]):
+            value = load(inside, plan.split_left[split] + left)
+            right = plan.split_right[split]
+            p0 = _add(value, load(inside, right + c0), p0, best)
+            p1 = _add(value, load(inside, right + c1), p1, best)
+            p2 = _add(value, load(inside, right + c2), p2, best)
+            p3 = _add(value, load(inside, right + c3), p3, best)
+        slot = QUAD * (number - first_quad)
+        store(products, slot, p0)
+        store(products, slot + 1, p1)
+        store(products, slot + 2, p2)
+        store(products, slot + 3, p3)
+    slot = QUAD * (last_quad - first_quad)
+    for number in range(plan.single_start[kind], plan.single_start[kind + 1]):
+        left, right = plan.singles[number, 0], plan.singles[number, 3]
+        total = zero
+        for split in range(first_split + plan.singles[number, 1], first_split + plan.singles[number, 2]):
+            value = load(inside, plan.split_left[split] + left)
+            total = _add(value, load(inside, plan.split_right[split] + right), total, best)
+        store(products, slot, total)
+        slot += 1
+
+
+@njit(nogil=True)
+def inside_block(words, columns, factor, plan, inside, products, best):
+    """Fill the living entries of `inside`.
+
+    Args:
+        words: (T, lanes) int32, the words of the block's sentences.
+        columns: (V, N), the emissions of each word; factor: what they are multiplied by.
+        products: scratch of plan.most_slots rows.
+    """
+    zero, number = splat(inside.dtype.type(0)), plan.number
+    for cell in range(plan.cell_begin.size):
+        kind, row = plan.cell_kind[cell], cell * number
+        first, last = plan.symbol_start[kind], plan.symbol_start[kind + 1]
+        if plan.cell_width[cell] == 1:
+            for lane in range(words.shape[1]):
+                column = columns[words[plan.cell_begin[cell], lane]]
+                for place in range(first, last):
+                    inside[row + plan.symbols[place], lane] = factor * column[plan.symbols[place]]
+        else:
+            _products(cell, kind, plan, inside, products, best)
+            for place in range(first, last):
+                total = zero
+                for rule in range(plan.rule_start[place], plan.rule_start[place + 1]):
+                    product = load(products, plan.rule_slot[rule])
+                    total = _add(product, splat(plan.rule_probability[rule]), total, best)
+                store(inside, row + plan.symbols[place], total)
+        for chain in range(plan.chain_start[kind], plan.chain_start[kind + 1]):
+            parent, child = row + plan.chains[chain, 0], row + plan.chains[chain, 1]
+            probability = splat(plan.chain_probability[chain])
+            store(inside, parent, _add(load(inside, child), probability, load(inside, parent), best))
+
+
+@njit(nogil=True)
+def _spread(cell, kind, plan, inside, outside, weights):
+    """Hand outside(i, j, .) of one cell, with the rules' probabilities in `weights`, down to its parts over all splits."""
+    first_quad, last_quad = plan.quad_start[kind], plan.quad_start[kind + 1]
+    first_split = plan.split_start[cell] - 1
+    for number in range(first_quad, last_quad):
+        left, c0, c1 = plan.quads[number, 0], plan.quads[number, 3], plan.quads[number, 4]
+        c2, c3 = plan.quads[number, 5], plan.quads[number, 6]
+        slot = QUAD * (number - first_quad)
+        w0, w1, w2, w3 = load(weights, slot), load(weights, slot + 1), load(weights, slot + 2), load(weights, slot + 3)
+        for split in range(first_split + plan.quads[number, 1], first_split + plan.quads[number, 2]):
+            place, right = plan.split_left[split] + left, plan.split_right[split]
+            value, total = load(inside, place), load(outside, place)
+            total = multiply_add(w0, load(inside, right + c0), total)
+            total = multiply_add(w1, load(inside, right + c1), total)
+            total = multiply_add(w2, load(inside, right + c2), total)
+            store(outside, place, multiply_add(w3, load(inside, right + c3), total))
+            store(outside, right + c0, multiply_add(w0, value, load(outside, right + c0)))
+            store(outside, right + c1, multiply_add(w1, value, load(outside, right + c1)))
+            store(outside, right + c2, multiply_add(w2, value, load(outside, right + c2)))
+            store(outside, right + c3, multiply_add(w3, value, load(outside, right + c3)))
+    slot = QUAD * (last_quad - first_quad)
+    for number in range(plan.single_start[kind], plan.single_start[kind + 1]):
+        left, right, weight = plan.singles[number, 0], plan.singles[number, 3], load(weights, slot)
+        for split in range(first_split + plan.singles[number, 1], first_split + plan.singles[number, 2]):
+            place, other = plan.split_left[split] + left, plan.split_right[split] + right
+            value = load(inside, place)
+            store(outside, place, multiply_add(weight, load(inside, other), load(outside, place)))
+            store(outside, other, multiply_add(weight, value, load(outside, other)))
+        slot += 1
+
+
+@njit(nogil=True)
+def outside_block(plan, narrowest, inside, outside, weights):
+    """Fill the living entries of `outside` in cells of `narrowest` words and more; all of a single word's.
+
+    A child's outside value does not depend on its own words: the plan leaves out only what can't have their number.
+    """
+    zero, number = splat(inside.dtype.type(0)), plan.number
+    for cell in range(plan.cell_begin.size):
+        kind, row = plan.cell_kind[cell], cell * number
+        if plan.cell_width[cell] == 1:
+            for symbol in range(number):
+                store(outside, row + symbol, zero)
+        else:
+            for place in range(plan.symbol_start[kind], plan.symbol_start[kind + 1]):
+                store(outside, row + plan.symbols[place], zero)
+    store(outside, (plan.cell_begin.size - 1) * number, splat(inside.dtype.type(1)))
+    for cell in range(plan.cell_begin.size - 1, -1, -1):
+        kind, row = plan.cell_kind[cell], cell * number
+        for chain in range(plan.chain_start[kind + 1] - 1, plan.chain_start[kind] - 1, -1):
+            parent, child = row + plan.chains[chain, 0], row + plan.chains[chain, 1]
+            probability = splat(plan.chain_probability[chain])
+            store(outside, child, multiply_add(load(outside, parent), probability, load(outside, child)))
+        if plan.cell_width[cell] <= narrowest or plan.cell_width[cell] == 1:
+            continue
+        first = plan.slot_start[kind]
+        for slot in range(plan.slot_start[kind + 1] - first):
+            total = zero
+            for rule in range(plan.back_start[first + slot], plan.back_start[first + slot + 1]):
+                parent = load(outside, row + plan.back_parent[rule])
+                total = multiply_add(parent, splat(plan.back_probability[rule]), total)
+            store(weights, slot, total)
+        _spread(cell, kind, plan, inside, outside, weights)
+
+
+@njit(nogil=True)
+def gather(tokens, rows, block, words):
+    """words[t, lane] of a block of rows; the last row fills the lanes that are left over."""
+    count = words.shape[1]
+    for lane in range(count):
+        row = rows[min(block * count + lane, rows.size - 1)]
+        for t in range(words.shape[0]):
+            words[t, lane] = tokens[row, t]
+
+
+@njit(nogil=True, cache=True)
+def score_sweep(tokens, rows, plan, columns, factor, cell, with_outside, symbols, places, scores):
+    """Values of one cell of each sentence.
+
+    Args:
+        tokens: (n, T or more) int32; rows: (m,) int64, the sentences to be taken.
+        cell: cell of the plan; with_outside: whether inside times outside is wanted, or inside alone.
+        symbols: nonterminals that live in the cell; places: their columns in `scores`.
+        scores: (n, S), filled in the rows and columns named.
+    """
+    count = LANE_BYTES // columns.itemsize
+    size = plan.cell_begin.size * plan.number
+    inside = np.empty((size, count), columns.dtype)
+    outside = np.empty((size if with_outside else 0, count), columns.dtype)
+    products = np.empty((plan.most_slots, count), columns.dtype)
+    words = np.empty((plan.length, count), np.int32)
+    for block in range((rows.size + count - 1) // count):
+        gather(tokens, rows, block, words)
+        inside_block(words, columns, factor, plan, inside, products, None)
+        if with_outside:
+            outside_block(plan, plan.cell_width[cell], inside, outside, products)
+        for place in range(symbols.size):
+            row = cell * plan.number + symbols[place]
+            for lane in range(min(count, rows.size - block * count)):
+                value = inside[row, lane]
+                if with_outside:
+                    value *= outside[row, lane]
+                scores[rows[block * count + lane], places[place]] = value
+
+
+@njit(nogil=True, cache=True)
+def chart_sweep(sentence, plan, columns):
+    """inside and outside of one sentence (T,): arrays of lanes that are all the same."""
+    count = LANE_BYTES // columns.itemsize
+    size = plan.cell_begin.size * plan.number
+    inside, outside = np.zeros((size, count), columns.dtype), np.zeros((size, count), columns.dtype)
+    products = np.empty((plan.most_slots, count), columns.dtype)
+    words = np.empty((plan.length, count), np.int32)
+    for t in range(plan.length):
+        words[t] = sentence[t]
+    inside_block(words, columns, columns.dtype.type(1), plan, inside, products, None)
+    outside_block(plan, 1, inside, outside, products)
+    return inside, outside
+
+
+@njit(nogil=True)
+def _conditionals(outside, row, word_start, word_symbol, word_probability, joint):
+    """joint[w] = sum_A outside(t, t + 1, A) P(A -> w) for all words; returns their sum."""
+    zero = splat(outside.dtype.type(0))
+    total = zero
+    for word in range(word_start.size - 1):
+        value = zero
+        for entry in range(word_start[word], word_start[word + 1]):
+            value = multiply_add(load(outside, row + word_symbol[entry]), splat(word_probability[entry]), value)
+        store(joint, word, value)
+        total = multiply_add(value, splat(outside.dtype.type(1)), total)
+    return total
+
+
+@njit(nogil=True)
+def _normalise(joint, inverse, sums, with_entropy):
+    """joint[w] becomes P(w | x_-t); row 1 of `sums` gets sum_w P log P if it is wanted."""
+    total = splat(joint.dtype.type(0))
+    for word in range(joint.shape[0]):
+        probability = multiply(load(joint, word), inverse)
+        store(joint, word, probability)
+        if with_entropy:
+            total = multiply_add(probability, log(probability), total)
+    store(sums, 1, total)
+
+
+@njit(nogil=True, cache=True)
+def word_sweep(tokens, rows, first_row, plan, columns, factor, emission, conditionals, entropy, log_true, totals):
+    """Masked conditionals of all positions.
+
+    Args:
+        first_row: (n,) int64, where the positions of each sentence begin in the results.
+        emission: (word_start, word_symbol, word_probability), P(A -> w) by word.
+        conditionals: (M, V) or (0, V) if they are not wanted; entropy, log_true: (M,) or (0,).
+        totals: (n,), inside of the start symbol over the whole sentence, scaled.
+    """
+    count = LANE_BYTES // columns.itemsize
+    word_start, word_symbol, word_probability = emission
+    size, vocabulary = plan.cell_begin.size * plan.number, columns.shape[0]
+    inside = np.empty((size, count), columns.dtype)
+    outside = np.empty((size, count), columns.dtype)
+    products = np.empty((plan.most_slots, count), columns.dtype)
+    joint = np.empty((vocabulary, count), columns.dtype)
+    words = np.empty((plan.length, count), np.int32)
+    sums = np.empty((2, count), columns.dtype)
+    top = (plan.cell_begin.size - 1) * plan.number
+    one = splat(columns.dtype.type(1))
+    for block in range((rows.size + count - 1) // count):
+        gather(tokens, rows, block, words)
+        inside_block(words, columns, factor, plan, inside, products, None)
+        outside_block(plan, 1, inside, outside, products)
+        used = min(count, rows.size - block * count)
+        for lane in range(used):
+            totals[rows[block * count + lane]] = inside[top, lane]
+        for t in range(plan.length):
+            cell = plan.cell_of[t, t + 1]
+            if cell < 0:
+                continue
+            total = _conditionals(outside, cell * plan.number, word_start, word_symbol, word_probability, joint)
+            store(sums, 0, total)
+            _normalise(joint, divide(one, total), sums, entropy.size > 0)
+            for lane in range(used):
+                row = first_row[rows[block * count + lane]] + t
+                if entropy.size:
+                    entropy[row] = -sums[1, lane]
+                    log_true[row] = np.log(np.float64(joint[words[t, lane], lane]))
+                if conditionals.size:
+                    for word in range(vocabulary):
+                        conditionals[row, word] = joint[word, lane]

@@ -1,0 +1,348 @@
+"""Downstream tasks: labelled sentences from CSV files or GLUE, what is wrong with them, and their encoding for a model.
+
+A CSV file has the columns `text,label`, one word of the data is one token, and a word that the model does not know is an error:
+these are sentences of a known language. A GLUE task (Wang et al. 2019) is natural text, of single sentences or of pairs, in
+the columns and labels of the hub's nyu-mll/glue: the tokenizer splits its words, unknown ones become [UNK], and what is too
+long is cut; all of these are counted. The two sentences of a pair are told apart by [SEP] alone, [CLS] a [SEP] b [SEP]: the
+models' pre-training data is one segment.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from pcfg.common.files import InputError, read_json
+from pcfg.common.text import csv_rows, read_labelled, read_texts
+from pretraining.data.contexts import Contexts, check_length, from_texts
+from pretraining.data.vocabulary import check_single_tokens, hub_is_off, resolve_tokenizer
+from pretraining.evaluation.records import describe_file
+from pretraining.model.checkpoints import load_vocabulary
+from pretraining.model.config import ModelConfig
+
+GLUE_REPOSITORY = "nyu-mll/glue"
+# Task -> its columns of text, and the names of the labels 0, 1, ...
+GLUE = {
+    "cola": (("sentence",), ("unacceptable", "acceptable")),
+    "mnli": (("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    "mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
+    "qnli": (("question", "sentence"), ("entailment", "not_entailment")),
+    "qqp": (("question1", "question2"), ("not_duplicate", "duplicate")),
+    "rte": (("sentence1", "sentence2"), ("entailment", "not_entailment")),
+    "sst2": (("sentence",), ("negative", "positive")),
+    "wnli": (("sentence1", "sentence2"), ("not_entailment", "entailment")),
+}
+GLUE_SPLITS = {"train": "train", "validation": "validation", "test": "test"}
+MNLI_SPLITS = {"train": "train", "validation": "validation_matched", "test": "test_matched"}
+
+
+@dataclasses.dataclass
+class Part:
+    """The sentences of one file.
+
+    Args:
+        file: where they are from.
+        texts: sentences, or the first ones of pairs.
+        pairs: the second ones of pairs; None where there are none.
+        labels: (sentences,) int64 as in the file, indices into `Task.classes` in a task (-1: none of them); None where the
+            file has none.
+    """
+
+    file: Path
+    texts: list[str]
+    pairs: list[str] | None
+    labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def first(self, number: int | None) -> "Part":
+        """Its first `number` sentences; all for None."""
+        cut = (None if column is None else column[:number] for column in (self.texts, self.pairs, self.labels))
+        return Part(self.file, *cut)
+
+    def rows(self) -> list[tuple]:
+        """What identifies a sentence, or a pair of them."""
+        return list(zip(self.texts, self.pairs or [None] * len(self.texts), strict=True))
+
+
+@dataclasses.dataclass
+class Task:
+    """Labelled sentences to train on and to measure on.
+
+    Args:
+        name: of GLUE's task, else the stem of the training file.
+        train, validation: their labels are indices into `classes`.
+        test: sentences to predict the labels of, labelled or not; None where there are none.
+        classes: the labels that occur in training or validation, sorted; all labels of a GLUE task.
+        majority: share of validation sentences with the most frequent training label: what no features give.
+        overlap: number of validation sentences that are also training sentences.
+        pieces: whether the tokenizer may split words (natural text), instead of one token a word.
+    """
+
+    name: str
+    train: Part
+    validation: Part
+    test: Part | None
+    classes: list[int]
+    majority: float
+    overlap: int
+    pieces: bool
+
+    def parts(self) -> list[Part]:
+        """Training, validation and, if there is one, test."""
+        return [part for part in (self.train, self.validation, self.test) if part is not None]
+
+    def inputs(self) -> dict:
+        """The files, for a record."""
+        names = ("train", "validation", "test")
+        return {name: describe_file(part.file) for name, part in zip(names, self.parts(), strict=False)}
+
+
+def read_task(options, with_test: bool = False) -> Task:
+    """Read and check the files of a task; prints a counted warning for what is odd and not wrong.
+
+    Args:
+        options: `DownstreamArguments`.
+        with_test: read `options.test_file` (of GLUE without files, its test split) too.
+
+    Raises:
+        InputError: a file or a column is missing, a row or a label is malformed, a label is not in the label JSON beside the
+            training file, or the training part has one class only; or the GLUE task can't be had.
+    """
+    if options.task_name not in (None, *GLUE):
+        raise InputError(f"--task_name {options.task_name}: is none of GLUE's classifications, {', '.join(GLUE)}")
+    glue = GLUE.get(options.task_name)
+    files = {split: getattr(options, f"{split}_file", None) for split in GLUE_SPLITS}
+    if glue is not None and files["train"] is None:
+        files = {**_hub_files(options.task_name), **{split: file for split, file in files.items() if file is not None}}
+    wanted = [split for split in files if split != "test" or with_test]
+    if missing := [split for split in wanted if files[split] is None]:
+        raise InputError(f"--{missing[0]}_file: give the file, or --task_name for GLUE's data from the hub")
+    parts = [_read_part(Path(files[split]), glue, split == "test") for split in wanted]
+    name = options.task_name or Path(files["train"]).stem
+    if glue is None:
+        _check_label_names(parts)
+    train, validation, *test = parts
+    for part in parts[:2]:
+        if part.labels is None or (part.labels < 0).any():
+            raise InputError(f"{part.file}: not labelled; take a training and a validation file that are")
+    train = train.first(options.max_train_samples)
+    _check_classes(train)
+    classes = list(range(len(glue[1]))) if glue else sorted({*train.labels.tolist(), *validation.labels.tolist()})
+    overlap = _warn_of_odd_parts(train, validation)
+    for part in (train, validation, *test):
+        _index_labels(part, classes)
+    majority = float((validation.labels == np.bincount(train.labels).argmax()).mean())
+    pieces = options.tokenization == "pieces" or (options.tokenization == "auto" and glue is not None)
+    if train.pairs is not None and not pieces:
+        raise InputError("--tokenization words: is for single sentences; pairs are encoded as pieces")
+    return Task(name, train, validation, test[0] if test else None, classes, majority, overlap, pieces)
+
+
+def read_labelled_part(path: Path) -> tuple[Part, list[int]]:
+    """The sentences of a CSV file `text,label`, labelled by indices into its classes, and these: the labels that occur, sorted.
+
+    Raises:
+        InputError: the file or a column is missing, a row or a label is malformed, a label is not in the label JSON beside the
+            file, or there is one class only.
+    """
+    part = _read_part(path, None, is_test=False)
+    _check_label_names([part])
+    _check_classes(part)
+    classes = sorted(set(part.labels.tolist()))
+    _index_labels(part, classes)
+    return part, classes
+
+
+def _check_classes(part: Part) -> None:
+    """Refuse a part to train on that has one class only."""
+    if len(set(part.labels.tolist())) < 2:
+        raise InputError(f"{part.file}: all labels are {part.labels[0]}; a task needs at least 2 classes")
+
+
+def _read_part(path: Path, glue, is_test: bool) -> Part:
+    """The sentences of one file, with its labels as numbers; of a test file they may be missing."""
+    if glue is not None:
+        return _read_glue(path, *glue)
+    # A test file may have no labels; of any other its absence is an error, which read_labelled words.
+    if is_test and "label" not in csv_rows(path, ("text",))[1][0]:
+        return Part(path, read_texts(path), None, None)
+    texts, labels = read_labelled(path)
+    return Part(path, texts, None, np.array(labels, np.int64))
+
+
+def _hub_files(task: str) -> dict[str, Path]:
+    """The files of a GLUE task from the hub (its local cache, unless HF_HUB_OFFLINE=0), by split.
+
+    Raises:
+        InputError: not to be had, at once.
+    """
+    from huggingface_hub import snapshot_download  # only where it is asked for
+
+    try:
+        folder = snapshot_download(
+            GLUE_REPOSITORY, repo_type="dataset", allow_patterns=f"{task}/*", local_files_only=hub_is_off()
+        )
+        splits = (MNLI_SPLITS if task == "mnli" else GLUE_SPLITS).items()
+        files = {split: next(Path(folder, task).glob(f"{name}-*.parquet"), None) for split, name in splits}
+    except (OSError, ValueError) as error:
+        files, reason = {}, str(error).splitlines()[0]
+    if not files or None in files.values():
+        why = "the hub is off; HF_HUB_OFFLINE=0 turns it on" if hub_is_off() else (reason if not files else "files are missing")
+        columns = ",".join((*GLUE[task][0], "label"))
+        raise InputError(
+            f"--task_name {task}: {GLUE_REPOSITORY} is not in the hub's local cache ({why}); or give --train_file and "
+            f"--validation_file with the columns {columns} (.csv, .tsv or the hub's .parquet)"
+        )
+    return files
+
+
+def _read_glue(path: Path, columns: tuple[str, ...], names: tuple[str, ...]) -> Part:
+    """A file of a GLUE task: `.csv` or `.tsv` with a header, or the hub's `.parquet`; labels are numbers or names."""
+    if path.suffix == ".parquet":
+        lines, table = _parquet_columns(path, columns)
+    else:
+        lines, rows = csv_rows(path, columns)
+        table = {column: [row[column] for row in rows] for column in (*columns, "label") if column in rows[0]}
+    texts = [[str(text or "").strip() for text in table[column]] for column in columns]
+    if empty := sum("" in row for row in zip(*texts, strict=True)):
+        print(f"warning: {empty} of {len(lines)} rows of {path} have an empty text")
+    labels = None
+    if "label" in table:
+        values = {**{str(number): number for number in range(-1, len(names))}, **{name: i for i, name in enumerate(names)}}
+        labels = np.array([values.get(str(label).strip(), -2) for label in table["label"]], np.int64)
+        if (labels == -2).any():
+            row = int(np.argmax(labels == -2))
+            known = ", ".join(f"{number} or {name}" for number, name in enumerate(names))
+            raise InputError(f"{path}:{lines[row]}: label {table['label'][row]!r}; it must be {known}")
+    if labels is not None and (labels == -1).all():
+        labels = None  # GLUE keeps those of its test sets to itself
+    return Part(path, texts[0], texts[1] if len(texts) > 1 else None, labels)
+
+
+def _parquet_columns(path: Path, columns: tuple[str, ...]) -> tuple[list[int], dict]:
+    """Row numbers from 1, and the wanted columns (label too, if it is there) of a parquet file."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table  # only where it is asked for
+
+    try:
+        table = read_table(path)
+    except (OSError, ArrowException) as error:
+        raise InputError(f"{path}: can't be read ({str(error).splitlines()[0]}); download it again") from None
+    if missing := [column for column in columns if column not in table.column_names]:
+        raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(table.column_names)}")
+    if not len(table):
+        raise InputError(f"{path}: no sentences; the file is empty")
+    wanted = [column for column in (*columns, "label") if column in table.column_names]
+    return list(range(1, len(table) + 1)), table.select(wanted).to_pydict()
+
+
+def _check_label_names(parts: list[Part]) -> None:
+    """Refuse labels that the JSON of label names beside the training file, if there is one, does not have."""
+    path = parts[0].file.with_name(f"{parts[0].file.stem}_labels.json")
+    if not path.exists():
+        return
+    names = read_json(path).get("names")
+    if not isinstance(names, dict):
+        raise InputError(f"{path}: has no 'names' of labels; make it again with generate_downstream.py, or remove it")
+    for part in parts:
+        labels = [] if part.labels is None else part.labels.tolist()
+        if unknown := next((number for number, label in enumerate(labels, 1) if str(label) not in names), None):
+            raise InputError(
+                f"{part.file}: label {labels[unknown - 1]} of sentence {unknown} is not one of the {len(names)} in {path}; "
+                "are the two files of one task?"
+            )
+
+
+def _warn_of_odd_parts(train: Part, validation: Part) -> int:
+    """Print what makes an accuracy say less than it seems to; returns how many validation sentences are training sentences."""
+    labels, seen = validation.labels.tolist(), set(train.labels.tolist())
+    if unseen := sum(label not in seen for label in labels):
+        print(f"warning: {unseen} of {len(labels)} sentences of {validation.file} have a label that no training sentence has")
+    if len(set(labels)) < 2:
+        print(f"warning: all {len(labels)} sentences of {validation.file} have the label {labels[0]}")
+    shared = set(train.rows())
+    if overlap := sum(row in shared for row in validation.rows()):
+        print(f"warning: {overlap} of {len(labels)} sentences of {validation.file} are also in {train.file}")
+    return overlap
+
+
+def _index_labels(part: Part, classes: list[int]) -> None:
+    """Labels as indices into `classes`; -1, with a warning, for those of a test file that are none of them."""
+    if part.labels is None:
+        return
+    index = {label: number for number, label in enumerate(classes)}
+    part.labels = np.array([index.get(label, -1) for label in part.labels.tolist()], np.int64)
+    if unknown := int((part.labels < 0).sum()):
+        print(f"warning: {unknown} of {len(part)} sentences of {part.file} have a label that is none of the task's")
+
+
+def check_max_seq_length(words: np.ndarray, max_seq_length: int, source, needed: str = "--max_seq_length") -> None:
+    """Refuse sentences that need more positions than there are.
+
+    Args:
+        words: (sentences,) words of each sentence.
+        needed: what decides the number of positions, for the message.
+
+    Raises:
+        InputError: names the sentence and the length needed.
+    """
+    longest = int(np.argmax(words))
+    if words[longest] + 2 > max_seq_length:
+        raise InputError(
+            f"{source}: sentence {longest + 1} has {words[longest]} words; with [CLS] and [SEP] it needs "
+            f"{needed} {words[longest] + 2} or more, not {max_seq_length}"
+        )
+
+
+def encode_task(task: Task, folder: Path, config: ModelConfig, options) -> list[Contexts]:
+    """The sentences of each of `task.parts()` as inputs of the model in `folder`.
+
+    Raises:
+        InputError: the tokenizer is another one; and of CSV files a word is unknown or split, or a sentence is too long.
+    """
+    vocabulary = load_vocabulary(folder)
+    tokenizer = None
+    if options.tokenizer_name is not None or task.pieces:
+        name = str(folder) if options.tokenizer_name is None else options.tokenizer_name
+        tokenizer = resolve_tokenizer(name, [folder])
+        if tokenizer.get_vocab() != vocabulary.ids:
+            raise InputError(
+                f"--tokenizer_name {name}: its {len(tokenizer)} words are not the {vocabulary.size} of "
+                f"the model in {folder}; leave the flag out to take the model's own"
+            )
+    if task.pieces:
+        positions = min(options.max_seq_length, config.max_position_embeddings)
+        return [_encode_pieces(part, tokenizer, vocabulary, positions) for part in task.parts()]
+    if tokenizer is not None:
+        check_single_tokens(tokenizer, sorted({word for part in task.parts() for text in part.texts for word in text.split()}))
+    encoded = []
+    for part in task.parts():
+        contexts = from_texts(part.texts, vocabulary, part.file)
+        check_max_seq_length(contexts.lengths - 2, options.max_seq_length, part.file)
+        check_length(contexts, config, part.file)
+        encoded.append(contexts)
+    return encoded
+
+
+def _encode_pieces(part: Part, tokenizer, vocabulary, positions: int) -> Contexts:
+    """Sentences or pairs as the tokenizer's pieces, cut to `positions` tokens; what is lost is counted and printed."""
+    columns = [part.texts] if part.pairs is None else [part.texts, part.pairs]
+    flags = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    ids = tokenizer(*columns, **flags)["input_ids"]
+    if cut := [row for row, tokens in enumerate(ids) if len(tokens) > positions]:
+        print(f"warning: {len(cut)} of {len(ids)} rows of {part.file} are longer than {positions} tokens and were cut")
+        shorter = tokenizer(
+            *([column[row] for row in cut] for column in columns), truncation=True, max_length=positions, **flags
+        )
+        for row, tokens in zip(cut, shorter["input_ids"], strict=True):
+            ids[row] = tokens
+    lengths = np.array([len(tokens) for tokens in ids], np.int64)
+    inside = np.arange(lengths.max()) < lengths[:, None]
+    input_ids = np.full(inside.shape, vocabulary.pad_id, np.int64)
+    input_ids[inside] = np.concatenate([np.asarray(tokens, np.int64) for tokens in ids])
+    if unknown := int((input_ids == vocabulary.unk_id).sum()):
+        print(f"warning: {unknown:,} of {int(lengths.sum()):,} tokens of {part.file} are [UNK], unknown to the model")
+    sentence, position = np.nonzero(inside & ~np.isin(input_ids, (vocabulary.cls_id, vocabulary.sep_id)))
+    return Contexts(input_ids, lengths, sentence, position, input_ids[sentence, position], vocabulary.mask_id)

@@ -1,0 +1,209 @@
+"""The statistics of the report: intervals, criteria of one loss, correlations. All intervals are two-sided, of 95%.
+
+Criteria, fixed before any number is looked at (d, g: means over sentences, nats; s: their standard errors; z = 1.96):
+
+    saturated        g + z s <= saturated                 the whole interval of the gap
+    equal            -margin <= d - z s, d + z s <= margin   the whole interval of a paired difference (an equivalence test)
+    not told apart   |d| <= max(2 s, 1e-6)                which two models also are when little was measured
+
+Differences of means over seeds have Student's t for their law, with the degrees of freedom of Welch and Satterthwaite where two
+groups are compared. Correlations have percentile intervals of a bootstrap that draws whole runs, since checkpoints of one run
+are not independent (Davison and Hinkley, Bootstrap Methods, section 3.8).
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from scipy import stats
+
+from pcfg.common.files import keyed_rng
+
+LEVEL = 0.95
+TAIL = (1 + LEVEL) / 2
+Z = float(stats.norm.ppf(TAIL))
+ERRORS = 2.0  # standard errors from which a difference counts
+ROUNDING = 1e-6  # nats: what float32 logits may make of a mean loss, however small its standard error
+NO_SPREAD = 1e-12  # standard error, relative to the value, below which all differences count as equal
+DRAWS = 10_000
+SEED = 0  # of the bootstrap
+FEWEST = 4  # models of a correlation
+
+
+def is_saturated(gap: float, error: float | None, limit: float) -> bool:
+    """Whether the 95% interval of a gap lies at or below `limit` (all nats; without an error: the gap itself)."""
+    return gap + Z * (error or 0.0) <= limit
+
+
+def is_equal(difference: float, error: float | None, margin: float) -> bool:
+    """Whether the 95% interval of a difference of two losses lies inside +-`margin` (all nats).
+
+    >>> is_equal(0.015, 0.002, 0.02), is_equal(0.015, 0.003, 0.02)
+    (True, False)
+    """
+    return abs(difference) + Z * (error or 0.0) <= margin
+
+
+def told_apart(difference: float, error: float | None) -> bool:
+    """Whether two losses differ by more than two standard errors of their paired difference, and by more than rounding."""
+    return abs(difference) > max(ERRORS * (error or 0.0), ROUNDING)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean with its standard error; None and 0 degrees of freedom where a single value has none.
+
+    Attributes:
+        n: how many values.
+        degrees: of freedom of the error.
+    """
+
+    value: float
+    error: float | None
+    degrees: float
+    n: int
+
+
+def mean_of(values) -> Mean:
+    """Mean of independent values (one a seed), s / sqrt(n) its standard error.
+
+    >>> mean_of([1.0, 3.0])
+    Mean(value=2.0, error=1.0, degrees=1, n=2)
+    """
+    values = np.asarray(values, np.float64)
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Mean(float(values.mean()), error, len(values) - 1, len(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A difference with its 95% interval.
+
+    Attributes:
+        value, error, low, high: in the unit of what was subtracted; the last three None where there is no interval.
+        degrees: of freedom of Student's t.
+        n: the values on either side, or the pairs.
+    """
+
+    value: float
+    error: float | None
+    low: float | None
+    high: float | None
+    degrees: float | None
+    n: tuple[int, ...]
+
+    def sign(self) -> int:
+        """1 or -1 where the interval lies above or below 0, else 0; also 0 where there is none."""
+        if self.low is None:
+            return 0
+        return int(self.low > 0) - int(self.high < 0)
+
+
+def _change(value: float, error: float | None, degrees: float, n: tuple[int, ...]) -> Change:
+    """The interval of a difference. Without any spread there is none: a few equal accuracies don't prove a variance of 0.
+
+    Nor does a spread of rounding: 0.75 - 0.7 and 0.65 - 0.6 differ in their last digit.
+    """
+    if not error or error <= NO_SPREAD * max(1.0, abs(value)):
+        return Change(value, error, None, None, None, n)
+    half = float(stats.t.ppf(TAIL, degrees)) * error
+    return Change(value, error, value - half, value + half, float(degrees), n)
+
+
+def paired_change(before, after) -> Change:
+    """Mean of `after` - `before` over pairs (one a seed), t interval with n - 1 degrees of freedom; none for one pair."""
+    mean = mean_of(np.asarray(after, np.float64) - np.asarray(before, np.float64))
+    return _change(mean.value, mean.error, mean.degrees, (mean.n,))
+
+
+def change_of_means(before: Mean, after: Mean) -> Change:
+    """Difference `after` - `before` of two independent means (Welch), none where one of them has no error.
+
+    Degrees of freedom: (v_1 + v_2)^2 / (v_1^2 / df_1 + v_2^2 / df_2), v the squared errors; df may be infinite.
+    """
+    n = (before.n, after.n)
+    if before.error is None or after.error is None:
+        return _change(after.value - before.value, None, 0, n)
+    squares = [(mean.error**2, mean.degrees) for mean in (before, after)]
+    total = sum(square for square, _ in squares)
+    below = sum(square**2 / degrees for square, degrees in squares)
+    degrees = total**2 / below if below else math.inf
+    return _change(after.value - before.value, math.sqrt(total), degrees, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Correlation:
+    """Rank and linear correlation of two columns over models.
+
+    Attributes:
+        n, runs: models, and the runs that they come from.
+        spearman, pearson: None where there are fewer than `FEWEST` models or one column has no spread.
+        spearman_interval, pearson_interval: None too where there is one run.
+        undefined_draws: share of bootstrap draws without spread, which are left out.
+    """
+
+    n: int
+    runs: int
+    spearman: float | None = None
+    pearson: float | None = None
+    spearman_interval: tuple[float, float] | None = None
+    pearson_interval: tuple[float, float] | None = None
+    undefined_draws: float | None = None
+
+
+def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mid-ranks of samples in which value i occurs counts[b, i] times: (draws, n). Exact, halves included."""
+    below = (values[:, None] < values[None, :]) + 0.5 * (values[:, None] == values[None, :])  # (n, n): j below i
+    return counts @ below + 0.5
+
+
+def _pearson(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Pearson's r of samples in which the pair (x_i, y_i) occurs counts[b, i] times; x, y (draws or 1, n); NaN without spread.
+
+    Which entries have spread is decided exactly, by comparing values: a sum of squares of equal values rounds to more than 0.
+    """
+    total = counts.sum(1, keepdims=True)
+    drawn = counts > 0
+    spread = np.ones(len(counts), bool)
+    centred = []
+    for values in (x, y):
+        values = np.broadcast_to(values, counts.shape)
+        spread &= np.where(drawn, values, -np.inf).max(1) > np.where(drawn, values, np.inf).min(1)
+        centred.append(values - (counts * values).sum(1, keepdims=True) / total)
+    a, b = centred
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = (counts * a * b).sum(1) / np.sqrt((counts * a * a).sum(1) * (counts * b * b).sum(1))
+    return np.where(spread, np.clip(r, -1.0, 1.0), np.nan)
+
+
+def correlate(x, y, runs, purpose: str, draws: int = DRAWS) -> Correlation:
+    """Correlations of x and y over models, and their bootstrap intervals.
+
+    A draw takes as many runs as there are, with replacement, each with all its models; ties get mid-ranks. All draws are made
+    at once, as counts of how often each model occurs.
+
+    Args:
+        x, y: (n,) numbers.
+        runs: (n,) a label a model; models of one label are drawn together.
+        purpose: keys the random numbers, so that one correlation doesn't depend on which others are computed.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    labels = list(dict.fromkeys(runs))
+    member = np.array([[label == run for run in runs] for label in labels], np.float64).reshape(len(labels), len(x))
+    found = Correlation(len(x), len(labels))
+    if len(x) < FEWEST or x.min() == x.max() or y.min() == y.max():
+        return found
+
+    def both(counts: np.ndarray) -> list[np.ndarray]:
+        return [_pearson(_ranks(x, counts), _ranks(y, counts), counts), _pearson(x[None], y[None], counts)]
+
+    spearman, pearson = (float(r[0]) for r in both(np.ones((1, len(x)))))
+    found = dataclasses.replace(found, spearman=spearman, pearson=pearson)
+    if len(labels) == 1:
+        return found
+    rng = keyed_rng(SEED, f"bootstrap, {purpose}")
+    counts = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=draws) @ member  # (draws, n)
+    drawn = [r[~np.isnan(r)] for r in both(counts)]
+    intervals = [tuple(np.quantile(r, (1 - TAIL, TAIL)).tolist()) if len(r) else None for r in drawn]
+    share = 1 - min(map(len, drawn)) / draws
+    return dataclasses.replace(found, spearman_interval=intervals[0], pearson_interval=intervals[1], undefined_draws=share)

@@ -1,0 +1,1 @@
+"""Text of real documents: --source corpus."""

@@ -1,0 +1,286 @@
+"""Exact masked conditionals of a restricted causal language model.
+
+With P the joint probability of `pretraining.sources.opt.causal_lm`, s its start token, T the tokens of a sentence x and M
+the maximum, the conditional at position t is, over all kept tokens w,
+
+    P(x_t = w | x_-t) = P(x with w at t) / sum_v P(x with v at t)
+
+and, as the factors of x_<t are the same for all candidates, P(x with w at t) is proportional to
+
+    J(w) = p(w | s, x_<t)  *  prod_{i=t+1..T} p(x_i | s, x_<t, w, x_t+1 .. x_i-1)  *  p(e | s, x_<t, w, x_>t) if T < M
+
+A forward pass of s, x_<t gives the first factor of all candidates, and the keys and values that they share; the others take one
+of w and the tokens after it, but for the last, for every candidate: about 2 n V T^2 / 2 operations a sentence with n parameters
+and V candidates, 1e14 for OPT-125M at V = 2,000 and T = 23. There is none at the last position of a sentence of M tokens.
+Candidates go through the model in batches of one (T, t), those of several contexts together where they are few. The model
+computes in its own precision, each log p is float32, and sums over them are float64.
+"""
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from pcfg.common.files import InputError
+from pcfg.common.words import padded
+from pretraining.sources.opt.causal_lm import RestrictedLM
+
+# Tokens a forward pass, by the kind of device. On a CPU matrix products of 1,024 rows are as fast as larger ones, and what they
+# work on stays in its caches.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 65_536}
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedTexts:
+    """The different contexts x_-t of some sentences, sorted by T, t and tokens.
+
+    Args:
+        tokens: (U, longest) int64 columns of a `RestrictedLM`, 0 at the masked position and beyond the end.
+        lengths: (U,) int64, T.
+        positions: (U,) int64, t, from 0.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @classmethod
+    def of(cls, flat, lengths, sentence, position) -> tuple["MaskedTexts", np.ndarray]:
+        """The contexts of chosen positions.
+
+        Args:
+            flat: columns of all sentences, one after the other; lengths: (n,) of each.
+            sentence, position: (M,) which are masked, position from 0.
+
+        Returns:
+            The contexts, and (M,) int64 which of them each is.
+
+        >>> sentence, position = np.array([0, 1, 2]), np.array([0, 0, 0])
+        >>> texts, which = MaskedTexts.of(np.array([3, 5, 4, 5, 5]), np.array([2, 2, 1]), sentence, position)
+        >>> texts.tokens.tolist(), which.tolist()
+        ([[0, 0], [0, 5]], [1, 1, 0])
+        """
+        tokens = padded(flat, lengths, 0)[sentence]
+        tokens[np.arange(len(sentence)), position] = 0
+        keys = np.column_stack([np.asarray(lengths)[sentence], position, tokens]).astype(np.int32)
+        different, which = np.unique(keys, axis=0, return_inverse=True)
+        different = different.astype(np.int64)
+        return cls(different[:, 2:], different[:, 0], different[:, 1]), which.reshape(-1)
+
+    def groups(self) -> np.ndarray:
+        """(G + 1,) int64: contexts ends[g] .. ends[g + 1] - 1 have one T and one t."""
+        shape = np.stack([self.lengths, self.positions])
+        changes = np.flatnonzero((shape[:, 1:] != shape[:, :-1]).any(axis=0)) + 1
+        return np.concatenate([[0], changes, [len(self)]])
+
+
+class _SharedPrefix(DynamicLayer):
+    """Keys and values of prefixes in one layer, for rows that share them; those of the tokens that are fed are not kept.
+
+    Args:
+        keys, values: (G, heads, P, head width).
+        prefix: (rows,) int64, the prefix of each row.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, prefix: torch.Tensor):
+        super().__init__()
+        self.keys, self.values, self._prefix = keys, values, prefix
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *_, **__):
+        return self._before(self.keys, key_states), self._before(self.values, value_states)
+
+    def _before(self, shared: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        shared = shared.expand(len(states), -1, -1, -1) if len(shared) == 1 else shared[self._prefix]
+        return torch.cat([shared, states], dim=-2)  # (rows, heads, P + L, head width)
+
+
+def weight_number(model: torch.nn.Module) -> int:
+    """Weights that a token is multiplied with: all matrices but those that are looked up in."""
+    modules = (module for module in model.modules() if not isinstance(module, torch.nn.Embedding))
+    return sum(weight.numel() for module in modules for weight in module.parameters(recurse=False) if weight.dim() == 2)
+
+
+class LogJoints:
+    """log J(w) of all candidates w at each of some contexts, a batch at a time.
+
+    Row u * V + w is candidate w of context u. The values of a batch do not depend on other batches, and on where it begins and
+    ends by rounding only.
+
+    Args:
+        restricted: the language, V kept tokens.
+        texts: the contexts.
+        batch_tokens: tokens a forward pass; None for `BATCH_TOKENS`.
+
+    Attributes:
+        rows: U * V.
+        batch_tokens: as given, or the default.
+    """
+
+    def __init__(self, restricted: RestrictedLM, texts: MaskedTexts, batch_tokens: int | None = None):
+        self.restricted, self.texts = restricted, texts
+        self.words, self.rows = restricted.end, len(texts) * restricted.end
+        self.batch_tokens = batch_tokens or BATCH_TOKENS[restricted.device.type]
+        self._groups, self._weights = texts.groups(), weight_number(restricted.model)
+        self._last = threading.local()
+
+    def fed(self, texts=slice(None)) -> np.ndarray:
+        """How many tokens a candidate of each context takes: the factors of J but the first."""
+        lengths, positions = self.texts.lengths[texts], self.texts.positions[texts]
+        return lengths - positions - (lengths == self.restricted.max_tokens)
+
+    def operations(self, first: int, last: int) -> float:
+        """Additions and multiplications for the rows first .. last - 1, those of attention scores and of prefixes left out."""
+        context = first // self.words
+        whole = np.cumsum(self.fed(slice(context, -(-last // self.words)))) * self.words
+        rest = first % self.words
+        tokens = whole[-1] - rest * self.fed(context) - (-last % self.words) * self.fed((last - 1) // self.words)
+        return 2.0 * self._weights * float(tokens)
+
+    def batch_end(self, first: int) -> int:
+        """Where the batch ends that begins at row `first`: at the end of its (T, t), or when it has enough tokens."""
+        context = first // self.words
+        end = self._groups[np.searchsorted(self._groups, context, side="right")]
+        prefix = int(self.texts.positions[context]) + 1
+        size = max(1, int(self.batch_tokens / (self.fed(context) + prefix / self.words)))
+        return min(first + size, int(end) * self.words)
+
+    def seconds(self, first: int) -> float:
+        """What the rows from `first` on will take, from a batch in the middle of their operations."""
+        context = first // self.words
+        share = np.cumsum(self.fed(slice(context, None)))
+        begin = max(first, (context + int(np.searchsorted(share, share[-1] / 2))) * self.words)
+        end = self.batch_end(begin)
+        threads = torch.get_num_threads()
+        side_by_side = threads if self.restricted.device.type == "cpu" else 1
+        try:
+            torch.set_num_threads(threads // side_by_side)
+            self.compute(begin, begin + 1)  # what a first call loads
+            begun = time.perf_counter()
+            self.compute(begin, end)
+            seconds = (time.perf_counter() - begun) / side_by_side
+        finally:
+            torch.set_num_threads(threads)
+        return seconds * self.operations(first, self.rows) / max(1.0, self.operations(begin, end))
+
+    def compute_from(self, first: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield (first, last, `compute(first, last)`) of the batches from row `first` to the end, in order.
+
+        On a CPU batches are computed side by side, one a core: that is faster than each on all cores, above all where the
+        cores have other work too.
+        """
+
+        def batches():
+            start = first
+            while start < self.rows:
+                end = self.batch_end(start)
+                yield start, end
+                start = end
+
+        with _in_order(self.restricted.device.type) as run:
+            yield from run(lambda batch: (*batch, self.compute(*batch)), batches())
+
+    @torch.inference_mode()  # of the thread
+    def compute(self, first: int, last: int) -> np.ndarray:
+        """log J of the rows first .. last - 1, of contexts with one (T, t): (last - first,) float64 nats.
+
+        Raises:
+            InputError: the model keeps no keys and values.
+        """
+        restricted, device = self.restricted, self.restricted.device
+        contexts = slice(first // self.words, -(-last // self.words))
+        log_prior, cache = self._shared(contexts)
+        row = torch.arange(first, last, device=device)
+        of, word = row // self.words - contexts.start, row % self.words
+        total = log_prior[of, word]
+        targets = self._targets(contexts)[of]  # (rows, L)
+        length = targets.shape[1]
+        if length == 0:
+            return total.cpu().numpy()
+        fed = torch.cat([word[:, None], targets[:, :-1]], dim=1)
+        layers = [_SharedPrefix(layer.keys, layer.values, of) for layer in cache.layers]
+        seen = layers[0].get_seq_length() + length
+        logits = restricted.model(
+            input_ids=restricted.ids(fed),
+            attention_mask=torch.ones((len(row), seen), dtype=torch.int64, device=device),
+            past_key_values=Cache(layers=layers),
+            use_cache=True,
+        ).logits
+        log_p = restricted.log_probabilities(logits, first=False)  # (rows, L, V + 1)
+        total += log_p.gather(2, targets[:, :, None])[:, :, 0].sum(dim=1, dtype=torch.float64)
+        return total.cpu().numpy()
+
+    def _targets(self, contexts: slice) -> torch.Tensor:
+        """(contexts, L) int64: the tokens after the masked one and, where the sentence ended, the end token."""
+        length, position = (int(values[contexts.start]) for values in (self.texts.lengths, self.texts.positions))
+        targets = torch.from_numpy(self.texts.tokens[contexts, position + 1 : length]).to(self.restricted.device)
+        if length < self.restricted.max_tokens:
+            targets = torch.nn.functional.pad(targets, (0, 1), value=self.restricted.end)
+        return targets
+
+    def _shared(self, contexts: slice) -> tuple[torch.Tensor, DynamicCache]:
+        """log p(w | s, x_<t), (contexts, V) float64, and keys and values of s, x_<t; a thread keeps those of its last call."""
+        if getattr(self._last, "contexts", None) == contexts:
+            return self._last.shared
+        restricted, position = self.restricted, int(self.texts.positions[contexts.start])
+        before = torch.from_numpy(self.texts.tokens[contexts, :position]).to(restricted.device)
+        start = torch.full((len(before), 1), restricted.start_id, device=restricted.device)
+        ids = torch.cat([start, restricted.ids(before)], dim=1)  # (contexts, P)
+        cache = DynamicCache()
+        output = restricted.model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        if cache.get_seq_length() != ids.shape[1]:
+            raise InputError("--model-name: the model keeps no keys and values of earlier tokens; take a transformer")
+        log_p = restricted.log_probabilities(output.logits[:, -1], first=position == 0)
+        self._last.contexts, self._last.shared = contexts, (log_p[:, : self.words].double(), cache)
+        return self._last.shared
+
+
+@contextlib.contextmanager
+def _in_order(device: str) -> Iterator[Callable]:
+    """A `map` that takes in few items ahead of its results: on a CPU in threads of one core each, else in this one."""
+    threads = torch.get_num_threads()
+    if device != "cpu" or threads == 1:
+        yield map
+        return
+
+    def run(function: Callable, items: Iterator) -> Iterator:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                yield run
+            finally:
+                pool.shutdown(cancel_futures=True)
+    finally:
+        torch.set_num_threads(threads)  # threads that are started later take over what was set last
+
+
+def conditionals(log_joint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """P(w) and log P(w) from log J(w).
+
+    Args:
+        log_joint: (m, V) float64.
+
+    Returns:
+        Two of (m, V) float64; the rows of the first add up to 1.
+    """
+    shifted = log_joint - log_joint.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return np.exp(log_p), log_p

@@ -1,0 +1,163 @@
+"""A language model's tokens as words of a text, and the tokenizer that finds the same words in English.
+
+What a model samples is not always what its tokenizer would make of the text, so a line of the data holds the tokens: each is
+one word, a piece, and pieces are separated by single spaces. The piece of a token's bytes is a mark and a body. The mark is Ġ
+(U+0120) where the bytes begin with a space, which the mark stands for, else ‿ (U+203F): joined to what comes before. The body
+is the other bytes as UTF-8, but white space, what can't be printed, bytes that are no whole character, and the escape's own
+four characters Ġ ‿ ⟨ ⟩ are hexadecimal bytes between ⟨ and ⟩. No two tokens have the same piece.
+
+    " the" -> Ġthe      "s" -> ‿s      " \\n" -> Ġ⟨0A⟩      b"\\xe2\\x80" -> ‿⟨E280⟩
+
+The tokenizer leaves pieces alone, and marks the words of other text in the same way: "The cats." -> ‿The Ġcats ‿. where these
+are entries of the vocabulary, else the longest pieces from the left that are (Ġcat ‿s), else [UNK]. Runs of white space count
+as one space. Words are first cut where GPT-2's tokenizer cuts them (Radford et al. 2019): between letters, digits and others,
+and before 's 't 're 've 'm 'll 'd.
+"""
+
+import json
+import re
+
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import WordPiece
+
+from pcfg.common.files import InputError
+from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
+from pretraining.data.wordpiece import UNK, add_special_tokens, ordinary_words_changed
+
+SPACED, JOINED = "Ġ", "‿"
+OPEN, CLOSE = "⟨", "⟩"
+_RESERVED = (SPACED, JOINED, OPEN, CLOSE)
+# What str.splitlines cuts at.
+LINE_BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+# The longest word that is looked up; longer ones are [UNK]. WordPiece's search takes the square of it.
+LONGEST_WORD = 1_000
+
+
+def escape(token: bytes) -> str:
+    """The piece of a token's bytes.
+
+    >>> escape(b" the"), escape(b"s"), escape(b" \\n"), escape(bytes.fromhex("e280"))
+    ('Ġthe', '‿s', 'Ġ⟨0A⟩', '‿⟨E280⟩')
+    """
+    mark, token = (SPACED, token[1:]) if token.startswith(b" ") else (JOINED, token)
+    body, escaped = [], b""
+    # A byte that is no part of a whole character becomes a lone surrogate, U+DC80 to U+DCFF, which is not printable.
+    for character in token.decode("utf-8", "surrogateescape"):
+        if character.isprintable() and not character.isspace() and character not in _RESERVED:
+            body.append(_group(escaped) + character)
+            escaped = b""
+        else:
+            escaped += character.encode("utf-8", "surrogateescape")
+    return mark + "".join(body) + _group(escaped)
+
+
+def _group(escaped: bytes) -> str:
+    return f"{OPEN}{escaped.hex().upper()}{CLOSE}" if escaped else ""
+
+
+def unescape(piece: str) -> bytes:
+    """The bytes of a piece: `unescape(escape(token)) == token`.
+
+    Raises:
+        ValueError: not a piece.
+    """
+    parts = re.fullmatch(f"[{SPACED}{JOINED}](?:[^{''.join(_RESERVED)}]|{OPEN}(?:[0-9A-F]{{2}})+{CLOSE})*", piece)
+    if parts is None:
+        raise ValueError(f"{piece!r} is no piece of a token")
+    body = re.split(f"{OPEN}([0-9A-F]+){CLOSE}", piece[1:])  # text, hexadecimal, text, ...
+    content = b"".join(bytes.fromhex(part) if number % 2 else part.encode() for number, part in enumerate(body))
+    return b" " * (piece[0] == SPACED) + content
+
+
+def token_bytes(tokenizer) -> dict[int, bytes]:
+    """The bytes of each token of a tokenizer of transformers, by id; special tokens are left out.
+
+    Two kinds are known: byte-level BPE (GPT-2, OPT), whose entries are bytes in GPT-2's table, and sentencepiece's (Llama),
+    where ▁ is a space and <0xNN> a byte.
+
+    Raises:
+        InputError: a tokenizer of another kind.
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    kinds = _types(description["decoder"]) | _types(description["pre_tokenizer"])
+    if "ByteLevel" in kinds:
+        table = {character: byte for byte, character in bytes_to_unicode().items()}
+
+        def decode(entry: str) -> bytes:
+            return bytes(table[character] for character in entry)
+    elif kinds & {"Metaspace", "ByteFallback"}:
+
+        def decode(entry: str) -> bytes:
+            if re.fullmatch("<0x[0-9A-F]{2}>", entry):
+                return bytes.fromhex(entry[3:5])
+            return entry.replace("▁", " ").encode()
+    else:
+        raise InputError(
+            f"--model-name {tokenizer.name_or_path}: its tokenizer is neither byte-level BPE nor of sentencepiece's kind, so "
+            "that the bytes of its tokens are not known; take another model"
+        )
+    added = {int(index): token for index, token in tokenizer.added_tokens_decoder.items()}
+    special = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+    entries = ((entry, index) for entry, index in tokenizer.get_vocab().items() if index not in special)
+    return {index: entry.encode() if index in added else decode(entry) for entry, index in entries}
+
+
+def _types(description) -> set[str]:
+    """All values of "type" in a tokenizer's JSON."""
+    if isinstance(description, dict):
+        return {description.get("type")}.union(*map(_types, description.values()))
+    return set().union(*map(_types, description)) if isinstance(description, list) else set()
+
+
+def why_excluded(token: bytes) -> str | None:
+    """Why a token can't be a word of the data, if it can't."""
+    if not token:
+        return "empty"
+    # A character that a token holds in part only can't end a line: its piece is hexadecimal.
+    if any(character in LINE_BREAKS for character in token.decode("utf-8", "ignore")):
+        return "line break"
+    # The tokenizer takes these for special tokens wherever they stand.
+    return "holds a special token" if any(special in escape(token) for special in SPECIAL_TOKENS) else None
+
+
+# Where words are cut, as patterns of no width (Oniguruma): behind letters, behind digits, behind others. Not behind a mark,
+# beside or within an escape, and not in a contraction.
+_CUTS = (
+    rf"(?<=[\p{{L}}&&[^{SPACED}]])(?=[^\s\p{{L}}{OPEN}])(?![0-9A-F]*{CLOSE})",
+    rf"(?<=\p{{N}})(?=[^\s\p{{N}}{OPEN}])(?![0-9A-F]*{CLOSE})",
+    rf"(?<=[^\s\p{{L}}\p{{N}}{JOINED}{OPEN}{CLOSE}])(?=[\p{{L}}\p{{N}}])"
+    rf"(?!(?<=[\p{{L}}\p{{N}}{JOINED}]')(?:s|t|re|ve|m|ll|d))",
+)
+
+
+def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
+    """The tokenizer of a vocabulary of special tokens and pieces, by the library `tokenizers` alone.
+
+    A kind of cut that would split a piece of the vocabulary, which may be with models not of GPT-2's kind, is not made.
+
+    Raises:
+        InputError: a piece that it would split or change nevertheless.
+    """
+    pieces = [word for word in vocabulary.words if word not in SPECIAL_TOKENS]
+    cuts = [normalizers.Replace(Regex(cut), f" {JOINED}") for cut in _CUTS]
+    tokenizer = Tokenizer(
+        WordPiece(vocabulary.ids, unk_token=UNK, continuing_subword_prefix=JOINED, max_input_chars_per_word=LONGEST_WORD)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            # the first word has no space before it, unless it is a piece or the text begins with white space
+            normalizers.Prepend(JOINED),
+            normalizers.Replace(Regex(rf"\A{JOINED}(?=[\s{SPACED}{JOINED}]|\z)"), ""),
+            normalizers.Replace(Regex(rf"\s+(?=[^\s{SPACED}{JOINED}])"), f" {SPACED}"),
+            *(cut for cut in cuts if all(cut.normalize_str(piece) == piece for piece in pieces)),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(JOINED, ""), decoders.Replace(SPACED, " "), decoders.Fuse()])
+    add_special_tokens(tokenizer, vocabulary)
+    changed = ordinary_words_changed(vocabulary, tokenizer)
+    if changed:
+        raise InputError(f"vocabulary: {sorted(changed)[0]!r} is no piece that stays one token; make the data again")
+    return tokenizer

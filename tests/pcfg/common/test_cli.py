@@ -1,0 +1,101 @@
+"""Exit codes and argument types."""
+
+import argparse
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pcfg.common.cli import Parser, non_negative_int, positive_int, probability, run_main
+from pcfg.common.files import InputError
+
+ROOT = Path(__file__).parents[3]
+
+
+def raising(exception):
+    def main():
+        raise exception
+
+    return main
+
+
+def test_an_input_error_is_one_line_and_exit_code_2(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["folder/script.py", "--flag"])
+    with pytest.raises(SystemExit) as stopped:
+        run_main(raising(InputError("rules.txt:3: no such thing; give another")))
+    assert stopped.value.code == 2
+    output = capsys.readouterr()
+    assert output.err == "script.py: error: rules.txt:3: no such thing; give another\n" and output.out == ""
+
+
+def test_an_interrupt_is_exit_code_130(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_main(raising(KeyboardInterrupt()))
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
+
+
+def test_success_and_mistakes_of_ours_are_left_alone():
+    assert run_main(lambda: None) is None
+    with pytest.raises(ZeroDivisionError):
+        run_main(raising(ZeroDivisionError()))
+
+
+def script(body, *arguments):
+    return [sys.executable, "-c", f"from pcfg.common.cli import *\n{body}", *map(str, arguments)]
+
+
+def test_a_process_ends_with_these_codes_and_no_traceback():
+    fail = "def main():\n    raise InputError('value 7: too much')\nrun_main(main)"
+    done = subprocess.run(script(fail), cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "-c: error: value 7: too much\n")
+    wait = "import time\ndef main():\n    print('on', flush=True)\n    time.sleep(60)\nrun_main(main)"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(script(wait), cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "on\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "interrupted; run the same command again to go on\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (positive_int, {"1": 1, "20": 20}, ["0", "-1"]),
+        (non_negative_int, {"0": 0, "20": 20}, ["-1"]),
+        (probability, {"0": 0.0, "1": 1.0, "0.15": 0.15}, ["-0.1", "1.1", "nan", "inf"]),
+    ],
+)
+def test_argument_types(kind, good, bad, capsys):
+    for text, value in good.items():
+        assert kind(text) == value and type(kind(text)) is type(value)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--value", type=kind)
+    for text in (*bad, "x", ""):
+        with pytest.raises(SystemExit) as stopped:
+            parser.parse_args([f"--value={text}"])
+        assert stopped.value.code == 2
+        assert f"argument --value: {text}" in (errors := capsys.readouterr().err) or "argument --value: invalid" in errors
+
+
+@pytest.mark.parametrize("words", ["--rule-path x --n-processes 2", "--rule_path=x --n_processes=2", "--rule_pa x --n-proc 2"])
+def test_both_spellings_of_a_flag_and_abbreviations(words):
+    parser = Parser()
+    parser.add_argument("--rule-path")
+    parser.add_argument("--n_processes", type=int)
+    options = parser.parse_args(words.split())
+    assert (options.rule_path, options.n_processes) == ("x", 2)
+
+
+def test_the_other_spelling_prefers_the_whole_flag_and_leaves_values_alone(capsys):
+    parser = Parser()
+    parser.add_argument("--max-steps")
+    parser.add_argument("--max-steps-per-epoch")
+    parser.add_argument("rest", nargs="*")
+    assert parser.parse_args(["--max_steps", "a_b-c"]).max_steps == "a_b-c"
+    assert parser.parse_args(["--", "--max_steps"]).rest == ["--max_steps"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--max_st", "1"])
+    assert "ambiguous" in capsys.readouterr().err

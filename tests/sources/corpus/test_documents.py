@@ -1,0 +1,184 @@
+"""Documents of files: every format, any ranges, and all that can be wrong with them."""
+
+import gzip
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from pcfg.common.files import InputError
+from pretraining.sources.corpus.documents import (
+    DamagedError,
+    Reading,
+    find_files,
+    hub_pieces,
+    identity,
+    local_pieces,
+    read_documents,
+)
+
+TEXTS = ["One sentence. Another one.", "A second document\nof two lines.", "Ünïcödé: “naïve” 中文 😀."]
+
+
+def compressed(content: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(content)
+    return pyarrow.compress(content, "zstd", asbytes=True) if suffix == ".zst" else content
+
+
+def write(folder, name, texts, column="text"):
+    """A file of `texts` in the format of its name."""
+    path = folder / name
+    suffix = path.suffix if path.suffix in (".gz", ".zst") else ""
+    if ".txt" in name:
+        path.write_bytes(compressed("\n\n".join(texts).encode(), suffix))
+    elif ".json" in name:
+        lines = "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts))
+        path.write_bytes(compressed(lines.encode(), suffix))
+    else:
+        table = pyarrow.table({"id": list(range(len(texts))), column: texts})
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(table, path)
+        else:
+            with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
+    return path
+
+
+def read(path, counts=None, **options):
+    """All documents under a path, piece after piece."""
+    reading = Reading(**options)
+    counts = Counter() if counts is None else counts
+    return [text for piece in local_pieces(find_files(path), reading) for text in read_documents(piece, reading, counts)]
+
+
+NAMES = [f"a{kind}{suffix}" for kind in (".txt", ".jsonl") for suffix in ("", ".gz", ".zst")] + [
+    "a.parquet",
+    "a.arrow",
+    "a.json",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_formats(tmp_path, name):
+    write(tmp_path, name, TEXTS)
+    assert [text.strip("\n") for text in read(tmp_path)] == TEXTS
+
+
+def test_the_other_documents_of_text_files(tmp_path):
+    write(tmp_path, "a.txt", TEXTS)
+    whole = "\n\n".join(TEXTS)
+    assert read(tmp_path, txt_documents="file") == [whole]
+    assert [line.strip() for line in read(tmp_path, txt_documents="line")] == whole.split("\n")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ranges_part_no_document(tmp_path, monkeypatch, seed):
+    """A file in ranges of any size gives each document once, whatever its blank lines are."""
+    rng = np.random.default_rng(seed)
+    pieces = ["\n", "\n", "  \n", "\r\n", "one two\n", "three\r\n", "four \n", "five six seven\n"]
+    text = ("\ufeff" if seed % 2 else "") + "".join(rng.choice(pieces, 60)) + ("eight" if seed % 3 else "")
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    lines = tmp_path / "b.jsonl"
+    lines.write_text("".join(json.dumps({"text": f"document {i} " + "x" * int(rng.integers(20))}) + "\n" for i in range(20)))
+    naive = [part.split() for part in re.split(r"\n(?:[^\S\n]*\n)+", "\n\n" + text.removeprefix("\ufeff")) if part.strip()]
+    rows = [json.loads(line)["text"] for line in lines.read_text().splitlines()]
+    each_line = [line.split() for line in text.removeprefix("\ufeff").removesuffix("\n").split("\n")]
+    for size in (1, 2, 3, 7, 20, 1000):
+        monkeypatch.setattr("pretraining.sources.corpus.documents.RANGE_BYTES", size)
+        assert [document.split() for document in read(path)] == naive
+        assert read(lines) == rows
+        assert [line.split() for line in read(path, txt_documents="line")] == each_line
+
+
+def test_what_is_no_text_is_counted(tmp_path):
+    rows = [
+        b'{"text": "good"}',
+        b'{"text": null}',
+        b'{"text": ["nested"]}',
+        b'{"text": 7}',
+        b'{"other": "x"}',
+        b"[1]",
+        b"{broken",
+    ]
+    rows += [b'{"text": "caf\xe9"}', b"", b'{"text": "half \\ud800 surrogate"}', b'{"text": "also good"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
+    counts = Counter()
+    assert read(tmp_path / "a.jsonl", counts) == ["good", "half \ud800 surrogate", "also good"]
+    assert counts == {
+        "null": 1,
+        "not a string": 2,
+        "rows without the column": 1,
+        "lines that are no JSON object": 2,
+        "lines that are not UTF-8": 1,
+    }
+    (tmp_path / "b.txt").write_bytes(b"first line\nsecond \xff\xfe line\nthird line\n\nnext")
+    counts.clear()
+    assert [text.strip() for text in read(tmp_path / "b.txt", counts)] == ["first line\nthird line", "next"]
+    assert counts == {"lines that are not UTF-8": 1}
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "c.parquet")
+    counts.clear()
+    assert read(tmp_path / "c.parquet", counts) == ["a", "b"] and counts == {"null": 1}
+    pyarrow.parquet.write_table(pyarrow.table({"text": [{"inner": "a"}]}), tmp_path / "d.parquet")
+    counts.clear()
+    assert read(tmp_path / "d.parquet", counts) == [] and counts == {"not a string": 1}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.arrow"])
+def test_a_missing_column(tmp_path, name):
+    path = write(tmp_path, name, TEXTS, "content")
+    with pytest.raises(InputError, match=f"{path}: no column 'text'; there are 'content', 'id'; give one by --text-column"):
+        read(path)
+    assert read(path, column="content") == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst", "a.parquet", "a.arrow"])
+def test_files_that_are_cut_short(tmp_path, name):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(map(str, rng.integers(10**6, size=20))) for _ in range(20_000)]
+    path = write(tmp_path, name, texts)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    reading, found = Reading(), []
+    (piece,) = local_pieces([path], reading)
+    with pytest.raises(DamagedError):
+        for text in read_documents(piece, reading, Counter()):
+            found.append(text.strip())
+    if name not in ("a.parquet", "a.arrow"):  # their index is at the end, or their block is the file
+        assert len(found) > 1000 and found[:-1] == texts[: len(found) - 1]
+    path.write_bytes(b"")
+    with pytest.raises(DamagedError if name.endswith((".parquet", ".arrow")) else StopIteration):
+        next(iter(read_documents(piece, reading, Counter())))
+
+
+def test_what_is_no_corpus(tmp_path, capsys):
+    with pytest.raises(InputError, match="none of the 0 files there"):
+        find_files(tmp_path)
+    (tmp_path / "a.docx").write_text("x")
+    with pytest.raises(InputError, match="can't tell what it is from its name"):
+        find_files(tmp_path / "a.docx")
+    (tmp_path / "b.parquet.gz").write_text("x")
+    with pytest.raises(InputError, match="none of the 2 files there"):
+        find_files(tmp_path)
+    write(tmp_path, "c.txt", TEXTS)
+    assert [file.name for file in find_files(tmp_path)] == ["c.txt"]
+    assert "2 files of other kinds are left out, a.docx first" in capsys.readouterr().out
+    (tmp_path / "d.jsonl").write_text("no JSON at all\n" * 200)
+    with pytest.raises(InputError, match=r"d.jsonl: its first 100 lines are no JSON objects"):
+        read(tmp_path / "d.jsonl")
+    with pytest.raises(InputError, match="--dataset openwebtext: no such file or folder, and the hub is off"):
+        hub_pieces("openwebtext", Reading())
+
+
+def test_identity(tmp_path):
+    """The same wherever the folder lies, another for other bytes."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    same = [identity(write(tmp_path / folder, "a.txt", TEXTS), tmp_path / folder) for folder in "xy"]
+    assert same[0] == same[1]
+    assert identity(write(tmp_path / "x", "a.txt", TEXTS[:2]), tmp_path / "x") != same[0]

@@ -1,0 +1,72 @@
+"""The packages stand on each other as the design says: imports go down, and no two modules import each other."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# What the modules of a folder never import, not even inside a function.
+FORBIDDEN = {
+    "pcfg": ("pretraining",),
+    "pcfg.common": ("pcfg.engine", "pcfg.chart", "pcfg.grammar", "pcfg.grammar_io"),
+}
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def module_name(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports() -> dict[str, set[str]]:
+    """The project's modules outside tests, and which of them each imports, wherever in the file."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    paths = {module_name(path): ROOT / path for path in listed if not path.startswith("tests/") and (ROOT / path).exists()}
+    graph = {}
+    for module, path in paths.items():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: a relative import"
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        graph[module] = (names & paths.keys()) - {module}
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str] | None:
+    """Modules that import each other in a ring, or None."""
+    finished: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str] | None:
+        if module in path:
+            return path[path.index(module) :]
+        if module in finished:
+            return None
+        for imported in sorted(graph[module]):
+            if ring := visit(imported, [*path, module]):
+                return ring
+        finished.add(module)
+        return None
+
+    for module in graph:
+        if ring := visit(module, []):
+            return ring
+    return None
+
+
+def test_no_modules_import_each_other():
+    graph = imports()
+    assert len(graph) > 50
+    assert circle(graph) is None
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+def test_imports_go_down():
+    for module, imported in imports().items():
+        for package, forbidden in FORBIDDEN.items():
+            if is_within(module, package):
+                assert not [name for name in imported for other in forbidden if is_within(name, other)], module
