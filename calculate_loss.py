@@ -27,8 +27,15 @@ from pcfg.common.cli import Parser, positive_int, run_main
 from pcfg.common.files import InputError
 from pretraining.evaluation.inputs import HDF5_SUFFIXES, Inputs, add_input_arguments, read_inputs, refuse_natural_text
 from pretraining.evaluation.loss import compare_losses, context_losses, measure_loss
-from pretraining.evaluation.records import describe_model, is_measured, write_record
-from pretraining.model.checkpoints import check_vocabulary, is_model_folder, load_model, model_folders, read_facts
+from pretraining.evaluation.records import is_measured, write_record
+from pretraining.model.checkpoints import (
+    check_vocabulary,
+    describe_model,
+    is_model_folder,
+    load_model,
+    model_folders,
+    read_facts,
+)
 
 RECORD = "loss.json"
 

@@ -10,8 +10,8 @@ from pcfg.common.files import InputError
 from pcfg.common.text import read_texts
 from pretraining.data.samples import sample_paths
 from pretraining.data.vocabulary import build_tokenizer
-from pretraining.evaluation.records import describe_model, read_record
-from pretraining.model.checkpoints import load_model, load_vocabulary, save_model
+from pretraining.evaluation.records import read_record
+from pretraining.model.checkpoints import describe_model, load_model, load_vocabulary, save_model
 
 
 @pytest.fixture

@@ -132,6 +132,11 @@ def sha256(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def describe_file(path) -> dict:
+    """What a record keeps of an input file: its name and its hash, not the folder it happened to lie in."""
+    return {"name": Path(path).name, "sha256": sha256(path)}
+
+
 class HashedFile:
     """A binary file that is written once from its beginning to its end, and is never read again for its SHA-256.
 

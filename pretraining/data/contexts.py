@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from pcfg.common.files import InputError
 from pcfg.lookup import MAKERS
@@ -111,6 +112,14 @@ def _check_lengths(table, words: np.ndarray) -> None:
         raise _others(table.source)
 
 
+def table_columns(table, vocabulary, source) -> np.ndarray:
+    """(words,) int64: the vocabulary id of each word of a lookup table."""
+    missing = [word for word in table.words if word not in vocabulary.ids]
+    if missing:
+        raise InputError(f"{source}: word {missing[0]!r} is not in the vocabulary; it was made for another one")
+    return np.array([vocabulary.ids[word] for word in table.words])
+
+
 def check_words(table, contexts: Contexts, columns: np.ndarray, source) -> None:
     """Refuse a lookup table that does not begin with the sentences of the contexts.
 
@@ -164,3 +173,30 @@ def check_length(contexts: Contexts, config: ModelConfig, source) -> None:
             f"{source}: its longest sentence has {longest} tokens with [CLS] and [SEP], the model has "
             f"{config.max_position_embeddings} positions; measure on shorter sentences"
         )
+
+
+def sentence_batch(contexts: Contexts, chosen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Model inputs of whole sentences: ids and mask, (batch, length) int64 and bool, trimmed to the longest."""
+    lengths = contexts.lengths[chosen]
+    longest = int(lengths.max())
+    mask = np.arange(longest) < lengths[:, None]
+    return torch.from_numpy(contexts.input_ids[chosen, :longest]), torch.from_numpy(mask)
+
+
+def concatenate(vectors: torch.Tensor, mask: torch.Tensor | None, positions: int) -> torch.Tensor:
+    """Rows of concatenated vectors.
+
+    Args:
+        vectors: (batch, length, d).
+        mask: (batch, length), 0 at padding, whose vectors are replaced by zeros; None where nothing is padded.
+        positions: width of the result in vectors, at least `length`.
+
+    Returns:
+        (batch, positions * d).
+
+    >>> concatenate(torch.ones(1, 2, 2), torch.tensor([[1, 0]]), 3).tolist()
+    [[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]]
+    """
+    if mask is not None:
+        vectors = vectors.masked_fill(mask[..., None] == 0, 0.0)
+    return F.pad(vectors, (0, 0, 0, positions - vectors.shape[1])).flatten(1)

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pcfg.common.files import InputError, read_json
+from pcfg.common.files import InputError, describe_file, read_json
 from pcfg.common.text import csv_rows, read_labelled, read_texts
 from pretraining.data.contexts import Contexts, check_length, from_texts
 from pretraining.data.vocabulary import check_single_tokens, hub_is_off, resolve_tokenizer
-from pretraining.evaluation.records import describe_file
 from pretraining.model.checkpoints import load_vocabulary
 from pretraining.model.config import ModelConfig
 

@@ -16,12 +16,12 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from pcfg.common.files import atomic_open
-from pretraining.data.contexts import Contexts
+from pretraining.data.contexts import Contexts, concatenate, sentence_batch
 from pretraining.data.tasks import Task, encode_task
 from pretraining.evaluation.downstream import data_arguments, measure_accuracy, parse_seeds, training_steps
-from pretraining.evaluation.heads import concatenate, linear_head, sentence_batch
-from pretraining.evaluation.records import describe_model, is_measured
-from pretraining.model.checkpoints import load_model
+from pretraining.evaluation.heads import linear_head
+from pretraining.evaluation.records import is_measured
+from pretraining.model.checkpoints import describe_model, load_model
 
 # Always in the record, at their defaults too; of the other flags those that were given another value.
 FLAGS = (

@@ -15,36 +15,16 @@ import os
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from pcfg.common.files import InputError
-from pretraining.data.contexts import Contexts
+from pretraining.data.contexts import Contexts, concatenate
 
 SENTENCES_A_BLOCK = 512  # of a lookup table held in memory at a time
 # Of one encoder pass: more leave a CPU's cache (20% slower at 32,768), and a GPU wants more.
 TOKENS_A_BATCH = {"cpu": 4096, "cuda": 65_536}
 POOLS = ("concat", "mean", "cls")
-
-
-def concatenate(vectors: torch.Tensor, mask: torch.Tensor | None, positions: int) -> torch.Tensor:
-    """Rows of concatenated vectors.
-
-    Args:
-        vectors: (batch, length, d).
-        mask: (batch, length), 0 at padding, whose vectors are replaced by zeros; None where nothing is padded.
-        positions: width of the result in vectors, at least `length`.
-
-    Returns:
-        (batch, positions * d).
-
-    >>> concatenate(torch.ones(1, 2, 2), torch.tensor([[1, 0]]), 3).tolist()
-    [[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]]
-    """
-    if mask is not None:
-        vectors = vectors.masked_fill(mask[..., None] == 0, 0.0)
-    return F.pad(vectors, (0, 0, 0, positions - vectors.shape[1])).flatten(1)
 
 
 def linear_head(width: int, classes: int, seed: int) -> nn.Linear:
@@ -120,14 +100,6 @@ def hidden_features(
             features[torch.from_numpy(rows)] = torch.cat(encoded)[torch.from_numpy(inverse.ravel())]
             progress.update(len(rows))
     return features
-
-
-def sentence_batch(contexts: Contexts, chosen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Model inputs of whole sentences: ids and mask, (batch, length) int64 and bool, trimmed to the longest."""
-    lengths = contexts.lengths[chosen]
-    longest = int(lengths.max())
-    mask = np.arange(longest) < lengths[:, None]
-    return torch.from_numpy(contexts.input_ids[chosen, :longest]), torch.from_numpy(mask)
 
 
 def _put(features: torch.Tensor, sentence, word, vectors: torch.Tensor, counts, pool: str) -> None:

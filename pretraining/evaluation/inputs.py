@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pcfg.common.files import InputError
+from pcfg.common.files import InputError, describe_file
 from pcfg.common.text import read_texts
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
-from pretraining.data.contexts import Contexts, check_words, from_samples, from_texts
+from pretraining.data.contexts import Contexts, check_words, from_samples, from_texts, table_columns
 from pretraining.data.sample_shards import is_of_documents
 from pretraining.data.vocabulary import Vocabulary, find_vocabulary
-from pretraining.evaluation.records import describe_file
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
 
@@ -76,14 +75,6 @@ class Inputs:
     table: LookupTable | None
     columns: np.ndarray | None
     described: dict
-
-
-def table_columns(table, vocabulary, source) -> np.ndarray:
-    """(words,) int64: the vocabulary id of each word of a lookup table."""
-    missing = [word for word in table.words if word not in vocabulary.ids]
-    if missing:
-        raise InputError(f"{source}: word {missing[0]!r} is not in the vocabulary; it was made for another one")
-    return np.array([vocabulary.ids[word] for word in table.words])
 
 
 def _open_table(path, data: Path, some_positions: bool) -> LookupTable:

@@ -16,7 +16,6 @@ from pcfg.lookup import LookupTable
 from pretraining.data.tasks import Task, check_max_seq_length, encode_task
 from pretraining.evaluation.downstream import data_arguments, measure_accuracy, parse_seeds
 from pretraining.evaluation.heads import conditional_features, feature_width, hidden_features, table_features
-from pretraining.evaluation.records import describe_model
 from pretraining.evaluation.solvers import (
     ProbeData,
     accuracy,
@@ -27,7 +26,7 @@ from pretraining.evaluation.solvers import (
     fit_lbfgs,
     standardise,
 )
-from pretraining.model.checkpoints import FACTS_FILE, is_model_folder, load_model
+from pretraining.model.checkpoints import FACTS_FILE, describe_model, is_model_folder, load_model
 
 LOOKUP_TABLE = "lookup table"  # the name in args.json by which the report knows it
 # The training flags that AdamW depends on here; the rest of TrainingArguments is about the Trainer, which a probe does not use.

@@ -36,8 +36,7 @@ import math
 import re
 from pathlib import Path
 
-from pcfg.common.files import InputError, atomic_open, read_json, sha256, versions, write_json
-from pretraining.model.checkpoints import weights_sha256
+from pcfg.common.files import InputError, atomic_open, read_json, versions, write_json
 
 SCHEMA = 2
 PREFIXES = ("loss", "comparison", "hessian", "probe_", "finetune_")  # of the files' names
@@ -125,16 +124,6 @@ def wrong_field(record: dict) -> str | None:
         if name not in record or not is_right(record[name]):
             return name
     return None
-
-
-def describe_file(path) -> dict:
-    """What a record keeps of an input file: its name and its hash, not the folder it happened to lie in."""
-    return {"name": Path(path).name, "sha256": sha256(path)}
-
-
-def describe_model(folder) -> dict:
-    """What a record keeps of the model it belongs to."""
-    return {"sha256": weights_sha256(folder)}
 
 
 def is_measured(folder, name: str, inputs: dict, arguments: dict, overwrite: bool) -> bool:

@@ -368,6 +368,11 @@ def verify(root) -> list[str]:
     return problems
 
 
+def describe_model(folder) -> dict:
+    """What a record keeps of the model it belongs to."""
+    return {"sha256": weights_sha256(folder)}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     parser.add_argument("command", choices=("verify",), help="read all model folders and say which are damaged or the same")

@@ -13,12 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pcfg.common.files import InputError, keyed_rng
-from pretraining.data.contexts import from_texts
+from pcfg.common.files import InputError, describe_file, keyed_rng
+from pretraining.data.contexts import concatenate, from_texts, sentence_batch
 from pretraining.data.tasks import check_max_seq_length, read_labelled_part
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.evaluation.heads import concatenate, sentence_batch
-from pretraining.evaluation.records import describe_file
 from pretraining.training.batches import OVERHEAD_TOKENS, cuts, moved
 
 

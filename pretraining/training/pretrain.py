@@ -12,12 +12,12 @@ import torch
 
 from pcfg.common.files import InputError, disk_errors, keyed_rng, versions
 from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer
-from pretraining.evaluation.records import describe_model
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import (
     FACTS_FILE,
     check_folder,
     check_vocabulary,
+    describe_model,
     find_model,
     load_model,
     read_config,

@@ -8,9 +8,8 @@ from pcfg.common.files import keyed_rng
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
 from pcfg.sampler import Sampler
-from pretraining.data.contexts import from_texts
+from pretraining.data.contexts import from_texts, table_columns
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.evaluation.inputs import table_columns
 from pretraining.evaluation.loss import measure_loss
 from pretraining.training.batches import masked_loss, micro_batch, rank_micro_batches
 from pretraining.training.distributed import Ranks

@@ -9,11 +9,11 @@ import torch
 
 from pcfg.common.files import read_json, write_json
 from pcfg.common.text import read_texts
-from pretraining.data.contexts import from_texts
+from pretraining.data.contexts import from_texts, sentence_batch
 from pretraining.data.tasks import Part, Task
 from pretraining.evaluation.downstream import DownstreamTrainingArguments
 from pretraining.evaluation.finetuning import ClassificationModel, SentenceDataset, finetune
-from pretraining.evaluation.heads import hidden_features, linear_head, sentence_batch
+from pretraining.evaluation.heads import hidden_features, linear_head
 from pretraining.model.checkpoints import load_model, load_vocabulary
 
 LENGTH = 10

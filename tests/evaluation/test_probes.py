@@ -11,11 +11,10 @@ from pcfg.common.files import InputError
 from pcfg.common.text import read_texts
 from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable
-from pretraining.data.contexts import from_texts
+from pretraining.data.contexts import concatenate, from_texts
 from pretraining.evaluation.downstream import DownstreamTrainingArguments
 from pretraining.evaluation.heads import (
     POOLS,
-    concatenate,
     conditional_features,
     feature_width,
     hidden_features,

@@ -1,0 +1,48 @@
+"""JSON files with a schema: pydantic models whose errors name the file, the field, the value and what to do."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import pydantic
+
+from pcfg.common.files import InputError, read_json, write_json
+
+
+class Schema(pydantic.BaseModel):
+    """What every JSON schema of the project has in common: no NaN or infinity, no silent conversion of types."""
+
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="forbid", frozen=True)
+
+
+AnySchema = TypeVar("AnySchema", bound=Schema)
+
+
+def parse_schema(schema: type[AnySchema], content: dict, source: object, advice: str) -> AnySchema:
+    """The object of a schema that `content` describes.
+
+    Args:
+        schema: a subclass of `Schema`.
+        content: of a JSON file.
+        source: the file, for messages.
+        advice: what the user can do about a file that is damaged.
+    """
+    try:
+        # From JSON: in strict mode a list in Python is no tuple, but a JSON array is.
+        return schema.model_validate_json(pydantic.TypeAdapter(dict).dump_json(content))
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the whole object"
+        value = "" if first["type"] == "missing" else f", not {first['input']!r:.60}"
+        more = error.error_count() - 1
+        others = f" (and {more} more)" if more else ""
+        raise InputError(f"{source}: {field!r}: {first['msg']}{value}{others}; {advice}") from None
+
+
+def read_schema(schema: type[AnySchema], path: Path | str, advice: str) -> AnySchema:
+    """The object of a schema in a JSON file; arguments as in `parse_schema`."""
+    return parse_schema(schema, read_json(path), path, advice)
+
+
+def write_schema(path: Path | str, value: Schema) -> None:
+    """Write an object of a schema as JSON, atomically, its fields in the order of their definition."""
+    write_json(path, value.model_dump(mode="json"))
