@@ -245,11 +245,11 @@ def test_text_that_is_not_the_manifests_is_refused(text, tmp_path, capsys):
 
     original = (text / "training1.txt").read_text()
     (text / "training1.txt").write_text(original.replace("cat", "dog", 1))
-    with pytest.raises(InputError, match="training1.txt: not the file that .*manifest_pretraining.json lists"):
+    with pytest.raises(InputError, match="training1.txt: damaged, its SHA-256 is not the one in .*manifest_pretraining.json"):
         run(text, tmp_path / "out")
     (text / "training1.txt").write_text(original)
     write_text(text / "training2.txt", 5, 0)
-    with pytest.raises(InputError, match="training2.txt: not the file"):
+    with pytest.raises(InputError, match="training2.txt: is not among the files of"):
         run(text, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

@@ -1,26 +1,31 @@
-"""What all files of the project have in common: atomic writing, hashes, provenance and keyed random numbers.
+"""Basics of all files of the project: atomic writing, hashes, manifests and keyed random numbers.
 
-The rules (README, section Files): whatever is written is complete or absent; a rerun skips what is complete and proves it
-by a checksum; random numbers are a function of (seed, purpose, index) and of nothing else.
+The rules (README, Guarantees): whatever is written is complete or absent; a rerun skips what is complete and proves it by a
+checksum; random numbers are a function of (seed, purpose, index) and of nothing else.
 """
 
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
 # What the operating system says of a place where nothing, or nothing as large, can be written.
 UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EFBIG)
 
+AnyPath = str | os.PathLike[str]
+
 
 class InputError(Exception):
-    """What the user gave can't be used. The message names file, line or flag, the value, and what to do.
+    """The user's input cannot be used. The message names file, line or flag, the value, and what to do.
 
     `pcfg.common.cli.run_main` prints it without a traceback and exits with code 2.
     """
@@ -31,9 +36,9 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make the content of a file, or the renames in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -41,7 +46,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path):
+def disk_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write `path` into an `InputError`."""
     try:
         yield
@@ -53,13 +58,13 @@ def disk_errors(path: Path):
         raise
 
 
-def free_bytes(path) -> int:
-    """Bytes free on the disk that `path`, which need not exist yet, is on."""
+def free_bytes(path: AnyPath) -> int:
+    """Free bytes on the disk of `path`, which need not exist yet."""
     path = Path(path).absolute()
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
 
 
-def check_space(path, size: float) -> None:
+def check_space(path: AnyPath, size: float) -> None:
     """Raise an `InputError` if the disk of `path` has less than `size` bytes free."""
     free = free_bytes(path)
     if size > free:
@@ -70,10 +75,10 @@ def check_space(path, size: float) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path):
-    """Yield a temporary path beside `path`; on success it is synced and renamed, on an exception removed.
+def atomic_path(path: AnyPath) -> Iterator[Path]:
+    """Yield a temporary path next to `path`; on success it is synced and renamed, on an exception removed.
 
-    For libraries that want a file name (h5py). `path` is complete or absent at any moment.
+    For libraries that need a file name (h5py). `path` is complete or absent at any moment.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -81,29 +86,25 @@ def atomic_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            descriptor = os.open(temporary, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync(temporary)
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            _sync(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
 
 
 @contextlib.contextmanager
-def atomic_open(path, mode="w"):
+def atomic_open(path: AnyPath, mode: str = "w") -> Iterator[IO]:
     """Yield a file object ("w": UTF-8 text, "wb": bytes); `path` appears, complete, when the block ends."""
     with atomic_path(path) as temporary:
-        options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        options: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
         with open(temporary, mode, **options) as file:
             yield file
 
 
 @contextlib.contextmanager
-def atomic_folder(path):
+def atomic_folder(path: AnyPath) -> Iterator[Path]:
     """Yield a temporary folder; its files are synced and it is renamed to `path`, which it replaces, at the end."""
     path = Path(path)
     temporary = _temporary(path)
@@ -115,62 +116,25 @@ def atomic_folder(path):
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())
+                    _sync(file)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            _sync(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def sha256(path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def describe_file(path) -> dict:
-    """What a record keeps of an input file: its name and its hash, not the folder it happened to lie in."""
-    return {"name": Path(path).name, "sha256": sha256(path)}
-
-
-class HashedFile:
-    """A binary file that is written once from its beginning to its end, and is never read again for its SHA-256.
-
-    Args:
-        file: a file object, open for writing bytes.
-    """
-
-    def __init__(self, file):
-        self._file, self._digest, self._size = file, hashlib.sha256(), 0
-
-    def write(self, block) -> None:
-        """Write bytes, or what has their buffer; hashing and writing let other threads run."""
-        self._digest.update(block)
-        self._file.write(block)
-        self._size += len(block)
-
-    def facts(self) -> dict:
-        """Size and SHA-256 of what was written, as `Manifest.add` takes them."""
-        return {"size": self._size, "sha256": self._digest.hexdigest()}
-
-
-def write_json(path, value) -> None:
+def write_json(path: AnyPath, value: object) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity are refused: JSON has neither."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with atomic_open(path) as file:
         file.write(text)
 
 
-def read_json(path) -> dict:
-    """The object in a JSON file; every JSON file of the project is one.
-
-    Raises:
-        InputError: the file is missing, is not JSON, or holds something else than an object.
-    """
+def read_json(path: AnyPath) -> dict:
+    """The object in a JSON file; every JSON file of the project holds one."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -196,64 +160,133 @@ def keyed_rng(seed: int, purpose: str, *index: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, purpose_key, *index]))
 
 
-def versions(*packages: str) -> dict:
+def versions(*packages: str) -> dict[str, str]:
     """Versions of Python and of the named packages, for the record of what made a file."""
     # It takes longer to import than the rest of this module together.
     import importlib.metadata
 
-    found = {"python": platform.python_version()}
-    for package in packages:
-        found[package] = importlib.metadata.version(package)
-    return found
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def sha256(file: AnyPath | io.BufferedReader) -> str:
+    """Hexadecimal SHA-256 of the bytes of a file: a path, or a file that is open for reading bytes."""
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            return sha256(opened)
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_file(path: AnyPath) -> dict[str, str]:
+    """The facts of an input file that a record keeps: name and hash, but not the folder in which it happened to be."""
+    return {"name": Path(path).name, "sha256": sha256(path)}
+
+
+class HashedFile:
+    """A binary file that is written once from start to end, and hashed on the way.
+
+    Args:
+        file: an object with `write`, which takes bytes.
+    """
+
+    def __init__(self, file: Any):
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._size = 0
+
+    def write(self, block: Any) -> None:
+        """Write bytes, or an object with their buffer; hashing and writing let other threads run."""
+        self._digest.update(block)
+        self._file.write(block)
+        self._size += len(block)
+
+    def facts(self) -> dict[str, Any]:
+        """Size and SHA-256 of what was written, as `Manifest.add` takes them."""
+        return {"size": self._size, "sha256": self._digest.hexdigest()}
+
+
+# A manifest is a JSON file that lists files of its folder, under "files", by name. An entry is the file's SHA-256, alone or
+# with other facts; `Manifest` writes the long form, `write_sealed` the short one and the SHA-256 of its own content:
+#     {..., "files": {"training0.txt": {"size": 9, "sha256": "...", "sentences": 2}, "vocab.txt": "...", "args.json": "..."}}
+# A hash finds damage (a truncation, a flipped byte, files of two folders mixed up), not malice: whoever can write the folder
+# can write its hashes.
+FILES = "files"
+
+
+def check_file(path: Path, manifest: Path, content: dict, advice: str = "make it again", digest: str | None = None) -> None:
+    """Refuse a file that is missing, or not the one that its manifest lists: the one checker of the project.
+
+    Args:
+        path: the file, in the manifest's folder or below.
+        manifest: the JSON file, for messages.
+        content: of the manifest.
+        advice: what the user can do.
+        digest: SHA-256 of the file's bytes, where the caller has read them; None: the file is read here.
+    """
+    name = path.relative_to(manifest.parent).as_posix()
+    if name not in content[FILES]:
+        raise InputError(f"{path}: is not among the files of {manifest}; remove it, or {advice}")
+    if digest is None and not path.is_file():
+        raise InputError(f"{path}: is missing, {manifest} lists it; {advice}")
+    entry = content[FILES][name]
+    facts = {"sha256": entry} if isinstance(entry, str) else entry
+    if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
+        raise InputError(f"{manifest}: damaged, it has no SHA-256 of {name}; delete it, and {advice}")
+    # The size first, to save the time of hashing.
+    damaged = digest is None and facts.get("size") not in (None, path.stat().st_size)
+    if damaged or facts["sha256"] != (digest or sha256(path)):
+        raise InputError(f"{path}: damaged, its SHA-256 is not the one in {manifest}; {advice}")
 
 
 class Manifest:
-    """The record beside a set of files: what they were made from, and each file's size and SHA-256.
+    """The record next to a set of files: what they were made from, and each file's size and SHA-256.
 
     Args:
         path: the manifest's JSON file.
-        made_from: everything that decides the bytes of the files (hashes of inputs, seed, arguments). The number of files
-            does not belong here: a set may be extended later.
-        overwrite: forget a manifest that was made from something else, instead of refusing.
-
-    Raises:
-        InputError: the manifest on disk was made from something else.
+        made_from: everything that decides the bytes of the files (hashes of inputs, seed, arguments), without the number of
+            files: a set may be extended later. None: whatever the manifest on disk says.
+        overwrite: forget a manifest of files that were made from something else, instead of refusing it.
     """
 
-    def __init__(self, path, made_from: dict, overwrite: bool = False):
+    def __init__(self, path: AnyPath, made_from: dict | None, overwrite: bool = False):
         self.path = Path(path)
-        self.content = {"made_from": made_from, "versions": versions("numpy", "numba"), "files": {}}
-        if self.path.exists():
-            found = read_json(self.path)
-            if found.get("made_from") == made_from:
-                self.content = found
-            elif not overwrite:
-                old = found.get("made_from") or {}
+        self.content: dict[str, Any] = {}
+        if made_from is None or self.path.exists():
+            self.content = read_json(self.path)
+            if not isinstance(self.content.get(FILES), dict):
+                raise InputError(f"{self.path}: damaged, it lists no files; delete it and make the files again")
+            if made_from is None or self.content.get("made_from") == made_from:
+                return
+            if not overwrite:
+                old = self.content.get("made_from") or {}
                 differing = sorted(key for key in old.keys() | made_from.keys() if old.get(key) != made_from.get(key))
                 what = ", ".join(f"{key} was {old.get(key)!r}, now {made_from.get(key)!r}" for key in differing)
                 raise InputError(
                     f"{self.path}: the files here were made otherwise ({what}); "
                     "give another folder, or --overwrite to replace them"
                 )
+        self.content = {"made_from": made_from, "versions": versions("numpy", "numba"), FILES: {}}
 
     @classmethod
-    def read(cls, path) -> "Manifest":
-        """The manifest at `path`, whatever it was made from."""
-        return cls(path, read_json(path).get("made_from"))
+    def read(cls, path: AnyPath) -> "Manifest":
+        """The manifest at `path`, whatever its files were made from."""
+        return cls(path, None)
 
-    def names(self) -> list:
-        return list(self.content["files"])
+    def names(self) -> list[str]:
+        return list(self.content[FILES])
 
-    def entry(self, name: str) -> dict:
-        """What the manifest says of file `name`: size, sha256 and what `add` was given."""
-        return self.content["files"][name]
+    def entry(self, name: str) -> dict[str, Any]:
+        """The facts of file `name`: size, sha256 and those given to `add`."""
+        return self.content[FILES][name]
 
     def is_complete(self, name: str) -> bool:
         """Whether file `name` is listed and on disk with the size and the SHA-256 of its entry."""
-        entry, file = self.content["files"].get(name), self.path.parent / name
-        return entry is not None and file.is_file() and file.stat().st_size == entry["size"] and sha256(file) == entry["sha256"]
+        try:
+            check_file(self.path.parent / name, self.path, self.content)
+        except InputError:
+            return False
+        return True
 
-    def add(self, name: str, **facts) -> None:
+    def add(self, name: str, **facts: Any) -> None:
         """Record the finished file `name`, with further facts (counts), and write the manifest.
 
         Its size and SHA-256 are read from the file, unless they are among the facts: those of `HashedFile`.
@@ -261,54 +294,28 @@ class Manifest:
         if "sha256" not in facts:
             file = self.path.parent / name
             facts = {"size": file.stat().st_size, "sha256": sha256(file), **facts}
-        self.content["files"][name] = facts
-        # By name: files are finished in an order that the workers' luck decides.
-        write_json(self.path, {**self.content, "files": dict(sorted(self.content["files"].items()))})
-
-
-# A sealed JSON file can prove its folder: it lists the SHA-256 of the files next to it, and of itself:
-#     {..., "files": {"args.json": hash of all but "files", "model.safetensors": hash of the file, ...}}
-# A hash finds damage (a truncation, a flipped byte, files of two folders mixed up), not malice: whoever can write the folder
-# can write its hashes.
-FILES = "files"
+        self.content[FILES][name] = facts
+        # By name: the order in which files are finished varies from run to run.
+        write_json(self.path, {**self.content, FILES: dict(sorted(self.content[FILES].items()))})
 
 
 def _own_hash(content: dict) -> str:
-    """SHA-256 of what a sealed file says, "files" left out, whatever its spaces and the order of its keys."""
+    """SHA-256 of the content of a sealed file without "files", whatever its spaces and the order of its keys."""
     rest = {name: value for name, value in content.items() if name != FILES}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_sealed(path: Path, facts: dict) -> None:
-    """Write `facts` to `path`, with the hashes of all files that are in its folder now; "files" among `facts` is replaced."""
-    facts = json.loads(json.dumps(facts))  # what a reader will hash
+    """Write `facts` as a manifest of all files that are in the folder of `path` now, and of itself."""
+    facts = json.loads(json.dumps(facts))  # as a reader will hash them
     files = {file.name: sha256(file) for file in sorted(path.parent.iterdir()) if file != path}
     write_json(path, {**facts, FILES: {**files, path.name: _own_hash(facts)}})
 
 
 def read_sealed(path: Path) -> dict:
-    """What a sealed file says, proved by its own hash; the files beside it are not looked at.
-
-    Raises:
-        InputError: it is missing, damaged, or was never sealed.
-    """
+    """The content of a file of `write_sealed`, proved by its own hash; the other files are not read."""
     content = read_json(path)
-    files = content.get(FILES)
-    if not isinstance(files, dict) or files.get(path.name) != _own_hash(content):
-        raise InputError(f"{path}: damaged, it isn't what was written (its own SHA-256 in {FILES!r} says so)")
+    if not isinstance(content.get(FILES), dict) or path.name not in content[FILES]:
+        raise InputError(f"{path}: damaged, it does not list itself; make it again")
+    check_file(path, path, content, digest=_own_hash(content))
     return content
-
-
-def check_file(path: Path, sealed: Path, content: dict) -> None:
-    """Refuse the file `path` if it isn't the one that was there when `sealed`, whose content is `content`, was written.
-
-    Raises:
-        InputError: it is missing, another one, or not listed at all.
-    """
-    expected = content[FILES].get(path.name)
-    if expected is None:
-        raise InputError(f"{path}: is not among the files of {sealed}; remove it, or make the folder again")
-    if not path.is_file():
-        raise InputError(f"{path}: is missing, {sealed} lists it")
-    if sha256(path) != expected:
-        raise InputError(f"{path}: damaged, its SHA-256 is not the one in {sealed}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pcfg.common.files import InputError, Manifest, keyed_rng, read_json, sha256, versions
+from pcfg.common.files import InputError, Manifest, check_file, keyed_rng, read_json, sha256, versions
 from pcfg.common.text import TEXT_MANIFEST, shard_paths, text_blocks
 from pretraining.data.masking import MaskingRule, check_lengths, mask_sentences
 from pretraining.data.packing import pack
@@ -108,11 +108,8 @@ def find_text_shards(folder, dup_factor: int) -> list[TextShard]:
 
     shards = []
     for split, path in tqdm(found, desc="checking text", unit="file"):
-        if manifest is not None and not manifest.is_complete(path.name):
-            raise InputError(
-                f"{path}: not the file that {manifest_path} lists (changed, incomplete or of another run); "
-                "run generate_pretraining.py again, or remove the file"
-            )
+        if manifest is not None:
+            check_file(path, manifest_path, manifest.content, "run generate_pretraining.py again")
         first = int(path.stem.removeprefix(split)) * dup_factor
         digest = sha256(path) if manifest is None else manifest.entry(path.name)["sha256"]
         shards.append(TextShard(path, digest, SPLITS[split], tuple(range(first, first + dup_factor))))

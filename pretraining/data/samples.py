@@ -31,7 +31,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from pcfg.common.files import InputError, atomic_open, read_json
+from pcfg.common.files import InputError, Manifest, atomic_open, check_file
 from pretraining.data.layout import (
     DTYPES,
     INPUT_RANGE,
@@ -271,25 +271,11 @@ def _verified(path: Path) -> bytes:
         raise InputError(f"{path}: no such file; make it with generate_samples.py") from None
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}); make it again with generate_samples.py") from error
-    listed = _listed(path)
-    if listed is not None and listed != hashlib.sha256(content).hexdigest():
-        raise InputError(
-            f"{path}: damaged, or not the file that {SAMPLES_MANIFEST} beside it lists ({len(content)} bytes of another "
-            "SHA-256); make it again with generate_samples.py, or move samples that are not of this set to another folder"
-        )
+    manifest = Manifest.read(path.parent / SAMPLES_MANIFEST) if (path.parent / SAMPLES_MANIFEST).exists() else None
+    if manifest is not None and path.name in manifest.names():
+        advice = "make it again with generate_samples.py, or move samples that are not of this set to another folder"
+        check_file(path, manifest.path, manifest.content, advice, hashlib.sha256(content).hexdigest())
     return content
-
-
-def _listed(path: Path) -> str | None:
-    """The SHA-256 of `path` in the manifest beside it; None without a manifest, or if it doesn't list the file."""
-    manifest = path.parent / SAMPLES_MANIFEST
-    if not manifest.exists():
-        return None
-    try:
-        files = read_json(manifest)["files"]
-        return str(files[path.name]["sha256"]) if path.name in files else None
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{manifest}: damaged; delete it and run generate_samples.py again") from error
 
 
 def _has_broken_heap(content: bytes) -> bool:

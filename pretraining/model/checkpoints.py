@@ -272,12 +272,8 @@ def _check_files(folder: Path, *names: str) -> None:
     """Refuse files of a model folder that are not those saved with its `args.json`."""
     facts, path = read_facts(folder), folder / FACTS_FILE
     for name in names if FILES in facts else ():
-        try:
-            check_file(folder / name, path, facts)
-        except InputError as error:
-            raise InputError(
-                f"{error}; make the model again, or, if it was changed on purpose, remove {FILES!r} there"
-            ) from None
+        advice = f"make the model again, or, if it was changed on purpose, remove {FILES!r} there"
+        check_file(folder / name, path, facts, advice)
 
 
 def check_folder(folder) -> None:

@@ -1,6 +1,5 @@
 """DeepSpeed's checkpoint files, read without executing what is pickled in them."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -9,7 +8,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from pcfg.common.files import InputError
+from pcfg.common.files import FILES, InputError, check_file, sha256
 
 # All that DeepSpeed puts into a checkpoint of ZeRO 0, 1 or 2 beside tensors and Python's plain types. They hold numbers only.
 SAFE_CLASSES = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
@@ -37,11 +36,9 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
         Raises:
             InputError: the hash is another one, or the file holds something else; nothing of it has been executed.
         """
-        name = Path(path).name
         # One descriptor for both: what is loaded is what was hashed, even if the name has come to mean another file.
         with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != self.expected.get(name):
-                raise InputError(f"{path}: damaged, its SHA-256 is not the one saved with it")
+            check_file(Path(path), Path(path).parent / "state.json", {FILES: self.expected}, digest=sha256(file))
             file.seek(0)
             try:
                 with torch.serialization.safe_globals(list(SAFE_CLASSES)):

@@ -105,7 +105,7 @@ def test_an_error_of_the_thread_is_raised_where_its_shard_is_asked_for(tmp_path)
         shards._ahead[0].join()
         shards.read(0)
         for _ in range(2):
-            with pytest.raises(InputError, match=r"train_shard_1.hdf5: damaged, or not the file that"):
+            with pytest.raises(InputError, match=r"train_shard_1.hdf5: damaged, its SHA-256 is not the one in"):
                 shards.read(1)
         shards.read(2)
 
