@@ -21,11 +21,11 @@ from pathlib import Path
 
 from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError, sha256
+from pcfg.common.ranks import Ranks
 from pretraining.evaluation.estimates import Estimate, difference
 from pretraining.evaluation.hessian import MIN_DRAWS, Plan, Truth, fisher_trace, hutchinson_trace
 from pretraining.evaluation.hutchinson import PROBES
 from pretraining.evaluation.inputs import add_input_arguments, read_inputs
-from pretraining.evaluation.ranks import Ranks
 from pretraining.evaluation.records import is_measured, write_record
 from pretraining.model.checkpoints import check_vocabulary, is_model_folder, load_model, model_folders, weights_file
 
@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     others = ("plain_labels", "soft_labels", "probe", "probe_num", "block_size")
     settings = {key: getattr(args, key) for key in (*keys, *others)}
     settings |= {key: settings[key] or "all" for key in ("nsamples", "positions")}
-    ranks = Ranks()
+    ranks = Ranks(args.device)
     for folder, weights, results in models:
         check_vocabulary(folder, inputs.vocabulary, inputs.vocabulary_path)
         described = {**inputs.described, "model": {"sha256": sha256(weights)}}
@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
             if ranks.is_main:
                 print(f"{results}: trace by {args.estimator} is measured already, skipped")
             continue
-        model = load_model(folder, ranks.device(args.device), "eager", weights)
+        model = load_model(folder, ranks.device, "eager", weights)
         fields = estimate(args, model, inputs, ranks)
         if not ranks.is_main:
             continue

@@ -101,10 +101,11 @@ def grow(checkpoint: str, large_config: ModelConfig, times: int | None, tied_sca
     enlarged = enlarge(small, growth)
     facts["enlarged"] = {
         **growth.facts(),
-        "from": {"weights_sha256": weights_sha256(checkpoint), "parameters": small.number_of_parameters()},
+        "from": {"weights_sha256": weights_sha256(checkpoint), "parameters": small.config.parameters},
         "logit_differences": differences,
     }
-    facts["parameters"] = enlarged.number_of_parameters()
+    facts["parameters"] = enlarged.config.parameters
+    facts.pop("number_of_parameters", None)  # its name in older folders; it would be the small model's
     return enlarged, facts
 
 

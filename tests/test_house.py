@@ -9,6 +9,9 @@ ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
     "pcfg": ("pretraining",),
     "pcfg.common": ("pcfg.engine", "pcfg.chart", "pcfg.grammar", "pcfg.grammar_io"),
+    "pretraining.data": ("pretraining.training", "pretraining.evaluation"),
+    "pretraining.model": ("pretraining.training", "pretraining.evaluation"),
+    "pretraining.training": ("pretraining.evaluation",),
 }
 
 

@@ -51,7 +51,7 @@ def test_main_trains_saves_and_is_done(tiny_samples, tmp_path, capsys):
     assert [folder.name for folder in folders] == ["step0000000", "step0000002", "step0000004", "step0000006"]
     facts = read_json(folders[-1] / "args.json")
     assert (facts["step"], facts["samples_seen"], facts["job_name"], facts["seed"]) == (6, 6 * 32, "job", 42)
-    assert facts["number_of_parameters"] == load_model(folders[-1]).number_of_parameters()
+    assert facts["parameters"] == sum(tensor.numel() for tensor in load_model(folders[-1]).parameters())
     assert facts["arguments"]["save_steps"] == [0, 2, 4] and facts["final"]
     records = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 6]

@@ -22,12 +22,12 @@ import torch
 from tqdm import tqdm
 
 from pcfg.common.files import InputError, keyed_rng
+from pcfg.common.ranks import Ranks
 from pretraining.data.contexts import Contexts, check_length
 from pretraining.evaluation.estimates import Estimate, is_reached, stops
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
 from pretraining.evaluation.hutchinson import draw_probe, quadratic_forms
 from pretraining.evaluation.parts import Parts
-from pretraining.evaluation.ranks import Ranks
 
 WINDOW = 512  # sentences whose conditionals a rank has in memory at a time
 SOFT_WORDS = 4096  # more words are not summed over
@@ -189,7 +189,7 @@ def fisher_trace(
                 sentence = contexts.sentence[batch]
                 np.add.at(values, sentence, columns / taken[sentence, None, None])
             progress.update(high - low)
-        ranks.add_up(values[done:])
+        ranks.sum_on_host(values[done:])
         sizes = np.ones(stop, np.int64)
         if is_reached(values[:, 0], sizes, plan.target):
             break
@@ -242,7 +242,7 @@ def hutchinson_trace(
             probes = [partial(draw_probe, model, plan.probe, plan.seed, block, draw) for draw in range(plan.probes)]
             values[block] = parts.columns(quadratic_forms(model, contexts, batches, targets, probes).mean(0))
             progress.update(ranks.size)
-        ranks.add_up(values[done:])
+        ranks.sum_on_host(values[done:])
         if is_reached(values, sizes[:stop], plan.target):
             break
     progress.close()

@@ -143,7 +143,3 @@ class MaskedLM(nn.Module):
         if flat_positions is None:
             return self.encode(input_ids, input_mask)
         return self.predict(self.encode(input_ids, input_mask, flat_positions).squeeze(1))
-
-    def number_of_parameters(self) -> int:
-        """Trainable numbers, the tied table counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())

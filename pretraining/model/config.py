@@ -73,6 +73,18 @@ class ModelConfig:
                 f"--hidden_size: {self.hidden_size} is not a multiple of --num_attention_heads {self.num_attention_heads}"
             )
 
+    @property
+    def parameters(self) -> int:
+        """How many trainable numbers a model of this shape has, the tied table counted once."""
+        width, inner = self.hidden_size, self.intermediate_size
+        norm = width if self.layer_norm_type == "rms_norm" else 2 * width
+        tables = (self.vocab_size + self.max_position_embeddings + self.type_vocab_size) * width
+        dense = width * width + width
+        layer = 4 * dense + (width * inner + inner) + (inner * width + width) + 2 * norm
+        # Norms outside the layers: embeddings, head, and in pre-LN after the last layer.
+        norms = (3 if self.encoder_ln_mode == "pre-ln" else 2) * norm
+        return tables + self.num_hidden_layers * layer + norms + dense + self.vocab_size
+
     def to_transformers(self) -> dict:
         """The content of a `config.json` that transformers' Auto classes read.
 

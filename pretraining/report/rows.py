@@ -3,11 +3,8 @@
 import csv
 from pathlib import Path
 
-import torch
-
 from pcfg.common.files import InputError, atomic_open, read_json
 from pretraining.evaluation.records import read_records
-from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import CONFIG_FILE, is_model_folder, read_facts
 from pretraining.model.config import ModelConfig
 from pretraining.report import sizes as report_sizes
@@ -52,9 +49,7 @@ def _facts(folder: Path, root: Path) -> dict:
     }
     if (folder / CONFIG_FILE).is_file():
         config = ModelConfig.from_transformers(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
-        with torch.device("meta"):  # shapes only: nothing is allocated
-            row["parameters"] = MaskedLM(config).number_of_parameters()
-        row |= {"hidden_size": config.hidden_size, "layers": config.num_hidden_layers}
+        row |= {"parameters": config.parameters, "hidden_size": config.hidden_size, "layers": config.num_hidden_layers}
         row |= {"heads": config.num_attention_heads, "intermediate_size": config.intermediate_size}
     if enlarged := report_sizes.enlarged_facts(facts):
         row |= {**enlarged, "trained_as": row["job"]}

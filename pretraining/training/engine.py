@@ -6,11 +6,29 @@ import os
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+from torch import nn
 
+from pcfg.common.ranks import Ranks
 from pretraining.training.optimizers import build_optimizer
 
 # The loss scale of float16: DeepSpeed halves it on overflow, down to this.
 LOWEST_LOSS_SCALE = 1
+
+
+def start_ranks(options: argparse.Namespace) -> Ranks:
+    """The processes of a run, on the devices and with the backend that DeepSpeed picks."""
+    local_rank = max(0, int(os.environ.get("LOCAL_RANK", options.local_rank)))
+    accelerator = get_accelerator()
+    device = "cpu"
+    if accelerator.device_name() == "cpu":
+        # DeepSpeed would compile its shared-memory reduction at the first start, for 40 s.
+        deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    else:
+        accelerator.set_device(local_rank)
+        device = accelerator.device_name(local_rank)
+    return Ranks(device, accelerator.communication_backend_name())
 
 
 def cpu_has_bfloat16() -> bool:
@@ -71,7 +89,7 @@ def deepspeed_config(options: argparse.Namespace, world_size: int, arithmetic: s
     return config
 
 
-def build_engine(options: argparse.Namespace, model, world_size: int, arithmetic: str):
+def build_engine(options: argparse.Namespace, model: nn.Module, world_size: int, arithmetic: str):
     """`model` in a DeepSpeed engine with the optimizer of the options; all ranks call this together."""
     if options.steps_per_print is None and not options.wall_clock_breakdown:
         deepspeed.utils.logger.setLevel(logging.WARNING)

@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from pcfg.common.files import InputError, disk_errors, keyed_rng, versions
+from pcfg.common.ranks import Ranks
 from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import (
@@ -27,8 +29,7 @@ from pretraining.model.config import ModelConfig
 from pretraining.training import state
 from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.arguments import check_accumulation, differences, job_folder, model_config
-from pretraining.training.distributed import Ranks
-from pretraining.training.engine import build_engine, precision, zero_stage
+from pretraining.training.engine import build_engine, precision, start_ranks, zero_stage
 from pretraining.training.metrics import METRICS_FILE
 from pretraining.training.sample_stream import Shards
 from pretraining.training.state import Found, Progress
@@ -110,7 +111,7 @@ def agreed_state(options: argparse.Namespace, job: Path, ranks: Ranks) -> Found 
                 answer = {"folder": str(found.folder), "saved": found.saved, "damaged": [str(path) for path in found.damaged]}
         except InputError as error:
             answer = {"error": str(error)}
-    answer = json.loads(ranks.agree_on_name(json.dumps(answer)))
+    answer = json.loads(ranks.agree_on_text(json.dumps(answer)))
     if "error" in answer:
         raise InputError(answer["error"])
     return Found(Path(answer["folder"]), answer["saved"], [Path(path) for path in answer["damaged"]]) if answer else None
@@ -146,12 +147,8 @@ def git_revision() -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def load_data(options: argparse.Namespace) -> tuple[Data, int]:
-    """Tokenizer and shards, checked against each other, and the samples' `max_seq_length`.
-
-    Raises:
-        InputError: one of them is missing or doesn't fit the other.
-    """
+def load_data(options: argparse.Namespace, gap_meter: GapMeter | None = None) -> tuple[Data, int]:
+    """Tokenizer and shards, checked against each other, and the samples' `max_seq_length`; `gap_meter` as in `pretrain`."""
     tokenizer = resolve_tokenizer(options.tokenizer_name, beside=[Path(options.dataset_path)])
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     dynamic = options.seed if options.dynamic_masking else None
@@ -166,7 +163,9 @@ def load_data(options: argparse.Namespace) -> tuple[Data, int]:
         )
     gap = None
     if options.rule_path:
-        gap = GapMeter(options.rule_path, options.gap_sentences, vocabulary, length, options.seed)
+        if gap_meter is None:
+            raise ValueError("--rule-path needs a gap_meter, pretraining.evaluation.gap.GapMeter")
+        gap = gap_meter(options.rule_path, options.gap_sentences, vocabulary, length, options.seed)
     adversarial = AdversarialTerm.from_options(options, vocabulary, length)
     facts = {
         "job_name": options.job_name,
@@ -242,21 +241,22 @@ def start_from(folder: Path, model: MaskedLM, vocabulary: Vocabulary) -> dict:
     return describe_model(folder)
 
 
-def pretrain(options: argparse.Namespace, now=time.monotonic) -> Path:
+def pretrain(options: argparse.Namespace, gap_meter: GapMeter | None = None, now: Callable[[], float] = time.monotonic) -> Path:
     """Run the pre-training that the options describe, or the rest of it; returns the final model folder.
 
     Args:
         options: of `pretraining.training.arguments.build_parser`, checked.
+        gap_meter: what measures the gap at validations, for `--rule-path`: `pretraining.evaluation.gap.GapMeter`.
         now: seconds of a monotonic clock.
 
     Raises:
         InputError: something that was given can't be used.
     """
     job = job_folder(options)
-    ranks = Ranks(options)
+    ranks = start_ranks(options)
     found = agreed_state(options, job, ranks)
-    check_accumulation(options, ranks.world_size)
-    data, length = load_data(options)
+    check_accumulation(options, ranks.size)
+    data, length = load_data(options, gap_meter)
     config, start = model_config(options, data.train.vocabulary.size, length), None
     if found is not None:
         config = with_rows_of(config, found.saved["model"])
@@ -272,7 +272,7 @@ def pretrain(options: argparse.Namespace, now=time.monotonic) -> Path:
     if options.compile:
         model.compile_layers()
     arithmetic = precision(options, ranks.device)
-    data.facts |= {"number_of_parameters": model.number_of_parameters(), "world_size": ranks.world_size}
+    data.facts |= {"parameters": config.parameters, "world_size": ranks.size}
     data.facts |= {"precision": arithmetic, "zero_stage": zero_stage(options, arithmetic)}
     data.facts |= {"model": dataclasses.asdict(config)}
     progress = Progress()
@@ -285,7 +285,7 @@ def pretrain(options: argparse.Namespace, now=time.monotonic) -> Path:
     if ranks.is_main:
         announce(options, data.facts, found and found.folder, ranks)
         prepare(options, job, found)
-    engine = build_engine(options, model, ranks.world_size, arithmetic)
+    engine = build_engine(options, model, ranks.size, arithmetic)
     if found is not None:
         state.load(engine, found)
     return Trainer(options, engine, ranks, data, progress, now).run()
@@ -298,7 +298,7 @@ def announce(options: argparse.Namespace, facts: dict, folder: Path | None, rank
     if options.fp16 and facts["precision"] != "float16":
         print(f"warning: --fp16 needs CUDA; training in {facts['precision']} instead")
     print(
-        f"{facts['number_of_parameters']:,} parameters, {ranks.world_size} rank(s) on {ranks.device.type}, "
+        f"{facts['parameters']:,} parameters, {ranks.size} rank(s) on {ranks.device.type}, "
         f"{facts['precision']}, batches of {options.train_batch_size} sentences"
     )
     print(f"going on from {folder}" if folder else f"new run in {job_folder(options)}", flush=True)

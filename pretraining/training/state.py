@@ -183,7 +183,7 @@ def save(engine, root: Path, ranks, facts: dict, keep: int) -> None:
 
     Args:
         engine: DeepSpeed's; every rank calls this with its own.
-        ranks: `pretraining.training.distributed.Ranks`.
+        ranks: `pcfg.common.ranks.Ranks`.
         facts: what `state.json` says, beside the files' hashes; has "progress".
     """
     tag = f"step{facts['progress']['step']:07d}"
@@ -191,10 +191,10 @@ def save(engine, root: Path, ranks, facts: dict, keep: int) -> None:
     while (root / tag).exists():  # from before the run was taken back to an earlier state
         attempt += 1
         tag = f"step{facts['progress']['step']:07d}-{attempt}"
-    tag = ranks.agree_on_name(tag)
+    tag = ranks.agree_on_text(tag)
     engine.checkpoint_engine = SafeCheckpointEngine()
     with atomic_folder(root / tag) if ranks.is_main else disk_errors(root / tag) as temporary:
-        place = Path(ranks.agree_on_name(str(temporary)))
+        place = Path(ranks.agree_on_text(str(temporary)))
         engine.save_checkpoint(str(place.parent), tag=place.name, save_latest=False)
         ranks.wait()
         if ranks.is_main:

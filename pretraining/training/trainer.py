@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 
 from pcfg.common.files import InputError, keyed_rng
+from pcfg.common.ranks import Ranks
 from pretraining.data.samples import Samples
 from pretraining.model.checkpoints import save_model
 from pretraining.training import state
 from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.arguments import job_folder
 from pretraining.training.batches import global_batches, masked_loss, micro_batch, number_of_masks, rank_micro_batches
-from pretraining.training.distributed import Ranks
 from pretraining.training.engine import LOWEST_LOSS_SCALE
 from pretraining.training.metrics import Metrics
 from pretraining.training.sample_stream import Shards
 from pretraining.training.schedules import Clock, Schedule
 from pretraining.training.state import Progress
-from pretraining.training.validation import GapMeter, validation_loss
+from pretraining.training.validation import Gap, validation_loss
 from pretraining.training.watch import LossWatch, Signals, check_finite
 
 STATE_FOLDER = "training_state"
@@ -48,7 +48,7 @@ class Data:
 
     train: Shards
     test: Shards | None
-    gap: GapMeter | None
+    gap: Gap | None
     tokenizer: object
     facts: dict
     adversarial: AdversarialTerm | None = None
@@ -143,14 +143,14 @@ class Trainer:
         masks = number_of_masks(samples, rows)
         loss = torch.zeros((), device=ranks.device)
         size = options.train_micro_batch_size_per_gpu
-        for part in rank_micro_batches(samples, rows, size, ranks.rank, ranks.world_size):
+        for part in rank_micro_batches(samples, rows, size, ranks.rank, ranks.size):
             # A rank without a sentence left takes one times 0: all ranks go through the same collectives.
             batch = micro_batch(samples, part if len(part) else rows[:1]).to(ranks.device)
             share = masked_loss(self.engine, batch) * (len(part) > 0) / masks
             # The loss of a step is the mean over the masked positions of the GLOBAL batch, so that grouping changes nothing.
             # Every rank knows their number without asking. DeepSpeed averages gradients over ranks, hence world_size; its
             # division by the number of accumulation steps is turned off.
-            self.engine.backward(share * ranks.world_size, scale_wrt_gas=False)
+            self.engine.backward(share * ranks.size, scale_wrt_gas=False)
             loss += share.detach()
         losses = {"loss": loss}
         if self.data.adversarial is not None:
@@ -158,12 +158,12 @@ class Trainer:
             # parts: either all ranks see that it is not finite, or none.
             term = self.data.adversarial.loss(self.engine, progress.step)
             self.engine.backward(-options.adversarial_weight * term, scale_wrt_gas=False)
-            losses["adversarial_loss"] = term.detach() / ranks.world_size
+            losses["adversarial_loss"] = term.detach() / ranks.size
         self.engine.step()
         progress.step += 1
         progress.samples += len(rows)
         progress.tokens += int(samples.input_mask[rows].sum())
-        return {name: ranks.sum(part) for name, part in losses.items()}
+        return {name: ranks.sum_on_device(part) for name, part in losses.items()}
 
     def _after_step(self, losses: dict[str, torch.Tensor], is_end_of_epoch: bool) -> None:
         """Records, validation, model folders and stopping, as they are due."""
@@ -303,7 +303,7 @@ class Trainer:
         folder = state.latest(self.job / STATE_FOLDER)
         if self.ranks.is_main:
             words = [word for word in sys.argv if not word.startswith("--local_rank")]  # the launcher's own
-            how = "python" if self.ranks.world_size == 1 else "with the same launcher, on as many ranks:"
+            how = "python" if self.ranks.size == 1 else "with the same launcher, on as many ranks:"
             print(f"{self.signals.received or 'a signal'} at step {self.progress.step}; training state: {folder}")
             print(f"go on: {how} {shlex.join(words)}", flush=True)
         return folder

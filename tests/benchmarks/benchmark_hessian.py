@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.only or ROWS:
         print(f"measuring: {name}", flush=True)
         rows += ROWS[name](bench)
-    shape = f"{bench.model.number_of_parameters():,} parameters, hidden {options.hidden_size}, {options.layers} layers"
+    shape = f"{bench.model.config.parameters:,} parameters, hidden {options.hidden_size}, {options.layers} layers"
     report(rows, f"{bench.rules.name} (sha256 {bench.grammar.sha256[:12]}), {shape}; {facts}", options.output)
 
 

@@ -32,8 +32,7 @@ from pcfg.grammar import find_rules
 from pretraining.data.samples import Samples, read_samples
 from pretraining.training import arguments as command_line
 from pretraining.training.batches import masked_loss, micro_batch, number_of_masks, rank_micro_batches
-from pretraining.training.distributed import Ranks
-from pretraining.training.engine import build_engine, cpu_has_bfloat16, precision
+from pretraining.training.engine import build_engine, cpu_has_bfloat16, precision, start_ranks
 from pretraining.training.optimizers import build_optimizer
 from pretraining.training.pretrain import build_model, load_data
 from pretraining.training.state import Progress
@@ -65,7 +64,7 @@ class Bench:
         masks += ["--max_predictions_per_seq", 5, "--model_name", "bert-large-uncased"]
         run_script(ROOT / "generate_samples.py", "--dir", text, "-o", self.data, *masks)
         self.samples = read_samples(self.data / "train_shard_0.hdf5")
-        self.device = Ranks(self.training_options()).device
+        self.device = start_ranks(self.training_options()).device
 
     def training_options(self, *flags) -> argparse.Namespace:
         """run_pretraining.py's options for the model and batches of the benchmark."""
@@ -85,8 +84,8 @@ class Bench:
         data.facts["precision"] = precision(options, self.device)
         Path(options.output_dir, options.job_name).mkdir(parents=True, exist_ok=True)
         config = command_line.model_config(options, vocab_size, length)
-        ranks = Ranks(options)
-        engine = build_engine(options, build_model(config, 0), ranks.world_size, data.facts["precision"])
+        ranks = start_ranks(options)
+        engine = build_engine(options, build_model(config, 0), ranks.size, data.facts["precision"])
         return Trainer(options, engine, ranks, data, Progress(), time.monotonic)
 
     def plain_step(self, vocab_size: int):

@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     facts = machine("torch", "numpy", "transformers")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Grammar.read(rules), options.scale, options.hidden_size, options.layers, folder)
-        shape = f"{bench.model.number_of_parameters():,} parameters, hidden {options.hidden_size}, {options.layers} layers"
+        shape = f"{bench.model.config.parameters:,} parameters, hidden {options.hidden_size}, {options.layers} layers"
         print(f"measuring: {shape}", flush=True)
         rows = [row for name in options.only or ROWS for row in ROWS[name](bench)]
     report(rows, f"{rules.name} (sha256 {bench.grammar.sha256[:12]}), {shape}; {facts}", options.output)

@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, jacrev
 
 from pcfg.common.files import InputError, keyed_rng
 from pcfg.common.means import mean_by_pairs
+from pcfg.common.ranks import Ranks
 from pcfg.common.text import read_texts
 from pretraining.data.contexts import Contexts, from_texts
 from pretraining.data.vocabulary import Vocabulary
@@ -17,7 +18,6 @@ from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
 from pretraining.evaluation.hessian import Plan, Truth, chosen_contexts, fisher_trace, hutchinson_trace, label_numbers
 from pretraining.evaluation.hutchinson import draw_probe
 from pretraining.evaluation.parts import Parts, group_of, layer_of, measured_parameters
-from pretraining.evaluation.ranks import Ranks
 
 VARIANTS = [(mode, norm) for mode in ("pre-ln", "post-ln") for norm in ("pytorch", "rms_norm")]
 
@@ -98,7 +98,7 @@ def test_fisher_against_the_full_matrix(small_model, sentences, mode, norm):
     true = flat.fisher(true_labels(contexts, truth, model)).trace().item()
     assert found["true_labels"]["value"] == pytest.approx(true, rel=1e-9)
     assert found["true_labels"]["difference"]["value"] == pytest.approx(found["value"] - true, rel=1e-9)
-    assert found["parameters"] == model.number_of_parameters() - 13 and found["left_out"] == ["decoder_bias"]
+    assert found["parameters"] == model.config.parameters - 13 and found["left_out"] == ["decoder_bias"]
 
 
 @pytest.mark.parametrize("mode, norm", VARIANTS)
@@ -244,7 +244,7 @@ class OneOf(Ranks):
     def __init__(self, rank, size):
         self.rank, self.size, self.is_main = rank, size, False
 
-    def add_up(self, array):
+    def sum_on_host(self, array):
         return array
 
 

@@ -8,7 +8,7 @@ import torch
 from pcfg.common.files import InputError
 from pretraining.model import layers
 from pretraining.model.bert import MaskedLM
-from pretraining.model.config import ModelConfig
+from pretraining.model.config import LAYER_NORM_MODES, ModelConfig
 from pretraining.model.layers import eager_attention, sdpa_attention
 
 CONFIG = ModelConfig(30, 16, 2, 4, 32, max_position_embeddings=9)
@@ -148,7 +148,14 @@ def test_number_of_parameters_by_hand():
     h, i, v = 16, 32, 30
     layer = 4 * (h * h + h) + (h * i + i) + (i * h + h) + 2 * 2 * h
     expected = (v + 9 + 2) * h + 2 * h + 2 * layer + 2 * h + (h * h + h) + 2 * h + v
-    assert MaskedLM(CONFIG).number_of_parameters() == expected
+    assert CONFIG.parameters == sum(parameter.numel() for parameter in MaskedLM(CONFIG).parameters()) == expected
+
+
+@pytest.mark.parametrize("mode", LAYER_NORM_MODES)
+@pytest.mark.parametrize("norm", ["pytorch", "rms_norm"])
+def test_number_of_parameters_is_that_of_the_model(mode, norm):
+    config = ModelConfig(31, 12, 3, 2, 20, type_vocab_size=1, encoder_ln_mode=mode, layer_norm_type=norm)
+    assert config.parameters == sum(parameter.numel() for parameter in MaskedLM(config).parameters())
 
 
 @pytest.mark.skipif(HAS_APEX, reason="apex is installed")

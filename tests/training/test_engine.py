@@ -6,8 +6,7 @@ from deepspeed.accelerator import get_accelerator
 from pretraining.data.samples import read_samples
 from pretraining.training import arguments as command_line
 from pretraining.training.batches import masked_loss, micro_batch
-from pretraining.training.distributed import Ranks
-from pretraining.training.engine import build_engine, precision, zero_stage
+from pretraining.training.engine import build_engine, precision, start_ranks, zero_stage
 from pretraining.training.pretrain import build_model
 
 FLAGS = (
@@ -49,7 +48,7 @@ def test_one_step_of_sgd_is_the_gradient_in_every_precision(tiny_samples, monkey
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
     monkeypatch.setattr(type(get_accelerator()), "supported_dtypes", lambda _: [torch.float32, torch.float16, torch.bfloat16])
     options = parse("--fp16" if arithmetic == "float16" else "")
-    Ranks(options)
+    start_ranks(options)
     samples = read_samples(tiny_samples / "test_shard_0.hdf5")
     batch = micro_batch(samples, np.arange(64))
     config = command_line.model_config(options, samples.attributes["vocab_size"], 10)

@@ -1,0 +1,94 @@
+"""The processes of one command, and what they exchange apart from gradients.
+
+Needs torch, which nothing else in `pcfg` does. DeepSpeed is not imported here: that takes longer than a small measurement.
+"""
+
+import os
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """The processes that share a run or a measurement.
+
+    Under the `deepspeed` launcher or torchrun, the environment says which rank this is. Under plain `python` there is no other
+    rank, and no port is opened.
+
+    Args:
+        device: of the computation: "cpu", "cuda" (with several ranks: the GPU of this rank on its machine), "cuda:1".
+        backend: torch's for gradients, started even for a single rank. None for measurements: they exchange host arrays only.
+
+    Attributes:
+        rank, size: index of this process, number of processes.
+        local: index of this process on its machine.
+        device: where this rank computes.
+        is_main: whether this rank writes and prints.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu", backend: str | None = None):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local = int(os.environ.get("LOCAL_RANK", 0))
+        self.is_main = self.rank == 0
+        self.device = torch.device(f"cuda:{self.local}" if str(device) == "cuda" and self.size > 1 else device)
+        if self.size > 1 or backend is not None:
+            self._share_cores()
+            if not dist.is_initialized() and self.size > 1:
+                dist.init_process_group(backend or "gloo")
+            elif not dist.is_initialized():
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        # Host arrays go over CPU tensors: on a GPU they would make the host wait for the device.
+        self._group = dist.new_group(backend="gloo") if self.size > 1 else None
+
+    @staticmethod
+    def _share_cores() -> None:
+        """Ranks on one machine share its cores, unless the user decided otherwise."""
+        local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        if "OMP_NUM_THREADS" not in os.environ and local_ranks > 1:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+
+    def own(self, numbers: npt.ArrayLike) -> np.ndarray:
+        """The share of this rank in some numbers: int64, those that equal its index modulo the number of ranks."""
+        numbers = np.asarray(numbers)
+        return numbers[numbers % self.size == self.rank]
+
+    def sum_on_host(self, array: np.ndarray) -> np.ndarray:
+        """The sum over all ranks of a float64 array; in place, and the same on all ranks."""
+        if self._group is not None:
+            dist.all_reduce(torch.from_numpy(array), group=self._group)
+        return array
+
+    def sum_on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks of a tensor, in place; needs the gradients' backend. The host does not wait for a GPU."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, value: float, flag: bool) -> tuple[float, bool]:
+        """Rank 0's value, and whether the flag is set on any rank; the same on all ranks.
+
+        Ranks that read their own clocks, or saw a signal at another step, would diverge.
+        """
+        value, flags = self.sum_on_host(np.array([value if self.is_main else 0.0, float(flag)])).tolist()
+        return value, flags > 0
+
+    def agree_on_text(self, text: str) -> str:
+        """Rank 0's text, on all ranks."""
+        shared = [text]
+        if self._group is not None:
+            dist.broadcast_object_list(shared, 0, group=self._group)
+        return shared[0]
+
+    def wait(self) -> None:
+        """Return when all ranks have called this."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+    def close(self) -> None:
+        """Leave the others, all at once: a rank that left first would close connections that another still reads from."""
+        if self.size > 1:
+            self.wait()
+            dist.destroy_process_group()
