@@ -26,7 +26,7 @@ from pretraining.evaluation.estimates import Estimate, difference
 from pretraining.evaluation.hessian import MIN_DRAWS, Plan, Truth, fisher_trace, hutchinson_trace
 from pretraining.evaluation.hutchinson import PROBES
 from pretraining.evaluation.inputs import add_input_arguments, read_inputs
-from pretraining.evaluation.records import is_measured, write_record
+from pretraining.evaluation.records import HessianRecord, is_measured, write_record
 from pretraining.model.checkpoints import check_vocabulary, is_model_folder, load_model, model_folders, weights_file
 
 RECORDS = {"fisher": "hessian.json", "hutchinson": "hessian_hutchinson.json"}
@@ -208,9 +208,10 @@ def main(arguments: list[str] | None = None) -> None:
         fields = estimate(args, model, inputs, ranks)
         if not ranks.is_main:
             continue
-        common = {"measurement": "hessian", "unit": "nats", "inputs": described, "arguments": settings, "device": args.device}
+        common = {"unit": "nats", "inputs": described, "arguments": settings, "device": args.device}
         for estimator, found in fields.items():
-            write_record(results, names[estimator], estimator=estimator, seeds=[args.seed], number_file=True, **common, **found)
+            record = HessianRecord(estimator=estimator, seeds=[args.seed], **common, **found)
+            write_record(results, names[estimator], record, number_file=True)
         print_result(results, fields)
     ranks.close()
 

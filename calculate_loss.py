@@ -27,7 +27,7 @@ from pcfg.common.cli import Parser, positive_int, run_main
 from pcfg.common.files import InputError
 from pretraining.evaluation.inputs import HDF5_SUFFIXES, Inputs, add_input_arguments, read_inputs, refuse_natural_text
 from pretraining.evaluation.loss import compare_losses, context_losses, measure_loss
-from pretraining.evaluation.records import is_measured, write_record
+from pretraining.evaluation.records import ComparisonRecord, LossRecord, is_measured, write_record
 from pretraining.model.checkpoints import (
     check_vocabulary,
     describe_model,
@@ -91,10 +91,7 @@ def measure(folder: Path, args: argparse.Namespace, inputs: Inputs) -> None:
         return
     details = measure_loss(load_model(folder, args.device), *_measurement(args, inputs))
     mean = details.get("loss", details["sampled_loss"])["pairs"]
-    write_record(
-        folder,
-        RECORD,
-        measurement="loss",
+    record = LossRecord(
         value=mean["mean"],
         standard_error=mean["standard_error"],
         n=details["sentences"],
@@ -102,9 +99,9 @@ def measure(folder: Path, args: argparse.Namespace, inputs: Inputs) -> None:
         inputs=described,
         arguments={},
         device=args.device,
-        number_file=True,
         **details,
     )
+    write_record(folder, RECORD, record, number_file=True)
     print(f"{folder}: {describe(details, inputs.contexts.natural)}")
 
 
@@ -141,10 +138,7 @@ def compare(folder: Path, reference: Reference, args: argparse.Namespace, inputs
     models = load_model(folder, args.device), reference.losses()
     details = compare_losses(models, *_measurement(args, inputs))
     difference = details["difference"]
-    write_record(
-        folder,
-        name,
-        measurement="comparison",
+    record = ComparisonRecord(
         value=difference["pairs"]["mean"],
         standard_error=difference["pairs"]["standard_error"],
         n=details["sentences"],
@@ -155,6 +149,7 @@ def compare(folder: Path, reference: Reference, args: argparse.Namespace, inputs
         models=[_label(model) for model in (folder, reference.folder)],
         **details,
     )
+    write_record(folder, name, record)
     what = "gap" if "gap_a" in details else "loss"
     for letter, model in zip("ab", (folder, reference.folder), strict=True):
         print(f"{model}: {what} {_number(details[f'{what}_{letter}']['pairs'])} (pairs)")

@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from pcfg.common.files import InputError
 from pretraining.data.tasks import GLUE, Task
-from pretraining.evaluation.records import is_measured, write_record
+from pretraining.evaluation.records import RECORDS, AccuracyRecord, ProbeRecord, is_measured, write_record
 
 SEEDS = 1 << 32  # numpy, which the Trainer seeds, knows no more
 
@@ -178,7 +178,7 @@ def data_arguments(options: DownstreamArguments, seeds: list[int]) -> dict:
     return {**{name: getattr(options, name) for name in names}, "seeds": seeds}
 
 
-def measure_accuracy(folder, name: str, measurement: str, task: Task, seeds: list[int], run, **record) -> dict | None:
+def measure_accuracy(folder, name: str, measurement: str, task: Task, seeds: list[int], run, **record) -> AccuracyRecord | None:
     """Measure over seeds and write record `name` of `folder`, unless it is there already; None if so.
 
     `value` is the mean over seeds of the accuracy at the end of training. `standard_error` is over seeds (None with one seed);
@@ -200,10 +200,7 @@ def measure_accuracy(folder, name: str, measurement: str, task: Task, seeds: lis
     last, n = np.array([result["last"] for result in runs]), len(task.validation)
     value = float(last.mean())
     over_seeds = float(last.std(ddof=1) / np.sqrt(len(last))) if len(last) > 1 else None
-    written = write_record(
-        folder,
-        name,
-        measurement=measurement,
+    written = RECORDS[measurement](
         value=value,
         standard_error=over_seeds,
         n=n,
@@ -223,17 +220,18 @@ def measure_accuracy(folder, name: str, measurement: str, task: Task, seeds: lis
         **details,
         **record,
     )
+    write_record(folder, name, written)
     print(f"{folder}: {measurement} {task.name}: {describe_accuracy(written)}")
     return written
 
 
-def describe_accuracy(record: dict) -> str:
+def describe_accuracy(record: AccuracyRecord) -> str:
     """One line on an accuracy and its errors, in %."""
     errors = ["no standard error with one seed"]
-    if record["standard_error"] is not None:
-        errors = [f"± {100 * record['standard_error']:.2f} over {len(record['accuracies'])} seeds"]
-    errors.append(f"± {100 * record['sampling_standard_error']:.2f} for {record['n']} sentences")
-    if bootstrap := record.get("bootstrap"):
-        errors.append(f"± {100 * bootstrap['standard_error']:.2f} over {bootstrap['replicates']} samples of the data")
-    errors.append(f"majority {100 * record['majority']:.2f}%")
-    return f"accuracy {100 * record['value']:.2f}% ({'; '.join(errors)})"
+    if record.standard_error is not None:
+        errors = [f"± {100 * record.standard_error:.2f} over {len(record.accuracies)} seeds"]
+    errors.append(f"± {100 * record.sampling_standard_error:.2f} for {record.n} sentences")
+    if isinstance(record, ProbeRecord) and record.bootstrap:
+        errors.append(f"± {100 * record.bootstrap.standard_error:.2f} over {record.bootstrap.replicates} samples of the data")
+    errors.append(f"majority {100 * record.majority:.2f}%")
+    return f"accuracy {100 * record.value:.2f}% ({'; '.join(errors)})"

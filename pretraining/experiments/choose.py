@@ -16,14 +16,14 @@ from pathlib import Path
 
 from pcfg.common.cli import Parser, non_negative, run_main
 from pcfg.common.files import InputError, write_json
-from pretraining.evaluation.records import read_records
+from pretraining.evaluation.records import ComparisonRecord, Record, read_records
 from pretraining.model.checkpoints import weights_sha256
 from pretraining.report.contract import Choice, Weight, write_choice
 
 ERRORS = 2.0  # standard errors that a gap's increase must stay below the limit by
 
 
-def probe_of(folder, task: str) -> dict:
+def probe_of(folder, task: str) -> Record:
     """The record of the model's probe on a task."""
     name = f"probe_{task}.json"
     records = read_records(folder)
@@ -32,11 +32,11 @@ def probe_of(folder, task: str) -> dict:
     return records[name]
 
 
-def comparison_with(folder, standard) -> dict:
+def comparison_with(folder, standard) -> ComparisonRecord:
     """The record of the loss's comparison with the model in `standard`."""
     digest = weights_sha256(standard)
     for record in read_records(folder).values():
-        if record["measurement"] == "comparison" and record["inputs"]["other"]["sha256"] == digest:
+        if isinstance(record, ComparisonRecord) and record.inputs["other"]["sha256"] == digest:
             return record
     raise InputError(f"{folder}: no comparison with {standard}; measure it with calculate_loss.py --compare-with first")
 
@@ -53,17 +53,18 @@ def choose(standard, candidates: dict, task: str, gap_allowed: float) -> Choice:
     Raises:
         InputError: a measurement is missing.
     """
-    standard_accuracy = probe_of(standard, task)["value"]
+    standard_accuracy = probe_of(standard, task).value
     weights = []
     for weight, folder in sorted(candidates.items()):
-        difference, probe = comparison_with(folder, standard)["difference"]["sentences"], probe_of(folder, task)
+        difference = comparison_with(folder, standard).difference.sentences
+        probe = probe_of(folder, task)
         weights.append(
             Weight(
                 weight=weight,
-                gap_increase=difference["mean"],
-                gap_increase_se=difference["standard_error"],
-                accuracy=probe["value"],
-                accuracy_se=probe["standard_error"],
+                gap_increase=difference.mean,
+                gap_increase_se=difference.standard_error,
+                accuracy=probe.value,
+                accuracy_se=probe.standard_error,
                 standard_accuracy=standard_accuracy,
             )
         )

@@ -99,7 +99,8 @@ def collect(folder) -> tuple[list[dict], list[dict]]:
     root = Path(folder)
     found = []
     for path in folders_to_report(root):
-        row, records = _facts(path, root), read_records(path)
+        row = _facts(path, root)
+        records = {name: record.model_dump() for name, record in read_records(path).items()}
         for file, record in sorted(records.items()):
             name = Path(file).stem
             if record["measurement"] == "loss":

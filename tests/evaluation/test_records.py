@@ -1,17 +1,17 @@
 import json
+import math
 import re
 
 import pytest
 
 from pcfg.common.files import InputError
 from pretraining.evaluation import records
-from pretraining.evaluation.records import is_measured, read_records, write_record
+from pretraining.evaluation.records import RECORDS, LossRecord, is_measured, read_records, write_record
 
 MEANS = {kind: {"mean": 0.1, "standard_error": 0.1} for kind in ("pairs", "sentences")}
 ACCURACY = {"accuracies": [0.5], "best_accuracy": 0.5, "sampling_standard_error": 0.1, "majority": 0.2}
 COMPARISON = {"difference": MEANS, "models": ["a", "b"]}
 RECORD = {
-    "measurement": "loss",
     "value": 1.5,
     "standard_error": 0.1,
     "n": 10,
@@ -25,9 +25,18 @@ RECORD = {
 
 
 def test_what_is_written_is_read(tmp_path):
-    written = write_record(tmp_path, "loss.json", **RECORD, extra=[1, 2])
-    assert read_records(tmp_path) == {"loss.json": written}
-    assert written["extra"] == [1, 2] and written["schema"] == 2 and "torch" in written["versions"]
+    written = LossRecord(**RECORD, extra=[1, 2])
+    write_record(tmp_path, "loss.json", written)
+    (read,) = read_records(tmp_path).values()
+    assert read == written and read.extra == [1, 2] and read.sampled_loss.pairs.mean == 0.1 and read.gap is None
+    content = json.loads((tmp_path / "loss.json").read_text())
+    assert content["schema"] == 2 and "torch" in content["versions"] and content["seeds"] == []
+    assert content.keys() == {*RECORD, "schema", "measurement", "seeds", "versions", "extra"}
+
+
+def test_a_missing_standard_error_is_null(tmp_path):
+    write_record(tmp_path, "loss.json", LossRecord(**{**RECORD, "standard_error": None}))
+    assert json.loads((tmp_path / "loss.json").read_text())["standard_error"] is None
 
 
 def test_only_records_are_read(tmp_path):
@@ -44,7 +53,7 @@ def test_only_records_are_read(tmp_path):
 def test_finished_ones_are_known(tmp_path):
     asked = (RECORD["inputs"], RECORD["arguments"])
     assert not is_measured(tmp_path, "loss.json", *asked, overwrite=False)
-    write_record(tmp_path, "loss.json", **RECORD)
+    write_record(tmp_path, "loss.json", LossRecord(**RECORD))
     assert is_measured(tmp_path, "loss.json", *asked, overwrite=False)
     assert not is_measured(tmp_path, "loss.json", *asked, overwrite=True)
     with pytest.raises(InputError, match=r"seed was 0, now 1.*--overwrite"):
@@ -83,12 +92,14 @@ DAMAGED = [
 @pytest.mark.parametrize("measurement, field, damaged", DAMAGED)
 def test_damaged_fields_are_named(tmp_path, measurement, field, damaged):
     path = tmp_path / f"{measurement}_x.json"
-    record = write_record(tmp_path, path.name, **{**RECORD, "measurement": measurement}, gap=MEANS, **ACCURACY, **COMPARISON)
+    record = RECORDS[measurement](**RECORD, gap=MEANS, **ACCURACY, **COMPARISON)
+    write_record(tmp_path, path.name, record)
     assert read_records(tmp_path) == {path.name: record}
-    missing = {key: value for key, value in record.items() if key != field}
-    for broken in ({**record, field: damaged}, *([missing] if field != "gap" else [])):  # a loss on masked samples has no gap
+    content = json.loads(path.read_text())
+    missing = {key: value for key, value in content.items() if key != field}
+    for broken in ({**content, field: damaged}, *([missing] if field != "gap" else [])):  # a loss on masked samples has no gap
         path.write_text(json.dumps(broken))
-        with pytest.raises(InputError, match=f"{path.name}: not a whole record, '{field}' is missing or damaged"):
+        with pytest.raises(InputError, match=f"{path.name}: '{field}.*; delete it and measure again"):
             read_records(tmp_path)
         with pytest.raises(InputError, match=path.name):
             is_measured(tmp_path, path.name, RECORD["inputs"], {"seed": 1}, overwrite=False)
@@ -96,35 +107,43 @@ def test_damaged_fields_are_named(tmp_path, measurement, field, damaged):
 
 
 @pytest.mark.parametrize("field, wrong", [("inputs", {"data": "ab"}), ("seeds", [0.5]), ("n", 0), ("unit", None), ("gap", 1.0)])
-def test_what_is_not_a_record_is_not_written(tmp_path, field, wrong):
-    with pytest.raises(ValueError, match=f"loss.json: field '{field}'"):
-        write_record(tmp_path, "loss.json", **{**RECORD, field: wrong}, number_file=True)
+def test_what_is_not_a_record_is_not_made(field, wrong):
+    with pytest.raises(ValueError, match=field):
+        LossRecord(**{**RECORD, field: wrong})
+
+
+@pytest.mark.parametrize("field", ["standard_error", "gap"])
+def test_infinite_numbers_are_not_written(tmp_path, field):
+    wrong = {"standard_error": math.inf, "gap": {**MEANS, "pairs": {"mean": math.nan, "standard_error": 0.1}}}[field]
+    with pytest.raises(ValueError):
+        write_record(tmp_path, "loss.json", LossRecord(**{**RECORD, field: wrong}), number_file=True)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_documented_fields_are_the_checked_ones():
-    documented = re.findall(r"`([a-z_]+)`", re.sub(r"`[a-z]+\.[a-z.]+`", "", records.__doc__))
-    added = {name for fields in records.ADDED.values() for name in fields}
-    checked = {"schema", *records.FIELDS, *added, *records.OPTIONAL}
-    assert set(documented) - {"sha256", "grammar_sha256", "name"} == checked
+@pytest.mark.parametrize("schema", [records.Record, *RECORDS.values(), records.AccuracyRecord])
+def test_fields_are_documented(schema):
+    """Each class documents the fields that it adds to its parent's."""
+    documented = {name for names in re.findall(r"^ {4,8}([a-z_, ]+): ", schema.__doc__, re.M) for name in names.split(", ")}
+    added = {field.alias or name for name, field in schema.model_fields.items() if name not in schema.__base__.model_fields}
+    assert documented == added
 
 
 def test_a_record_is_written_after_its_number(tmp_path):
     (tmp_path / "loss.txt").mkdir()
     with pytest.raises(InputError, match="loss.txt"):
-        write_record(tmp_path, "loss.json", **RECORD, number_file=True)
+        write_record(tmp_path, "loss.json", LossRecord(**RECORD), number_file=True)
     assert not (tmp_path / "loss.json").exists()
     (tmp_path / "loss.txt").rmdir()
-    write_record(tmp_path, "loss.json", **RECORD, number_file=True)
+    write_record(tmp_path, "loss.json", LossRecord(**RECORD), number_file=True)
     assert (tmp_path / "loss.txt").read_text() == "1.500000\n"
 
 
 def test_a_broken_model_leaves_no_record(tmp_path):
     with pytest.raises(InputError, match="the loss is nan"):
-        write_record(tmp_path, "loss.json", **{**RECORD, "value": float("nan")})
+        write_record(tmp_path, "loss.json", LossRecord(**{**RECORD, "value": math.nan, "standard_error": math.nan}))
     assert not list(tmp_path.iterdir())
 
 
 def test_records_hold_no_folders(tmp_path):
-    write_record(tmp_path, "loss.json", **RECORD)
-    assert str(tmp_path) not in json.dumps(read_records(tmp_path))
+    write_record(tmp_path, "loss.json", LossRecord(**RECORD))
+    assert str(tmp_path) not in (tmp_path / "loss.json").read_text()

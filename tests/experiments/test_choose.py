@@ -3,7 +3,7 @@
 import pytest
 
 from pcfg.common.files import InputError, read_json, sha256
-from pretraining.evaluation.records import write_record
+from pretraining.evaluation.records import ComparisonRecord, ProbeRecord, write_record
 from pretraining.experiments import choose
 from pretraining.report.contract import read_choice
 
@@ -24,15 +24,14 @@ def model(tmp_path):
         (folder / "model.safetensors").write_text(name)
         details = {"accuracies": [accuracy], "best_accuracy": accuracy, "sampling_standard_error": 0.01, "majority": 0.3}
         kinds = {"value": accuracy, "standard_error": 0.004, "n": 100, "unit": "accuracy"}
-        write_record(folder, "probe_pcfg_B.json", measurement="probe", **kinds, **details, **COMMON)
+        write_record(folder, "probe_pcfg_B.json", ProbeRecord(**kinds, **details, **COMMON))
         if increase is not None:
             inputs = {"model": {"sha256": sha256(folder / "model.safetensors")}}
             inputs["other"] = {"sha256": sha256(tmp_path / "standard/model.safetensors")}
             kinds = {"value": increase, "standard_error": error, "n": 100, "unit": "nats", "models": ["a", "b"]}
             rest = {**COMMON, "inputs": inputs}
-            write_record(
-                folder, "comparison_0.json", measurement="comparison", difference=means(increase, error), **kinds, **rest
-            )
+            record = ComparisonRecord(difference=means(increase, error), **kinds, **rest)
+            write_record(folder, "comparison_0.json", record)
         return str(folder)
 
     return write

@@ -14,7 +14,7 @@ from scipy import stats
 
 from pcfg.common.files import InputError, write_json
 from pretraining.evaluation import records
-from pretraining.evaluation.records import write_record
+from pretraining.evaluation.records import RECORDS, write_record
 from pretraining.model.config import ModelConfig
 from pretraining.report import analysis_plots, contract, experiment_rows
 from pretraining.report import command as report
@@ -38,7 +38,8 @@ def record(root, folder, name, measurement, value, error, unit="nats", **details
     inputs = {"data": {"sha256": digest("data")}, "model": {"sha256": hashlib.sha256(weights(folder)).hexdigest()}}
     inputs |= details.pop("inputs", {})
     common = {"inputs": inputs, "arguments": {}, "seconds": 1.0, "device": "cpu", "n": 500, "unit": unit}
-    write_record(root / folder, name, measurement=measurement, value=value, standard_error=error, **common, **details)
+    written = RECORDS[measurement](value=value, standard_error=error, **common, **details)
+    write_record(root / folder, name, written)
 
 
 def means(value, error):

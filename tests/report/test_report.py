@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 
 from pcfg.common.files import InputError, write_json
-from pretraining.evaluation.records import write_record
+from pretraining.evaluation.records import RECORDS
+from pretraining.evaluation.records import write_record as write_any_record
 from pretraining.model.config import ModelConfig
 from pretraining.report import command as report
 from pretraining.report import sizes as report_sizes
 
 COMMON = {"inputs": {"data": {"sha256": "ab" * 32}}, "arguments": {"seed": 0}, "seconds": 1.0, "device": "cpu"}
+
+
+def write_record(folder, name, measurement, **fields):
+    write_any_record(folder, name, RECORDS[measurement](**fields))
 
 
 def both_means(value, error):

@@ -183,7 +183,7 @@ def test_the_gap_is_that_of_a_naive_computation(text, masked_model, table_path, 
     [row], _ = collect(tmp_path / "models")  # of the report
     assert row["entropy_sentences"] == record["entropy"]["sentences"]["mean"] > 0.1 and row["gap_pairs"] > 0.1
 
-    with pytest.raises(InputError, match="measured otherwise.*--overwrite"):
+    with pytest.raises(InputError, match="measured with other settings.*--overwrite"):
         measure(text, folder, some_path)
     capsys.readouterr()
     part = measure(text, folder, some_path, "--overwrite")
