@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Speed against naive baselines, both measured in the same run, as a table. Sets .venv up itself.
+# Speed against naive baselines, as a table. Both are measured in the same run. Sets up .venv.
 #     bash scripts/benchmark.sh pcfg [ARGUMENTS ...]      (--help lists them)
 # A benchmark NAME is the program tests/benchmarks/benchmark_NAME.py.
 set -euo pipefail

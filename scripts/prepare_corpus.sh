@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Text, WordPiece vocabulary and masked samples of a corpus of documents. Sets up .venv itself.
+# Text, WordPiece vocabulary and masked samples of a corpus of documents. Sets up .venv.
 #     HF_HUB_OFFLINE=0 bash scripts/prepare_corpus.sh openwebtext|bookcorpus [FOLDER]      (default: openwebtext_dataset, ...)
 #     bash scripts/prepare_corpus.sh openwebtext|bookcorpus --small [FOLDER]               (default: openwebtext_small, ...)
-# The first form takes the data set from the hub, which needs the network; DATASET=PATH takes local files instead. --small needs
-# no network: docstrings of Python's library in the same layout, then 20 training steps, loss, trace, fine-tuning.
-# The same command again goes on where it was interrupted.
+# The first form downloads the data set from the hub; DATASET=PATH uses local files instead. --small needs no network: it takes
+# docstrings of Python's library in the same layout, then runs 20 training steps, loss, trace and fine-tuning.
+# Safe to interrupt: rerun the same command to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 small=${2:-}

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Text of the language that OPT-125M restricted to its 2,000 most frequent tokens defines, masked samples of it, and the lookup
-# table of a part of its test text. Sets up .venv itself.
-#     HF_HUB_OFFLINE=0 bash scripts/prepare_opt.sh [FOLDER]     (default: opt_dataset; the network is needed for the model)
-#     bash scripts/prepare_opt.sh --small [FOLDER]              (default: opt_small; no network: a tiny random OPT; then 20
-#                                                               training steps, loss, trace, fine-tuning)
-# MODEL=FOLDER takes a local model. The same command again goes on where it was interrupted.
+# Text of OPT-125M restricted to its 2,000 most frequent tokens, masked samples, and the lookup table of a part of its test text.
+# Sets up .venv.
+#     HF_HUB_OFFLINE=0 bash scripts/prepare_opt.sh [FOLDER]     (default: opt_dataset; downloads the model)
+#     bash scripts/prepare_opt.sh --small [FOLDER]              (default: opt_small; no network: a tiny random OPT, then 20
+#                                                               training steps, loss, trace and fine-tuning)
+# MODEL=FOLDER uses a local model. Safe to interrupt: rerun the same command to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh "$PWD/requirements.txt"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Pre-trains the README's model (a 201M-parameter encoder) by DeepSpeed. Sets .venv up itself.
+# Pre-trains the front page's model (201 million parameters) with DeepSpeed. Sets up .venv.
 #     bash scripts/pretrain.sh pcfg_dataset/pretraining OUT JOB [FLAGS of run_pretraining.py ...]
-# Later flags win, so a smaller model is `... --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4`.
-# Ranks: one a GPU of this machine (one in all without a GPU). NUM_RANKS=2 says how many. HOSTFILE=hosts.txt takes the machines
-# listed there ("node1 slots=8" a line; they see the same folders, at the same paths, and ssh asks for no password).
-# The same command again goes on where a run was interrupted; SIGTERM and Ctrl-C save first.
+# Later flags win: `... --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4` trains a smaller model.
+# Default: one rank per GPU of this machine, or one rank without a GPU. NUM_RANKS=2 sets the number. HOSTFILE=hosts.txt uses the
+# machines listed there (one line per machine, "node1 slots=8"); they need the same folders at the same paths, and ssh without a
+# password. Safe to interrupt: rerun the same command to resume. SIGTERM and Ctrl-C save the state first.
 set -euo pipefail
 if [ $# -lt 3 ]; then
     echo "pretrain.sh: error: needs the folder of samples, the output folder and the job's name; see the head of $0" >&2

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The laboratory end to end on the shipped mini grammar: text, samples, downstream data, lookup table, pre-training at three
-# sizes, exact loss, trace of the Hessian, linear probes, fine-tuning, report. Sets up .venv itself.
+# The whole laboratory on the shipped mini grammar: text, samples, downstream data, lookup table, pre-training at three
+# sizes, exact loss, trace of the Hessian, linear probes, fine-tuning, report. Sets up .venv.
 #     bash scripts/quickstart.sh [FOLDER]      (default: quickstart)
-# A run that was interrupted goes on where it stopped; a finished one is checked in about a minute.
-# QUICKSTART_STEPS (default 1500, a multiple of 3) makes a shorter run; below 300 its measurements are short as well.
+# Safe to interrupt: rerun the same command to resume. A finished run is verified in about a minute.
+# QUICKSTART_STEPS (default 1500, a multiple of 3) sets the number of training steps; below 300, measurements are shorter, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh "$PWD/requirements.txt"
@@ -49,7 +49,7 @@ stage "1/9 text of $rules"
 python generate_pretraining.py --rule-path $rules --save-path "$data" --sentence-num 100000 --shard-num 2 \
     --test-shard-num 1 --test-sentence-num 2000 --n_processes 2
 
-stage "2/9 masked samples, one mask a sentence"
+stage "2/9 masked samples, one mask per sentence"
 python generate_samples.py --dir "$data" -o "$data/pretraining" --dup_factor 1 --vocab_file vocab.txt --do_lower_case 1 \
     --masked_lm_prob 0.15 --max_seq_length $length --model_name bert-large-uncased --max_predictions_per_seq 5 \
     --n_processes 2 --single_mask

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the scripts reproduce_*.sh share: sets .venv up and starts the experiment that the first argument names.
+# Common entry point of reproduce_*.sh: sets up .venv and starts the experiment that the first argument names.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/setup.sh" "$root/requirements.txt"

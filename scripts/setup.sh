@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Creates .venv if it is not there and installs what the given requirements files pin; skipped when they are unchanged.
+# Creates .venv if missing and installs the packages that the given files pin. Unchanged files are skipped.
 #     bash scripts/setup.sh [REQUIREMENTS ...]        (default: requirements.txt)
-# Other scripts source it, which also puts .venv/bin first in PATH.
+# Other scripts source this file, which also puts .venv/bin first in PATH.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What `--small` of the prepare scripts does after the data: a tiny model, 20 steps, its loss, its trace, its fine-tuning on
-# labelled sentences of the same small text.
+# Training and measurements of prepare_*.sh --small: a tiny model, 20 steps, its loss, its trace, and fine-tuning on labelled
+# sentences of the same text.
 #     bash scripts/small_run.sh FOLDER TEXT LENGTH [FLAGS of calculate_loss.py and calculate_hessian.py ...]
-# FOLDER has data/ (text), data/pretraining (samples, tokenizer bert-small); models/ and sst2/ are made in it. TEXT is measured.
+# FOLDER contains data/ (text) and data/pretraining (samples, tokenizer bert-small). The script creates models/ and sst2/ there.
+# TEXT is the file that the loss and the trace are measured on.
 set -euo pipefail
 folder=$1 text=$2 length=$3
 shift 3

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Inside a SLURM job: one torchrun a node, one rank a GPU, over all nodes of the job.
+# One torchrun per node and one rank per GPU, over all nodes of a SLURM job. Runs inside the job.
 #     bash scripts/srun_torchrun.sh run_pretraining.py FLAGS ...
-# For the experiments it is a launcher: reproduce_all.sh --scale paper --launcher "bash scripts/srun_torchrun.sh".
+# As a launcher of the experiments: reproduce_all.sh --scale paper --launcher "bash scripts/srun_torchrun.sh".
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # a line each; a pipe to head would be broken before scontrol ends
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # one per line; `head` would close the pipe before scontrol ends
 master=${nodes%%$'\n'*}
 port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 script=$1
