@@ -98,7 +98,6 @@ class Grammar:
 
     def _set_yields(self, rules: WeightedRules, first_rule: np.ndarray, emits: np.ndarray) -> None:
         """Set `shortest` and `longest`; refuse nonterminals without a sentence, and warn of those without a use."""
-        size = len(self.names)
         left, first, second = np.concatenate([np.insert(self.unary, 2, -1, axis=1), self.binary]).T.astype(np.int64)
         self.shortest = shortest_yields(left, first, second, emits)
         for symbol in np.flatnonzero(self.shortest < 0)[:1]:
@@ -106,9 +105,11 @@ class Grammar:
                 f"{rules.place(first_rule[symbol])}: the nonterminal {shown(self.names[symbol])} derives no sentence (each of "
                 "its rules leads back to it); give it a rule that ends in words"
             )
-        edges = np.append(left, left[second >= 0]), np.append(first, second[second >= 0])
-        self.longest = longest_yields(left, first, second, emits, *strong_components(size, *edges))
-        unused = ~reachable(size, *edges, 0)
+        parent = np.append(left, left[second >= 0])
+        child = np.append(first, second[second >= 0])
+        component, order = strong_components(len(self.names), parent, child)
+        self.longest = longest_yields(left, first, second, emits, component, order)
+        unused = ~reachable(component, parent, child, 0)
         if unused.any():
             warnings.warn(
                 f"{rules.place(first_rule[np.argmax(unused)])}: {unused.sum()} nonterminals can't be reached from the "
@@ -156,17 +157,6 @@ class Grammar:
             list(range(1, len(rules) + 1)),
         )
         return cls(collector.collected())
-
-    @functools.cached_property
-    def closure(self) -> np.ndarray:
-        """(N, N) float64: closure[A, B] = sum over all unary chains from A to B, the empty one included, of their
-        probability = (I - U)^-1; exactly 0 where there is no chain. Computed when it is first asked for.
-        """
-        closure = np.eye(len(self.names))
-        for rule in self.unary_order:
-            left, child = self.unary[rule]
-            closure[left] += self.unary_probability[rule] * closure[child]
-        return closure
 
     @functools.cached_property
     def sha256(self) -> str:

@@ -22,7 +22,6 @@ q@1, q@2, .., the chance of ending depends on it, and each length from --min-wor
 import argparse
 import collections
 import itertools
-import re
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from pcfg.common.files import InputError, keyed_rng
 from pcfg.common.text import shown
 from pcfg.grammar import Grammar
 from pcfg.grammar_io import WeightedRule, as_written, write_rules
-from pcfg.random_parts import check_concentrations, command_line, dirichlet, read_words
+from pcfg.random_grammar import check_concentrations, command_line, dirichlet, read_words
 
 LENGTH_LAWS = ("geometric", "fixed")
 START = "S"
@@ -152,53 +151,6 @@ def _check_names(states: list[str], words: list[str], symbols: list[str]) -> Non
     for name, times in collections.Counter(symbols).items():
         if times > 1:
             raise InputError(f"the name {shown(name)} stands for two things (the start symbol is {START}, words of q are W_q)")
-
-
-def hidden_states(grammar: Grammar, position: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The nonterminals that stand for the state at a position of a hidden Markov model in the form of `hmm_rules`.
-
-    Args:
-        position: from 1.
-
-    Returns:
-        symbols (S,) int64, nonterminals; ids (S,) int64, the index of each one's state in names; names, the states of all
-        positions, without the positions that nonterminals carry.
-
-    Raises:
-        InputError: the grammar does not have that form, or no sentence is as long.
-    """
-    emits = (grammar.emission > 0).any(axis=1)
-    start = np.arange(len(grammar.names)) == 0
-    state = ~emits & ~start
-    left, first, second = grammar.binary.T
-    parent, child = grammar.unary.T
-    well_formed = (
-        not emits[0]
-        and (state[left] & emits[first] & state[second]).all()
-        and np.where(start[parent], state[child], state[parent] & emits[child]).all()
-    )
-    to_words = parent != 0
-    owners = np.unique(np.column_stack([np.append(left, parent[to_words]), np.append(first, child[to_words])]), axis=0)
-    if not well_formed or len(owners) != np.count_nonzero(state):
-        raise InputError(
-            "--task-type state: the grammar is no hidden Markov model with rules of the form S -> q, q -> W_q r, q -> W_q and "
-            "W_q -> word; make one with python -m pcfg.hmm, or take task A, B or C"
-        )
-    if position > grammar.longest[0]:
-        raise InputError(f"--position {position}: the grammar's sentences have up to {grammar.longest[0]} words")
-    states = np.flatnonzero(state)
-    matches = [re.fullmatch(r"(.+)@([1-9][0-9]{0,8})", grammar.names[symbol]) for symbol in states]
-    at = np.zeros(len(grammar.names), dtype=np.int64)
-    if all(matches):
-        at[states] = [int(match[2]) for match in matches]
-    if all(matches) and (at[second] == at[left] + 1).all() and (at[child[~to_words]] == 1).all():
-        bases = [match[1] for match in matches]
-    else:
-        bases, at[states] = [grammar.names[symbol] for symbol in states], position
-    names = list(dict.fromkeys(bases))
-    number = {name: index for index, name in enumerate(names)}
-    ids = np.array([number[base] for base in bases])
-    return states[at[states] == position], ids[at[states] == position], names
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,11 +9,12 @@ With `inside` and `outside` as in `pcfg.chart`, the label of a sentence of T wor
                  proportional to P(the state at the position t + 1 is A | sentence); positions count from 1
 
 The rule "likelihood" of A, B and C uses inside alone, with no prior and no context, as the code published with the paper
-does; "posterior" uses inside(0, j, A) outside(0, j, A) over the same cell. The label's id is its place in the list; ties take
-the lowest id. Other grammars may need other spans than 4 and 2 words.
+does. The rule "posterior" uses inside(0, j, A) outside(0, j, A) over the same cell. The label's id is its place in the list;
+ties take the lowest id. Other grammars may need other spans than 4 and 2 words.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,19 +22,23 @@ import numpy as np
 
 from pcfg.chart import MAX_WORDS, Chart
 from pcfg.common.files import InputError, keyed_rng
-from pcfg.hmm import hidden_states
+from pcfg.common.means import mean_by_pairs, mean_by_sentences
+from pcfg.grammar import Grammar
+from pcfg.sampler import Sampler
 
 TASK_SPANS = {"A": None, "B": 4, "C": 2}  # words; None: the whole sentence
 STATE_TASK = "state"
 LABEL_RULES = ("likelihood", "posterior")
 SENTENCES_PER_DRAW = 1 << 14
+# Shortest sentence of the downstream tasks, in words.
+TASK_WORDS = 5
 
 
 class Labeller:
     """The labels of one task.
 
     Args:
-        grammar: a `pcfg.grammar.Grammar`.
+        grammar: the grammar of the sentences.
         task: "A", "B", "C" or "state".
         span: words from the sentence's beginning, for B and C; None: 4 and 2.
         rule: "likelihood" or "posterior"; None: the posterior for states, else the likelihood.
@@ -41,18 +46,14 @@ class Labeller:
 
     Attributes:
         names: the nonterminal, or the state, that each label id stands for.
-        task: as given, the position of a state behind it ("state6").
-        span, rule, position: as given, or what None means; `span` is None where the label is of the whole sentence or of a
-            state.
+        task: the argument, followed by the position of a state ("state6").
+        span, rule, position: the arguments, or what None means; `span` is None for labels of the whole sentence and of states.
         min_words: words of the shortest sentence that can have a label.
-
-    Raises:
-        InputError: a span of task A or of a state, or one of more than 64 words; task A of a grammar whose start symbol has
-            no unary rules; a state without a position, by likelihood, or of a grammar that is no hidden Markov model; a
-            position of another task.
     """
 
-    def __init__(self, grammar, task: str, span: int | None = None, rule: str | None = None, position: int | None = None):
+    def __init__(
+        self, grammar: Grammar, task: str, span: int | None = None, rule: str | None = None, position: int | None = None
+    ):
         if (position is not None) != (task == STATE_TASK):
             raise InputError(f"--position {position}: tasks other than {STATE_TASK!r} have none, and that task needs one")
         if span is not None and task in ("A", STATE_TASK):
@@ -65,45 +66,89 @@ class Labeller:
         self.span = TASK_SPANS[task] if span is None and task in TASK_SPANS else span
         self.rule = rule or ("posterior" if task == STATE_TASK else "likelihood")
         self.position = position
-        if task == STATE_TASK:
+        self._cell = (0, self.span)
+        if position is not None:
             self._symbols, self._ids, self.names = hidden_states(grammar, position)
             self._cell = (position - 1, None)
         else:
             self._symbols = _start_children(grammar) if task == "A" else _by_name(grammar)
             self._ids = np.arange(len(self._symbols))
             self.names = [grammar.names[symbol] for symbol in self._symbols]
-            self._cell = (0, self.span)
         self.min_words = position or self.span or 1
         self._chart = Chart(grammar)
 
-    def label(self, tokens, lengths) -> np.ndarray:
+    def label(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Label ids of sentences, (n,) int64; -1 where no candidate derives the span (or the sentence is shorter).
 
         Args:
             tokens: (n, T) indices into `grammar.words`, anything beyond a sentence's end.
             lengths: (n,) words.
         """
-        found = self._chart.labels(tokens, lengths, self._symbols, self._cell, self.rule)
-        return np.where(found < 0, -1, self._ids[found])
+        best = self._chart.labels(tokens, lengths, self._symbols, self._cell, self.rule)
+        return np.where(best < 0, -1, self._ids[best])
 
 
-def _start_children(grammar) -> np.ndarray:
+def _start_children(grammar: Grammar) -> np.ndarray:
     children = grammar.unary[grammar.unary[:, 0] == 0, 1]
     if not len(children):
         raise InputError(
-            f"--task-type A: the start symbol {grammar.names[0]!r} has no unary rules, so there is "
-            "nothing to tell apart; take task B or C, or a grammar with rules such as 'S S1 0.5'"
+            f"--task-type A: the start symbol {grammar.names[0]!r} has no unary rules, so there are no classes; "
+            "take task B or C, or a grammar with rules such as 'S S1 0.5'"
         )
     return children
 
 
-def _by_name(grammar) -> np.ndarray:
+def _by_name(grammar: Grammar) -> np.ndarray:
     return np.array(sorted(range(len(grammar.names)), key=grammar.names.__getitem__))
 
 
-class LabelledRows(NamedTuple):
-    """The rows of a split, their text as blocks of UTF-8, a sentence a line: a Python string a row would be twice the memory.
+def hidden_states(grammar: Grammar, position: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The nonterminals that stand for the state at a position, from 1, of a hidden Markov model (`pcfg.hmm.hmm_rules`).
 
+    Returns:
+        symbols (S,) int64, nonterminals; ids (S,) int64, the index of each one's state in names; names, the states of all
+        positions, without the positions that nonterminals carry.
+    """
+    emits = (grammar.emission > 0).any(axis=1)
+    start = np.arange(len(grammar.names)) == 0
+    state = ~emits & ~start
+    left, first, second = grammar.binary.T
+    parent, child = grammar.unary.T
+    well_formed = (
+        not emits[0]
+        and (state[left] & emits[first] & state[second]).all()
+        and np.where(start[parent], state[child], state[parent] & emits[child]).all()
+    )
+    to_words = parent != 0
+    owners = np.unique(np.column_stack([np.append(left, parent[to_words]), np.append(first, child[to_words])]), axis=0)
+    if not well_formed or len(owners) != np.count_nonzero(state):
+        raise InputError(
+            "--task-type state: the grammar is no hidden Markov model with rules of the form S -> q, q -> W_q r, q -> W_q and "
+            "W_q -> word; make one with python -m pcfg.hmm, or take task A, B or C"
+        )
+    if position > grammar.longest[0]:
+        raise InputError(f"--position {position}: the grammar's sentences have up to {grammar.longest[0]} words")
+    states = np.flatnonzero(state)
+    names = [grammar.names[symbol] for symbol in states]
+    at = np.full(len(grammar.names), position)
+    parts = [match.groups() for name in names if (match := re.fullmatch(r"(.+)@([1-9][0-9]{0,8})", name))]
+    if len(parts) == len(names):
+        carried = np.zeros(len(grammar.names), dtype=np.int64)
+        carried[states] = [int(number) for _, number in parts]
+        if (carried[second] == carried[left] + 1).all() and (carried[child[~to_words]] == 1).all():
+            names = [name for name, _ in parts]
+            at = carried
+    distinct = list(dict.fromkeys(names))
+    number_of = {name: number for number, name in enumerate(distinct)}
+    ids = np.array([number_of[name] for name in names])
+    here = at[states] == position
+    return states[here], ids[here], distinct
+
+
+class LabelledRows(NamedTuple):
+    """The rows of a split.
+
+    `blocks` have their text in UTF-8, one sentence per line: one Python string per row would be twice the memory.
     `labels`: (n,) int64; `distinct`: distinct sentences among the rows (by a hash of 64 bits); `dropped`: sentences that
     were drawn and left out because nothing derives their span.
     """
@@ -122,22 +167,25 @@ class LabelledRows(NamedTuple):
 class LabelledSentences:
     """Labelled sentences of a grammar, dealt into two splits that share no sentence.
 
-    A hash of the seed and the sentence says to which split a sentence belongs, so the same sentence never lands in both;
-    within its split a sentence is as frequent as in the language (rows may repeat), and labels keep their frequencies.
-    Each split has a random stream of its own.
+    A hash of the seed and the sentence decides its split, so the same sentence never lands in both. Within its split a
+    sentence is as frequent as in the language (rows may repeat), and labels keep their frequencies. Each split has a random
+    stream of its own.
 
     Args:
-        sampler: a `pcfg.sampler.Sampler`.
-        labeller: a `Labeller` of the same grammar.
-        numbers: rows wanted of "training" and "validation"; a sentence is validation with probability
+        sampler: the source of sentences.
+        labeller: of the same grammar.
+        numbers: rows of "training" and of "validation"; a sentence is validation with probability
             validation / (training + validation).
         seed: of the streams and of the hash.
         min_words: shortest sentence.
     """
 
-    def __init__(self, sampler, labeller: Labeller, numbers: dict[str, int], seed: int, min_words: int):
-        self._sampler, self._labeller, self._numbers = sampler, labeller, numbers
-        self._seed, self._min_words = seed, min_words
+    def __init__(self, sampler: Sampler, labeller: Labeller, numbers: dict[str, int], seed: int, min_words: int):
+        self._sampler = sampler
+        self._labeller = labeller
+        self._numbers = numbers
+        self._seed = seed
+        self._min_words = min_words
         digests = [hashlib.sha256(f"{seed} {word}".encode()).digest()[:8] for word in sampler.words]
         self._word_key = np.array([int.from_bytes(digest, "big") for digest in digests], dtype=np.uint64)  # (V,)
         self._validation_below = np.uint64(int(numbers["validation"] / sum(numbers.values()) * 2.0**64))
@@ -148,24 +196,23 @@ class LabelledSentences:
         `mix` is the finaliser of SplitMix64 (Steele, Lea and Flood 2014), a bijection, and key(word) the first 64 bits of
         the SHA-256 of seed and word.
         """
-        found = np.zeros(len(lengths), dtype=np.uint64)
+        hashes = np.zeros(len(lengths), dtype=np.uint64)
         for position in range(int(lengths.max(initial=0))):
             rows = np.flatnonzero(lengths > position)
-            mixed = found[rows] + self._word_key[tokens[rows, position]]
+            mixed = hashes[rows] + self._word_key[tokens[rows, position]]
             mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            found[rows] = mixed ^ (mixed >> np.uint64(31))
-        return found
+            hashes[rows] = mixed ^ (mixed >> np.uint64(31))
+        return hashes
 
     def draw(self, split: str) -> LabelledRows:
-        """The rows of a split.
-
-        Raises:
-            InputError: more than half of the sentences have no label, or the split's sentences do not suffice.
-        """
+        """The rows of a split; an error if more than half of the sentences have no label or the sentences do not suffice."""
         number = self._numbers[split]
         rng = keyed_rng(self._seed, f"downstream-{split}-{self._labeller.task}")
-        blocks, labels, hashes, rows, dropped, drawn = [], [], [], 0, 0, 0
+        blocks: list[bytes] = []
+        labels: list[np.ndarray] = []
+        hashes: list[np.ndarray] = []
+        rows = dropped = drawn = 0
         # A split that holds a hundredth of its fair part of the language's probability still fills up.
         limit = 100_000 + 100 * sum(self._numbers.values())
         while rows < number:
@@ -173,14 +220,14 @@ class LabelledSentences:
             drawn += len(lengths)
             hashed = self.hashes(tokens, lengths)
             ours = np.flatnonzero((hashed < self._validation_below) == (split == "validation"))
-            found = self._labeller.label(tokens[ours], lengths[ours])
-            kept = np.flatnonzero(found >= 0)[: number - rows]
-            rows += len(kept)
-            blocks.append(self._sampler.to_text(tokens[ours[kept]], lengths[ours[kept]], blank_line=False))
-            labels.append(found[kept])
-            hashes.append(hashed[ours[kept]])
-            # What comes after the last row that is wanted was not dropped for want of a label.
-            dropped += int((kept[-1] + 1 if rows == number else len(found)) - len(kept))
+            ids = self._labeller.label(tokens[ours], lengths[ours])
+            labelled = np.flatnonzero(ids >= 0)[: number - rows]
+            rows += len(labelled)
+            blocks.append(self._sampler.to_text(tokens[ours[labelled]], lengths[ours[labelled]], blank_line=False))
+            labels.append(ids[labelled])
+            hashes.append(hashed[ours[labelled]])
+            # Sentences after the last row are not counted: they were not dropped for want of a label.
+            dropped += int((labelled[-1] + 1 if rows == number else len(ids)) - len(labelled))
             if dropped > rows and (dropped >= 1000 or rows == number):
                 raise InputError(
                     f"--span: no nonterminal derives the first {self._labeller.span} words of {dropped} of "
@@ -195,3 +242,35 @@ class LabelledSentences:
                 )
         distinct = len(np.unique(np.concatenate(hashes)))
         return LabelledRows(blocks, np.concatenate(labels), distinct, dropped)
+
+
+def grammar_facts(grammar: Grammar, sentences: int) -> list[str]:
+    """Facts about a grammar from a sample of `sentences` sentences, one per line: entropies in nats, lengths, classes."""
+    sampler = Sampler(grammar, MAX_WORDS)
+    tokens, lengths = sampler.sample(sentences, keyed_rng(0, "grammar-facts"))
+    entropy, *_ = Chart(grammar).reductions(tokens, lengths)
+    counts = np.bincount(tokens[tokens >= 0], minlength=len(grammar.words))
+    unigram = counts[counts > 0] / counts.sum()
+    long_enough = lengths >= TASK_WORDS
+    lines = [
+        "entropy: {:.3f} +- {:.3f} nats (pairs), {:.3f} +- {:.3f} nats (sentences)".format(
+            *mean_by_pairs(entropy, lengths), *mean_by_sentences(entropy, lengths)
+        ),
+        f"unigram entropy: {-(unigram * np.log(unigram)).sum():.3f} nats",
+        f"words a sentence: {lengths.min()} to {lengths.max()}, mean {lengths.mean():.2f}; "
+        f"{np.mean(long_enough):.1%} have {TASK_WORDS} or more",
+        f"sample: {sentences} sentences, {len(set(sampler.texts(tokens, lengths)))} of them distinct",
+    ]
+    for task, span in TASK_SPANS.items():
+        labels = Labeller(grammar, task).label(tokens[long_enough], lengths[long_enough])
+        lines.append(f"task {task} ({'whole sentence' if span is None else f'span {span}'}): {_class_line(labels)}")
+    return lines
+
+
+def _class_line(labels: np.ndarray) -> str:
+    """Number of classes and the share of the largest; without a label: -1."""
+    counts = np.bincount(labels[labels >= 0])
+    if not len(counts):
+        return "no labels"
+    unlabelled = f", {np.mean(labels < 0):.1%} of the sentences without a label" if (labels < 0).any() else ""
+    return f"{np.count_nonzero(counts)} classes, majority {counts.max() / counts.sum():.1%}{unlabelled}"

@@ -132,7 +132,7 @@ def _refuse_infinite_length(grammar: Grammar) -> None:
     parent, child = edges.T.astype(np.int64)
     probability = np.concatenate([grammar.binary_probability, grammar.binary_probability, grammar.unary_probability])
     component, _ = strong_components(size, parent, child)
-    within = (component[parent] == component[child]) & reachable(size, parent, child, 0)[parent]
+    within = (component[parent] == component[child]) & reachable(component, parent, child, 0)[parent]
     for block in np.unique(component[parent[within]]):
         members, inside = np.flatnonzero(component == block), within & (component[parent] == block)
         place = np.searchsorted(members, np.stack([parent[inside], child[inside]]))

@@ -116,7 +116,9 @@ def test_table_features_are_the_true_conditionals(tiny_rules, texts):
 
 
 def sentence_probabilities(grammar, sentences):
-    """Inside probability by recursion over spans; the grammar's unary chains through its closure."""
+    """Inside probability by recursion over spans; all chains of unary rules together are (I - U)^-1."""
+    unary = np.zeros((len(grammar.names), len(grammar.names)))
+    unary[tuple(grammar.unary.T)] = grammar.unary_probability
 
     def inside(words):
         chart = {}
@@ -129,7 +131,7 @@ def sentence_probabilities(grammar, sentences):
                     for (lhs, left, right), p in zip(grammar.binary, grammar.binary_probability, strict=True):
                         for split in range(1, width):
                             cell[lhs] += p * chart[start, split][left] * chart[start + split, width - split][right]
-                chart[start, width] = grammar.closure @ cell
+                chart[start, width] = np.linalg.solve(np.eye(len(cell)) - unary, cell)
         return chart[0, len(words)][0]
 
     return np.array([inside(words) for words in sentences])

@@ -11,8 +11,8 @@ from pcfg import hmm
 from pcfg.chart import Chart
 from pcfg.common.files import InputError
 from pcfg.grammar import RULES_FOLDER, Grammar
-from pcfg.hmm import hidden_states, hmm_grammar
-from pcfg.labels import Labeller
+from pcfg.hmm import hmm_grammar
+from pcfg.labels import Labeller, hidden_states
 from pcfg.sampler import Sampler
 
 

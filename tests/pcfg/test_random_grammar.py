@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pcfg import random_grammar
+from pcfg import labels, random_grammar
 from pcfg.common.files import InputError
 from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.sampler import Sampler
@@ -74,7 +74,7 @@ def test_facts_are_those_of_a_naive_count():
         [("S", ("S1",), 0.5), ("S", ("S2",), 0.5), ("S1", ("A", "A"), 1.0), ("S2", ("B", "A"), 1.0)]
         + [("A", ("a",), 0.5), ("A", ("b",), 0.5), ("B", ("b",), 1.0)]
     )
-    lines = random_grammar.facts(grammar, 4000)
+    lines = labels.grammar_facts(grammar, 4000)
     # aa ab with 1/8 each, ba bb with 1/8 + 1/4 each: the first word is b with 3/4, the second a or b with 1/2
     first = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
     exact = (first + np.log(2)) / 2

@@ -47,7 +47,10 @@ def listed_rules(grammar):
     rules = [(*rule, p) for rule, p in zip(grammar.binary.tolist(), grammar.binary_probability, strict=True)]
     rules += [(a, b, -1, p) for (a, b), p in zip(grammar.unary.tolist(), grammar.unary_probability, strict=True)]
     rules += [(int(a), -1 - int(w), -1, grammar.emission[a, w]) for a, w in np.argwhere(grammar.emission > 0)]
-    below = (grammar.closure > 0).sum(axis=1)  # a child by a unary rule has fewer nonterminals below it
+    unary = np.zeros((len(grammar.names), len(grammar.names)))
+    unary[tuple(grammar.unary.T)] = grammar.unary_probability
+    closure = np.linalg.matrix_power(np.eye(len(unary)) + unary, len(unary))  # positive where a unary chain leads
+    below = (closure > 0).sum(axis=1)  # a child by a unary rule has fewer nonterminals below it
     return sorted(rules, key=lambda rule: below[rule[0]])
 
 
