@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 from tqdm import tqdm
 
@@ -65,7 +65,7 @@ def run_jobs(
     executor: str = "processes",
     ray_address: str | None = None,
     weight: Callable | None = None,
-) -> Iterator[tuple]:
+) -> Generator[tuple, None, None]:
     """Yield `(job, function(job))` as jobs finish, and show a progress bar named `what`.
 
     Args:

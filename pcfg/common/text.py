@@ -204,7 +204,7 @@ def shard_paths(folder, split: str) -> list[Path]:
     return [folder / shard_name(split, number) for number in candidates]
 
 
-def write_shard(path, blocks: Iterable[bytes]) -> dict:
+def write_shard(path, blocks: Iterable[bytes | memoryview]) -> dict:
     """Write a text shard from blocks of lines, atomically; an empty line is put between two blocks as between sentences.
 
     Returns:

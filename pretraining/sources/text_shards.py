@@ -1,19 +1,22 @@
-"""What the sources of text have in common: shards, the manifest of a folder of text, its vocabulary file."""
+"""What the sources of text have in common: flags, shards, and the folder that they are written into."""
 
 import argparse
 import contextlib
 import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pcfg.common.cli import non_negative_int, positive_int
-from pcfg.common.executors import run_jobs
+from pcfg.common.executors import end_if_asked, run_jobs
 from pcfg.common.files import InputError, Manifest, atomic_open, check_space, free_bytes
-from pcfg.common.text import SPLITS, TEXT_MANIFEST, shard_name, shard_paths
+from pcfg.common.text import SPLITS, TEXT_MANIFEST, shard_name, shard_paths, write_shard
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One of the text files to make."""
+    """One text file; `sentences` is 0 where the source does not decide the number."""
 
     split: str
     number: int
@@ -24,88 +27,141 @@ class Shard:
         return shard_name(self.split, self.number)
 
 
-def add_shard_arguments(sizes, length_limit: int) -> None:
-    """Add the flags of numbers and sizes of shards, of which `list_shards` makes a list, and --length-limit to a group."""
+def add_folder_arguments(files: argparse._ActionsContainer) -> None:
+    """Add --save-path and --overwrite."""
+    files.add_argument("--save-path", type=Path, required=True, help="folder for the text; created if missing")
+    files.add_argument("--overwrite", action="store_true", help="replace text made with other flags; default: refuse")
+
+
+def add_shard_arguments(sizes: argparse._ActionsContainer, length_limit: int) -> None:
+    """Add --length-limit, and the numbers and sizes of shards, which `list_shards` reads."""
     sizes.add_argument(
-        "--sentence-num", type=positive_int, default=1_000_000, help="sentences a training shard; default 1000000"
+        "--sentence-num", type=positive_int, default=1_000_000, help="sentences per training shard; default 1000000"
     )
     sizes.add_argument("--shard-num", type=non_negative_int, default=200, help="training shards; default 200")
-    sizes.add_argument("--test-sentence-num", type=positive_int, default=10_000, help="sentences a test shard; default 10000")
+    sizes.add_argument("--test-sentence-num", type=positive_int, default=10_000, help="sentences per test shard; default 10000")
     sizes.add_argument("--test-shard-num", type=non_negative_int, default=10, help="test shards; default 10")
-    sizes.add_argument(
-        "--length-limit",
-        type=positive_int,
-        default=length_limit,
-        help=f"sentences have fewer words than this; default {length_limit}",
-    )
+    limit_help = f"sentences have fewer words than this; default {length_limit}"
+    sizes.add_argument("--length-limit", type=positive_int, default=length_limit, help=limit_help)
 
 
 def list_shards(options: argparse.Namespace) -> list[Shard]:
-    """The shards that the flags of `add_shard_arguments` ask for.
-
-    Raises:
-        InputError: none, or no sentence is short enough.
-    """
+    """The shards that the flags of `add_shard_arguments` ask for."""
     if options.length_limit < 2:
-        raise InputError(f"--length-limit {options.length_limit}: no sentence has fewer words; it must be 2 or more")
+        raise InputError(f"--length-limit {options.length_limit}: no sentence has fewer words; give 2 or more")
     if options.shard_num + options.test_shard_num == 0:
-        raise InputError("--shard-num 0 --test-shard-num 0: nothing to make; ask for a shard at least")
-    shards = [Shard("training", i, options.sentence_num) for i in range(options.shard_num)]
-    return shards + [Shard("test", i, options.test_sentence_num) for i in range(options.test_shard_num)]
+        raise InputError("--shard-num 0 --test-shard-num 0: nothing to make; ask for at least one shard")
+    return number_shards(options, options.sentence_num, options.test_sentence_num)
 
 
-def check_disk(folder: Path, wanted: list[Shard], shards: list[Shard], sentence_bytes: float, about: str) -> None:
-    """Print the plan, and raise an `InputError` if the disk can't hold the shards that are `wanted`.
+def number_shards(options: argparse.Namespace, training_sentences: int = 0, test_sentences: int = 0) -> list[Shard]:
+    """--shard-num training shards and --test-shard-num test shards."""
+    training = [Shard("training", number, training_sentences) for number in range(options.shard_num)]
+    return training + [Shard("test", number, test_sentences) for number in range(options.test_shard_num)]
+
+
+def write_sentences(folder: Path, shard: Shard, blocks: Iterable[tuple[bytes | memoryview, int]]) -> dict:
+    """Write one shard.
 
     Args:
-        shards: all shards, the wanted ones among them.
-        sentence_bytes: mean bytes of a sentence, with the empty line after it.
-        about: what else the plan says.
+        blocks: parts of the text, without the empty line between two parts, and the number of words in each.
+
+    Returns:
+        The shard's entry in the manifest.
     """
-    needed = sum(shard.sentences for shard in wanted) * sentence_bytes
-    for split in SPLITS:
-        numbers = [shard.sentences for shard in shards if shard.split == split]
-        total = sum(numbers)
-        print(f"plan: {len(numbers):,} {split} shards, {total:,} sentences, {total * sentence_bytes / 1e9:.3g} GB")
-    print(
-        f"plan: {len(shards) - len(wanted):,} shards are complete, {len(wanted):,} to make, {needed / 1e9:.3g} GB in {folder} "
-        f"({free_bytes(folder) / 1e9:.3g} GB free); {about}"
-    )
-    check_space(folder, needed)
+    words = 0
+
+    def text() -> Iterator[bytes | memoryview]:
+        nonlocal words
+        for block, block_words in blocks:
+            end_if_asked()
+            words += block_words
+            yield block
+
+    return {**write_shard(folder / shard.name, text()), "sentences": shard.sentences, "words": words}
 
 
-def open_manifest(folder: Path, made_from: dict, overwrite: bool) -> Manifest:
-    """The manifest of `folder`; text that was made otherwise is removed if `overwrite`, else refused."""
-    path = folder / TEXT_MANIFEST
-    present = [shard for split in SPLITS for shard in shard_paths(folder, split)] if folder.is_dir() else []
-    if present and not path.exists() and not overwrite:
-        raise InputError(
-            f"{present[0]}: text that this script has no record of ({TEXT_MANIFEST} is missing); "
-            "give another --save-path, or --overwrite to replace it"
+class TextFolder:
+    """A folder of shards with their manifest and vocabulary; a rerun of an interrupted command completes it.
+
+    Args:
+        folder: created with the first file.
+        made_from: everything that decides the bytes of the shards.
+        shards: all shards of the folder.
+        overwrite: replace text made from something else, instead of refusing.
+
+    Attributes:
+        missing_shards: those that are not complete.
+    """
+
+    def __init__(self, folder: Path, made_from: dict, shards: list[Shard], overwrite: bool):
+        self.folder = folder
+        self.shards = shards
+        self.overwrite = overwrite
+        present = [path for split in SPLITS for path in shard_paths(folder, split)] if folder.is_dir() else []
+        manifest_path = folder / TEXT_MANIFEST
+        if present and not manifest_path.exists() and not overwrite:
+            raise InputError(
+                f"{present[0]}: text that this script has no record of ({TEXT_MANIFEST} is missing); "
+                "give another --save-path, or --overwrite to replace it"
+            )
+        self.manifest = Manifest(manifest_path, made_from, overwrite)
+        if overwrite:
+            # Shards beyond the new number would be read together with the new ones.
+            for path in present:
+                if path.name not in self.manifest.names():
+                    path.unlink()
+        recorded = sorted({shard.name for shard in shards} & set(self.manifest.names()))
+        with contextlib.closing(
+            run_jobs(self.manifest.is_complete, recorded, len(recorded), "verifying", "threads")
+        ) as verified:
+            complete = {name for name, is_complete in verified if is_complete}
+        self.missing_shards = [shard for shard in shards if shard.name not in complete]
+
+    def check_disk(self, sentence_bytes: float, sentences: str) -> None:
+        """Print numbers and sizes, and raise an `InputError` if the disk can't hold the missing shards.
+
+        Args:
+            sentence_bytes: mean bytes of a sentence, with the empty line after it.
+            sentences: description of the sentences.
+        """
+        for split in SPLITS:
+            numbers = [shard.sentences for shard in self.shards if shard.split == split]
+            size = sum(numbers) * sentence_bytes
+            print(f"plan: {len(numbers):,} {split} shards, {sum(numbers):,} sentences, {size / 1e9:.3g} GB")
+        missing_bytes = sum(shard.sentences for shard in self.missing_shards) * sentence_bytes
+        complete = len(self.shards) - len(self.missing_shards)
+        print(
+            f"plan: {complete:,} shards are complete, {len(self.missing_shards):,} to make, {missing_bytes / 1e9:.3g} GB in "
+            f"{self.folder} ({free_bytes(self.folder) / 1e9:.3g} GB free); {sentences}"
         )
-    manifest = Manifest(path, made_from, overwrite)
-    if overwrite:
-        # Shards beyond the new number would be read with the new ones.
-        for shard in present:
-            if shard.name not in manifest.names():
-                shard.unlink()
-    return manifest
+        check_space(self.folder, missing_bytes)
 
+    def write_vocabulary(self, content: bytes) -> None:
+        """Write vocab.txt if it is not complete. Written before the shards, it ensures that they never lack a manifest."""
+        path = self.folder / "vocab.txt"
+        if self.manifest.is_complete(path.name):
+            return
+        if path.exists() and not self.overwrite and not self.manifest.names() and path.read_bytes() != content:
+            raise InputError(f"{path}: another vocabulary is here; give another --save-path, or --overwrite to replace it")
+        with atomic_open(path, "wb") as file:
+            file.write(content)
+        self.manifest.add(path.name, tokens=len(content.split()))
 
-def write_vocabulary(manifest: Manifest, folder: Path, content: bytes, overwrite: bool) -> None:
-    """Write vocab.txt if it is not complete. It comes first, so that no shard is ever there without a manifest."""
-    path = folder / "vocab.txt"
-    if manifest.is_complete(path.name):
-        return
-    if path.exists() and not overwrite and not manifest.names() and path.read_bytes() != content:
-        raise InputError(f"{path}: another vocabulary is here; give another --save-path, or --overwrite to replace it")
-    with atomic_open(path, "wb") as file:
-        file.write(content)
-    manifest.add(path.name, tokens=len(content.split()))
+    def write_shards(self, write: Callable[[Shard], dict], **executor: Any) -> None:
+        """Write the missing shards.
 
-
-def complete_names(manifest: Manifest, shards: list[Shard]) -> set[str]:
-    """The names of the shards that are there and unchanged; several are read at once."""
-    listed = sorted({shard.name for shard in shards} & set(manifest.names()))
-    with contextlib.closing(run_jobs(manifest.is_complete, listed, len(listed), "verifying", "threads")) as verified:
-        return {name for name, complete in verified if complete}
+        Args:
+            write: writes one shard and returns its entry in the manifest.
+            executor: arguments of `run_jobs`.
+        """
+        start = time.perf_counter()
+        size = 0
+        with contextlib.closing(run_jobs(write, self.missing_shards, what="text shards", **executor)) as results:
+            for shard, entry in results:
+                self.manifest.add(shard.name, **entry)
+                size += entry["size"]
+        number = len(self.missing_shards)
+        seconds = time.perf_counter() - start
+        rate = f"; {size / 1e9:.3g} GB in {seconds:.3g} s, {size / 1e6 / seconds:.3g} MB/s" if number else ""
+        print(f"{self.folder}: {number} shards made, {len(self.shards) - number} skipped as complete{rate}")

@@ -5,6 +5,8 @@ import pydoc_data.topics
 import pytest
 import torch
 
+from pretraining.sources.opt.causal_lm import RestrictedLM
+
 LINES = [line for topic in pydoc_data.topics.topics.values() for line in topic.split("\n")]
 
 
@@ -60,6 +62,29 @@ def make_tokenizer():
 def make_opt():
     """`make_opt(folder, size, seed, scale, positions)`."""
     return _make_opt
+
+
+def _log_joint(restricted: RestrictedLM, tokens: torch.Tensor) -> torch.Tensor:
+    """log P(x) of whole sentences: (n, T) int64 columns -> (n,) float32 nats, by one forward pass without a cache."""
+    number, length = tokens.shape
+    if not 1 <= length <= restricted.max_tokens:
+        raise ValueError(f"sentences of {length} tokens; they have 1 to {restricted.max_tokens}")
+    start = torch.full((number, 1), restricted.start_id)
+    fed = torch.cat([start, restricted.ids(tokens)], dim=1)[:, : restricted.max_tokens]
+    with torch.inference_mode():
+        logits = restricted.model(input_ids=fed, attention_mask=torch.ones_like(fed), use_cache=False).logits
+    if length < restricted.max_tokens:
+        tokens = torch.nn.functional.pad(tokens, (0, 1), value=restricted.end)
+    first = restricted.log_probabilities(logits[:, :1], first=True)
+    rest = restricted.log_probabilities(logits[:, 1:], first=False)
+    log_p = torch.cat([first, rest], dim=1)  # (n, T or T + 1, V + 1)
+    return log_p.gather(2, tokens[:, :, None])[:, :, 0].sum(dim=1)
+
+
+@pytest.fixture(scope="session")
+def log_joint():
+    """`log_joint(restricted, tokens)`: the joint probability by its definition."""
+    return _log_joint
 
 
 @pytest.fixture(scope="session")

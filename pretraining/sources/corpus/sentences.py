@@ -4,17 +4,18 @@ import dataclasses
 import re
 import unicodedata
 from collections import Counter
+from typing import Literal, cast
 
 from sentencex import segment
 
 from pcfg.common.files import InputError
 
 UNICODE_FORMS = ("NFC", "NFKC", "none")
-MOST_CHARACTERS = 10_000  # of a sentence; a longer one is cut
-# Characters that the splitter is given at once: its time grows with the square of a paragraph of many brackets, or of Chinese.
-AT_ONCE = 1 << 12
-# Control characters but for white space, soft hyphens, zero-width spaces, marks of direction, the byte order mark,
-# noncharacters; and half surrogates, which JSON can hold and UTF-8 can't.
+MAX_CHARACTERS = 10_000  # per sentence; a longer one is cut
+# Characters per call of the splitter: its time grows with the square of a paragraph of many brackets, or of Chinese.
+CHARACTERS_PER_CALL = 1 << 12
+# Control characters except white space, soft hyphens, zero-width spaces, marks of direction, the byte order mark,
+# noncharacters, and half surrogates, which JSON can hold and UTF-8 can't.
 INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff\ud800-\udfff]"
 )
@@ -23,7 +24,7 @@ PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*")
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """What becomes of a text before and after it is split.
+    """How a text is changed before and after it is split.
 
     Args:
         unicode: a member of `UNICODE_FORMS`: the normal form.
@@ -42,48 +43,50 @@ class Normalisation:
     def clean(self, text: str) -> str:
         """The text in its normal form, without invisible characters."""
         text = INVISIBLE.sub("", text)
-        return text if self.unicode == "none" else unicodedata.normalize(self.unicode, text)
+        return text if self.unicode == "none" else unicodedata.normalize(cast(Literal["NFC", "NFKC"], self.unicode), text)
 
 
-def sentences(text: str, rules: Normalisation, counts: Counter) -> list[str]:
-    """The sentences of a document; their words are parted by single spaces.
+def split_document(text: str, rules: Normalisation, counts: Counter) -> list[str]:
+    """The sentences of a document, their words separated by single spaces.
 
     Args:
-        text: of the document, as it was read. An empty line parts paragraphs, and so sentences; a single line end is a space.
-        counts: what was dropped or cut is added to it.
+        text: of the document, as read. An empty line ends a paragraph, and so a sentence; a single line end is a space.
+        counts: dropped and cut sentences are added to it.
     """
-    found = []
+    lines: list[str] = []
     for paragraph in PARAGRAPH.split(rules.clean(text)):
-        found += _split(" ".join(paragraph.split()), rules.language)
-    return kept(found, rules, counts)
+        lines += _split_paragraph(" ".join(paragraph.split()), rules.language)
+    return select_sentences(lines, rules, counts)
 
 
-def _split(paragraph: str, language: str) -> list[str]:
-    """The sentences of a paragraph, with the space after each; `AT_ONCE` characters at a time.
+def _split_paragraph(paragraph: str, language: str) -> list[str]:
+    """The sentences of a paragraph, with the space after each.
 
-    The last sentence of a part may go on in the next one, and is split again with it.
+    The last sentence of a call may continue in the next `CHARACTERS_PER_CALL`, and is split again together with them.
     """
-    found, rest, start = [], "", 0
+    lines = []
+    rest = ""
+    start = 0
     while start < len(paragraph):
-        stop = start + AT_ONCE
+        stop = start + CHARACTERS_PER_CALL
         if stop < len(paragraph):
             space = paragraph.rfind(" ", start, stop)
             stop = stop if space < 0 else space + 1
         parts = segment(language, rest + paragraph[start:stop])
         start = stop
         rest = parts.pop() if start < len(paragraph) and parts else ""
-        if len(rest) > AT_ONCE:
+        if len(rest) > CHARACTERS_PER_CALL:
             parts.append(rest)
             rest = ""
-        found += parts
-    return found
+        lines += parts
+    return lines
 
 
-def kept(lines: list[str], rules: Normalisation, counts: Counter) -> list[str]:
-    """Those lines that have enough words, stripped; a longer one than `MOST_CHARACTERS` in several.
+def select_sentences(lines: list[str], rules: Normalisation, counts: Counter) -> list[str]:
+    """The stripped lines that have enough words; lines longer than `MAX_CHARACTERS` are cut.
 
     Args:
-        lines: words parted by single spaces.
+        lines: words separated by single spaces.
     """
     result = []
     for line in map(str.strip, lines):
@@ -91,26 +94,27 @@ def kept(lines: list[str], rules: Normalisation, counts: Counter) -> list[str]:
             continue
         if line.count(" ") + 1 < rules.min_words:
             counts["sentences that are too short"] += 1
-        elif len(line) > MOST_CHARACTERS:
+        elif len(line) > MAX_CHARACTERS:
             counts["sentences that were cut"] += 1
-            result += _blocks(line, MOST_CHARACTERS)
+            result += _cut(line, MAX_CHARACTERS)
         else:
             result.append(line)
     return result
 
 
-def _blocks(text: str, most: int) -> list[str]:
-    """A text of words parted by single spaces, in blocks of at most `most` characters, cut at spaces where there are any.
+def _cut(text: str, size: int) -> list[str]:
+    """Words separated by single spaces, in blocks of at most `size` characters, cut at spaces where there are any.
 
-    >>> _blocks("one two three", 8)
+    >>> _cut("one two three", 8)
     ['one two', 'three']
-    >>> _blocks("abcdef", 4)
+    >>> _cut("abcdef", 4)
     ['abcd', 'ef']
     """
-    blocks, start = [], 0
-    while len(text) - start > most:
-        place = text.rfind(" ", start + 1, start + most + 1)
-        stop = place if place > 0 else start + most
+    blocks = []
+    start = 0
+    while len(text) - start > size:
+        space = text.rfind(" ", start + 1, start + size + 1)
+        stop = space if space > 0 else start + size
         blocks.append(text[start:stop])
-        start = stop + (place > 0)
+        start = stop + (space > 0)
     return [*blocks, text[start:]] if start < len(text) else blocks

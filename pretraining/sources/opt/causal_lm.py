@@ -1,7 +1,7 @@
 """Causal language models of transformers, restricted to some of their tokens: a language whose probabilities are known.
 
-Start token s, kept tokens K, end token e. With p the model's softmax over K and e alone, a sentence x_1..x_T of kept tokens,
-1 <= T <= M, has the probability
+Start token s, kept tokens K, end token e, maximum M. With p the model's softmax over K and e alone, a sentence x_1..x_T of
+kept tokens, 1 <= T <= M, has the probability
 
     P(x) = prod_{i=1..T} p(x_i | s, x_<i)  *  p(e | s, x)   if T < M      (the sentence ended)
     P(x) = prod_{i=1..T} p(x_i | s, x_<i)                   if T = M      (it was cut at the length limit)
@@ -11,56 +11,59 @@ al. 2023, section 3: their OPT data). The restriction is a JSON file, top_tokens
 """
 
 import copy
-import dataclasses
 import hashlib
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import pydantic
 import torch
 
-from pcfg.common.files import InputError, read_json, write_json
+from pcfg.common.files import InputError
+from pcfg.common.schema import Schema, read_schema
 from pretraining.data.vocabulary import hub_is_off
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 TOP_TOKENS = "top_tokens.json"
-FORMAT = "top tokens, 1"
-# Keys of a model's configuration that say nothing of its function.
+FORMAT: Literal["top tokens, 1"] = "top tokens, 1"
+NO_CACHE = "--model-name: the model keeps no keys and values of earlier tokens; give a transformer"
+# Keys of a model's configuration that do not affect its outputs.
 _INCIDENTAL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
-def find_device(wanted: str | None) -> str:
-    """The device of --device: cpu or cuda; for None cuda where it is.
-
-    Raises:
-        InputError: cuda is wanted and not there.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
+def find_device(name: str | None) -> str:
+    """The device of --device: cpu or cuda; for None cuda if available."""
+    if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: there is none on this machine; leave it out, or give cpu")
-    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_causal_lm(name: str, device: str, dtype: torch.dtype) -> tuple:
-    """A causal language model and its tokenizer; no code of the model's folder is executed, nor anything pickled in it.
+def load_causal_lm(name: str, device: str, dtype: torch.dtype) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", str]:
+    """A causal language model and its tokenizer, without executing or unpickling anything from the model's folder.
 
     Args:
         name: a local folder, or a name on the hub (its local cache only, unless the environment says HF_HUB_OFFLINE=0).
         device: cpu or cuda.
-        dtype: that the model computes in; it is read in float32 and converted.
+        dtype: of the model's arithmetic; the weights are read in float32 and converted.
 
     Returns:
-        model, in evaluation mode and without gradients; tokenizer, a fast one; sha256, of the configuration (what differs from
-        its class's defaults) and of the weights as float32, so that the kind of weights file does not matter.
-
-    Raises:
-        InputError: there is no such model, it is damaged, refused as unsafe, no causal language model, or has no tokenizer.
+        model, in evaluation mode and without gradients; tokenizer; SHA-256 of `model_sha256`.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    _check_folder(name)
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"--model-name {name}: no config.json in this folder; give the folder of a causal language model")
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or len(path.parts) > 2):
+        raise InputError(f"--model-name {name}: no such folder; give the folder of a causal language model, or its hub name")
     offline = hub_is_off()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             local_files_only=offline,
             trust_remote_code=False,
@@ -69,23 +72,22 @@ def load_causal_lm(name: str, device: str, dtype: torch.dtype) -> tuple:
             output_loading_info=True,
         )
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"--model-name {name}: its weights hold more than tensors, and reading them could run a program ({reason}); take "
-            "weights in safetensors"
+            f"--model-name {name}: its weights hold more than tensors, and reading them could run a program "
+            f"({_first_line(error)}); give weights in safetensors"
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        off = "; the hub is off (HF_HUB_OFFLINE=0 turns it on)" if offline and not Path(name).is_dir() else ""
+        off = "; the hub is off (HF_HUB_OFFLINE=0 turns it on)" if offline and not path.is_dir() else ""
         raise InputError(
-            f"--model-name {name}: not a causal language model that can be loaded{off} ({reason}); give the folder of one, or "
-            "its name on the hub"
+            f"--model-name {name}: not a causal language model that can be loaded{off} ({_first_line(error)}); give the folder "
+            "of one, or its name on the hub"
         ) from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    model, report = loaded
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if missing:
         raise InputError(
-            f"--model-name {name}: its weights lack {lacking[0]} ({len(lacking)} such) that a {type(model).__name__} needs; "
-            "take a model that was saved with its causal head"
+            f"--model-name {name}: its weights lack {missing[0]} ({len(missing)} such) that a {type(model).__name__} needs; "
+            "give a model that was saved with its causal head"
         )
     model.eval().requires_grad_(False)
     digest = model_sha256(model)
@@ -93,42 +95,44 @@ def load_causal_lm(name: str, device: str, dtype: torch.dtype) -> tuple:
     return model.to(device, dtype), _load_tokenizer(name, offline), digest
 
 
-def _check_folder(name: str) -> None:
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"--model-name {name}: no config.json in this folder; give the folder of a causal language model")
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or len(path.parts) > 2):
-        raise InputError(f"--model-name {name}: no such folder; give the folder of a causal language model, or its hub name")
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
-def _load_tokenizer(name: str, offline: bool):
+def _load_tokenizer(name: str, offline: bool) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"--model-name {name}: its tokenizer can't be loaded ({reason}); save it beside the model") from error
-    # without its files transformers gives one that knows special tokens only
+        raise InputError(
+            f"--model-name {name}: its tokenizer can't be loaded ({_first_line(error)}); save it next to the model"
+        ) from error
+    # Without its files, transformers returns a tokenizer that knows special tokens only.
     if not tokenizer.is_fast or len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
-        raise InputError(f"--model-name {name}: no tokenizer.json, or vocab.json and merges.txt; save the tokenizer beside it")
+        raise InputError(
+            f"--model-name {name}: no tokenizer.json, or vocab.json and merges.txt; save the tokenizer next to the model"
+        )
     return tokenizer
 
 
-def _check_causal(model: torch.nn.Module, name: str) -> None:
-    """transformers also takes bidirectional encoders for causal models: see whether a later token changes earlier logits."""
+def _check_causal(model: "PreTrainedModel", name: str) -> None:
+    """Refuse a model whose earlier logits depend on a later token: transformers loads bidirectional encoders as well."""
     last = min(model.config.vocab_size, 8) - 1
     tokens = torch.tensor([[0, 1, 0, last], [0, 1, last, 0]])
     with torch.inference_mode():
         logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :2]  # (2, 2, V)
     if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4 * float(logits.abs().max())):
         raise InputError(
-            f"--model-name {name}: no causal language model (tokens after a position change its logits); take one of GPT's kind"
+            f"--model-name {name}: no causal language model (tokens after a position change its logits); give one like GPT"
         )
 
 
-def model_sha256(model: torch.nn.Module) -> str:
-    """Hexadecimal SHA-256 of a model's configuration and of its weights, as float32, in the order of their names."""
+def model_sha256(model: "PreTrainedModel") -> str:
+    """Hexadecimal SHA-256 of a model's function, whatever the kind of its weights file.
+
+    It covers what differs from the defaults of its configuration class, and the weights as float32, by name.
+    """
     facts = {key: value for key, value in model.config.to_diff_dict().items() if key not in _INCIDENTAL}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for key, tensor in sorted(model.state_dict().items()):
@@ -138,68 +142,57 @@ def model_sha256(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class Restriction:
-    """What top_tokens.json says: to which tokens a model is restricted, and how they were found.
+class Restriction(Schema):
+    """The content of top_tokens.json: the tokens that a model is restricted to, and their origin.
 
     Args:
-        model_name: as it was given; for people.
-        model_sha256: see `load_causal_lm`.
+        model_name: as given on the command line; for people.
+        model_sha256: see `model_sha256`.
         kept: (V,) ids of the kept tokens in the model's vocabulary, the most frequent first.
         pieces: (V,) the same as words of the text (`pretraining.sources.opt.escaped_tokens`); kept[i] has the id i + 5 in
             vocab.txt.
-        counts: (V,) how often each was seen in the sample.
+        counts: (V,) occurrences of each in the sample.
         start_id, end_id: ids of the start and the end token in the model's vocabulary.
-        max_tokens: most tokens a sentence (M above), start and end token not counted.
-        estimated: how the counts were had: seed, sentences, tokens, device, dtype.
+        max_tokens: maximum number of tokens per sentence (M above), without start and end token.
+        estimated: origin of the counts: seed, sentences, tokens, device, dtype.
     """
 
+    format: Literal["top tokens, 1"]
     model_name: str
     model_sha256: str
-    kept: list[int]
+    kept: list[pydantic.NonNegativeInt]
     pieces: list[str]
-    counts: list[int]
-    start_id: int
-    end_id: int
-    max_tokens: int
-    estimated: dict
+    counts: list[pydantic.NonNegativeInt]
+    start_id: pydantic.NonNegativeInt
+    end_id: pydantic.NonNegativeInt
+    max_tokens: pydantic.PositiveInt
+    estimated: dict[str, Any]
 
-    def write(self, folder) -> None:
-        """Write top_tokens.json into a folder, atomically."""
-        write_json(Path(folder) / TOP_TOKENS, {"format": FORMAT, **dataclasses.asdict(self)})
+    @pydantic.model_validator(mode="after")
+    def _check_lists(self) -> "Restriction":
+        kept = self.kept
+        if not 0 < len(kept) == len(set(kept)) == len(self.pieces) == len(self.counts) or self.end_id in kept:
+            raise ValueError("kept tokens, pieces and counts do not fit together")
+        return self
 
 
-def read_restriction(path) -> Restriction:
-    """The restriction in a folder of text, or in a file.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
+def read_restriction(path: Path | str) -> Restriction:
+    """The restriction in a folder of text, or in a file."""
     path = Path(path)
     if path.is_dir():
         path = path / TOP_TOKENS
     if not path.is_file():
         raise InputError(f"{path}: no such file; it is written by generate_pretraining.py --source opt")
-    content = read_json(path)
-    if content.pop("format", None) != FORMAT:
-        raise InputError(f"{path}: not a file of this version's top tokens ({FORMAT!r}); make it again")
-    try:
-        restriction = Restriction(**content)
-    except TypeError as error:
-        raise InputError(f"{path}: damaged ({error}); make it again") from None
-    _check(restriction, path)
-    return restriction
+    return read_schema(Restriction, path, "damaged, or of another version: make it again")
 
 
-def _check(restriction: Restriction, path: Path) -> None:
-    def integers(values) -> bool:
-        return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-    kept, scalars = restriction.kept, [restriction.start_id, restriction.end_id, restriction.max_tokens]
-    sound = integers(kept) and integers(restriction.counts) and integers(scalars) and isinstance(restriction.pieces, list)
-    sound = sound and 0 < len(kept) == len(set(kept)) == len(restriction.pieces) == len(restriction.counts)
-    if not sound or restriction.end_id in kept or restriction.max_tokens < 1:
-        raise InputError(f"{path}: damaged (kept tokens, pieces and counts do not fit together); make it again")
+def check_model(restriction: Restriction, source: Path | str, model_name: str, digest: str) -> None:
+    """Refuse a model, named on the command line, that is not the one of the restriction in `source`."""
+    if restriction.model_sha256 != digest:
+        raise InputError(
+            f"--model-name {model_name}: {source} is of another model, {restriction.model_name} (sha256 "
+            f"{restriction.model_sha256[:12]}, this one's {digest[:12]}); give that one, or make the tokens again elsewhere"
+        )
 
 
 class RestrictedLM:
@@ -208,30 +201,29 @@ class RestrictedLM:
     Tokens are columns everywhere: column j stands for the token `kept[j]`, the last one, `end` = V, for the end token.
 
     Args:
-        model: of transformers, in evaluation mode. It is left as it is; where its output layer is a plain linear one, this
-            object's copy has the rows of kept tokens and end token alone and shares all other weights.
+        model: of transformers, in evaluation mode. It is not changed. If its output layer is a plain linear one, this
+            object uses a copy that has only the rows of kept tokens and end token, and shares all other weights.
         kept: (V,) ids of the kept tokens in the model's vocabulary.
         start_id, end_id, max_tokens: as in `Restriction`.
 
     Attributes:
-        model: to be called as transformers' models are, with the model's ids (`ids`) and `past_key_values`; its logits go to
+        model: called as transformers' models are, with the model's ids (`ids`) and `past_key_values`; its logits go to
             `log_probabilities` as they are.
         kept: (V,) int64 on the device.
-        start_id, end_id, max_tokens, device: as given.
         end: V, the column of the end token.
-
-    Raises:
-        InputError: the model has no such tokens, or fewer positions than max_tokens.
     """
 
-    def __init__(self, model: torch.nn.Module, kept, start_id: int, end_id: int, max_tokens: int):
+    def __init__(self, model: "PreTrainedModel", kept: Sequence[int], start_id: int, end_id: int, max_tokens: int):
         self.device = next(model.parameters()).device
         self.kept = torch.as_tensor(kept, dtype=torch.int64, device=self.device)
-        self.start_id, self.end_id, self.max_tokens, self.end = start_id, end_id, max_tokens, len(self.kept)
+        self.start_id = start_id
+        self.end_id = end_id
+        self.max_tokens = max_tokens
+        self.end = len(self.kept)
         size = model.config.vocab_size
         if max(start_id, end_id, *self.kept.tolist()) >= size:
-            raise InputError(f"top tokens: the model has the ids 0..{size - 1} only; take the model that they were made with")
-        # the end token is never fed, so that start and M - 1 tokens are the most
+            raise InputError(f"top tokens: the model has the ids 0..{size - 1} only; give the model that they were made with")
+        # The end token is never an input, so at most the start token and M - 1 others are.
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is not None and max_tokens > positions:
             raise InputError(
@@ -242,20 +234,17 @@ class RestrictedLM:
         self._is_head_restricted = self.model is not model
 
     @classmethod
-    def from_folder(cls, folder, model_name: str, device: str, dtype: torch.dtype) -> "RestrictedLM":
-        """The language that the text in a folder was drawn from.
+    def of(cls, model: "PreTrainedModel", restriction: Restriction) -> "RestrictedLM":
+        """The language of a restriction and its model."""
+        return cls(model, restriction.kept, restriction.start_id, restriction.end_id, restriction.max_tokens)
 
-        Args:
-            folder: a folder of text with a top_tokens.json.
-            model_name, device, dtype: as `load_causal_lm`.
-
-        Raises:
-            InputError: as `load_causal_lm` and `read_restriction`; the text was made with another model.
-        """
+    @classmethod
+    def from_folder(cls, folder: Path | str, model_name: str, device: str, dtype: torch.dtype) -> "RestrictedLM":
+        """The language that the text in a folder was drawn from; the other arguments are those of `load_causal_lm`."""
         restriction = read_restriction(folder)
         model, _, digest = load_causal_lm(model_name, device, dtype)
         check_model(restriction, folder, model_name, digest)
-        return cls(model, restriction.kept, restriction.start_id, restriction.end_id, restriction.max_tokens)
+        return cls.of(model, restriction)
 
     def ids(self, tokens: torch.Tensor) -> torch.Tensor:
         """Columns as ids of the model's vocabulary, of the same shape, int64."""
@@ -277,47 +266,12 @@ class RestrictedLM:
             logits[..., self.end] = -torch.inf
         return torch.log_softmax(logits, dim=-1)
 
-    @torch.inference_mode()
-    def log_joint(self, tokens: torch.Tensor) -> torch.Tensor:
-        """log P(x) of whole sentences, by one forward pass.
 
-        Args:
-            tokens: (n, T) int64 columns, 0 to V - 1; 1 <= T <= max_tokens.
+def _with_restricted_head(model: "PreTrainedModel", columns: torch.Tensor) -> "PreTrainedModel":
+    """A copy of `model` that shares its weights and computes the logits of `columns` only.
 
-        Returns:
-            (n,) float32 nats: sum_i log p(x_i | s, x_<i), and log p(e | s, x) if T < max_tokens.
-        """
-        number, length = tokens.shape
-        if not 1 <= length <= self.max_tokens:
-            raise ValueError(f"sentences of {length} tokens; they have 1 to {self.max_tokens}")
-        start = torch.full((number, 1), self.start_id, device=self.device)
-        fed = torch.cat([start, self.ids(tokens.to(self.device))], dim=1)[:, : self.max_tokens]
-        logits = self.model(input_ids=fed, attention_mask=torch.ones_like(fed), use_cache=False).logits
-        targets = tokens.to(self.device)
-        if length < self.max_tokens:
-            targets = torch.nn.functional.pad(targets, (0, 1), value=self.end)
-        first = self.log_probabilities(logits[:, :1], first=True)
-        rest = self.log_probabilities(logits[:, 1:], first=False)
-        log_p = torch.cat([first, rest], dim=1)  # (n, T or T + 1, V + 1)
-        return log_p.gather(2, targets[:, :, None])[:, :, 0].sum(dim=1)
-
-
-def check_model(restriction: Restriction, source, model_name: str, digest: str) -> None:
-    """Refuse a model that is not the one of a restriction.
-
-    Raises:
-        InputError: names both.
-    """
-    if restriction.model_sha256 != digest:
-        raise InputError(
-            f"--model-name {model_name}: {source} is of another model, {restriction.model_name} (sha256 "
-            f"{restriction.model_sha256[:12]}, this one's {digest[:12]}); give that one, or make the tokens again elsewhere"
-        )
-
-
-def _with_restricted_head(model: torch.nn.Module, columns: torch.Tensor) -> torch.nn.Module:
-    """A copy of `model` that shares its weights and computes the logits of `columns` only; the model itself if it has no
-    plain linear output layer as a direct child. A third of OPT-125m's work is logits of tokens that are not kept.
+    It is the model itself if that has no plain linear output layer as a direct child. Logits of other tokens are a third of
+    OPT-125M's work.
     """
     head = model.get_output_embeddings()
     name = next((name for name, child in model.named_children() if child is head), None)

@@ -1,21 +1,22 @@
 """A language model's tokens as words of a text, and the tokenizer that finds the same words in English.
 
-What a model samples is not always what its tokenizer would make of the text, so a line of the data holds the tokens: each is
-one word, a piece, and pieces are separated by single spaces. The piece of a token's bytes is a mark and a body. The mark is Ġ
-(U+0120) where the bytes begin with a space, which the mark stands for, else ‿ (U+203F): joined to what comes before. The body
-is the other bytes as UTF-8, but white space, what can't be printed, bytes that are no whole character, and the escape's own
-four characters Ġ ‿ ⟨ ⟩ are hexadecimal bytes between ⟨ and ⟩. No two tokens have the same piece.
+The tokenizer of a model may cut its sampled text differently, so a line of the data holds the sampled tokens. Each token is one
+word, a piece; pieces are separated by single spaces. The piece of a token's bytes is a mark and a body. The mark is Ġ (U+0120)
+if the bytes begin with a space, which the mark replaces, else ‿ (U+203F): joined to the text before. The body is the other
+bytes as UTF-8. Hexadecimal bytes between ⟨ and ⟩ replace white space, unprintable characters, bytes that form no whole
+character, and the four characters Ġ ‿ ⟨ ⟩ themselves. Two different tokens have different pieces.
 
     " the" -> Ġthe      "s" -> ‿s      " \\n" -> Ġ⟨0A⟩      b"\\xe2\\x80" -> ‿⟨E280⟩
 
-The tokenizer leaves pieces alone, and marks the words of other text in the same way: "The cats." -> ‿The Ġcats ‿. where these
-are entries of the vocabulary, else the longest pieces from the left that are (Ġcat ‿s), else [UNK]. Runs of white space count
-as one space. Words are first cut where GPT-2's tokenizer cuts them (Radford et al. 2019): between letters, digits and others,
-and before 's 't 're 've 'm 'll 'd.
+The tokenizer does not change pieces, and marks the words of other text in the same way: "The cats." -> ‿The Ġcats ‿. if these
+are entries of the vocabulary, else the longest entries from the left (Ġcat ‿s), else [UNK]. Runs of white space count as one
+space. Words are first cut where GPT-2's tokenizer cuts them (Radford et al. 2019): between letters, digits and others, and
+before 's 't 're 've 'm 'll 'd.
 """
 
 import json
 import re
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
@@ -24,12 +25,15 @@ from pcfg.common.files import InputError
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from pretraining.data.wordpiece import UNK, add_special_tokens, ordinary_words_changed
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SPACED, JOINED = "Ġ", "‿"
 OPEN, CLOSE = "⟨", "⟩"
 _RESERVED = (SPACED, JOINED, OPEN, CLOSE)
-# What str.splitlines cuts at.
+# Where str.splitlines cuts.
 LINE_BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
-# The longest word that is looked up; longer ones are [UNK]. WordPiece's search takes the square of it.
+# Longer words are [UNK]: the time of WordPiece's search grows with the square of a word's length.
 LONGEST_WORD = 1_000
 
 
@@ -40,8 +44,9 @@ def escape(token: bytes) -> str:
     ('Ġthe', '‿s', 'Ġ⟨0A⟩', '‿⟨E280⟩')
     """
     mark, token = (SPACED, token[1:]) if token.startswith(b" ") else (JOINED, token)
-    body, escaped = [], b""
-    # A byte that is no part of a whole character becomes a lone surrogate, U+DC80 to U+DCFF, which is not printable.
+    body = []
+    escaped = b""
+    # A byte that belongs to no whole character becomes a lone surrogate, U+DC80 to U+DCFF, which is not printable.
     for character in token.decode("utf-8", "surrogateescape"):
         if character.isprintable() and not character.isspace() and character not in _RESERVED:
             body.append(_group(escaped) + character)
@@ -55,28 +60,11 @@ def _group(escaped: bytes) -> str:
     return f"{OPEN}{escaped.hex().upper()}{CLOSE}" if escaped else ""
 
 
-def unescape(piece: str) -> bytes:
-    """The bytes of a piece: `unescape(escape(token)) == token`.
+def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
+    """The bytes of each token of a tokenizer, by id, without special tokens.
 
-    Raises:
-        ValueError: not a piece.
-    """
-    parts = re.fullmatch(f"[{SPACED}{JOINED}](?:[^{''.join(_RESERVED)}]|{OPEN}(?:[0-9A-F]{{2}})+{CLOSE})*", piece)
-    if parts is None:
-        raise ValueError(f"{piece!r} is no piece of a token")
-    body = re.split(f"{OPEN}([0-9A-F]+){CLOSE}", piece[1:])  # text, hexadecimal, text, ...
-    content = b"".join(bytes.fromhex(part) if number % 2 else part.encode() for number, part in enumerate(body))
-    return b" " * (piece[0] == SPACED) + content
-
-
-def token_bytes(tokenizer) -> dict[int, bytes]:
-    """The bytes of each token of a tokenizer of transformers, by id; special tokens are left out.
-
-    Two kinds are known: byte-level BPE (GPT-2, OPT), whose entries are bytes in GPT-2's table, and sentencepiece's (Llama),
+    Two kinds are supported: byte-level BPE (GPT-2, OPT), whose entries are bytes in GPT-2's table, and sentencepiece (Llama),
     where ▁ is a space and <0xNN> a byte.
-
-    Raises:
-        InputError: a tokenizer of another kind.
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -95,8 +83,8 @@ def token_bytes(tokenizer) -> dict[int, bytes]:
             return entry.replace("▁", " ").encode()
     else:
         raise InputError(
-            f"--model-name {tokenizer.name_or_path}: its tokenizer is neither byte-level BPE nor of sentencepiece's kind, so "
-            "that the bytes of its tokens are not known; take another model"
+            f"--model-name {tokenizer.name_or_path}: its tokenizer is neither byte-level BPE nor sentencepiece, so "
+            "the bytes of its tokens are not known; give another model"
         )
     added = {int(index): token for index, token in tokenizer.added_tokens_decoder.items()}
     special = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
@@ -104,7 +92,7 @@ def token_bytes(tokenizer) -> dict[int, bytes]:
     return {index: entry.encode() if index in added else decode(entry) for entry, index in entries}
 
 
-def _types(description) -> set[str]:
+def _types(description: Any) -> set[str | None]:
     """All values of "type" in a tokenizer's JSON."""
     if isinstance(description, dict):
         return {description.get("type")}.union(*map(_types, description.values()))
@@ -112,18 +100,18 @@ def _types(description) -> set[str]:
 
 
 def why_excluded(token: bytes) -> str | None:
-    """Why a token can't be a word of the data, if it can't."""
+    """The reason why a token can't be a word of the data; None if it can."""
     if not token:
         return "empty"
-    # A character that a token holds in part only can't end a line: its piece is hexadecimal.
+    # An incomplete character can't end a line: its piece is hexadecimal.
     if any(character in LINE_BREAKS for character in token.decode("utf-8", "ignore")):
         return "line break"
-    # The tokenizer takes these for special tokens wherever they stand.
+    # The tokenizer recognises special tokens anywhere in a text.
     return "holds a special token" if any(special in escape(token) for special in SPECIAL_TOKENS) else None
 
 
-# Where words are cut, as patterns of no width (Oniguruma): behind letters, behind digits, behind others. Not behind a mark,
-# beside or within an escape, and not in a contraction.
+# Where words are cut, as patterns of no width (Oniguruma): after letters, after digits, after others. Never after a mark,
+# next to or within an escape, or in a contraction.
 _CUTS = (
     rf"(?<=[\p{{L}}&&[^{SPACED}]])(?=[^\s\p{{L}}{OPEN}])(?![0-9A-F]*{CLOSE})",
     rf"(?<=\p{{N}})(?=[^\s\p{{N}}{OPEN}])(?![0-9A-F]*{CLOSE})",
@@ -135,10 +123,7 @@ _CUTS = (
 def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     """The tokenizer of a vocabulary of special tokens and pieces, by the library `tokenizers` alone.
 
-    A kind of cut that would split a piece of the vocabulary, which may be with models not of GPT-2's kind, is not made.
-
-    Raises:
-        InputError: a piece that it would split or change nevertheless.
+    A kind of cut that would split a piece of the vocabulary is left out; this occurs only with models unlike GPT-2.
     """
     pieces = [word for word in vocabulary.words if word not in SPECIAL_TOKENS]
     cuts = [normalizers.Replace(Regex(cut), f" {JOINED}") for cut in _CUTS]
@@ -147,7 +132,7 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     )
     tokenizer.normalizer = normalizers.Sequence(
         [
-            # the first word has no space before it, unless it is a piece or the text begins with white space
+            # No space precedes the first word, unless it is a piece or the text begins with white space.
             normalizers.Prepend(JOINED),
             normalizers.Replace(Regex(rf"\A{JOINED}(?=[\s{SPACED}{JOINED}]|\z)"), ""),
             normalizers.Replace(Regex(rf"\s+(?=[^\s{SPACED}{JOINED}])"), f" {SPACED}"),
@@ -159,5 +144,5 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     add_special_tokens(tokenizer, vocabulary)
     changed = ordinary_words_changed(vocabulary, tokenizer)
     if changed:
-        raise InputError(f"vocabulary: {sorted(changed)[0]!r} is no piece that stays one token; make the data again")
+        raise InputError(f"vocabulary: {sorted(changed)[0]!r} is no piece that stays one token; generate the text again")
     return tokenizer

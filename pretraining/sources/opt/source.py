@@ -2,16 +2,16 @@
 
     python generate_pretraining.py --source opt --model-name facebook/opt-125m --save-path opt_dataset
 
-That is 200 million sentences, work for a GPU. With a small model's folder, on a laptop:
+This writes 200 million sentences and needs a GPU. With a small model's folder, on a laptop:
 
     python generate_pretraining.py --source opt --model-name MODEL --save-path opt_mini --sentence-num 10000 --shard-num 2 \\
         --test-shard-num 1 --test-sentence-num 1000 --frequency-sentences 2000
 
-The law of a sentence is that of `pretraining.sources.opt.causal_lm`, at temperature 1. Its tokens are drawn by inverting the
-cumulative probabilities, in float64, at one uniform number each: sentence i of a shard has the same numbers in any batch. So a
-shard is a function of the model, the kept tokens, the seed, its kind and number, and the rounding of the model's arithmetic:
-that of the kind of device, the dtype and --batch-size, of which the first two are part of the folder's record, and the last
-changes a token in some hundred thousand (float32).
+`pretraining.sources.opt.causal_lm` defines the distribution of a sentence; the temperature is 1. A token is drawn by inverting
+the cumulative probabilities, in float64, at one uniform number; sentence i of a shard has the same numbers in any batch. So a
+shard is a function of the model, the kept tokens, the seed, its kind and number, and of the rounding of the model's arithmetic.
+The rounding depends on the kind of device and the dtype, which are part of the folder's record, and on --batch-size, which
+changes one token in some hundred thousand (float32).
 """
 
 import argparse
@@ -20,9 +20,9 @@ import functools
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,10 +31,12 @@ from tqdm import tqdm
 from pcfg.common.cli import non_negative_int, positive_int
 from pcfg.common.executors import end_if_asked, run_jobs
 from pcfg.common.files import InputError, Manifest, atomic_folder, keyed_rng
-from pcfg.common.text import write_shard
+from pcfg.common.schema import write_schema
 from pretraining.data.vocabulary import SPECIAL_TOKENS, TOKENIZER_FILES, Vocabulary
 from pretraining.data.wordpiece import OWN_TOKENIZER, save_own_tokenizer
 from pretraining.sources.opt.causal_lm import (
+    FORMAT,
+    NO_CACHE,
     TOP_TOKENS,
     RestrictedLM,
     Restriction,
@@ -43,131 +45,223 @@ from pretraining.sources.opt.causal_lm import (
     load_causal_lm,
     read_restriction,
 )
-from pretraining.sources.opt.escaped_tokens import build_tokenizer, token_bytes
-from pretraining.sources.opt.sampling import DRAWING, choose_tokens, count_tokens, sample
+from pretraining.sources.opt.escaped_tokens import build_tokenizer, escape, token_bytes, why_excluded
 from pretraining.sources.text_shards import (
     Shard,
+    TextFolder,
+    add_folder_arguments,
     add_shard_arguments,
-    check_disk,
-    complete_names,
     list_shards,
-    open_manifest,
-    write_vocabulary,
+    write_sentences,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# How uniform numbers become tokens. It decides the bytes of the text, so change the name with the method.
+DRAWING = "inverse cumulative probabilities, 1"
+SENTENCES_PER_COUNT = 500  # of a job that counts tokens
+TOKEN_FILES = ("vocab.txt", TOP_TOKENS, *(f"{OWN_TOKENIZER}/{name}" for name in TOKENIZER_FILES))
 
 
-class PieceSampler:
-    """Lines of pieces from a restricted model.
+@torch.inference_mode()
+def sample(restricted: RestrictedLM, uniform: np.ndarray) -> np.ndarray:
+    """Sentences by inverting cumulative probabilities; sentences that ended leave the batch.
 
     Args:
-        restricted: the model.
-        pieces: (V,) the words of its columns.
-        batch_size: sentences at once.
+        uniform: (n, M) float64 in [0, 1); number [i, t] decides token t of sentence i. M is `restricted.max_tokens`.
+
+    Returns:
+        (n, M) int64 columns of `restricted`; `restricted.end` from a sentence's end on.
     """
+    number, length = uniform.shape
+    device = restricted.device
+    draws = torch.as_tensor(uniform, device=device)
+    tokens = torch.full((number, length), restricted.end, device=device)
+    alive = torch.arange(number, device=device)
+    fed = torch.full((number, 1), restricted.start_id, device=device)
+    cache = None
+    for position in range(length):
+        mask = torch.ones((len(alive), position + 1), dtype=torch.int64, device=device)
+        output = restricted.model(input_ids=fed, attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache = output.get("past_key_values")
+        if cache is None:
+            raise InputError(NO_CACHE)
+        log_p = restricted.log_probabilities(output.logits[:, -1], first=position == 0)  # (alive, V + 1)
+        columns = invert(log_p.double().exp(), draws[alive, position])
+        tokens[alive, position] = columns
+        unfinished = (columns != restricted.end).nonzero()[:, 0]
+        if not len(unfinished):
+            break
+        if len(unfinished) < len(alive):
+            alive = alive[unfinished]
+            columns = columns[unfinished]
+            cache.batch_select_indices(unfinished)
+        fed = restricted.ids(columns)[:, None]
+    return tokens.cpu().numpy()
 
-    def __init__(self, restricted: RestrictedLM, pieces: list[str], batch_size: int):
-        self.restricted, self.pieces, self.batch_size = restricted, pieces, batch_size
 
-    def draw_text(self, sentences: int, rng: np.random.Generator) -> Iterator[tuple[bytes, int, int]]:
-        """Yield blocks of `sentences` lines in all, an empty line between two, with their numbers of sentences and of words."""
-        for first in range(0, sentences, self.batch_size):
-            number = min(self.batch_size, sentences - first)
-            tokens = sample(self.restricted, rng.random((number, self.restricted.max_tokens)))
-            lengths = (tokens != self.restricted.end).sum(axis=1)
-            lines = (
-                " ".join([self.pieces[column] for column in row[:length]])
-                for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)
-            )
-            yield ("\n\n".join(lines) + "\n").encode(), number, int(lengths.sum())
+def invert(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first column up to which the probabilities add up to more than `uniform` times their sum.
 
+    Args:
+        probabilities: (n, W) float64, not negative; uniform: (n,) float64 in [0, 1).
 
-def make_shard(sampler: PieceSampler, folder: Path, seed: int, report: Callable[[int], object], shard: Shard) -> dict:
-    """Draw and write one shard, a batch at a time; returns what the manifest says of it.
+    Returns:
+        (n,) int64; never a column of probability 0.
 
-    `report` is told the sentences of each batch.
+    >>> invert(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]] * 4).double(), torch.tensor([0.0, 0.49, 0.5, 1 - 2**-53]).double())
+    tensor([1, 1, 3, 3])
     """
-    rng = keyed_rng(seed, f"language-model-{shard.split}", shard.number)
-    words = 0
-
-    def blocks() -> Iterator[bytes]:
-        nonlocal words
-        for text, sentences, block_words in sampler.draw_text(shard.sentences, rng):
-            end_if_asked()
-            words += block_words
-            report(sentences)
-            yield text
-
-    written = write_shard(folder / shard.name, blocks())
-    return {**written, "sentences": shard.sentences, "words": words, "batch_size": sampler.batch_size}
+    cumulative = probabilities.cumsum(dim=1)
+    total = cumulative[:, -1]
+    # The product may be rounded up to the total itself, which no sum exceeds.
+    threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
 
 
-def special_ids(model: torch.nn.Module, tokenizer, name: str) -> tuple[int, int]:
-    """The ids of the start token (the tokenizer's bos, else its eos) and of the end token (eos), in a model's vocabulary.
+def _count(unrestricted: RestrictedLM, seed: int, batch_size: int, job: tuple[int, int]) -> np.ndarray:
+    """Occurrences of each column in the sentences of one job, (number of the job, sentences)."""
+    number, sentences = job
+    rng = keyed_rng(seed, "language-model-frequencies", number)
+    counts = np.zeros(unrestricted.end + 1, dtype=np.int64)
+    for first in range(0, sentences, batch_size):
+        end_if_asked()
+        uniform = rng.random((min(batch_size, sentences - first), unrestricted.max_tokens))
+        counts += np.bincount(sample(unrestricted, uniform).ravel(), minlength=len(counts))
+    return counts[:-1]
 
-    Raises:
-        InputError: there is no end token, or one that the model doesn't have.
+
+def count_tokens(
+    model: "PreTrainedModel", start_id: int, end_id: int, max_tokens: int, seed: int, sentences: int, batch_size: int, jobs: int
+) -> np.ndarray:
+    """Occurrences of each token in `sentences` non-empty sentences of the unrestricted model, from `jobs` threads.
+
+    Returns:
+        (model's vocabulary,) int64; 0 for the end token.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise InputError(f"--model-name {name}: its tokenizer has no end token (eos_token); sentences would never end")
-    start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if max(start, end) >= model.config.vocab_size:
+    counts = np.zeros(model.config.vocab_size, dtype=np.int64)
+    columns = np.delete(np.arange(len(counts)), end_id)
+    count = functools.partial(_count, RestrictedLM(model, columns.tolist(), start_id, end_id, max_tokens), seed, batch_size)
+    firsts = range(0, sentences, SENTENCES_PER_COUNT)
+    blocks = [(number, min(SENTENCES_PER_COUNT, sentences - first)) for number, first in enumerate(firsts)]
+    with contextlib.closing(run_jobs(count, blocks, jobs, "token frequencies", "threads")) as results:
+        for _, block_counts in results:
+            counts[columns] += block_counts
+    return counts
+
+
+def choose_tokens(counts: np.ndarray, tokens: dict[int, bytes], number: int, end_id: int) -> tuple[list[int], list[str]]:
+    """The ids and the pieces of the `number` most frequent tokens that can be words of the data, ties by id.
+
+    Args:
+        counts: (model's vocabulary,) occurrences of each token.
+        tokens: the bytes of each token that is not special, by id.
+    """
+    ids: dict[bytes, int] = {}
+    for index in np.argsort(-counts, kind="stable").tolist():
+        token = tokens.get(index)
+        if index != end_id and token is not None and not why_excluded(token):
+            ids.setdefault(token, index)
+    if number > len(ids):
         raise InputError(
-            f"--model-name {name}: its tokenizer's start or end token ({start}, {end}) is none of the model's "
-            f"{model.config.vocab_size} tokens; the tokenizer is another model's"
+            f"--top-tokens {number}: the model has {len(ids):,} tokens that can be words (of {len(counts):,}; excluded are "
+            f"special tokens, those with line breaks and duplicates of the same bytes); give {len(ids)} or fewer"
         )
-    return start, end
+    return list(ids.values())[:number], [escape(token) for token in ids][:number]
+
+
+def draw_text(
+    restricted: RestrictedLM, pieces: list[str], batch_size: int, sentences: int, rng: np.random.Generator
+) -> Iterator[tuple[bytes, int]]:
+    """Yield text, an empty line between two sentences, and its number of words, one batch at a time; pieces: (V,)."""
+    for first in range(0, sentences, batch_size):
+        tokens = sample(restricted, rng.random((min(batch_size, sentences - first), restricted.max_tokens)))
+        lengths = (tokens != restricted.end).sum(axis=1)
+        rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
+        lines = (" ".join([pieces[column] for column in row[:length]]) for row, length in rows)
+        yield ("\n\n".join(lines) + "\n").encode(), int(lengths.sum())
+
+
+def make_shard(
+    draw: Callable, folder: Path, seed: int, batch_size: int, progress: Callable[[int], object], shard: Shard
+) -> dict:
+    """Sample and write one shard; returns its entry in the manifest. `progress` gets the number of sentences per batch."""
+
+    def blocks() -> Iterator[tuple[bytes, int]]:
+        for text, words in draw(shard.sentences, keyed_rng(seed, f"language-model-{shard.split}", shard.number)):
+            progress(text.count(b"\n\n") + 1)
+            yield text, words
+
+    return {**write_sentences(folder, shard, blocks()), "batch_size": batch_size}
 
 
 class Language:
-    """What the command line says of the language: model, kept tokens, device.
-
-    Raises:
-        InputError: the model can't be used, or the device not be had.
-    """
+    """The language that the command line asks for: model, kept tokens, device and dtype."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.max_tokens = options.length_limit - 1
         self.device = find_device(options.device)
-        fast = self.device == "cuda" and torch.cuda.is_bf16_supported()
-        self.dtype = options.dtype or ("bfloat16" if fast else "float32")
+        is_fast = self.device == "cuda" and torch.cuda.is_bf16_supported()
+        self.dtype = options.dtype or ("bfloat16" if is_fast else "float32")
         self.jobs = 1 if self.device == "cuda" else min(options.n_processes, os.cpu_count() or 1)
         self.model, self.tokenizer, self.sha256 = load_causal_lm(options.model_name, self.device, DTYPES[self.dtype])
-        self.start_id, self.end_id = special_ids(self.model, self.tokenizer, options.model_name)
-        self.given = self._given()
+        self.start_id, self.end_id = self._special_ids()
+        self.file_restriction = None if options.top_tokens_file is None else self._read_restriction()
+        kept = self.file_restriction.kept if self.file_restriction else None
+        self.top_tokens = len(kept) if kept else options.top_tokens or 2000
 
-    def _given(self) -> Restriction | None:
-        """The kept tokens of --top-tokens-file, the first --top-tokens of them."""
-        options = self.options
-        if options.top_tokens_file is None:
-            return None
-        found = read_restriction(options.top_tokens_file)
-        check_model(found, options.top_tokens_file, options.model_name, self.sha256)
-        if options.top_tokens is not None and options.top_tokens > len(found.kept):
+    def _special_ids(self) -> tuple[int, int]:
+        """The ids of the start token (the tokenizer's bos, else its eos) and of the end token (eos)."""
+        name = self.options.model_name
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise InputError(f"--model-name {name}: its tokenizer has no end token (eos_token); sentences would never end")
+        start = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        size = self.model.config.vocab_size
+        if max(start, end) >= size:
             raise InputError(
-                f"--top-tokens {options.top_tokens}: {options.top_tokens_file} has {len(found.kept)}; leave --top-tokens out"
+                f"--model-name {name}: the start or end token of its tokenizer ({start}, {end}) is not among the model's "
+                f"{size} tokens; give a folder whose tokenizer belongs to the model"
             )
+        return start, end
+
+    def _read_restriction(self) -> Restriction:
+        """The first --top-tokens tokens of --top-tokens-file."""
+        options = self.options
         number = options.top_tokens
-        return self._restriction(found.kept[:number], found.pieces[:number], found.counts[:number], found.estimated)
+        restriction = read_restriction(options.top_tokens_file)
+        check_model(restriction, options.top_tokens_file, options.model_name, self.sha256)
+        if number is not None and number > len(restriction.kept):
+            raise InputError(
+                f"--top-tokens {number}: {options.top_tokens_file} has {len(restriction.kept)}; leave --top-tokens out"
+            )
+        lists = (restriction.kept[:number], restriction.pieces[:number], restriction.counts[:number])
+        return self._restriction(*lists, restriction.estimated)
 
-    def _restriction(self, kept: list, pieces: list, counts: list, estimated: dict) -> Restriction:
-        name, ends = self.options.model_name, (self.start_id, self.end_id)
-        return Restriction(name, self.sha256, kept, pieces, counts, *ends, self.max_tokens, estimated)
+    def _restriction(self, kept: list[int], pieces: list[str], counts: list[int], estimated: dict) -> Restriction:
+        return Restriction(
+            format=FORMAT,
+            model_name=self.options.model_name,
+            model_sha256=self.sha256,
+            kept=kept,
+            pieces=pieces,
+            counts=counts,
+            start_id=self.start_id,
+            end_id=self.end_id,
+            max_tokens=self.max_tokens,
+            estimated=estimated,
+        )
 
-    @property
-    def top_tokens(self) -> int:
-        """How many tokens are kept."""
-        return len(self.given.kept) if self.given else self.options.top_tokens or 2000
-
-    def facts(self) -> dict:
-        """What decides the text, as plain values for the manifest."""
+    def made_from(self) -> dict:
+        """What decides the text, for the manifest."""
         options = self.options
         frequencies = {"sentences": options.frequency_sentences, "seed": options.seed}
-        if self.given:
-            frequencies = {"kept_sha256": hashlib.sha256(json.dumps(self.given.kept).encode()).hexdigest()}
+        if self.file_restriction:
+            kept = json.dumps(self.file_restriction.kept).encode()
+            frequencies = {"kept_sha256": hashlib.sha256(kept).hexdigest()}
         return {
             "model_sha256": self.sha256,
             "top_tokens": self.top_tokens,
@@ -181,42 +275,37 @@ class Language:
             "dtype": self.dtype,
         }
 
-    def check(self) -> None:
-        """Refuse sizes that the model doesn't have before anything is sampled.
-
-        Raises:
-            InputError: --top-tokens or --length-limit is too large.
-        """
-        choose_tokens(np.zeros(self.model.config.vocab_size), self.known_tokens(), self.top_tokens, self.end_id)
+    def check_sizes(self) -> None:
+        """Refuse a --top-tokens or --length-limit that is too large for the model, before anything is sampled."""
+        self._choose_tokens(np.zeros(self.model.config.vocab_size))
         RestrictedLM(self.model, [0], self.start_id, self.end_id, self.max_tokens)
 
-    def known_tokens(self) -> dict[int, bytes]:
-        """The bytes of the tokens that both the tokenizer and the model have, by id."""
-        size = self.model.config.vocab_size
-        return {index: token for index, token in token_bytes(self.tokenizer).items() if index < size}
+    def _choose_tokens(self, counts: np.ndarray) -> tuple[list[int], list[str]]:
+        # A tokenizer may have more tokens than its model.
+        tokens = {index: token for index, token in token_bytes(self.tokenizer).items() if index < len(counts)}
+        return choose_tokens(counts, tokens, self.top_tokens, self.end_id)
 
     def restriction(self) -> Restriction:
-        """The kept tokens, those that are given or the most frequent of a sample."""
-        if self.given:
-            return self.given
-        options = self.options
-        ends = self.start_id, self.end_id, self.max_tokens
-        sentences, batch = options.frequency_sentences, options.batch_size
-        counts = count_tokens(self.model, *ends, options.seed, sentences, batch, self.jobs)
-        kept, pieces = choose_tokens(counts, self.known_tokens(), self.top_tokens, self.end_id)
-        seen, total = counts[kept], int(counts.sum())
-        print(f"top tokens: {len(kept):,} make up {seen.sum() / total:.2%} of {total:,} sampled tokens")
-        if not seen.all():
-            print(f"top tokens: {(seen == 0).sum():,} of them were never seen; --frequency-sentences may be too small")
+        """The kept tokens: those of --top-tokens-file, else the most frequent ones of a sample."""
+        if self.file_restriction:
+            return self.file_restriction
+        seed, sentences, batch_size = (self.options.seed, self.options.frequency_sentences, self.options.batch_size)
+        counts = count_tokens(self.model, self.start_id, self.end_id, self.max_tokens, seed, sentences, batch_size, self.jobs)
+        kept, pieces = self._choose_tokens(counts)
+        frequencies = counts[kept]
+        total = int(counts.sum())
+        print(f"top tokens: {len(kept):,} make up {frequencies.sum() / total:.2%} of {total:,} sampled tokens")
+        if not frequencies.all():
+            print(f"top tokens: {(frequencies == 0).sum():,} of them never occurred; give more --frequency-sentences")
         estimated = {
-            "seed": options.seed,
+            "seed": seed,
             "sentences": sentences,
             "tokens": total,
             "device": self.device,
             "dtype": self.dtype,
-            "batch_size": batch,
+            "batch_size": batch_size,
         }
-        return self._restriction(kept, pieces, seen.tolist(), estimated)
+        return self._restriction(kept, pieces, frequencies.tolist(), estimated)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -224,19 +313,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--model-name",
         default="facebook/opt-125m",
-        help="folder of a causal language model of transformers, or its name on the hub (which is off unless "
+        help="folder of a causal language model of transformers, or its name on the hub (the hub is off unless "
         "HF_HUB_OFFLINE=0); default facebook/opt-125m",
     )
-    files.add_argument("--save-path", type=Path, required=True, help="folder for the text; made if missing")
+    add_folder_arguments(files)
     files.add_argument(
         "--top-tokens-file",
         type=Path,
         help="keep the tokens of this top_tokens.json (or of the one in this folder); default: the most frequent of a sample",
     )
-    files.add_argument("--overwrite", action="store_true", help="replace text that was made otherwise; default: refuse")
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument(
-        "--top-tokens", type=positive_int, help="how many tokens are kept; default 2000, or all of --top-tokens-file"
+        "--top-tokens", type=positive_int, help="number of tokens to keep; default 2000, or all of --top-tokens-file"
     )
     sizes.add_argument(
         "--frequency-sentences",
@@ -246,109 +334,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_shard_arguments(sizes, length_limit=24)
     running = parser.add_argument_group("running")
-    running.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
-    running.add_argument("--batch-size", type=positive_int, default=256, help="sentences sampled at once; default 256")
-    running.add_argument("--device", choices=("cpu", "cuda"), help="where the model runs; default: cuda if it is there")
+    running.add_argument("--seed", type=non_negative_int, default=0, help="seed of all random numbers; default 0")
+    running.add_argument("--batch-size", type=positive_int, default=256, help="sentences per batch; default 256")
+    running.add_argument("--device", choices=("cpu", "cuda"), help="where the model runs; default: cuda if available")
     running.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="what the model computes in; default: bfloat16 on cuda with support for it, else float32",
+        help="number format of the model's arithmetic; default: bfloat16 on a cuda device that supports it, else float32",
     )
     running.add_argument(
         "--n_processes",
         type=positive_int,
         default=os.cpu_count() or 1,
-        help="shards that are worked on at once on the CPU, a thread each; changes the time and nothing else; "
-        "default: the number of cores",
+        help="shards sampled in parallel on the CPU, one thread each; does not change the text; default: the number of cores",
     )
 
 
-def plan(sampler: PieceSampler, seed: int, jobs: int, wanted: list[Shard], shards: list[Shard], folder: Path) -> None:
-    """Sample a batch, print from it the bytes and the time of the wanted shards, and check the disk.
-
-    Raises:
-        InputError: the disk can't hold them.
-    """
-    rng = keyed_rng(seed, "language-model-plan")
-    begun = time.perf_counter()
-    text, sentences, _ = next(sampler.draw_text(sampler.batch_size, rng))
-    each = (time.perf_counter() - begun) / sentences
-    at_once = max(1, min(jobs, len(wanted)))
-    seconds = sum(shard.sentences for shard in wanted) * each / at_once
-    about = (
-        f"sentences of at most {sampler.restricted.max_tokens} of {len(sampler.pieces):,} pieces; about "
-        f"{tqdm.format_interval(seconds)} ({1 / each:,.0f} sentences/s a shard, {at_once} at once)"
-    )
-    check_disk(folder, wanted, shards, (len(text) + 1) / sentences, about)
-
-
-def write_tokens(restriction: Restriction, manifest: Manifest, folder: Path, overwrite: bool) -> None:
-    """Write vocab.txt, the tokenizer and, as the sign that these are there, top_tokens.json."""
+def write_tokens(restriction: Restriction, text: TextFolder) -> None:
+    """Write vocab.txt, the tokenizer and, when both are complete, top_tokens.json."""
+    folder = text.folder
     vocabulary = Vocabulary([*SPECIAL_TOKENS, *restriction.pieces])
-    write_vocabulary(manifest, folder, ("\n".join(vocabulary.words) + "\n").encode(), overwrite)
-    names = [f"{OWN_TOKENIZER}/{name}" for name in TOKENIZER_FILES]
+    text.write_vocabulary(("\n".join(vocabulary.words) + "\n").encode())
     with atomic_folder(folder / OWN_TOKENIZER) as temporary:
-        longest = restriction.max_tokens + 2  # [CLS] and [SEP] too
-        save_own_tokenizer(temporary, build_tokenizer(vocabulary), vocabulary, longest, OWN_TOKENIZER)
-    for name in names:
-        manifest.add(name)
-    restriction.write(folder)
-    manifest.add(TOP_TOKENS)
+        max_length = restriction.max_tokens + 2  # with [CLS] and [SEP]
+        save_own_tokenizer(temporary, build_tokenizer(vocabulary), vocabulary, max_length, OWN_TOKENIZER)
+    write_schema(folder / TOP_TOKENS, restriction)
+    for name in TOKEN_FILES[1:]:
+        text.manifest.add(name)
 
 
-def refuse_strangers(folder: Path) -> None:
-    """Raise an `InputError` if what would be written is there, where there is no record of it."""
+def refuse_other_files(folder: Path, manifest: Manifest) -> None:
+    """Refuse to replace a tokenizer or top_tokens.json that the manifest does not list."""
     for name in (OWN_TOKENIZER, TOP_TOKENS):
-        if (folder / name).exists():
+        if not manifest.names() and (folder / name).exists():
             raise InputError(f"{folder / name}: not of this script; give another --save-path, or --overwrite to replace it")
 
 
-def _is_complete(manifest: Manifest) -> bool:
-    """Whether the files of `write_tokens` are there and unchanged."""
-    names = ["vocab.txt", TOP_TOKENS, *(f"{OWN_TOKENIZER}/{name}" for name in TOKENIZER_FILES)]
-    return all(manifest.is_complete(name) for name in names)
-
-
 def generate(options: argparse.Namespace) -> None:
-    """Make the text that the command line asks for."""
+    """Write the text that the command line asks for."""
     shards = list_shards(options)
-    # Jobs are threads of ours, with none within, so that neither their number nor that of cores changes a sum.
+    # Shards are sampled in threads, each on one core, so that the number of cores does not change a sum.
     torch.set_num_threads(1)
     language = Language(options)
     try:
         _generate(options, language, shards)
     except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"--batch-size {options.batch_size}: not enough memory on {language.device}; give a smaller one"
-        ) from error
+        message = f"--batch-size {options.batch_size}: not enough memory on {language.device}; give a smaller one"
+        raise InputError(message) from error
 
 
 def _generate(options: argparse.Namespace, language: Language, shards: list[Shard]) -> None:
-    language.check()
+    language.check_sizes()
     folder = options.save_path
-    manifest = open_manifest(folder, language.facts(), options.overwrite)
-    complete = complete_names(manifest, shards)
-    wanted = [shard for shard in shards if shard.name not in complete]
-    if not manifest.names() and not options.overwrite:
-        refuse_strangers(folder)
-    if _is_complete(manifest):
+    text = TextFolder(folder, language.made_from(), shards, options.overwrite)
+    if not options.overwrite:
+        refuse_other_files(folder, text.manifest)
+    if all(map(text.manifest.is_complete, TOKEN_FILES)):
         restriction = read_restriction(folder)
     else:
         restriction = language.restriction()
-        write_tokens(restriction, manifest, folder, options.overwrite)
-    restricted = RestrictedLM(
-        language.model, restriction.kept, restriction.start_id, restriction.end_id, restriction.max_tokens
-    )
-    sampler = PieceSampler(restricted, restriction.pieces, options.batch_size)
-    if wanted:
-        plan(sampler, options.seed, language.jobs, wanted, shards, folder)
-    sentences = sum(shard.sentences for shard in wanted)
-    with tqdm(total=sentences, desc="sentences", unit="", unit_scale=True, position=1, disable=not wanted) as progress:
-        function = functools.partial(make_shard, sampler, folder, options.seed, progress.update)
-        with contextlib.closing(run_jobs(function, wanted, language.jobs, "text shards", "threads")) as made:
-            for shard, facts in made:
-                manifest.add(shard.name, **facts)
-    print(
-        f"{folder}: {len(wanted)} shards made, {len(shards) - len(wanted)} skipped as complete; vocab.txt, {TOP_TOKENS} and "
-        f"{OWN_TOKENIZER}/ beside them"
-    )
+        write_tokens(restriction, text)
+    restricted = RestrictedLM.of(language.model, restriction)
+    draw = functools.partial(draw_text, restricted, restriction.pieces, options.batch_size)
+    if text.missing_shards:
+        batch, _ = next(draw(options.batch_size, keyed_rng(options.seed, "language-model-plan")))
+        description = f"sentences of at most {restricted.max_tokens} of {len(restriction.pieces):,} pieces"
+        text.check_disk((len(batch) + 1) / options.batch_size, description)
+    sentences = sum(shard.sentences for shard in text.missing_shards)
+    with tqdm(total=sentences, desc="sentences", unit="", unit_scale=True, position=1, disable=not sentences) as progress:
+        write = functools.partial(make_shard, draw, folder, options.seed, options.batch_size, progress.update)
+        text.write_shards(write, n_processes=language.jobs, executor="threads")

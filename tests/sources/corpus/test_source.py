@@ -16,8 +16,7 @@ import generate_pretraining
 from pcfg.common.files import InputError, read_json
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from pretraining.sources.corpus import source as corpus
-from pretraining.sources.corpus.source import INDEX, Layout
-from pretraining.sources.corpus.train_vocabulary import train_wordpiece
+from pretraining.sources.corpus.source import INDEX, Layout, train_wordpiece
 from pretraining.sources.text_shards import Shard
 
 ROOT = Path(__file__).parents[3]

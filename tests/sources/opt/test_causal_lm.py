@@ -1,6 +1,5 @@
 """Loading causal models safely, and the restricted distribution against enumeration and a loop."""
 
-import dataclasses
 import itertools
 import math
 import pickle
@@ -10,7 +9,8 @@ import pytest
 import torch
 
 from pcfg.common.files import InputError, read_json, write_json
-from pretraining.sources.opt.causal_lm import TOP_TOKENS, RestrictedLM, Restriction, load_causal_lm, read_restriction
+from pcfg.common.schema import write_schema
+from pretraining.sources.opt.causal_lm import FORMAT, TOP_TOKENS, RestrictedLM, Restriction, load_causal_lm, read_restriction
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,14 @@ def naive_log_joint(model, kept, start, end, limit, sentence):
     return total
 
 
-def test_the_probabilities_of_all_sentences_add_up_to_one(loaded):
+def test_the_probabilities_of_all_sentences_add_up_to_one(loaded, log_joint):
     model, _, _ = loaded
     kept, limit = [9, 300, 17], 4
     restricted = RestrictedLM(model, kept, 2, 2, limit)
     total = 0.0
     for length in range(1, limit + 1):
         sentences = list(itertools.product(range(3), repeat=length))
-        joint = restricted.log_joint(torch.tensor(sentences))
+        joint = log_joint(restricted, torch.tensor(sentences))
         assert joint.shape == (len(sentences),) and joint.dtype == torch.float32
         total += joint.double().exp().sum().item()
         for sentence in sentences[:: max(1, len(sentences) // 5)]:
@@ -45,17 +45,17 @@ def test_the_probabilities_of_all_sentences_add_up_to_one(loaded):
     assert total == pytest.approx(1, abs=1e-5)
 
 
-def test_the_first_position_has_no_end_token(loaded):
+def test_the_first_position_has_no_end_token(loaded, log_joint):
     restricted = RestrictedLM(loaded[0], [9, 300], 2, 2, 4)
     logits = restricted.model(torch.tensor([[2, 9]])).logits[0]
     first, later = restricted.log_probabilities(logits, True), restricted.log_probabilities(logits, False)
     assert first[:, restricted.end].tolist() == [-math.inf] * 2 and torch.isfinite(later).all()
     assert torch.allclose(first.exp().sum(-1), torch.ones(2)) and torch.allclose(later.exp().sum(-1), torch.ones(2))
     with pytest.raises(ValueError, match="5 tokens"):
-        restricted.log_joint(torch.zeros((1, 5), dtype=torch.int64))
+        log_joint(restricted, torch.zeros((1, 5), dtype=torch.int64))
 
 
-def test_the_models_own_head_gives_the_same(loaded, monkeypatch):
+def test_the_models_own_head_gives_the_same(loaded, log_joint, monkeypatch):
     model = loaded[0]
     before = model.lm_head
     restricted = RestrictedLM(model, [9, 300, 40], 2, 2, 6)
@@ -64,11 +64,11 @@ def test_the_models_own_head_gives_the_same(loaded, monkeypatch):
     monkeypatch.setattr("pretraining.sources.opt.causal_lm._with_restricted_head", lambda model, _: model)
     whole = RestrictedLM(model, [9, 300, 40], 2, 2, 6)
     tokens = torch.tensor([[0, 2, 1, 1], [2, 2, 0, 1]])
-    assert torch.allclose(whole.log_joint(tokens), restricted.log_joint(tokens), atol=1e-5)
+    assert torch.allclose(log_joint(whole, tokens), log_joint(restricted, tokens), atol=1e-5)
 
 
-def test_positions_and_tokens_that_the_model_lacks(loaded):
-    assert RestrictedLM(loaded[0], [9], 2, 2, 64).log_joint(torch.zeros((1, 64), dtype=torch.int64)).isfinite()
+def test_positions_and_tokens_that_the_model_lacks(loaded, log_joint):
+    assert log_joint(RestrictedLM(loaded[0], [9], 2, 2, 64), torch.zeros((1, 64), dtype=torch.int64)).isfinite()
     with pytest.raises(InputError, match="--length-limit 66: the model has 64 positions; give at most 65"):
         RestrictedLM(loaded[0], [9], 2, 2, 65)
     with pytest.raises(InputError, match="ids 0..639 only"):
@@ -147,18 +147,29 @@ def test_what_is_no_causal_language_model(opt_folder, tmp_path):
     refused(tmp_path / "deeper", "its weights lack")
 
 
-RESTRICTION = Restriction("opt", "", [9, 300], ["Ġa", "‿b"], [5, 3], 2, 2, 23, {"seed": 0})
+RESTRICTION = Restriction(
+    format=FORMAT,
+    model_name="opt",
+    model_sha256="",
+    kept=[9, 300],
+    pieces=["Ġa", "‿b"],
+    counts=[5, 3],
+    start_id=2,
+    end_id=2,
+    max_tokens=23,
+    estimated={"seed": 0},
+)
 
 
 def test_the_restriction_and_its_model(opt_folder, loaded, tmp_path):
     with pytest.raises(InputError, match="top_tokens.json: no such file; it is written by"):
         read_restriction(tmp_path)
-    restriction = dataclasses.replace(RESTRICTION, model_sha256=loaded[2])
-    restriction.write(tmp_path)
+    restriction = RESTRICTION.model_copy(update={"model_sha256": loaded[2]})
+    write_schema(tmp_path / TOP_TOKENS, restriction)
     assert read_restriction(tmp_path) == read_restriction(tmp_path / TOP_TOKENS) == restriction
     restricted = RestrictedLM.from_folder(tmp_path, str(opt_folder), "cpu", torch.float32)
     assert restricted.kept.tolist() == [9, 300] and restricted.max_tokens == 23
-    RESTRICTION.write(tmp_path)
+    write_schema(tmp_path / TOP_TOKENS, RESTRICTION)
     with pytest.raises(InputError, match=f"is of another model, opt .*this one's {loaded[2][:12]}"):
         RestrictedLM.from_folder(tmp_path, str(opt_folder), "cpu", torch.float32)
 
@@ -168,7 +179,7 @@ def test_the_restriction_and_its_model(opt_folder, loaded, tmp_path):
     [{"format": "2"}, {"kept": [9, 9]}, {"kept": [9, 2]}, {"counts": [1]}, {"more": 1}, {"kept": "ab"}, {"max_tokens": 0}],
 )
 def test_a_damaged_restriction(change, tmp_path):
-    RESTRICTION.write(tmp_path)
+    write_schema(tmp_path / TOP_TOKENS, RESTRICTION)
     write_json(tmp_path / TOP_TOKENS, {**read_json(tmp_path / TOP_TOKENS), **change})
     with pytest.raises(InputError, match="make it again"):
         read_restriction(tmp_path)

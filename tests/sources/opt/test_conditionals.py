@@ -45,14 +45,14 @@ def all_rows(joints):
 
 
 @pytest.mark.parametrize("make", [tiny_opt, tiny_gpt2])
-def test_conditionals_are_ratios_of_the_probabilities_of_all_sentences(make):
+def test_conditionals_are_ratios_of_the_probabilities_of_all_sentences(make, log_joint):
     """8 kept tokens, at most 4 a sentence: every sentence, every position; those of 4 tokens have no factor of the end."""
     model, kept, limit = make(), [5, 19, 7, 3, 9, 10, 4, 12], 4
     restricted = RestrictedLM(model, kept, 2, 2, limit)
     joint = {}
     for length in range(1, limit + 1):
         sentences = list(itertools.product(range(8), repeat=length))
-        joint |= dict(zip(sentences, restricted.log_joint(torch.tensor(sentences)).double().exp().tolist(), strict=True))
+        joint |= dict(zip(sentences, log_joint(restricted, torch.tensor(sentences)).double().exp().tolist(), strict=True))
     assert sum(joint.values()) == pytest.approx(1, abs=1e-5)
     texts, which, sentence, position = contexts_of(list(joint))
     assert len(texts) == sum(length * 8 ** (length - 1) for length in range(1, 5))  # each computed once

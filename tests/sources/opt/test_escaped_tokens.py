@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import statistics
 import tarfile
 from collections import Counter
@@ -15,11 +16,14 @@ from pcfg.common.files import InputError
 from pretraining.data.vocabulary import SPECIAL_TOKENS, TOKENIZER_FILES, Vocabulary, resolve_tokenizer
 from pretraining.data.wordpiece import ordinary_words_changed, save_own_tokenizer
 from pretraining.sources.opt.escaped_tokens import (
+    CLOSE,
+    JOINED,
     LINE_BREAKS,
+    OPEN,
+    SPACED,
     build_tokenizer,
     escape,
     token_bytes,
-    unescape,
     why_excluded,
 )
 
@@ -46,6 +50,16 @@ PLAIN = [
 @pytest.fixture(scope="module")
 def plain():
     return build_tokenizer(Vocabulary([*SPECIAL_TOKENS, *PLAIN]))
+
+
+def unescape(piece: str) -> bytes:
+    """The bytes of a piece, or a ValueError. That `escape` has an inverse proves that distinct tokens have distinct pieces."""
+    parts = re.fullmatch(f"[{SPACED}{JOINED}](?:[^{SPACED}{JOINED}{OPEN}{CLOSE}]|{OPEN}(?:[0-9A-F]{{2}})+{CLOSE})*", piece)
+    if parts is None:
+        raise ValueError(f"{piece!r} is no piece of a token")
+    body = re.split(f"{OPEN}([0-9A-F]+){CLOSE}", piece[1:])  # text, hexadecimal, text, ...
+    content = b"".join(bytes.fromhex(part) if number % 2 else part.encode() for number, part in enumerate(body))
+    return b" " * (piece[0] == SPACED) + content
 
 
 def test_all_bytes_and_random_ones_have_distinct_pieces():

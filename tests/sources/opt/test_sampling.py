@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pcfg.common.files import InputError
-from pretraining.sources.opt import sampling
+from pretraining.sources.opt import source
 from pretraining.sources.opt.causal_lm import RestrictedLM
-from pretraining.sources.opt.sampling import choose_tokens, count_tokens, sample
+from pretraining.sources.opt.source import choose_tokens, count_tokens, sample
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_sampling_in_bfloat16(opt):
     assert 0.7 < (exact == rounded).mean() <= 1
 
 
-def test_the_law_of_sentences_is_the_joint_probability(opt):
+def test_the_law_of_sentences_is_the_joint_probability(opt, log_joint):
     """Chi-square against the enumeration of all 14 sentences of up to 3 of 2 tokens, at 0.1%."""
     from scipy.stats import chisquare
 
@@ -67,7 +67,7 @@ def test_the_law_of_sentences_is_the_joint_probability(opt):
     tokens = sample(restricted, np.random.default_rng(3).random((number, 3)))
     counts = Counter(tuple(column for column in row if column != restricted.end) for row in tokens.tolist())
     sentences = [sentence for length in (1, 2, 3) for sentence in itertools.product(range(2), repeat=length)]
-    expected = [number * restricted.log_joint(torch.tensor([sentence])).double().exp().item() for sentence in sentences]
+    expected = [number * log_joint(restricted, torch.tensor([sentence])).double().exp().item() for sentence in sentences]
     frequent = [i for i, value in enumerate(expected) if value > 5]
     seen = [counts[sentences[i]] for i in frequent]
     assert len(frequent) > 5 and sum(counts.values()) == number
@@ -84,7 +84,7 @@ def test_frequencies_are_those_of_a_sample_of_all_tokens(opt, monkeypatch):
     everything = RestrictedLM(opt, [i for i in range(40) if i != 2], 2, 2, 5)
     logits = everything.model(torch.tensor([[2]])).logits[:, -1]
     first = everything.log_probabilities(logits, first=True)[0, :-1].exp()
-    monkeypatch.setattr(sampling, "COUNTED_AT_ONCE", 4_000)
+    monkeypatch.setattr(source, "SENTENCES_PER_COUNT", 4_000)
     one = count_tokens(opt, 2, 2, 1, seed=0, sentences=4_000, batch_size=4_000, jobs=1)
     assert one.sum() == 4_000
     assert np.abs(np.delete(one, 2) / 4_000 - first.detach().numpy()).max() < 4 * 0.5 / 4_000**0.5

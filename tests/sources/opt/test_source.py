@@ -13,7 +13,7 @@ import generate_samples
 from pcfg.common.files import InputError, read_json, sha256
 from pcfg.common.text import TEXT_MANIFEST, read_texts, shard_paths
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary, resolve_tokenizer
-from pretraining.sources.opt import sampling
+from pretraining.sources.opt import source
 from pretraining.sources.opt.causal_lm import TOP_TOKENS, load_causal_lm, read_restriction
 from pretraining.sources.opt.escaped_tokens import escape, token_bytes
 
@@ -80,7 +80,7 @@ def test_shards_do_not_depend_on_how_they_are_made(text, opt_folder, tmp_path, m
 
 
 def test_an_interrupted_run_goes_on(text, opt_folder, tmp_path, monkeypatch, capsys):
-    original, calls = sampling.sample, []
+    original, calls = source.sample, []
 
     def interrupted(*arguments):
         calls.append(None)
@@ -88,8 +88,7 @@ def test_an_interrupted_run_goes_on(text, opt_folder, tmp_path, monkeypatch, cap
             raise KeyboardInterrupt
         return original(*arguments)
 
-    for module in ("sampling", "source"):
-        monkeypatch.setattr(f"pretraining.sources.opt.{module}.sample", interrupted)
+    monkeypatch.setattr("pretraining.sources.opt.source.sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate(opt_folder, tmp_path)
     assert {"training0.txt", TOP_TOKENS} <= set(contents(tmp_path)) < set(contents(text))
@@ -169,7 +168,7 @@ def test_what_can_not_be_had(opt_folder, tmp_path, monkeypatch):
     (tmp_path / "endless" / "special_tokens_map.json").unlink(missing_ok=True)
     refused("no end token", tmp_path / "endless")
     with monkeypatch.context() as patch:
-        patch.setattr("pretraining.sources.opt.sampling.sample", out_of_memory)
+        patch.setattr("pretraining.sources.opt.source.sample", out_of_memory)
         with pytest.raises(InputError, match="--batch-size 32: not enough memory on cpu; give a smaller one"):
             generate(opt_folder, tmp_path / "data")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 10**4, 10**4))
