@@ -1,7 +1,9 @@
 """The four READMEs are true and readable: file trees, commands, flags, links, snippets, and the length of sentences."""
 
 import importlib
+import importlib.util
 import itertools
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -26,7 +28,7 @@ DIALECT = re.compile(
     r"|\b(beside|hangs? on|as dear|told apart|when you like|goes on)\b"
 )
 PLACEHOLDERS = {"K": "2", "L": "0.3", "N": "3"}
-# Flags in the text that belong to no program with a parser of its own: of pip, sbatch, DeepSpeed, prepare_*.sh and benchmark.sh.
+# Flags in the text that no parser of ours has: of pip, sbatch, DeepSpeed, prepare_*.sh and benchmark.sh.
 OTHER_FLAGS = {"--no-build-isolation", "--nodes", "--master_port", "--num_gpus", "--hostfile", "--small"}
 OTHER_FLAGS |= {"--only", "--scale", "--output", "--memory", "--folder"}
 SOURCES = ("pcfg", "opt", "corpus")
@@ -223,6 +225,21 @@ def test_commands_inside_the_text_name_programs_and_their_flags(page, programs):
         name = module[1] if module else path[1].removesuffix(".py") if path else None
         if name in programs:
             assert {flag.replace("-", "_") for flag in SPELLED.findall(code)} <= programs[name], code
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    try:
+        return pkgutil.resolve_name(name) is not None
+    except (ImportError, AttributeError):
+        return False
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_dotted_names_exist(page):
+    text = re.sub(r"^\| `[^`]*` \|", "|", TEXT[page], flags=re.M)  # the old names in the table of moves
+    names = re.findall(r"`((?:pcfg|pretraining)(?:\.\w+)+)`", text)
+    assert [name for name in names if not name.endswith((".py", ".sh")) and not resolves(name)] == []
 
 
 def anchors(text: str) -> set[str]:
