@@ -9,31 +9,29 @@ and, as the factors of x_<t are the same for all candidates, P(x with w at t) is
 
     J(w) = p(w | s, x_<t)  *  prod_{i=t+1..T} p(x_i | s, x_<t, w, x_t+1 .. x_i-1)  *  p(e | s, x_<t, w, x_>t) if T < M
 
-A forward pass of s, x_<t gives the first factor of all candidates, and the keys and values that they share; the others take one
-of w and the tokens after it, but for the last, for every candidate: about 2 n V T^2 / 2 operations a sentence with n parameters
-and V candidates, 1e14 for OPT-125M at V = 2,000 and T = 23. There is none at the last position of a sentence of M tokens.
-Candidates go through the model in batches of one (T, t), those of several contexts together where they are few. The model
-computes in its own precision, each log p is float32, and sums over them are float64.
+One forward pass of s, x_<t gives the first factor of all candidates, and the keys and values that they share. The other
+factors take one forward pass per candidate, of w and the tokens after it except the last; the last position of a sentence of M
+tokens needs none. With n parameters and V candidates a sentence takes about 2 n V T^2 / 2 operations: 1e14 for OPT-125M at
+V = 2,000 and T = 23. Candidates go through the model in batches of one (T, t), those of several contexts together if they are
+few. The model computes in its own precision, each log p is float32, and sums over them are float64.
 """
 
-import contextlib
 import dataclasses
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from pcfg.common.files import InputError
+from pcfg.common.ranks import map_on_cores
 from pcfg.common.words import padded
-from pretraining.sources.opt.causal_lm import RestrictedLM
+from pretraining.sources.opt.causal_lm import NO_CACHE, RestrictedLM
 
-# Tokens a forward pass, by the kind of device. On a CPU matrix products of 1,024 rows are as fast as larger ones, and what they
-# work on stays in its caches.
+# Tokens per forward pass, by the kind of device. On a CPU, matrix products of 1,024 rows are as fast as larger ones, and their
+# operands stay in its caches.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 65_536}
 
 
@@ -55,15 +53,17 @@ class MaskedTexts:
         return len(self.lengths)
 
     @classmethod
-    def of(cls, flat, lengths, sentence, position) -> tuple["MaskedTexts", np.ndarray]:
-        """The contexts of chosen positions.
+    def of(
+        cls, flat: np.ndarray, lengths: np.ndarray, sentence: np.ndarray, position: np.ndarray
+    ) -> tuple["MaskedTexts", np.ndarray]:
+        """The contexts of some positions.
 
         Args:
             flat: columns of all sentences, one after the other; lengths: (n,) of each.
-            sentence, position: (M,) which are masked, position from 0.
+            sentence, position: (M,) the masked ones, positions from 0.
 
         Returns:
-            The contexts, and (M,) int64 which of them each is.
+            The contexts, and (M,) int64 the index of each masked position's context.
 
         >>> sentence, position = np.array([0, 1, 2]), np.array([0, 0, 0])
         >>> texts, which = MaskedTexts.of(np.array([3, 5, 4, 5, 5]), np.array([2, 2, 1]), sentence, position)
@@ -85,135 +85,118 @@ class MaskedTexts:
 
 
 class _SharedPrefix(DynamicLayer):
-    """Keys and values of prefixes in one layer, for rows that share them; those of the tokens that are fed are not kept.
+    """Keys and values of prefixes in one layer, for rows that share them; those of the input tokens are not stored.
 
     Args:
-        keys, values: (G, heads, P, head width).
+        layer: with keys and values (G, heads, P, head width).
         prefix: (rows,) int64, the prefix of each row.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, prefix: torch.Tensor):
+    def __init__(self, layer: Any, prefix: torch.Tensor):
         super().__init__()
-        self.keys, self.values, self._prefix = keys, values, prefix
+        self.keys = layer.keys
+        self.values = layer.values
+        self._prefix = prefix
         self.is_initialized = True
 
-    def update(self, key_states, value_states, *_, **__):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return self._before(self.keys, key_states), self._before(self.values, value_states)
 
-    def _before(self, shared: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def _before(self, shared: Any, states: torch.Tensor) -> torch.Tensor:
         shared = shared.expand(len(states), -1, -1, -1) if len(shared) == 1 else shared[self._prefix]
         return torch.cat([shared, states], dim=-2)  # (rows, heads, P + L, head width)
 
 
 def weight_number(model: torch.nn.Module) -> int:
-    """Weights that a token is multiplied with: all matrices but those that are looked up in."""
+    """Weights that each token is multiplied with: all matrices except embeddings."""
     modules = (module for module in model.modules() if not isinstance(module, torch.nn.Embedding))
     return sum(weight.numel() for module in modules for weight in module.parameters(recurse=False) if weight.dim() == 2)
 
 
 class LogJoints:
-    """log J(w) of all candidates w at each of some contexts, a batch at a time.
+    """log J(w) of all candidates w at each of some contexts, one batch at a time.
 
-    Row u * V + w is candidate w of context u. The values of a batch do not depend on other batches, and on where it begins and
-    ends by rounding only.
+    Row u * V + w is candidate w of context u. Other batches do not affect the values of a batch; its first and last row affect
+    them by rounding only.
 
     Args:
         restricted: the language, V kept tokens.
         texts: the contexts.
-        batch_tokens: tokens a forward pass; None for `BATCH_TOKENS`.
+        batch_tokens: tokens per forward pass; None for `BATCH_TOKENS`.
 
     Attributes:
+        words: V.
         rows: U * V.
-        batch_tokens: as given, or the default.
     """
 
     def __init__(self, restricted: RestrictedLM, texts: MaskedTexts, batch_tokens: int | None = None):
-        self.restricted, self.texts = restricted, texts
-        self.words, self.rows = restricted.end, len(texts) * restricted.end
+        self.restricted = restricted
+        self.texts = texts
+        self.words = restricted.end
+        self.rows = len(texts) * self.words
         self.batch_tokens = batch_tokens or BATCH_TOKENS[restricted.device.type]
-        self._groups, self._weights = texts.groups(), weight_number(restricted.model)
+        self._groups = texts.groups()
+        self._weights = weight_number(restricted.model)
         self._last = threading.local()
 
-    def fed(self, texts=slice(None)) -> np.ndarray:
-        """How many tokens a candidate of each context takes: the factors of J but the first."""
-        lengths, positions = self.texts.lengths[texts], self.texts.positions[texts]
-        return lengths - positions - (lengths == self.restricted.max_tokens)
+    def input_tokens(self, texts: int | slice = slice(None)) -> np.ndarray:
+        """Input tokens per candidate of each context: the factors of J except the first."""
+        lengths = self.texts.lengths[texts]
+        return lengths - self.texts.positions[texts] - (lengths == self.restricted.max_tokens)
 
     def operations(self, first: int, last: int) -> float:
-        """Additions and multiplications for the rows first .. last - 1, those of attention scores and of prefixes left out."""
+        """Additions and multiplications of the rows first .. last - 1, without those of attention scores and prefixes."""
         context = first // self.words
-        whole = np.cumsum(self.fed(slice(context, -(-last // self.words)))) * self.words
+        whole = np.cumsum(self.input_tokens(slice(context, -(-last // self.words)))) * self.words
         rest = first % self.words
-        tokens = whole[-1] - rest * self.fed(context) - (-last % self.words) * self.fed((last - 1) // self.words)
+        tokens = (
+            whole[-1] - rest * self.input_tokens(context) - (-last % self.words) * self.input_tokens((last - 1) // self.words)
+        )
         return 2.0 * self._weights * float(tokens)
 
     def batch_end(self, first: int) -> int:
-        """Where the batch ends that begins at row `first`: at the end of its (T, t), or when it has enough tokens."""
+        """The end of the batch that begins at row `first`: when it has enough tokens, or at the end of its (T, t)."""
         context = first // self.words
         end = self._groups[np.searchsorted(self._groups, context, side="right")]
         prefix = int(self.texts.positions[context]) + 1
-        size = max(1, int(self.batch_tokens / (self.fed(context) + prefix / self.words)))
+        size = max(1, int(self.batch_tokens / (self.input_tokens(context) + prefix / self.words)))
         return min(first + size, int(end) * self.words)
 
-    def seconds(self, first: int) -> float:
-        """What the rows from `first` on will take, from a batch in the middle of their operations."""
-        context = first // self.words
-        share = np.cumsum(self.fed(slice(context, None)))
-        begin = max(first, (context + int(np.searchsorted(share, share[-1] / 2))) * self.words)
-        end = self.batch_end(begin)
-        threads = torch.get_num_threads()
-        side_by_side = threads if self.restricted.device.type == "cpu" else 1
-        try:
-            torch.set_num_threads(threads // side_by_side)
-            self.compute(begin, begin + 1)  # what a first call loads
-            begun = time.perf_counter()
-            self.compute(begin, end)
-            seconds = (time.perf_counter() - begun) / side_by_side
-        finally:
-            torch.set_num_threads(threads)
-        return seconds * self.operations(first, self.rows) / max(1.0, self.operations(begin, end))
-
     def compute_from(self, first: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Yield (first, last, `compute(first, last)`) of the batches from row `first` to the end, in order.
+        """Yield (first, last, `compute(first, last)`) of the batches from row `first` to the end, in order."""
 
-        On a CPU batches are computed side by side, one a core: that is faster than each on all cores, above all where the
-        cores have other work too.
-        """
-
-        def batches():
+        def batches() -> Iterator[tuple[int, int]]:
             start = first
             while start < self.rows:
                 end = self.batch_end(start)
                 yield start, end
                 start = end
 
-        with _in_order(self.restricted.device.type) as run:
+        with map_on_cores(self.restricted.device) as run:
             yield from run(lambda batch: (*batch, self.compute(*batch)), batches())
 
     @torch.inference_mode()  # of the thread
     def compute(self, first: int, last: int) -> np.ndarray:
-        """log J of the rows first .. last - 1, of contexts with one (T, t): (last - first,) float64 nats.
-
-        Raises:
-            InputError: the model keeps no keys and values.
-        """
-        restricted, device = self.restricted, self.restricted.device
+        """log J of the rows first .. last - 1, of contexts with one (T, t): (last - first,) float64 nats."""
+        restricted = self.restricted
         contexts = slice(first // self.words, -(-last // self.words))
         log_prior, cache = self._shared(contexts)
-        row = torch.arange(first, last, device=device)
-        of, word = row // self.words - contexts.start, row % self.words
-        total = log_prior[of, word]
-        targets = self._targets(contexts)[of]  # (rows, L)
+        row = torch.arange(first, last, device=restricted.device)
+        context = row // self.words - contexts.start
+        word = row % self.words
+        total = log_prior[context, word]
+        targets = self._targets(contexts)[context]  # (rows, L)
         length = targets.shape[1]
         if length == 0:
             return total.cpu().numpy()
-        fed = torch.cat([word[:, None], targets[:, :-1]], dim=1)
-        layers = [_SharedPrefix(layer.keys, layer.values, of) for layer in cache.layers]
-        seen = layers[0].get_seq_length() + length
+        layers = [_SharedPrefix(layer, context) for layer in cache.layers]
+        attended = layers[0].get_seq_length() + length
         logits = restricted.model(
-            input_ids=restricted.ids(fed),
-            attention_mask=torch.ones((len(row), seen), dtype=torch.int64, device=device),
-            past_key_values=Cache(layers=layers),
+            input_ids=restricted.ids(torch.cat([word[:, None], targets[:, :-1]], dim=1)),
+            attention_mask=torch.ones((len(row), attended), dtype=torch.int64, device=restricted.device),
+            past_key_values=Cache(layers=cast(list, layers)),
             use_cache=True,
         ).logits
         log_p = restricted.log_probabilities(logits, first=False)  # (rows, L, V + 1)
@@ -221,55 +204,31 @@ class LogJoints:
         return total.cpu().numpy()
 
     def _targets(self, contexts: slice) -> torch.Tensor:
-        """(contexts, L) int64: the tokens after the masked one and, where the sentence ended, the end token."""
-        length, position = (int(values[contexts.start]) for values in (self.texts.lengths, self.texts.positions))
+        """(contexts, L) int64: the tokens after the masked one and, if the sentence ended, the end token."""
+        length = int(self.texts.lengths[contexts.start])
+        position = int(self.texts.positions[contexts.start])
         targets = torch.from_numpy(self.texts.tokens[contexts, position + 1 : length]).to(self.restricted.device)
         if length < self.restricted.max_tokens:
             targets = torch.nn.functional.pad(targets, (0, 1), value=self.restricted.end)
         return targets
 
     def _shared(self, contexts: slice) -> tuple[torch.Tensor, DynamicCache]:
-        """log p(w | s, x_<t), (contexts, V) float64, and keys and values of s, x_<t; a thread keeps those of its last call."""
+        """log p(w | s, x_<t), (contexts, V) float64, and keys and values of s, x_<t; each thread caches its last call."""
         if getattr(self._last, "contexts", None) == contexts:
             return self._last.shared
-        restricted, position = self.restricted, int(self.texts.positions[contexts.start])
+        restricted = self.restricted
+        position = int(self.texts.positions[contexts.start])
         before = torch.from_numpy(self.texts.tokens[contexts, :position]).to(restricted.device)
         start = torch.full((len(before), 1), restricted.start_id, device=restricted.device)
         ids = torch.cat([start, restricted.ids(before)], dim=1)  # (contexts, P)
         cache = DynamicCache()
         output = restricted.model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
         if cache.get_seq_length() != ids.shape[1]:
-            raise InputError("--model-name: the model keeps no keys and values of earlier tokens; take a transformer")
+            raise InputError(NO_CACHE)
         log_p = restricted.log_probabilities(output.logits[:, -1], first=position == 0)
-        self._last.contexts, self._last.shared = contexts, (log_p[:, : self.words].double(), cache)
+        self._last.contexts = contexts
+        self._last.shared = (log_p[:, : self.words].double(), cache)
         return self._last.shared
-
-
-@contextlib.contextmanager
-def _in_order(device: str) -> Iterator[Callable]:
-    """A `map` that takes in few items ahead of its results: on a CPU in threads of one core each, else in this one."""
-    threads = torch.get_num_threads()
-    if device != "cpu" or threads == 1:
-        yield map
-        return
-
-    def run(function: Callable, items: Iterator) -> Iterator:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                yield run
-            finally:
-                pool.shutdown(cancel_futures=True)
-    finally:
-        torch.set_num_threads(threads)  # threads that are started later take over what was set last
 
 
 def conditionals(log_joint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

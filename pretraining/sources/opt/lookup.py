@@ -3,8 +3,9 @@
     python -m pretraining.sources.opt.lookup --data-path opt_dataset --model-name facebook/opt-125m \\
         --datafile opt_dataset/test0.txt --save-path lookup.hdf5 --max-sentences 1000 --positions-per-sentence 2
 
-That takes hours on a CPU, about 4e12 operations per position (`pretraining.sources.opt.conditionals` has the formula). A
-version for a laptop: a small model's text, or fewer sentences. What it will take is printed before it starts.
+That takes hours on a CPU, about 4e12 operations per position (`pretraining.sources.opt.conditionals` has the formula). On a
+laptop, take the text of a small model, or fewer sentences. The number of operations is printed first; the progress bar has
+the measured rate.
 
 --max-sentences takes the first sentences of the text, which were drawn independently of each other: they are as good as any.
 --positions-per-sentence takes K positions of each by chance, a function of (--seed, number of the sentence); fewer positions
@@ -99,17 +100,13 @@ def language_sha256(restriction: Restriction) -> str:
 
 
 def print_plan(joints: LogJoints, chosen: Chosen, done: int) -> None:
-    """Print the operations that are left and, from a batch in the middle of them, the time."""
+    """Print the number of operations, and how much of the work an interrupted command did; the progress bar has the rate."""
     print(
         f"plan: {len(chosen.sentence):,} positions of {len(chosen.lengths):,} sentences, {len(joints.texts):,} of them "
         f"different, {joints.words:,} candidates each; {joints.operations(0, joints.rows):.2g} operations"
     )
-    if done == joints.rows or not joints.operations(done, joints.rows):  # nothing, or last positions only
-        return
-    seconds = joints.seconds(done)
-    rate = joints.operations(done, joints.rows) / seconds / 1e9
-    resumed = f"{done / joints.rows:.1%} are there already; " if done else ""
-    print(f"plan: {resumed}about {tqdm.format_interval(seconds)} at {rate:.3g} billion operations a second")
+    if done:
+        print(f"plan: {done / joints.rows:.1%} of the candidates are computed already")
 
 
 def compute(joints: LogJoints, partial: PartialArray) -> None:
