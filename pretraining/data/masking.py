@@ -18,7 +18,7 @@ import numba
 import numpy as np
 
 from pcfg.common.files import InputError
-from pretraining.data.samples import ROWS_A_CHUNK, Samples
+from pretraining.data.samples import ROWS_PER_CHUNK, Samples
 from pretraining.data.vocabulary import Vocabulary
 
 
@@ -190,8 +190,8 @@ def remask(
     number_of_masks = rule.number_of_masks(np.arange(1, width - 1))
     most = int(number_of_masks.max())
     thresholds, words = rule.thresholds(), vocabulary.ordinary_ids(rule.pieces)
-    for first in range(0, rows, ROWS_A_CHUNK):  # of a size that the caches hold
-        block = slice(first, min(first + ROWS_A_CHUNK, rows))
+    for first in range(0, rows, ROWS_PER_CHUNK):  # of a size that the caches hold
+        block = slice(first, min(first + ROWS_PER_CHUNK, rows))
         input_ids, positions, ids = (array[block] for array in corrupted)
         lengths = _restore(
             samples.input_ids[block],

@@ -9,10 +9,10 @@ sentences into samples, for each k in a way of its own if there are short ones.
 """
 
 import dataclasses
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import h5py
 import numpy as np
 from tqdm import tqdm
 
@@ -21,11 +21,11 @@ from pcfg.common.text import TEXT_MANIFEST, shard_paths, text_blocks
 from pretraining.data.masking import MaskingRule, check_lengths, mask_sentences
 from pretraining.data.packing import pack
 from pretraining.data.piece_encoder import BLOCK_BYTES, PieceEncoder
-from pretraining.data.samples import ROWS_A_CHUNK, Samples, sample_name, sample_paths, write_samples
+from pretraining.data.samples import ROWS_PER_CHUNK, Samples, sample_name, sample_paths, write_samples
 from pretraining.data.vocabulary import Vocabulary
 
 SPLITS = {"training": "train", "test": "test"}  # of text files -> of sample files
-ROWS_A_BLOCK = 4 * ROWS_A_CHUNK  # samples that are in memory at once, uncompressed
+ROWS_PER_BLOCK = 4 * ROWS_PER_CHUNK  # samples that are in memory at once, uncompressed
 TEXT_ATTRIBUTE, DOCUMENTS = "text", "documents"  # an attribute of samples that were packed, and its value
 
 
@@ -242,7 +242,7 @@ def _refuse_changed(flat: np.ndarray, job: SampleJob) -> None:
 
 
 def _masked_blocks(flat: np.ndarray, lengths: np.ndarray, shard: TextShard, recipe: Recipe, number: int) -> Iterator[Samples]:
-    """The samples of sample shard `number`, `ROWS_A_BLOCK` at a time."""
+    """The samples of sample shard `number`, `ROWS_PER_BLOCK` at a time."""
     rng = keyed_rng(recipe.seed, f"masking-{shard.split}", number)
     attributes = {
         **recipe.facts(),
@@ -251,11 +251,11 @@ def _masked_blocks(flat: np.ndarray, lengths: np.ndarray, shard: TextShard, reci
         "split": shard.split,
         "shard": number,
         **{f"version_{package}": version for package, version in versions("numpy", "h5py").items()},
-        "version_zlib": zlib.ZLIB_RUNTIME_VERSION,
+        "version_hdf5": h5py.version.hdf5_version,
     }
     place = 0
-    for first in range(0, len(lengths), ROWS_A_BLOCK):
-        words = lengths[first : first + ROWS_A_BLOCK]
+    for first in range(0, len(lengths), ROWS_PER_BLOCK):
+        words = lengths[first : first + ROWS_PER_BLOCK]
         ids = flat[place : place + words.sum()]
         place += len(ids)
         samples = mask_sentences(ids, words, recipe.vocabulary, recipe.rule, recipe.max_seq_length, rng, shard.path)

@@ -221,8 +221,8 @@ def damaged(content, number, rng):
     """`number` truncations and `number` flips of a bit: some in the header, some among the attributes, the rest anywhere."""
     for length in rng.integers(0, len(content), size=number):
         yield content[:length]
-    attributes = content.index(b"GCOL")
-    for low, high in ((0, 2000), (attributes, attributes + 1500), (0, len(content))):
+    attributes = content.index(b"vocab_sha256")
+    for low, high in ((0, 2000), (attributes, min(attributes + 1500, len(content))), (0, len(content))):
         for place in rng.integers(low, high, size=number // 3):
             yield content[:place] + bytes([content[place] ^ 1 << rng.integers(8)]) + content[place + 1 :]
 

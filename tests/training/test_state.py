@@ -3,6 +3,7 @@ import os
 import shutil
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -303,7 +304,7 @@ def test_samples_of_another_vocabulary_are_refused(train, tiny_samples, tmp_path
     shutil.copytree(tiny_samples, data)
     (data / "manifest_samples.json").unlink()  # it would find the change first
     with h5py.File(data / "train_shard_1.hdf5", "a") as file:
-        file.attrs["vocab_sha256"] = "0" * 64
+        file.attrs["vocab_sha256"] = np.bytes_("0" * 64)
     with pytest.raises(InputError, match=r"train_shard_1.hdf5: made with another vocabulary \(hash 000000000000\)"):
         train("--max_steps_per_epoch 2", data=data)
 
