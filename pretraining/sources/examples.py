@@ -1,12 +1,12 @@
-"""Small local stand-ins for what the hub has, so that each kind of data can be tried without a network.
+"""Small local stand-ins for data of the hub, to try each kind of data without a network.
 
-    python -m pretraining.sources.examples openwebtext FOLDER     documents, a row each (parquet, column text)
-    python -m pretraining.sources.examples bookcorpus FOLDER      sentences, a row each, lower-cased (parquet, column text)
+    python -m pretraining.sources.examples openwebtext FOLDER     documents, one per row (parquet, column text)
+    python -m pretraining.sources.examples bookcorpus FOLDER      sentences, one per row, lower-cased (parquet, column text)
     python -m pretraining.sources.examples opt FOLDER             a tiny OPT with random weights, and its tokenizer
-    python -m pretraining.sources.examples sst2 FOLDER            labelled sentences in GLUE's columns: is "the" in them?
+    python -m pretraining.sources.examples sst2 FOLDER            labelled sentences in GLUE's columns: do they contain "the"?
 
-The text is the docstrings of Python's standard library, which every machine with Python has. The layouts are those of the hub's
-data sets Skylion007/openwebtext and bookcorpus, and of facebook/opt-125m.
+The text is the docstrings of Python's standard library, which is part of every Python installation. The layouts are those of
+the hub's data sets Skylion007/openwebtext and bookcorpus, and of facebook/opt-125m.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import csv
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pcfg.common.cli import Parser, positive_int, run_main
 from pcfg.common.files import InputError, atomic_folder
@@ -24,37 +25,15 @@ OPT_TOKENS = 600
 
 
 def documents(number: int) -> list[str]:
-    """The docstrings of `number` modules of the standard library, one document a module, in the order of their names."""
-    found = []
+    """The docstrings of `number` modules of the standard library, one document per module, in the order of their names."""
+    texts: list[str] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        tree = ast.parse(path.read_bytes())
-        nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
-        text = "\n\n".join(docstring for node in nodes if (docstring := ast.get_docstring(node)))
-        if text:
-            found.append(text)
-        if len(found) == number:
-            break
-    return found
-
-
-def write_openwebtext(folder: Path, number: int) -> None:
-    """A parquet file of documents."""
-    _write_parquet(folder, documents(number))
-
-
-def write_bookcorpus(folder: Path, number: int) -> None:
-    """A parquet file of sentences, lower-cased, punctuation set apart."""
-    _write_parquet(folder, [" ".join(words) for words in _sentences(number)])
-
-
-def write_sst2(folder: Path, number: int) -> None:
-    """train.csv and validation.csv, every fourth sentence of ten words or fewer in the latter."""
-    short = [words for words in _sentences(number) if len(words) <= 10]
-    for name, part in (("train", [words for i, words in enumerate(short) if i % 4]), ("validation", short[::4])):
-        with open(folder / f"{name}.csv", "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("sentence", "label"))
-            writer.writerows((" ".join(words), int("the" in words)) for words in part)
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+        documented = (node for node in nodes if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
+        text = "\n\n".join(docstring for node in documented if (docstring := ast.get_docstring(node)))
+        if text and len(texts) < number:
+            texts.append(text)
+    return texts
 
 
 def _sentences(number: int) -> Iterator[list[str]]:
@@ -75,29 +54,48 @@ def _write_parquet(folder: Path, rows: list[str]) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": rows}), folder / "train-00000-of-00001.parquet")
 
 
+def write_openwebtext(folder: Path, number: int) -> None:
+    """A parquet file of documents."""
+    _write_parquet(folder, documents(number))
+
+
+def write_bookcorpus(folder: Path, number: int) -> None:
+    """A parquet file of lower-cased sentences with spaces around punctuation."""
+    _write_parquet(folder, [" ".join(words) for words in _sentences(number)])
+
+
+def write_sst2(folder: Path, number: int) -> None:
+    """Sentences of at most ten words: every fourth one in validation.csv, the others in train.csv."""
+    short = [words for words in _sentences(number) if len(words) <= 10]
+    for name, part in (("train", [words for i, words in enumerate(short) if i % 4]), ("validation", short[::4])):
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("sentence", "label"))
+            writer.writerows((" ".join(words), int("the" in words)) for words in part)
+
+
 def write_opt(folder: Path, number: int) -> None:
     """An OPT of two layers with random weights (seed 0), and a byte-level BPE tokenizer trained on `number` documents."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(documents(number), OPT_TOKENS, special_tokens=list(OPT_SPECIAL_TOKENS), show_progress=False)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(documents(number), OPT_TOKENS, special_tokens=list(OPT_SPECIAL_TOKENS), show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="</s>"
+        tokenizer_object=bpe._tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="</s>"
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        word_embed_proj_dim=32,
-        ffn_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        init_std=0.3,  # far from uniform
-    )
+    width: dict[str, Any] = {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    # A large init_std makes the distributions far from uniform.
+    config = OPTConfig(vocab_size=len(tokenizer), max_position_embeddings=64, init_std=0.3, **width)
     OPTForCausalLM(config).save_pretrained(folder)
 
 
@@ -106,16 +104,16 @@ WRITERS = {"openwebtext": write_openwebtext, "bookcorpus": write_bookcorpus, "op
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m pretraining.sources.examples", description=__doc__)
-    parser.add_argument("kind", choices=WRITERS, help="what to make")
-    parser.add_argument("folder", type=Path, help="where; must not exist")
-    parser.add_argument("--documents", type=positive_int, default=100, help="modules whose docstrings are taken; default 100")
+    parser.add_argument("kind", choices=WRITERS, help="kind of data")
+    parser.add_argument("folder", type=Path, help="output folder; must not exist")
+    parser.add_argument("--documents", type=positive_int, default=100, help="number of modules with docstrings; default 100")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     if options.folder.exists():
-        raise InputError(f"{options.folder}: is there already; give another folder, or remove it")
+        raise InputError(f"{options.folder}: exists already; give another folder, or remove it")
     with atomic_folder(options.folder) as folder:
         WRITERS[options.kind](folder, options.documents)
     print(f"{options.folder}: {options.kind}, small and local")

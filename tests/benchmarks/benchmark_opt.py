@@ -1,16 +1,16 @@
-"""Speed of a language model's exact masked conditionals, beside a forward pass a candidate, measured in the same run.
+"""Speed of a language model's exact masked conditionals against one forward pass per candidate, measured in the same run.
 
     bash scripts/benchmark.sh opt
 
-That takes about five minutes. A version of some seconds, with rough numbers:
+This takes about five minutes. A version of a few seconds, with rough numbers:
 
     bash scripts/benchmark.sh opt --scale 0.1 --only tiny
 
-Rates are positions a second of the clock, of sentences of 23 tokens (no end factor) over 2,000 kept tokens, on --cores cores.
-The models are OPTs with random weights, one of OPT-125M's shape. The engine computes every candidate of some positions, at
-equal steps through the sentence from the middle of each step. The baseline, one forward pass of the whole sentence a candidate
-without a cache, is timed on few candidates of each of the same positions, and its time scaled to all of them; with one thread
-and with as many as cores, of which the faster counts.
+Rates are positions per second of wall-clock time, on --cores cores, for sentences of 23 tokens (no end factor) over 2,000 kept
+tokens. The models are OPTs with random weights, one of OPT-125M's shape. The engine computes every candidate of some positions,
+spread evenly over the sentence. The baseline is one forward pass of the whole sentence per candidate, without a cache. It is
+timed on a few candidates of the same positions and scaled to all of them, with one thread and with one per core; the faster
+counts.
 """
 
 import dataclasses
@@ -33,13 +33,13 @@ KEPT, LENGTH, END = 2000, 23, 2
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A model, and how much is timed at --scale 1.
+    """A model, and the amount of work timed at --scale 1.
 
     Attributes:
         what: the row's name.
         shape: hidden size, layers, heads.
-        positions: that the engine is timed on.
-        candidates: that the baseline is timed on, at each of them.
+        positions: timed on the engine.
+        candidates: timed on the baseline, at each position.
     """
 
     what: str
@@ -63,36 +63,43 @@ def make_model(setting: Setting) -> OPTForCausalLM:
 
 
 def measure(setting: Setting, scale: float, cores: int) -> Row:
-    positions, few = (max(2, round(number * scale)) for number in (setting.positions, setting.candidates))
+    positions = max(2, round(setting.positions * scale))
+    few = max(2, round(setting.candidates * scale))
     rng = keyed_rng(0, "benchmark-opt")
-    model, kept = make_model(setting), rng.choice(np.arange(4, 50_272), KEPT, replace=False).tolist()
+    model = make_model(setting)
+    kept = rng.choice(np.arange(4, 50_272), KEPT, replace=False).tolist()
     sentence = rng.integers(KEPT, size=LENGTH)
     places = ((np.arange(positions) + 0.5) * LENGTH / positions).astype(int)
     texts, which = MaskedTexts.of(sentence, np.array([LENGTH]), np.zeros(positions, int), places)
     joints = LogJoints(RestrictedLM(model, kept, END, END, LENGTH), texts)
-    joints.compute(0, 8)  # what a first call loads
-    started, started_cpu = time.perf_counter(), cpu_seconds()
+    joints.compute(0, 8)  # a first call is slower
+    started = time.perf_counter()
+    started_cpu = cpu_seconds()
     rows = np.concatenate([values for _, _, values in joints.compute_from(0)])
     p, _ = conditionals(rows.reshape(-1, KEPT))
-    seconds, cpu = time.perf_counter() - started, cpu_seconds() - started_cpu
+    seconds = time.perf_counter() - started
+    cpu = cpu_seconds() - started_cpu
     loop = SubstituteEachWord(model, kept, END, END, LENGTH)
     candidates = rng.choice(KEPT, few, replace=False)
-    times, found = [], []
+    times = []
+    baseline_p = []
     for threads in sorted({1, cores}):
         torch.set_num_threads(threads)
         loop.conditional(sentence.tolist(), 0, candidates[:1])
-        started, started_cpu = time.perf_counter(), cpu_seconds()
-        found = [loop.conditional(sentence.tolist(), place, candidates) for place in places.tolist()]
+        started = time.perf_counter()
+        started_cpu = cpu_seconds()
+        baseline_p = [loop.conditional(sentence.tolist(), place, candidates) for place in places.tolist()]
         times.append((time.perf_counter() - started, cpu_seconds() - started_cpu))
     torch.set_num_threads(cores)
     among = p[which][:, candidates]
-    difference = np.abs(np.log(among / among.sum(1, keepdims=True)) - np.log(found)).max()
+    difference = np.abs(np.log(among / among.sum(1, keepdims=True)) - np.log(baseline_p)).max()
     baseline, baseline_cpu = (spent * KEPT / few for spent in min(times))
-    operations, each = joints.operations(0, joints.rows), min(times)[0] / positions / few
+    operations = joints.operations(0, joints.rows)
+    each = min(times)[0] / positions / few
     rates = f"{number_text(operations / seconds / 1e9)} GFLOP/s against {number_text(matrix_rate())} of a matrix product"
     note = (
         f"{positions} positions; baseline on {few} candidates of each, {number_text(each * 1000)} ms each; {rates}; "
-        f"CPU-seconds a position {number_text(cpu / positions)} against {number_text(baseline_cpu / positions)}, a ratio of "
+        f"CPU-seconds per position {number_text(cpu / positions)} against {number_text(baseline_cpu / positions)}, a ratio of "
         f"{number_text(baseline_cpu / cpu)}; log P of the same candidates differ by {difference:.1e} at most"
     )
     unit = f"positions/s on {cores} cores"
@@ -101,7 +108,8 @@ def measure(setting: Setting, scale: float, cores: int) -> Row:
 
 def matrix_rate() -> float:
     """GFLOP/s of a product as large as those of OPT-125M's feed-forward layers."""
-    inputs, weight = torch.randn(4096, 768), torch.randn(3072, 768)
+    inputs = torch.randn(4096, 768)
+    weight = torch.randn(3072, 768)
     torch.nn.functional.linear(inputs, weight)
     started = time.perf_counter()
     for _ in range(10):

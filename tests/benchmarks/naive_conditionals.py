@@ -1,4 +1,4 @@
-"""Masked conditionals of a restricted causal model as one writes them first: a forward pass of the sentence a candidate."""
+"""Masked conditionals of a restricted causal model written the simplest way: one forward pass of the sentence per candidate."""
 
 import math
 
@@ -10,12 +10,15 @@ class SubstituteEachWord:
 
     Args:
         model: transformers' causal model.
-        kept: ids of the kept tokens; start, end: of the start and the end token.
-        limit: most tokens of a sentence.
+        kept: ids of the kept tokens; start, end: ids of the start and the end token.
+        limit: maximum number of tokens per sentence.
     """
 
     def __init__(self, model, kept: list[int], start: int, end: int, limit: int):
-        self.model, self.start, self.end, self.limit = model, start, end, limit
+        self.model = model
+        self.start = start
+        self.end = end
+        self.limit = limit
         self.kept = kept
         self.columns = torch.tensor([*kept, end])
 

@@ -22,7 +22,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -209,6 +209,14 @@ class Language:
         self.jobs = 1 if self.device == "cuda" else min(options.n_processes, os.cpu_count() or 1)
         self.model, self.tokenizer, self.sha256 = load_causal_lm(options.model_name, self.device, DTYPES[self.dtype])
         self.start_id, self.end_id = self._special_ids()
+        self._facts: dict[str, Any] = {
+            "format": FORMAT,
+            "model_name": options.model_name,
+            "model_sha256": self.sha256,
+            "start_id": self.start_id,
+            "end_id": self.end_id,
+            "max_tokens": self.max_tokens,
+        }
         self.file_restriction = None if options.top_tokens_file is None else self._read_restriction()
         kept = self.file_restriction.kept if self.file_restriction else None
         self.top_tokens = len(kept) if kept else options.top_tokens or 2000
@@ -238,22 +246,8 @@ class Language:
             raise InputError(
                 f"--top-tokens {number}: {options.top_tokens_file} has {len(restriction.kept)}; leave --top-tokens out"
             )
-        lists = (restriction.kept[:number], restriction.pieces[:number], restriction.counts[:number])
-        return self._restriction(*lists, restriction.estimated)
-
-    def _restriction(self, kept: list[int], pieces: list[str], counts: list[int], estimated: dict) -> Restriction:
-        return Restriction(
-            format=FORMAT,
-            model_name=self.options.model_name,
-            model_sha256=self.sha256,
-            kept=kept,
-            pieces=pieces,
-            counts=counts,
-            start_id=self.start_id,
-            end_id=self.end_id,
-            max_tokens=self.max_tokens,
-            estimated=estimated,
-        )
+        lists = {name: getattr(restriction, name)[:number] for name in ("kept", "pieces", "counts")}
+        return restriction.model_copy(update={**self._facts, **lists})
 
     def made_from(self) -> dict:
         """What decides the text, for the manifest."""
@@ -289,7 +283,10 @@ class Language:
         """The kept tokens: those of --top-tokens-file, else the most frequent ones of a sample."""
         if self.file_restriction:
             return self.file_restriction
-        seed, sentences, batch_size = (self.options.seed, self.options.frequency_sentences, self.options.batch_size)
+        options = self.options
+        seed = options.seed
+        sentences = options.frequency_sentences
+        batch_size = options.batch_size
         counts = count_tokens(self.model, self.start_id, self.end_id, self.max_tokens, seed, sentences, batch_size, self.jobs)
         kept, pieces = self._choose_tokens(counts)
         frequencies = counts[kept]
@@ -297,15 +294,9 @@ class Language:
         print(f"top tokens: {len(kept):,} make up {frequencies.sum() / total:.2%} of {total:,} sampled tokens")
         if not frequencies.all():
             print(f"top tokens: {(frequencies == 0).sum():,} of them never occurred; give more --frequency-sentences")
-        estimated = {
-            "seed": seed,
-            "sentences": sentences,
-            "tokens": total,
-            "device": self.device,
-            "dtype": self.dtype,
-            "batch_size": batch_size,
-        }
-        return self._restriction(kept, pieces, frequencies.tolist(), estimated)
+        where = {"tokens": total, "device": self.device, "dtype": self.dtype}
+        estimated = {"seed": seed, "sentences": sentences, **where, "batch_size": batch_size}
+        return Restriction(**self._facts, kept=kept, pieces=pieces, counts=frequencies.tolist(), estimated=estimated)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
