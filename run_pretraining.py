@@ -35,8 +35,8 @@ import argparse
 from pcfg.common.cli import run_main
 from pretraining.evaluation.gap import GapMeter
 from pretraining.training import arguments as command_line
+from pretraining.training.arguments import parse_with_config
 from pretraining.training.pretrain import finished_model, pretrain
-from pretraining.training.saved_arguments import parse_with_config
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ from pretraining.experiments.runner import ROOT, Runner, is_done, lock
 from pretraining.experiments.scales import SCALES, Scale
 from pretraining.experiments.steps import Step
 from pretraining.report.contract import NAMES, Experiments, read_experiments, write_experiments
-from pretraining.training import flags
+from pretraining.training import arguments as training_arguments
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -37,7 +37,7 @@ def seed_list(text: str) -> list[int]:
     >>> seed_list("2,0")
     [0, 2]
     """
-    seeds = flags.steps(text)  # the same kind of list
+    seeds = training_arguments.steps(text)  # the same kind of list
     if not seeds:
         raise argparse.ArgumentTypeError(f"{text!r} has no seed")
     return seeds

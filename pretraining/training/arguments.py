@@ -1,14 +1,19 @@
-"""The command line of `run_pretraining.py`: what its flags may be together, and which of them decide what a run gives."""
+"""The command line of `run_pretraining.py`: its flags, valid combinations, `--config`, and which flags decide a result.
+
+The flags are those of academic-budget-bert (Izsak et al. 2021) that have a meaning here.
+"""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from pcfg.common.cli import Parser
-from pcfg.common.files import InputError
-from pretraining.model.config import ModelConfig
-from pretraining.training.flags import add_flags
+from pcfg.common.cli import Parser, boolean, finite, non_negative, non_negative_int, positive_int, probability
+from pcfg.common.files import FILES, InputError, read_json, read_sealed
+from pretraining.model.config import ACTIVATIONS, ATTENTIONS, LAYER_NORM_MODES, LAYER_NORMS, ModelConfig
 
-# Arguments that change neither the weights nor what is saved: a run may be taken up again with others.
+OPTIMIZERS = ("adam", "adamw", "lamb", "adafactor", "sgd")
+# Arguments that change neither the weights nor what is saved: a run may be resumed with others.
 WITHOUT_EFFECT = frozenset(
     {
         *("deepspeed", "local_rank", "data_loader_type", "layernorm_embedding", "wall_clock_breakdown"),
@@ -17,23 +22,275 @@ WITHOUT_EFFECT = frozenset(
         *("config", "resume", "activation_checkpointing", "rule_path", "gap_sentences"),
     }
 )
-# They describe a term that is there only where its weight is not 0.
+# They describe a term that exists only if its weight is not 0.
 ADVERSARIAL = frozenset(f"adversarial_{name}" for name in ("weight", "file", "batch_size", "ridge"))
+# These belong to one start of a run, not to the run: `--config` does not take them over.
+OF_ONE_START = frozenset({"config", "resume", "overwrite", "local_rank"})
+
+
+def decay(text: str) -> float:
+    """An argparse type: a number in [0, 1), the weight of the past in a running mean."""
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def steps(text: str) -> list[int]:
+    """An argparse type: a comma-separated list of steps.
+
+    >>> steps("4000,0,1000")
+    [0, 1000, 4000]
+    """
+    return sorted({non_negative_int(part) for part in text.split(",") if part.strip()})
+
+
+def proportions(text: str) -> list[float]:
+    """An argparse type: a comma-separated list of numbers in [0, 1].
+
+    >>> proportions("0.5,0.25")
+    [0.25, 0.5]
+    """
+    return sorted({probability(part) for part in text.split(",") if part.strip()})
+
+
+class _Group:
+    """A titled group of flags of a parser."""
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str, description: str | None = None):
+        self._group = parser.add_argument_group(title, description)
+
+    def value(self, name: str, kind: Callable | tuple, default: object, text: str) -> None:
+        """A flag with a value of type `kind`, or one of the choices `kind`; the help states the default."""
+        options: dict[str, Any] = {"choices": kind, "type": type(kind[0])} if isinstance(kind, tuple) else {"type": kind}
+        shown = text if "(default" in text else f"{text} (default: {default})"
+        self._group.add_argument(f"--{name}", dest=name.replace("-", "_"), default=default, help=shown, **options)
+
+    def required(self, name: str, text: str) -> None:
+        self._group.add_argument(f"--{name}", required=True, help=text)
+
+    def switch(self, name: str, text: str) -> None:
+        """A flag alone, or followed by true or false."""
+        self._group.add_argument(
+            f"--{name}", nargs="?", type=boolean, const=True, default=False, help=f"{text} (default: false)"
+        )
+
+
+def _add_data_and_model(parser: argparse.ArgumentParser) -> None:
+    group = _Group(parser, "data")
+    group.required("dataset_path", "folder of train_shard_*.hdf5 from generate_samples.py")
+    group.required("tokenizer_name", "tokenizer of the samples: the name given to generate_samples.py, a folder, or a hub name")
+    text = "accepted; both mean the same here: all ranks read the same files and take their own part"
+    group.value("data_loader_type", ("dist", "per_device"), "dist", text)
+    text = "draw new masks each time a training shard is read, by the rule stored in its file: a function of (--seed, sample, "
+    group.switch("dynamic_masking", text + "epoch); generate_samples.py then needs no --dup_factor")
+
+    group = _Group(parser, "model")
+    group.value("model_type", ("bert-mlm",), "bert-mlm", "kind of model")
+    text = (
+        "model folder or hub name of the initial weights; the flags must state its shape (default: new weights, a function of "
+    )
+    group.value("model_name_or_path", str, None, text + "--seed)")
+    group.value("hidden_size", positive_int, 1024, "width")
+    group.value("num_hidden_layers", positive_int, 24, "layers")
+    group.value("num_attention_heads", positive_int, 16, "attention heads")
+    group.value("intermediate_size", positive_int, 4096, "width of the feed-forward layers")
+    group.value("hidden_act", ACTIVATIONS, "gelu", "activation of the feed-forward layers")
+    group.value("hidden_dropout_prob", probability, 0.1, "dropout of embeddings and sub-layers")
+    group.value("attention_probs_dropout_prob", probability, 0.1, "dropout of attention")
+    text = "positions, [CLS] and [SEP] included (default: max_seq_length of the samples)"
+    group.value("max_position_embeddings", positive_int, None, text)
+    group.value("type_vocab_size", positive_int, 2, "rows of the segment table")
+    group.value("initializer_range", non_negative, 0.02, "standard deviation of new weights")
+    group.value("encoder_ln_mode", LAYER_NORM_MODES, "pre-ln", "LayerNorm before each sub-layer, or after")
+    group.value("layer_norm_type", LAYER_NORMS, "pytorch", "kind of LayerNorm")
+    group.value("attention", ATTENTIONS, "sdpa", "attention backend")
+    group.switch("layernorm_embedding", "accepted, changes nothing: the embeddings always have a LayerNorm")
+
+
+def _add_optimizer_and_batches(parser: argparse.ArgumentParser) -> None:
+    group = _Group(parser, "optimizer")
+    group.value("optimizer_type", OPTIMIZERS, "adamw", "algorithm")
+    group.value("lr", non_negative, 1e-3, "highest learning rate")
+    group.value("weight_decay", non_negative, 0.01, "of matrices only")
+    group.value("adam_beta1", decay, 0.9, "adam, adamw, lamb")
+    group.value("adam_beta2", decay, 0.999, "adam, adamw, lamb")
+    group.value("adam_eps", non_negative, 1e-6, "adam, adamw, lamb")
+    group.value("sgd_momentum", decay, 0.9, "sgd")
+    group.value("gradient_clipping", non_negative, 1.0, "highest gradient norm; 0: no clipping")
+
+    group = _Group(parser, "batches")
+    group.value("train_batch_size", positive_int, 4096, "sentences per step, over all ranks")
+    text = "maximum number of sentences per forward pass; sentences of similar length are grouped"
+    group.value("train_micro_batch_size_per_gpu", positive_int, 32, text)
+    text = "accepted; if given, train_batch_size must be train_micro_batch_size_per_gpu x ranks x this (default: not given)"
+    group.value("gradient_accumulation_steps", positive_int, None, text)
+
+    # The parser leaves descriptions as they are.
+    description = """Features that are bad for a downstream task (Liu et al. 2023, App. A.4). A step minimises
+    masked-LM loss - L x mean over validation sentences of || phi W - y ||^2
+    where W minimises || Phi W - Y ||^2 + r || W ||^2 over the sentences that it is fitted on
+phi: last hidden states of all positions of the unmasked sentence, concatenated, of norm 1;
+y: one-hot label minus 1 / classes. The gradient goes through the features of both parts."""
+    group = _Group(parser, "adversarial term", description)
+    group.value("adversarial_weight", non_negative, None, "L; 0: no term, and nothing else changes (default: no term)")
+    text = "CSV file text,label of the task, from generate_downstream.py (default: none; needed if L is not 0)"
+    group.value("adversarial_file", str, None, text)
+    text = "labelled sentences per step, distinct and drawn anew from (--seed, step): half to fit W, half to measure it; each "
+    group.value("adversarial_batch_size", positive_int, 256, text + "rank computes the term of all of them")
+    group.value("adversarial_ridge", non_negative, 1e-3, "r, above 0; the smaller, the further the term can grow")
+
+
+def _add_schedule_and_duration(parser: argparse.ArgumentParser) -> None:
+    group = _Group(parser, "learning-rate schedule")
+    text = "unit of the schedule. step: steps of --max_steps, warmup by --warmup_proportion; constant_step: the same with a "
+    text += "warmup of --num_warmup_steps; time: hours of --total_training_time"
+    group.value("lr_schedule", ("step", "constant_step", "time"), "time", text)
+    text = (
+        "after the warmup. linear: to 0 at the end; exp: decay_rate^(steps or hours since the warmup / decay_step); const: --lr"
+    )
+    group.value("curve", ("linear", "exp", "const"), "linear", text)
+    group.value("warmup_proportion", probability, 0.06, "of the steps or hours, for step and time")
+    group.value("num_warmup_steps", non_negative_int, 1000, "steps, for constant_step")
+    group.value("decay_rate", probability, 0.99, "of --curve exp")
+    group.value("decay_step", positive_int, 1000, "of --curve exp, in steps or hours")
+
+    group = _Group(parser, "duration (the first limit reached ends the run)")
+    group.value("max_steps", positive_int, None, "steps (default: no limit)")
+    group.value("num_epochs", positive_int, 1_000_000, "epochs; one epoch is one shard")
+    group.value("max_steps_per_epoch", positive_int, None, "steps per shard (default: all)")
+    group.value("total_training_time", non_negative, 24.0, "hours")
+    group.value("early_exit_time_marker", non_negative, 24.0, "hours, without effect on the learning rate")
+    group.switch("use_early_stopping", "stop if the validation loss is still high after --early_stop_time")
+    group.value("early_stop_time", non_negative, 720.0, "minutes")
+    group.value("early_stop_eval_loss", finite, 2.1, "nats")
+    group.value("scale_cnt_limit", positive_int, 100, "with --fp16: stop after this many steps at the lowest loss scale")
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    group = _Group(parser, "precision and DeepSpeed")
+    text = "float16 with a dynamic loss scale; on a CPU, with a warning, bf16 if it has instructions for it, else float32"
+    group.switch("fp16", text)
+    group.switch("bf16", "bfloat16 arithmetic on float32 weights")
+    group.switch("deepspeed", "accepted; the engine is always DeepSpeed's")
+    group.value("zero_stage", (0, 1, 2), 0, "split over ranks: 1: optimizer state, 2: also gradients; 0: nothing")
+    group.switch("activation_checkpointing", "keep only the inputs of layers and recompute the rest: less memory, slower")
+    group.switch("compile", "torch.compile for the layers (needs a C++ compiler; minutes at the start)")
+    group.switch("prescale_gradients", "divide gradients by the number of ranks before their sum")
+    text = "divide gradients by this before their sum (default: DeepSpeed's)"
+    group.value("gradient_predivide_factor", non_negative, None, text)
+    group.switch("wall_clock_breakdown", "DeepSpeed's own timings")
+    group.value("steps_per_print", positive_int, None, "steps between DeepSpeed's own lines (default: none)")
+    group.value("local_rank", int, -1, "set by the launcher")
+    group.value("seed", non_negative_int, 42, "of weights, order and dropout")
+
+
+def _add_validation_and_output(parser: argparse.ArgumentParser) -> None:
+    group = _Group(parser, "validation")
+    group.switch("do_validation", "loss on test_shard_*.hdf5, at ends of epochs and at the end")
+    group.value("validation_epochs", positive_int, 10, "epochs between two validations")
+    group.value("validation_epochs_begin", positive_int, 1, "the same in the first part")
+    group.value("validation_epochs_end", positive_int, 1, "the same in the last part")
+    group.value("validation_begin_proportion", probability, 0.1, "first part, as a proportion of training")
+    group.value("validation_end_proportion", probability, 0.1, "last part, as a proportion of training")
+    group.value("validation_micro_batch", positive_int, 16, "sentences per forward pass")
+    group.value(
+        "rule-path", str, None, "grammar of the samples: each validation also measures the gap to the entropy (default: none)"
+    )
+    group.value("gap_sentences", positive_int, 300, "sentences on which the gap is measured")
+    group.value("validation_shards", positive_int, 1, "number of test shards used, always the first")
+
+    group = _Group(parser, "output and resuming")
+    group.required("output_dir", "everything is written to OUTPUT_DIR/JOB_NAME")
+    group.value("job_name", str, "pretraining_experiment", "name of the run's folder")
+    group.value("current_run_id", str, "", "appended to the job's name (default: nothing)")
+    text = "comma-separated steps at which a model folder is saved; 0: before the first step (default: only the end)"
+    group.value("save_steps", steps, [], text)
+    group.value("num_epochs_between_checkpoints", int, -1, "epochs between two model folders; -1: none")
+    text = "comma-separated proportions of --total_training_time at which a model folder is saved (default: none)"
+    group.value("finetune_time_markers", proportions, [], text)
+    group.value("print_steps", positive_int, 100, "steps between two records")
+    group.value("log_throughput_every", positive_int, None, "steps between two lines with the speed (default: none)")
+    group.value("project_name", str, None, "also record in Weights & Biases, under this project (default: no)")
+    group.value("report_to", ("wandb", "none"), "wandb", "none: metrics.jsonl only")
+    text = (
+        "args.json of a model folder: flags not on the command line are as in that run, --output_dir and --job_name included "
+    )
+    group.value("config", str, None, text + "(default: none)")
+    text = "auto: resume an interrupted run from its newest intact training state; never: start anew, with --overwrite if the "
+    group.value("resume", ("auto", "never"), "auto", text + "folder holds a run")
+    text = "a training_state folder to start from; a state of the interrupted run itself comes first (default: none)"
+    group.value("load_training_checkpoint", str, None, text)
+    group.value("load_checkpoint_id", str, None, "which state of that folder (default: the latest)")
+    group.value("keep_checkpoints", positive_int, 2, "number of training states on disk")
+    group.switch("overwrite", "delete the model folders, training states and metrics of an earlier run in OUTPUT_DIR/JOB_NAME")
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The parser of run_pretraining.py, its flags grouped by purpose."""
     parser = Parser(description=description)
-    add_flags(parser)
+    _add_data_and_model(parser)
+    _add_optimizer_and_batches(parser)
+    _add_schedule_and_duration(parser)
+    _add_precision(parser)
+    _add_validation_and_output(parser)
     return parser
 
 
-def check(options: argparse.Namespace) -> None:
-    """Find what can't be run before anything is started or read.
+def parse_with_config(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Parse a command line; flags that it lacks are taken from the file of its `--config`, if it has one.
 
-    Raises:
-        InputError: names the flag, its value and what to do.
+    Args:
+        parser: of run_pretraining.py; its defaults are changed.
+        arguments: words of the command line; None: those of this process.
     """
+    finder = Parser(add_help=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(arguments)[0].config
+    if path is not None:
+        for action, value in _saved_values(parser, path):
+            action.default = value
+            action.required = False
+    return parser.parse_args(arguments)
+
+
+def _saved_values(parser: argparse.ArgumentParser, path: str) -> list[tuple[argparse.Action, Any]]:
+    """Flags of `parser` with their values in the file `path`."""
+    content = read_json(path)
+    if Path(path).name in content.get(FILES, ()):  # not an edited copy
+        content = read_sealed(Path(path))
+    saved = content.get("arguments")
+    if not isinstance(saved, dict):
+        raise InputError(f"--config: {path}: has no 'arguments'; give the args.json of a model folder")
+    # argparse has no public list of a parser's flags.
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    values = []
+    for name, value in saved.items():
+        if name not in actions:
+            raise InputError(f"--config: {path}: {name!r} is no flag of run_pretraining.py; remove it")
+        if name not in OF_ONE_START:
+            if not _is_possible(actions[name], value):
+                raise InputError(f"--config: {path}: {name!r} can't be {value!r}; correct it, or give --{name}")
+            values.append((actions[name], value))
+    return values
+
+
+def _is_possible(action: argparse.Action, value: Any) -> bool:
+    """Whether a value from JSON is one of the flag of `action`: parsing its text gives it back."""
+    if value is None:
+        return action.default is None and not action.required
+    if action.nargs == "?":
+        return isinstance(value, bool)
+    kind = action.type if callable(action.type) else str
+    try:
+        parsed = kind(",".join(map(str, value)) if isinstance(value, list) else str(value))
+    except (argparse.ArgumentTypeError, ValueError, TypeError):
+        return False
+    return parsed == value and (action.choices is None or value in action.choices)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse combinations of flags that cannot be run, before anything is started or read."""
     if not Path(options.dataset_path).is_dir():
         raise InputError(f"--dataset_path: {options.dataset_path}: no such folder; make one with generate_samples.py")
     if options.fp16 and options.bf16:
@@ -47,9 +304,16 @@ def check(options: argparse.Namespace) -> None:
     if options.rule_path and not options.do_validation:
         raise InputError("--rule-path: the gap is measured at validations; add --do_validation")
     if options.load_checkpoint_id and not options.load_training_checkpoint:
-        raise InputError("--load_checkpoint_id: say with --load_training_checkpoint which folder it is in")
-    _check_adversarial(options)
-    # A hidden folder would be passed over by the measurements, and ".." would put the run beside --output_dir.
+        raise InputError("--load_checkpoint_id: give the folder of this state with --load_training_checkpoint")
+    if options.adversarial_weight and options.adversarial_file is None:
+        raise InputError(f"--adversarial_weight: {options.adversarial_weight:g}, but of which task? add --adversarial_file")
+    if options.adversarial_weight is None and options.adversarial_file is not None:
+        raise InputError(f"--adversarial_file: {options.adversarial_file}: say with --adversarial_weight how much it counts")
+    if options.adversarial_batch_size % 2:
+        raise InputError(f"--adversarial_batch_size: {options.adversarial_batch_size} has no halves; give an even number")
+    if options.adversarial_ridge == 0:
+        raise InputError("--adversarial_ridge: 0 leaves the head undetermined; give a number above 0")
+    # Measurements pass over hidden folders, and ".." would put the run next to --output_dir.
     if not options.job_name or options.job_name.startswith(".") or "/" in options.job_name + options.current_run_id:
         raise InputError(
             f"--job_name, --current_run_id: {job_folder(options).name!r} is no name of a folder here; leave out '/' and a "
@@ -58,52 +322,29 @@ def check(options: argparse.Namespace) -> None:
     model_config(options, vocab_size=1, max_seq_length=1)
 
 
-def _check_adversarial(options: argparse.Namespace) -> None:
-    """The part of `check` that is about the adversarial term."""
-    weight, file, size = options.adversarial_weight, options.adversarial_file, options.adversarial_batch_size
-    if weight and file is None:
-        raise InputError(f"--adversarial_weight: {weight:g}, but of which task? add --adversarial_file")
-    if weight is None and file is not None:
-        raise InputError(f"--adversarial_file: {file}: say with --adversarial_weight how much it counts")
-    if size % 2:
-        raise InputError(f"--adversarial_batch_size: {size} has no halves; give an even number")
-    if options.adversarial_ridge == 0:
-        raise InputError("--adversarial_ridge: 0 leaves the head undetermined; give a number above 0")
+def check_accumulation(options: argparse.Namespace, world_size: int) -> None:
+    """Refuse a `--gradient_accumulation_steps` that contradicts the batch sizes."""
+    batch = options.train_batch_size
+    micro = options.train_micro_batch_size_per_gpu
+    number = options.gradient_accumulation_steps
+    if number is not None and batch != micro * world_size * number:
+        raise InputError(
+            f"--gradient_accumulation_steps: {number}, but --train_batch_size {batch} is not "
+            f"--train_micro_batch_size_per_gpu {micro} x {world_size} rank(s) x {number}; leave it out, the number of "
+            "micro-batches follows from the sentences' lengths"
+        )
 
 
 def model_config(options: argparse.Namespace, vocab_size: int, max_seq_length: int) -> ModelConfig:
-    """The model that the options describe.
-
-    Raises:
-        InputError: no such model can be built.
-    """
-    return ModelConfig(
-        vocab_size=vocab_size,
-        max_position_embeddings=options.max_position_embeddings or max_seq_length,
-        **{
-            name: getattr(options, name)
-            for name in (
-                *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-                *("hidden_dropout_prob", "attention_probs_dropout_prob", "type_vocab_size", "initializer_range"),
-                *("layer_norm_type", "encoder_ln_mode", "attention"),
-            )
-        },
+    """The model that the options describe."""
+    names = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+        *("hidden_dropout_prob", "attention_probs_dropout_prob", "type_vocab_size", "initializer_range"),
+        *("layer_norm_type", "encoder_ln_mode", "attention"),
     )
-
-
-def check_accumulation(options: argparse.Namespace, world_size: int) -> None:
-    """Refuse a `--gradient_accumulation_steps` that doesn't agree with the batch sizes.
-
-    Raises:
-        InputError: train_batch_size is not train_micro_batch_size_per_gpu x ranks x gradient_accumulation_steps.
-    """
-    batch, micro, steps = options.train_batch_size, options.train_micro_batch_size_per_gpu, options.gradient_accumulation_steps
-    if steps is not None and batch != micro * world_size * steps:
-        raise InputError(
-            f"--gradient_accumulation_steps: {steps}, but --train_batch_size {batch} is not "
-            f"--train_micro_batch_size_per_gpu {micro} x {world_size} rank(s) x {steps}; leave it out, the number of "
-            "micro-batches follows from the sentences' lengths"
-        )
+    positions = options.max_position_embeddings or max_seq_length
+    values = {name: getattr(options, name) for name in names}
+    return ModelConfig(vocab_size=vocab_size, max_position_embeddings=positions, **values)
 
 
 def job_folder(options: argparse.Namespace) -> Path:
@@ -111,21 +352,19 @@ def job_folder(options: argparse.Namespace) -> Path:
     return Path(options.output_dir) / "-".join(filter(None, (options.job_name, options.current_run_id)))
 
 
-def deciding(arguments: dict) -> dict:
+def deciding(arguments: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's arguments that decides its weights and what it saves."""
     without = WITHOUT_EFFECT if arguments.get("adversarial_weight") else WITHOUT_EFFECT | ADVERSARIAL
     return {name: value for name, value in arguments.items() if name not in without}
 
 
-def differences(old: dict, new: dict) -> str:
-    """What distinguishes two runs' deciding arguments, in words; empty if nothing does.
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The differences between two runs' deciding arguments, in words; empty if there are none.
 
     >>> differences({"lr": 0.1, "local_rank": 0}, {"lr": 0.2, "local_rank": 1})
     'lr was 0.1, now 0.2'
     """
-    old, new = deciding(old), deciding(new)
-    return ", ".join(
-        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    )
+    old = deciding(old)
+    new = deciding(new)
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in changed)

@@ -14,7 +14,7 @@ from pretraining.experiments import choose, reproduce
 from pretraining.experiments.plan import Planner
 from pretraining.experiments.scales import MINI, SCALES
 from pretraining.report.contract import ALGORITHMS, NAMES, SIZES, STEPS, read_experiments, write_experiments
-from pretraining.training.saved_arguments import parse_with_config
+from pretraining.training.arguments import parse_with_config
 
 ROOT = Path(__file__).parents[2]
 

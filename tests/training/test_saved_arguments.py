@@ -3,8 +3,7 @@ import json
 import pytest
 
 from pcfg.common.files import InputError, write_sealed
-from pretraining.training.arguments import build_parser
-from pretraining.training.saved_arguments import OF_ONE_START, parse_with_config
+from pretraining.training.arguments import OF_ONE_START, build_parser, parse_with_config
 
 FIRST = (
     "--dataset_path data --tokenizer_name t --output_dir out --job_name first --lr 3e-4 --save_steps 4,0 --fp16 --max_steps 9"
