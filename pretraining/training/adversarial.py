@@ -17,7 +17,7 @@ from pcfg.common.files import InputError, describe_file, keyed_rng
 from pretraining.data.contexts import concatenate, from_texts, sentence_batch
 from pretraining.data.tasks import check_max_seq_length, read_labelled_part
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.training.batches import OVERHEAD_TOKENS, cuts, moved
+from pretraining.training.batches import OVERHEAD_TOKENS, cuts, to_device
 
 
 def ridge_validation_loss(
@@ -130,9 +130,9 @@ class AdversarialTerm:
         encoded = []
         for start, end in itertools.pairwise([0, *cuts(lengths[order], self._size, OVERHEAD_TOKENS)]):
             ids, mask = sentence_batch(self._contexts, rows[order[start:end]])
-            mask = None if mask.all() else moved(mask, device)
-            encoded.append(concatenate(model(moved(ids, device), mask, None), mask, self._positions))
+            mask = None if mask.all() else to_device(mask, device)
+            encoded.append(concatenate(model(to_device(ids, device), mask, None), mask, self._positions))
         # From the order of lengths to that of `rows`.
-        features = torch.cat(encoded)[moved(torch.from_numpy(np.argsort(order)), device)]  # (size, positions * hidden)
-        targets = moved(torch.from_numpy(self._targets[rows]), device)
+        features = torch.cat(encoded)[to_device(torch.from_numpy(np.argsort(order)), device)]  # (size, positions * hidden)
+        targets = to_device(torch.from_numpy(self._targets[rows]), device)
         return ridge_validation_loss(features[:half], targets[:half], features[half:], targets[half:], self._ridge)

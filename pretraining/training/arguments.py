@@ -87,10 +87,8 @@ def _add_data_and_model(parser: argparse.ArgumentParser) -> None:
 
     group = _Group(parser, "model")
     group.value("model_type", ("bert-mlm",), "bert-mlm", "kind of model")
-    text = (
-        "model folder or hub name of the initial weights; the flags must state its shape (default: new weights, a function of "
-    )
-    group.value("model_name_or_path", str, None, text + "--seed)")
+    text = "model folder or hub name of the initial weights; the flags must state its shape (default: new weights, by --seed)"
+    group.value("model_name_or_path", str, None, text)
     group.value("hidden_size", positive_int, 1024, "width")
     group.value("num_hidden_layers", positive_int, 24, "layers")
     group.value("num_attention_heads", positive_int, 16, "attention heads")
@@ -146,9 +144,7 @@ def _add_schedule_and_duration(parser: argparse.ArgumentParser) -> None:
     text = "unit of the schedule. step: steps of --max_steps, warmup by --warmup_proportion; constant_step: the same with a "
     text += "warmup of --num_warmup_steps; time: hours of --total_training_time"
     group.value("lr_schedule", ("step", "constant_step", "time"), "time", text)
-    text = (
-        "after the warmup. linear: to 0 at the end; exp: decay_rate^(steps or hours since the warmup / decay_step); const: --lr"
-    )
+    text = "after the warmup. linear: to 0 at the end; exp: decay_rate^((steps or hours since then) / decay_step); const: --lr"
     group.value("curve", ("linear", "exp", "const"), "linear", text)
     group.value("warmup_proportion", probability, 0.06, "of the steps or hours, for step and time")
     group.value("num_warmup_steps", non_negative_int, 1000, "steps, for constant_step")
@@ -213,10 +209,8 @@ def _add_validation_and_output(parser: argparse.ArgumentParser) -> None:
     group.value("log_throughput_every", positive_int, None, "steps between two lines with the speed (default: none)")
     group.value("project_name", str, None, "also record in Weights & Biases, under this project (default: no)")
     group.value("report_to", ("wandb", "none"), "wandb", "none: metrics.jsonl only")
-    text = (
-        "args.json of a model folder: flags not on the command line are as in that run, --output_dir and --job_name included "
-    )
-    group.value("config", str, None, text + "(default: none)")
+    text = "args.json of a model folder: flags not given are as in that run, also --output_dir and --job_name (default: none)"
+    group.value("config", str, None, text)
     text = "auto: resume an interrupted run from its newest intact training state; never: start anew, with --overwrite if the "
     group.value("resume", ("auto", "never"), "auto", text + "folder holds a run")
     text = "a training_state folder to start from; a state of the interrupted run itself comes first (default: none)"

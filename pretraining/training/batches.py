@@ -1,6 +1,6 @@
-"""From a shard of samples to micro-batches that waste nothing on padding.
+"""From a shard of samples to micro-batches with little padding.
 
-A global batch is the same set of samples for any number of ranks and any size of micro-batches; how it is grouped changes
+A global batch is the same set of samples for any number of ranks and any size of micro-batches. How it is grouped changes
 neither the loss nor the gradient (see `pretraining.training.trainer`).
 """
 
@@ -16,19 +16,44 @@ from torch import nn
 from pcfg.common.files import InputError, keyed_rng
 from pretraining.data.samples import Samples
 
-# What a micro-batch costs beside its tokens, counted in tokens: measured on CPU and near the least over a wide range.
+# The cost of a micro-batch in addition to its tokens, in tokens: measured on CPU, near the minimum over a wide range.
 OVERHEAD_TOKENS = 64
 
 
 @dataclasses.dataclass
+class GlobalBatch:
+    """The samples of one step, over all ranks.
+
+    Attributes:
+        samples: of the shard.
+        rows: (train_batch_size,) int64, the samples of this batch.
+        index: of the batch in its epoch.
+        is_last: whether its epoch ends with it.
+    """
+
+    samples: Samples
+    rows: np.ndarray
+    index: int
+    is_last: bool
+
+    def masks(self) -> int:
+        """Number of masked positions."""
+        return number_of_masks(self.samples, self.rows)
+
+    def tokens(self) -> int:
+        """Number of tokens, [CLS] and [SEP] included."""
+        return int(self.samples.input_mask[self.rows].sum())
+
+
+@dataclasses.dataclass
 class MicroBatch:
-    """Sentences of one forward pass, cut at the longest.
+    """Sentences of one forward pass, as long as the longest of them.
 
     Attributes:
         input_ids: (batch, length) int64.
         input_mask: (batch, length) bool, False at padding; None where nothing is padded.
         flat_positions: (masked,) int64, masked positions as indices into batch * length.
-        labels: (masked,) int64, the words that stood there.
+        labels: (masked,) int64, the original words there.
     """
 
     input_ids: torch.Tensor
@@ -38,12 +63,13 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
-        tensors = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return MicroBatch(*(tensor if tensor is None else moved(tensor, device) for tensor in tensors))
+        mask = None if self.input_mask is None else to_device(self.input_mask, device)
+        positions = to_device(self.flat_positions, device)
+        return MicroBatch(to_device(self.input_ids, device), mask, positions, to_device(self.labels, device))
 
 
-def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on another device; the host doesn't wait for it."""
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on another device; the host does not wait for it."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # from other memory the host would wait
     return tensor.to(device, non_blocking=True)
@@ -69,13 +95,13 @@ def rank_micro_batches(
 ) -> list[np.ndarray]:
     """The micro-batches of one rank: `rows` sorted by length, dealt to the ranks in turn, cut where lengths change.
 
-    Ranks work on like lengths at the same time, and all have the same number of micro-batches; a rank that has no row left
-    for the last one gets it empty.
+    Ranks work on similar lengths at the same time, and all have the same number of micro-batches. On a rank without a row left
+    for it, the last one is empty.
 
     Args:
         rows: (n,) int64, the global batch.
-        size: most sentences of a micro-batch.
-        overhead: what a micro-batch costs beside its tokens, in tokens; see `cuts`.
+        size: maximum number of sentences of a micro-batch.
+        overhead: cost of a micro-batch in addition to its tokens, in tokens; see `cuts`.
 
     Returns:
         Arrays of the rank's rows.
@@ -89,15 +115,14 @@ def rank_micro_batches(
 
 
 def cuts(lengths: np.ndarray, size: int, overhead: int) -> list[int]:
-    """Where to cut sentences sorted by length into micro-batches, at the least cost.
+    """The ends of micro-batches of sentences sorted by length, at the minimum cost.
 
-    A micro-batch of m sentences with at most L tokens costs m L + `overhead` tokens. Between a batch a sentence and one for
-    all, which pads most, the least sum over all ways to cut where the length changes is found by a dynamic program over the
-    distinct lengths; what is longer than `size` is then cut into equal parts.
+    A micro-batch of m sentences with at most L tokens costs m L + `overhead` tokens. A dynamic program over distinct lengths
+    finds the cheapest of all ways to cut where the length changes. Parts of more than `size` sentences are then cut evenly.
 
     Args:
         lengths: (n,) int64, ascending, n >= 1.
-        size: most sentences of a micro-batch.
+        size: maximum number of sentences of a micro-batch.
         overhead: tokens.
 
     Returns:
@@ -107,7 +132,8 @@ def cuts(lengths: np.ndarray, size: int, overhead: int) -> list[int]:
     [2, 3, 4, 6]
     """
     ends = [*(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]  # of the runs of equal lengths
-    best, start_of = [0.0], [0]  # cost of all sentences before a run; where the last micro-batch before it starts
+    best = [0.0]  # cost of all sentences before a run
+    start_of = [0]  # index of the run with which the last micro-batch before a run starts
     for end in ends:
         longest = int(lengths[end - 1])
         costs = [
@@ -117,13 +143,15 @@ def cuts(lengths: np.ndarray, size: int, overhead: int) -> list[int]:
         cheapest = min(range(len(costs)), key=costs.__getitem__)
         best.append(costs[cheapest])
         start_of.append(cheapest)
-    chosen, run = [], len(ends)
+    cut_points: list[int] = []
+    run = len(ends)
     while run:
-        start, end = [0, *ends][start_of[run]], ends[run - 1]
+        start = [0, *ends][start_of[run]]
+        end = ends[run - 1]
         parts = math.ceil((end - start) / size)
-        chosen += [start + (end - start) * part // parts for part in range(parts, 0, -1)]
+        cut_points += [start + (end - start) * part // parts for part in range(parts, 0, -1)]
         run = start_of[run]
-    return chosen[::-1]
+    return cut_points[::-1]
 
 
 def masked_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -134,18 +162,18 @@ def masked_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 
 def number_of_masks(samples: Samples, rows: np.ndarray) -> int:
-    """Masked positions of the samples `rows`."""
+    """Number of masked positions of the samples `rows`."""
     return int(np.count_nonzero(samples.masked_lm_positions[rows]))
 
 
-def global_batches(number_of_samples: int, batch_size: int, seed: int, epoch: int, source) -> np.ndarray:
+def global_batches(number_of_samples: int, batch_size: int, seed: int, epoch: int, source: object) -> np.ndarray:
     """An epoch: the samples of a shard in an order that is a function of (seed, epoch), cut into global batches.
 
-    Returns:
-        (batches, batch_size) int64 indices of samples; what doesn't fill a batch is left out.
+    Args:
+        source: the shard's file, for messages.
 
-    Raises:
-        InputError: the shard has fewer samples than a batch.
+    Returns:
+        (batches, batch_size) int64 indices of samples; a last batch that is not full is left out.
 
     >>> global_batches(5, 2, seed=0, epoch=0, source="train_shard_0.hdf5").shape
     (2, 2)

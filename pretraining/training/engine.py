@@ -1,4 +1,4 @@
-"""DeepSpeed's engine for a masked language model."""
+"""DeepSpeed's engine for a masked language model, its optimizer and its arithmetic."""
 
 import argparse
 import logging
@@ -10,8 +10,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from torch import nn
 
+from pcfg.common.files import InputError
 from pcfg.common.ranks import Ranks
-from pretraining.training.optimizers import build_optimizer
 
 # The loss scale of float16: DeepSpeed halves it on overflow, down to this.
 LOWEST_LOSS_SCALE = 1
@@ -32,13 +32,13 @@ def start_ranks(options: argparse.Namespace) -> Ranks:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices by instructions of its own; without them float32 is 100 times faster."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_tile"))
+    """Whether the CPU has instructions for products of bfloat16 matrices; without them float32 is 100 times faster."""
+    instructions = torch.cpu.get_capabilities()
+    return bool(instructions.get("avx512_bf16") or instructions.get("amx_tile"))
 
 
 def precision(options: argparse.Namespace, device: torch.device) -> str:
-    """What the arithmetic is done in: "float32", "bfloat16" or "float16".
+    """The arithmetic of a run: "float32", "bfloat16" or "float16".
 
     `--fp16` asks for the fast one: float16 on CUDA; on a CPU bfloat16 if it has instructions for it, else float32.
     """
@@ -50,20 +50,57 @@ def precision(options: argparse.Namespace, device: torch.device) -> str:
 def zero_stage(options: argparse.Namespace, arithmetic: str) -> int:
     """The ZeRO stage in use: that of the options, but at least 1 for float16.
 
-    Without ZeRO, DeepSpeed 0.19's `engine.backward` leaves out the loss scale that its float16 optimizer divides by
+    Without ZeRO, DeepSpeed 0.19's `engine.backward` omits the loss scale by which its float16 optimizer divides
     (github.com/deepspeedai/DeepSpeed/pull/8393): gradients would be 65,536 times too small.
     """
     return max(1, options.zero_stage) if arithmetic == "float16" else options.zero_stage
 
 
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two of torch's groups: matrices and tables decay, biases and LayerNorm weights do not (Devlin et al. 2019, App. A.2)."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(options: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of `--optimizer_type` over the parameters of `model`, with the learning rate `--lr`.
+
+    adam, adamw and sgd are torch's fused ones. adafactor is transformers' with an absolute learning rate, as in
+    academic-budget-bert. lamb is You et al. 2020 (algorithm 2, weight decay inside the trust ratio) from `pytorch_optimizer`.
+    """
+    groups = parameter_groups(model, options.weight_decay)
+    betas = (options.adam_beta1, options.adam_beta2)
+    match options.optimizer_type:
+        case "adamw":
+            return torch.optim.AdamW(groups, options.lr, betas, options.adam_eps, fused=True)
+        case "adam":
+            return torch.optim.Adam(groups, options.lr, betas, options.adam_eps, fused=True)
+        case "sgd":
+            return torch.optim.SGD(groups, options.lr, options.sgd_momentum, fused=True)
+        case "adafactor":
+            from transformers.optimization import Adafactor  # takes seconds to import
+
+            return Adafactor(groups, options.lr, relative_step=False, scale_parameter=False)
+        case "lamb":
+            try:
+                from pytorch_optimizer import Lamb
+            except ImportError as error:
+                raise InputError(f"--optimizer_type lamb: {error}; pip install pytorch_optimizer") from None
+            return Lamb(groups, options.lr, betas, weight_decouple=False, eps=options.adam_eps)
+    raise InputError(f"--optimizer_type: {options.optimizer_type!r} is unknown")
+
+
 def deepspeed_config(options: argparse.Namespace, world_size: int, arithmetic: str) -> dict:
     """DeepSpeed's configuration for the options.
 
-    A step has as many micro-batches as its sentences need: `engine.step()` is called once, after the last one, and what
-    DeepSpeed is told of batch sizes only has to add up.
+    A step has as many micro-batches as its sentences need, and calls `engine.step()` once, after the last one. The batch sizes
+    given to DeepSpeed only have to be consistent.
 
-    bfloat16 runs under autocast on float32 weights: no second copy of the weights, and the model folders hold what was
-    trained. float16 has float16 weights with a float32 copy in the optimizer, and a dynamic loss scale.
+    bfloat16 runs under autocast on float32 weights: there is no second copy of the weights, and model folders hold the trained
+    ones. float16 has float16 weights with a float32 copy in the optimizer, and a dynamic loss scale.
     """
     config = {
         "train_batch_size": world_size,
@@ -78,10 +115,9 @@ def deepspeed_config(options: argparse.Namespace, world_size: int, arithmetic: s
         # Its throughput timer waits for the device at every step.
         "timers": {"throughput": {"enabled": options.wall_clock_breakdown}},
     }
-    if options.steps_per_print is not None:
-        config["steps_per_print"] = options.steps_per_print
-    if options.gradient_predivide_factor is not None:
-        config["gradient_predivide_factor"] = options.gradient_predivide_factor
+    for name in ("steps_per_print", "gradient_predivide_factor"):
+        if getattr(options, name) is not None:
+            config[name] = getattr(options, name)
     if arithmetic == "bfloat16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if arithmetic == "float16":
@@ -89,21 +125,18 @@ def deepspeed_config(options: argparse.Namespace, world_size: int, arithmetic: s
     return config
 
 
-def build_engine(options: argparse.Namespace, model: nn.Module, world_size: int, arithmetic: str):
+def build_engine(options: argparse.Namespace, model: nn.Module, world_size: int, arithmetic: str) -> deepspeed.DeepSpeedEngine:
     """`model` in a DeepSpeed engine with the optimizer of the options; all ranks call this together."""
     if options.steps_per_print is None and not options.wall_clock_breakdown:
         deepspeed.utils.logger.setLevel(logging.WARNING)
-    # DeepSpeed insists on it. If it stayed, a Trainer in this process, or what it starts, would take itself for one of many.
-    alone = "LOCAL_RANK" not in os.environ
-    if alone:
+    # DeepSpeed insists on the variable. If it stayed, a Trainer in this process or in a child would believe to be one of many.
+    is_alone = "LOCAL_RANK" not in os.environ
+    if is_alone:
         os.environ["LOCAL_RANK"] = str(max(0, options.local_rank))
     try:
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(options, model),
-            config=deepspeed_config(options, world_size, arithmetic),
-        )
+        config = deepspeed_config(options, world_size, arithmetic)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(options, model), config=config)
     finally:
-        if alone:
+        if is_alone:
             del os.environ["LOCAL_RANK"]
     return engine

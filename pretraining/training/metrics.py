@@ -1,23 +1,26 @@
-"""The record of a run: a line of JSON a record, always; Weights & Biases when asked for."""
+"""What a run says of itself: records, losses that are not finite, and signals."""
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
+import signal
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-from pcfg.common.files import InputError, atomic_open, disk_errors
+import torch
+
+from pcfg.common.files import AnyPath, InputError, atomic_open, disk_errors
 
 METRICS_FILE = "metrics.jsonl"
 
 
-def read_metrics(path) -> list[dict]:
-    """The records of a metrics file. A last line without its end, left by a kill, is passed over.
-
-    Raises:
-        InputError: another line is no record (with its number).
-    """
+def read_metrics(path: AnyPath) -> list[dict]:
+    """The records of a metrics file; an unfinished last line, left by a kill, is ignored."""
     lines = Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else []
     records = []
     for number, line in enumerate(lines, start=1):
@@ -32,28 +35,24 @@ def read_metrics(path) -> list[dict]:
 
 
 class Metrics:
-    """Appends records to `metrics.jsonl` in a folder.
+    """Appends records to `metrics.jsonl` in a folder, one JSON line per record, and to Weights & Biases if asked for.
 
     Args:
         folder: of the run.
-        step: the step that the run starts from; records of later steps, from before an interruption, are taken out.
+        step: from which the run starts; records of later steps, from before an interruption, are removed.
         options: of the command line.
     """
 
     def __init__(self, folder: Path, step: int, options: argparse.Namespace):
         self.path = folder / METRICS_FILE
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step and step > 0]
+        earlier = [record for record in read_metrics(self.path) if record["step"] <= step and step > 0]
         with atomic_open(self.path) as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.writelines(json.dumps(record) + "\n" for record in earlier)
         self._file = open(self.path, "ab", buffering=0)
         self._run = start_wandb(folder, options) if options.project_name and options.report_to == "wandb" else None
 
     def write(self, record: dict) -> None:
-        """Append a record (it has "step"); it is on its way to the disk when this returns.
-
-        Raises:
-            InputError: the disk is full.
-        """
+        """Append a record (it has "step"); the operating system has it when this returns."""
         line = (json.dumps(record) + "\n").encode()
         with disk_errors(self.path):
             if self._file.write(line) != len(line):
@@ -62,7 +61,7 @@ class Metrics:
             self._run.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
 
     def sync(self) -> None:
-        """Return when all records are on the disk: a training state must not survive a power cut that they don't."""
+        """Return when all records are on the disk: a power cut must not leave a training state without its records."""
         with disk_errors(self.path):
             os.fsync(self._file.fileno())
 
@@ -72,25 +71,89 @@ class Metrics:
             self._run.finish()
 
 
-def start_wandb(folder: Path, options: argparse.Namespace):
-    """A run of Weights & Biases in the project `--project_name`; without a network or a login unless WANDB_MODE asks for them.
-
-    Raises:
-        InputError: the package is missing.
-    """
+def start_wandb(folder: Path, options: argparse.Namespace) -> Any:
+    """A run of Weights & Biases in the project `--project_name`; offline unless WANDB_MODE says otherwise."""
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb
     except ImportError:
         raise InputError("--project_name: the package wandb is not installed; pip install wandb, or --report_to none") from None
-    # The same folder is the same run, so that a run that was taken up again goes on in the same curve.
-    identifier = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return wandb.init(
         project=options.project_name,
         name=folder.name,
-        id=identifier,
+        # The same folder is the same run, so that a resumed run continues the same curve.
+        id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
         resume="allow" if os.environ["WANDB_MODE"] == "online" else None,
         dir=str(folder),
         config=vars(options),
     )
+
+
+def check_finite(loss: float, where: str, what: str) -> None:
+    """Refuse a loss that is NaN or infinite; `where` and `what` are words for the message."""
+    if not math.isfinite(loss):
+        raise InputError(
+            f"{where}: the {what} is {loss}; try a smaller --lr, a longer warmup or --gradient_clipping 1.0; the last training "
+            "state and model folder are kept"
+        )
+
+
+class LossWatch:
+    """Checks that the losses of every step are finite, without making the host wait for the device.
+
+    On a GPU the losses of a step are read when the next step is queued, so that the device is never idle; on a CPU at once.
+
+    Args:
+        device: of the losses.
+    """
+
+    def __init__(self, device: torch.device):
+        self._delay = 0 if device.type == "cpu" else 1
+        self._unseen: list[tuple[str, dict[str, torch.Tensor]]] = []
+
+    def add(self, where: str, losses: dict[str, torch.Tensor]) -> None:
+        """Add the losses of a step, scalars by their names in the records; checks those that are due.
+
+        Args:
+            where: step and batch, for the message.
+            losses: the same on all ranks, so that all of them stop.
+        """
+        self._unseen.append((where, losses))
+        self.settle(self._delay)
+
+    def settle(self, unseen: int = 0) -> None:
+        """Check all steps but the last `unseen`."""
+        while len(self._unseen) > unseen:
+            where, losses = self._unseen.pop(0)
+            for name, loss in losses.items():
+                check_finite(loss.item(), where, name.replace("_", " "))
+
+
+class Signals:
+    """Within its block, the first SIGTERM or SIGINT is only noted, so that a step can finish; a second one acts as usual.
+
+    Attributes:
+        received: the name of the signal, None without any.
+    """
+
+    def __init__(self):
+        self.received: str | None = None
+        self._usual: dict[int, Any] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 (signal.signal asks for it)
+        self.received = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)
+
+    def __enter__(self) -> "Signals":
+        with contextlib.suppress(ValueError):  # not the main thread (a notebook's worker): signals stay as they are
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._usual[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()

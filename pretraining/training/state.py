@@ -1,40 +1,59 @@
-"""Training states: what a run needs to go on after an interruption as if nothing had happened.
+"""Training states: everything that a run needs to resume after an interruption as if nothing had happened.
 
     training_state/latest                the tag of the newest state, written last
-    training_state/<tag>/state.json      progress, arguments, SHA-256 of the files beside it and of itself
+    training_state/<tag>/state.json      progress, facts of the run, SHA-256 of the other files and of itself
     training_state/<tag>/*.pt            DeepSpeed's checkpoint
 
-A state appears complete or not at all, under a tag of its own: the newest one stays valid while the next is written. One that
-has been damaged since is never loaded.
+A state appears complete or not at all, under a tag of its own: the newest one stays valid while the next is written. A damaged
+state is never loaded.
 """
 
-import dataclasses
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from pcfg.common.files import FILES, InputError, atomic_folder, atomic_open, check_file, disk_errors, read_sealed, write_sealed
-from pretraining.training.safe_torch import SafeCheckpointEngine
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from pcfg.common.files import (
+    FILES,
+    InputError,
+    atomic_folder,
+    atomic_open,
+    check_file,
+    disk_errors,
+    read_sealed,
+    sha256,
+    write_sealed,
+)
+from pcfg.common.ranks import Ranks
+from pcfg.common.schema import Schema, parse_schema
 
 STATE_FILE, LATEST_FILE = "state.json", "latest"
-KEYS = ("progress", "arguments", "model", "vocabulary_sha256", "precision", "zero_stage", "world_size")
 TAG = re.compile(r"step\d{7,}(-\d+)?")
-DAMAGED = ".damaged"  # appended to the name of a state that was passed over, until the next one is saved
+DAMAGED = ".damaged"  # appended to the name of a damaged state, until the next one is saved
+# All classes that DeepSpeed puts into a checkpoint of ZeRO 0, 1 or 2, next to tensors and plain types. They hold numbers only.
+SAFE_CLASSES = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
 
 
-@dataclasses.dataclass
-class Progress:
+class Progress(Schema, frozen=False):
     """How far a run is.
 
     Attributes:
         step: finished steps.
         epoch: finished epochs.
-        batch: finished global batches of the epoch that is under way.
+        batch: finished global batches of the current epoch.
         samples: sentences seen.
         tokens: tokens seen, [CLS] and [SEP] included.
         hours: of training.
-        time_markers: how many of `--finetune_time_markers` are behind.
-        lowest_scale_steps: how many steps the loss scale has been the lowest (float16).
+        time_markers: how many of `--finetune_time_markers` have passed.
+        lowest_scale_steps: for how many steps the loss scale has been the lowest (float16).
         validation_loss: the newest, in nats.
         validated_step: when it was measured.
         stopped: why the run was stopped before its end.
@@ -53,25 +72,92 @@ class Progress:
     stopped: str | None = None
 
 
-def progress_of(saved: dict, folder: Path) -> Progress:
-    """The progress that the `state.json` of `folder` tells of.
+class RunFacts(Schema, extra="ignore"):
+    """What `args.json` and `state.json` say of a run.
 
-    Raises:
-        InputError: it has other entries than this version's; names one.
+    Attributes:
+        arguments: of the command line.
+        model: fields of its `ModelConfig`.
+        parameters: their number; None in states of earlier versions.
+        adversarial: name and SHA-256 of the labelled file of an adversarial term.
+        initial_weights: SHA-256 of the weights that training began with, if they were not new.
     """
-    known = {field.name for field in dataclasses.fields(Progress)}
-    foreign = saved["progress"].keys() - known if isinstance(saved["progress"], dict) else {"progress"}
-    if foreign:
-        raise InputError(f"{folder / STATE_FILE}: {min(foreign)!r} is unknown here; which version wrote it?")
-    return Progress(**saved["progress"])
+
+    job_name: str
+    seed: int
+    vocabulary_sha256: str
+    git_revision: str | None
+    versions: dict[str, str]
+    arguments: dict[str, Any]
+    model: dict[str, Any]
+    parameters: int | None = None
+    world_size: int
+    precision: str
+    zero_stage: int
+    adversarial: dict[str, str] | None = None
+    initial_weights: dict[str, str] | None = None
+
+
+class SavedState(RunFacts):
+    """The content of a `state.json`; its progress may have fields of another version, which a run that resumes refuses."""
+
+    progress: dict[str, Any]
+    files: dict[str, str]
+
+
+class State(Schema):
+    """An intact state.
+
+    Attributes:
+        folder: of the state.
+        saved: its `state.json`.
+        damaged: states that would have come before it.
+    """
+
+    folder: Path
+    saved: SavedState
+    damaged: list[Path] = []
+
+    def progress(self) -> Progress:
+        """How far the run was."""
+        advice = "another version wrote it; resume with that version"
+        return parse_schema(Progress, self.saved.progress, self.folder / STATE_FILE, advice)
+
+
+class SafeCheckpointEngine(TorchCheckpointEngine):
+    """DeepSpeed's reader and writer of checkpoint files, which by itself loads with `weights_only=False`.
+
+    Args:
+        expected: SHA-256 of the files that may be loaded, by name.
+    """
+
+    def __init__(self, expected: dict[str, str] | None = None):
+        super().__init__()
+        self.expected = expected or {}
+
+    def save(self, state_dict: dict, path: str) -> None:
+        """Write `state_dict`. A full disk is an OSError here; where torch opens the file itself, it is a RuntimeError."""
+        with open(path, "wb") as file:
+            torch.save(state_dict, file)
+
+    def load(self, path: str, map_location: Any = None) -> dict:
+        """The content of a file with the expected hash, of tensors, plain types and `SAFE_CLASSES`; nothing is executed."""
+        # One descriptor for both: what is loaded is what was hashed, even if the name has come to mean another file.
+        with open(path, "rb") as file:
+            check_file(Path(path), Path(path).parent / STATE_FILE, {FILES: self.expected}, digest=sha256(file))
+            file.seek(0)
+            try:
+                with torch.serialization.safe_globals(list(SAFE_CLASSES)):
+                    return torch.load(file, map_location=map_location, weights_only=True)
+            except Exception as error:  # torch's reader raises many kinds for foreign bytes, with long texts
+                raise InputError(
+                    f"{path}: refused ({type(error).__name__}), it holds more than tensors, numbers and DeepSpeed's loss "
+                    "scale; it isn't a checkpoint of this project, delete the folder"
+                ) from None
 
 
 def latest(root: Path) -> Path | None:
-    """The state that `latest` names under `root`; None if there is no such file.
-
-    Raises:
-        InputError: what it names is not there.
-    """
+    """The state that `latest` names under `root`; None if there is no such file."""
     path = root / LATEST_FILE
     if not path.is_file():
         return None
@@ -82,65 +168,42 @@ def latest(root: Path) -> Path | None:
     return root / tag
 
 
-def read(folder: Path) -> dict:
-    """The `state.json` of a state, whose files have all been verified.
-
-    Raises:
-        InputError: a file of the state is missing, damaged or not one that was saved with it.
-    """
+def read(folder: Path) -> SavedState:
+    """The `state.json` of a state; all files of the state are verified."""
     path = folder / STATE_FILE
-    state = read_sealed(path)
-    missing = [key for key in KEYS if key not in state]
-    if missing:
-        raise InputError(f"{path}: {missing[0]!r} is missing, not a whole training state")
-    for name in sorted({file.name for file in folder.iterdir()} | state[FILES].keys()):
+    content = read_sealed(path)
+    saved = parse_schema(SavedState, content, path, "it is not a whole training state")
+    for name in sorted({file.name for file in folder.iterdir()} | saved.files.keys()):
         if name != STATE_FILE:
-            check_file(folder / name, path, state)
-    return state
+            check_file(folder / name, path, content)
+    return saved
 
 
-@dataclasses.dataclass
-class Found:
-    """A whole state.
-
-    Attributes:
-        folder: of the state.
-        saved: its `state.json`.
-        damaged: states that would have come before it.
-    """
-
-    folder: Path
-    saved: dict
-    damaged: list[Path] = dataclasses.field(default_factory=list)
-
-
-def newest(root: Path, report=print) -> Found | None:
-    """The newest whole state under `root`; None if there are no states.
+def newest(root: Path, report: Callable[[str], object] = print) -> State | None:
+    """The newest intact state under `root`; None if there are no states.
 
     Args:
-        report: is given a line for each state that is passed over because it is damaged.
-
-    Raises:
-        InputError: there are states, but none is whole.
+        report: receives a line for each damaged state that is passed over.
     """
-    others, problems, damaged = _states(root)[::-1], [], []
+    folders = _states(root)[::-1]
+    problems: list[str] = []
+    damaged: list[Path] = []
     try:
-        # A state that is there, but isn't named yet, was being finished when the run was killed.
         named = latest(root)
-        others = [folder for folder in others if folder != named]
-        others = others if named is None else [named, *others]
+        if named is not None:  # a newer state that is not named yet was being finished when the run was killed
+            folders = [named, *(folder for folder in folders if folder != named)]
     except InputError as error:
         problems.append(str(error))
-    for folder in others:
+    for folder in folders:
         try:
-            found = Found(folder, read(folder), damaged)
-        except (InputError, OSError) as error:  # OSError: a disk that can't be read any more
+            state = State(folder=folder, saved=read(folder), damaged=damaged)
+        except (InputError, OSError) as error:  # OSError: a disk that can no longer be read
             problems.append(str(error))
             damaged.append(folder)
             continue
         for problem in problems:
             report(f"warning: {problem}; passed over, the newest whole training state is {folder.name}")
-        return found
+        return state
     if problems:
         raise InputError(
             f"{problems[0]}; no whole training state is left in {root}: --overwrite begins anew, or give another --job_name"
@@ -148,57 +211,51 @@ def newest(root: Path, report=print) -> Found | None:
     return None
 
 
-def find(root: Path, identifier: str | None, report=print) -> Found:
-    """The state `identifier` under `root`, the newest whole one if None.
-
-    Raises:
-        InputError: there is no such state (says which there are), or it is damaged.
-    """
-    found = newest(root, report) if identifier is None else None
+def find(root: Path, identifier: str | None, report: Callable[[str], object] = print) -> State:
+    """The state `identifier` under `root`; the newest intact one for None."""
+    state = newest(root, report) if identifier is None else None
     if identifier is not None and (root / identifier / STATE_FILE).is_file():
-        found = Found(root / identifier, read(root / identifier))
-    if found is None:
+        state = State(folder=root / identifier, saved=read(root / identifier))
+    if state is None:
         known = ", ".join(path.name for path in _states(root)) or "none"
         what = f"has no state {identifier!r}" if identifier else "has no training state"
         raise InputError(f"--load_training_checkpoint: {root} {what}; there are: {known}")
-    return found
+    return state
 
 
-def tidy(found: Found, keep: int) -> None:
-    """Make the folder of `found`, the newest whole state there, what `save` would have left.
+def tidy(state: State, keep: int) -> None:
+    """Bring the folder of `state`, the newest intact one there, to the condition in which `save` would have left it.
 
-    Damaged states get another name: they no longer count, and can be looked at until the next state is saved.
+    Damaged states get another name: they no longer count, and can be inspected until the next state is saved.
     """
-    for folder in found.damaged:
+    for folder in state.damaged:
         target = folder.with_name(folder.name + DAMAGED)
         with disk_errors(target):
             if target.exists():
                 shutil.rmtree(target)
             folder.rename(target)
-    _prune(found.folder.parent, found.folder, keep)
+    _prune(state.folder.parent, state.folder, keep)
 
 
-def save(engine, root: Path, ranks, facts: dict, keep: int) -> None:
+def save(engine: DeepSpeedEngine, root: Path, ranks: Ranks, facts: RunFacts, progress: Progress, keep: int) -> None:
     """Write a training state under a new tag, switch `latest` to it, then delete all but the newest `keep`.
 
-    Args:
-        engine: DeepSpeed's; every rank calls this with its own.
-        ranks: `pcfg.common.ranks.Ranks`.
-        facts: what `state.json` says, beside the files' hashes; has "progress".
+    Every rank calls this with its own engine.
     """
-    tag = f"step{facts['progress']['step']:07d}"
+    step_tag = f"step{progress.step:07d}"
+    tag = step_tag
     attempt = 1
-    while (root / tag).exists():  # from before the run was taken back to an earlier state
+    while (root / tag).exists():  # from before the run went back to an earlier state
         attempt += 1
-        tag = f"step{facts['progress']['step']:07d}-{attempt}"
+        tag = f"{step_tag}-{attempt}"
     tag = ranks.agree_on_text(tag)
     engine.checkpoint_engine = SafeCheckpointEngine()
     with atomic_folder(root / tag) if ranks.is_main else disk_errors(root / tag) as temporary:
-        place = Path(ranks.agree_on_text(str(temporary)))
-        engine.save_checkpoint(str(place.parent), tag=place.name, save_latest=False)
+        folder = Path(ranks.agree_on_text(str(temporary)))
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         ranks.wait()
         if ranks.is_main:
-            write_sealed(place / STATE_FILE, facts)
+            write_sealed(folder / STATE_FILE, {"progress": progress.model_dump(), **facts.model_dump(exclude_unset=True)})
     if ranks.is_main:
         with atomic_open(root / LATEST_FILE) as file:
             file.write(tag)
@@ -208,14 +265,10 @@ def save(engine, root: Path, ranks, facts: dict, keep: int) -> None:
     ranks.wait()
 
 
-def load(engine, found: Found) -> None:
-    """Put the weights and the optimizer's state of a verified state into `engine`; all ranks call this together.
-
-    Raises:
-        InputError: the files aren't those that were verified, hold anything but numbers, or belong to another model.
-    """
-    engine.checkpoint_engine = SafeCheckpointEngine(found.saved[FILES])
-    folder = found.folder
+def load(engine: DeepSpeedEngine, state: State) -> None:
+    """Load the weights and the optimizer's state of a verified state into `engine`; all ranks call this together."""
+    engine.checkpoint_engine = SafeCheckpointEngine(state.saved.files)
+    folder = state.folder
     try:
         loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -229,15 +282,15 @@ def load(engine, found: Found) -> None:
 
 def _states(root: Path) -> list[Path]:
     """All complete states under `root`, damaged or not, oldest first."""
-    found = (path.parent for path in root.glob(f"*/{STATE_FILE}") if TAG.fullmatch(path.parent.name))
-    return sorted(found, key=lambda folder: ((folder / STATE_FILE).stat().st_mtime_ns, folder.name))
+    folders = (path.parent for path in root.glob(f"*/{STATE_FILE}") if TAG.fullmatch(path.parent.name))
+    return sorted(folders, key=lambda folder: ((folder / STATE_FILE).stat().st_mtime_ns, folder.name))
 
 
 def _prune(root: Path, newest: Path, keep: int) -> None:
-    """Delete the states under `root` but `newest` and the `keep` - 1 before it, and what kills have left half done."""
+    """Delete the states under `root` except `newest` and the `keep` - 1 before it, and leftovers of kills."""
     older = [path for path in _states(root) if path != newest]
     for path in older[: max(0, len(older) - keep + 1)]:
-        # A state that is half deleted must not look like one.
+        # A half-deleted state must not look like one.
         path.rename(path.with_name(f".{path.name}.tmp"))
     for path in root.glob(".step*.tmp"):
         shutil.rmtree(path)

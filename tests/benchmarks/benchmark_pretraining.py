@@ -31,10 +31,9 @@ from pcfg.common.cli import positive_int, run_main
 from pcfg.grammar import find_rules
 from pretraining.data.samples import Samples, read_samples
 from pretraining.training import arguments as command_line
-from pretraining.training.batches import masked_loss, micro_batch, number_of_masks, rank_micro_batches
-from pretraining.training.engine import build_engine, cpu_has_bfloat16, precision, start_ranks
-from pretraining.training.optimizers import build_optimizer
-from pretraining.training.pretrain import build_model, load_data
+from pretraining.training.batches import GlobalBatch, masked_loss, micro_batch, number_of_masks, rank_micro_batches
+from pretraining.training.engine import build_engine, build_optimizer, cpu_has_bfloat16, start_ranks
+from pretraining.training.pretrain import build_model, load_data, run_facts
 from pretraining.training.state import Progress
 from pretraining.training.trainer import Trainer
 
@@ -81,12 +80,12 @@ class Bench:
         """The project's own trainer, on a model with `vocab_size` words."""
         options = self.training_options("--job_name", f"v{vocab_size}")
         data, length = load_data(options)
-        data.facts["precision"] = precision(options, self.device)
         Path(options.output_dir, options.job_name).mkdir(parents=True, exist_ok=True)
         config = command_line.model_config(options, vocab_size, length)
         ranks = start_ranks(options)
-        engine = build_engine(options, build_model(config, 0), ranks.size, data.facts["precision"])
-        return Trainer(options, engine, ranks, data, Progress(), time.monotonic)
+        facts = run_facts(options, data, config, ranks)
+        engine = build_engine(options, build_model(config, 0), ranks.size, facts.precision)
+        return Trainer(options, engine, ranks, data, facts, Progress())
 
     def plain_step(self, vocab_size: int):
         """The same model, batches and optimizer as the trainer's, in a loop without DeepSpeed."""
@@ -163,10 +162,18 @@ def useful_flops(samples: Samples, config) -> float:
 def training_rows(bench: Bench, what: str, vocab_size: int, goal_ratio: float | None) -> list[Row]:
     trainer = bench.engine_trainer(vocab_size)
     config = trainer.engine.module.config
+
+    def our_step(rows: np.ndarray) -> None:
+        batch = GlobalBatch(bench.samples, rows, index=0, is_last=False)
+        trainer.follow_schedule()
+        losses = trainer.forward_and_backward(batch)
+        trainer.engine.step()
+        trainer.advance(batch, losses)
+
     arithmetic = torch.bfloat16 if bench.options.bf16 else None
     rates = bench.rates(
         {
-            "ours": lambda rows: trainer._step(bench.samples, rows),
+            "ours": our_step,
             "loop": bench.plain_step(vocab_size),
             "plain": PlainLoop(config, bench.samples, bench.device, sparse=False, autocast=arithmetic).step,
             "sparse": PlainLoop(config, bench.samples, bench.device, sparse=True, autocast=arithmetic).step,

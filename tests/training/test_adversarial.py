@@ -158,7 +158,7 @@ def test_a_weight_of_zero_changes_nothing(train, labelled):
 
 
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(train, term_flags, monkeypatch):
-    flags, save = f"--save_steps 3,6 {term_flags(1)}", trainer.Trainer._save_state
+    flags, save = f"--save_steps 3,6 {term_flags(1)}", trainer.Trainer.save_state
     undisturbed = train(flags, job="undisturbed")
     assert [step for step, _, term in curve(undisturbed.parent) if 0 < term < 2] == list(range(1, 9))
 
@@ -166,7 +166,7 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(train, term_flags, mon
         save(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer.Trainer, "_save_state", dying)
+    monkeypatch.setattr(trainer.Trainer, "save_state", dying)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             train(flags, job="killed")

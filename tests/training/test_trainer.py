@@ -45,7 +45,7 @@ def curve(job):
 
 def crash_after_saving(monkeypatch, number):
     """Make the run die when its training state number `number` has been written."""
-    save, saved = trainer.Trainer._save_state, []
+    save, saved = trainer.Trainer.save_state, []
 
     def dying(self):
         save(self)
@@ -53,7 +53,7 @@ def crash_after_saving(monkeypatch, number):
         if len(saved) == number:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer.Trainer, "_save_state", dying)
+    monkeypatch.setattr(trainer.Trainer, "save_state", dying)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
@@ -218,15 +218,14 @@ def test_epochs_end_a_run(train):
 
 def after_steps(monkeypatch, number, act):
     """Call act(trainer) as step `number` ends."""
-    step = trainer.Trainer._step
+    advance = trainer.Trainer.advance
 
-    def watched(self, samples, rows):
-        loss = step(self, samples, rows)
+    def watched(self, batch, losses):
+        advance(self, batch, losses)
         if self.progress.step == number:
             act(self)
-        return loss
 
-    monkeypatch.setattr(trainer.Trainer, "_step", watched)
+    monkeypatch.setattr(trainer.Trainer, "advance", watched)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pcfg.common.files import InputError
-from pretraining.training.watch import LossWatch, Signals
+from pretraining.training.metrics import LossWatch, Signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
