@@ -1,27 +1,29 @@
 """Text files: shards of plain sentences and CSV files of labelled ones. No other module opens them by hand.
 
-A sentence is its words, separated by single spaces. A text file (`.txt`) has one sentence a line and an empty line between
-two; a CSV file has a column `text` and, where labels are wanted, an integer column `label`.
+A sentence is its words, separated by single spaces. A text file (`.txt`) has one sentence per line and an empty line between
+two; a CSV file has a column `text` and, where labels are needed, an integer column `label`.
 """
 
 import codecs
 import contextlib
 import csv
 import io
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from pcfg.common.direct import DirectWriter
-from pcfg.common.files import HashedFile, InputError, atomic_open, atomic_path
+from pcfg.common.files import AnyPath, HashedFile, InputError, atomic_open, atomic_path
 
 SPLITS = ("training", "test")
-TEXT_MANIFEST = "manifest_pretraining.json"  # of generate_pretraining.py, beside the shards
+TEXT_MANIFEST = "manifest_pretraining.json"  # of generate_pretraining.py, next to the shards
 BLOCK_BYTES = 1 << 22  # of `text_blocks`: some 50,000 sentences of ten words
+CACHE_BYTES = 1 << 23  # of a shard that is being written, in the page cache
 
 
 def shown(text: str) -> str:
-    """`text` in quotes for a message, its end left out if it is long.
+    """`text` in quotes for a message, cut if it is long.
 
     >>> print(shown("a" * 1_000_000))
     'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' and 999,940 characters more
@@ -30,7 +32,7 @@ def shown(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _opening(path: Path):
+def _opening(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
@@ -39,15 +41,12 @@ def _opening(path: Path):
         raise InputError(f"{path}: is a folder; name one text or CSV file") from None
 
 
-def decode_block(content: bytes, source, lines_before: int = 0) -> str:
+def decode_block(content: bytes, source: object, lines_before: int = 0) -> str:
     """UTF-8 bytes as text; a byte order mark is a character like any other.
 
     Args:
-        source: the file that they are from, for messages.
-        lines_before: lines of the file that came before them, for messages.
-
-    Raises:
-        InputError: not UTF-8 (with the line).
+        source: their file, for messages.
+        lines_before: lines of the file before these bytes, for messages.
     """
     try:
         return content.decode()
@@ -58,41 +57,38 @@ def decode_block(content: bytes, source, lines_before: int = 0) -> str:
 
 
 def decoded(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
-
-    Raises:
-        InputError: the file is missing, a folder, or not UTF-8 (with the line).
-    """
+    """The text of a UTF-8 file, without a byte order mark."""
     with _opening(path):
         content = path.read_bytes()
     return decode_block(content.removeprefix(codecs.BOM_UTF8), path)
 
 
 def csv_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[int], list[dict]]:
-    """The rows of a CSV file that must have `columns`, none of them empty, and the line on which each row ends.
+    """The rows of a CSV file and the line on which each row ends.
 
     A `.tsv` file is GLUE's kind: tabs between the columns, and quotes are characters like any other.
 
-    Raises:
-        InputError: the file is missing, without rows, not UTF-8 or not CSV; a column is missing, or a row has another number
-            of columns than the header or nothing in a column (with its line).
+    Args:
+        columns: columns that the file must have, none of them empty in any row.
     """
-    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     # strict: a quote that is never closed is an error, and not a sentence that swallows the rest of the file.
     reader = csv.DictReader(io.StringIO(decoded(path), newline=""), strict=True, **dialect)
-    lines, rows = [], []
+    lines: list[int] = []
+    rows: list[dict] = []
     try:
-        missing = [column for column in columns if column not in (reader.fieldnames or [])]
+        names = reader.fieldnames or []
+        missing = [column for column in columns if column not in names]
         if missing:
-            header = ",".join(reader.fieldnames or [])
+            header = ",".join(names)
             raise InputError(f"{path}:1: no column {missing[0]!r}; the header is {header!r}; columns needed: {columns}")
         for row in reader:
             lines.append(reader.line_num)
             rows.append(row)
             if None in row:  # where DictReader puts what the header has no name for
-                number, wanted = len(row) - 1 + len(row[None]), len(reader.fieldnames)
+                number = len(row) - 1 + len(row[None])
                 raise InputError(
-                    f"{path}:{reader.line_num}: {number} columns, the header has {wanted}; a text with the delimiter in it "
+                    f"{path}:{reader.line_num}: {number} columns, the header has {len(names)}; a text with the delimiter in it "
                     "needs quotes around it"
                 )
             for column in columns:
@@ -105,13 +101,10 @@ def csv_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[int], list[dict
     return lines, rows
 
 
-def read_texts(path) -> list[str]:
+def read_texts(path: AnyPath) -> list[str]:
     """The sentences of a text file (`.txt`, or any other suffix) or of the column `text` of a `.csv` file, in order.
 
     Blank lines of a text file are skipped.
-
-    Raises:
-        InputError: the file is missing, without sentences, not UTF-8 (with its line), or a CSV file without `text`.
     """
     path = Path(path)
     if path.suffix == ".csv":
@@ -123,24 +116,22 @@ def read_texts(path) -> list[str]:
     return texts
 
 
-def text_blocks(path, size: int = BLOCK_BYTES) -> Iterator[bytes]:
-    """The sentences of `read_texts` as blocks of UTF-8 bytes, in order, in memory that the file's size does not matter to.
+def text_blocks(path: AnyPath, size: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """The sentences of `read_texts` as blocks of UTF-8 bytes, in order; memory does not grow with the size of the file.
 
-    The blocks of a text file are its bytes (blank lines included) without a byte order mark, cut at line ends; those of a
-    CSV file, which is read at once, have one sentence a line.
+    The blocks of a text file are its bytes (blank lines included) without a byte order mark, cut at line ends. Those of a
+    CSV file, which is read at once, have one sentence per line. Errors come after the blocks before their place.
 
     Args:
-        size: bytes of a block; it is longer by what its last line needs.
-
-    Raises:
-        InputError: as `read_texts`, but after the blocks before the place of the error.
+        size: bytes per block, apart from the rest of its last line.
     """
     path = Path(path)
     if path.suffix == ".csv":
         texts = read_texts(path)
         yield "".join(" ".join(text.split()) + "\n" for text in texts).encode()
         return
-    lines, blank = 0, True
+    lines = 0
+    blank = True
     with _opening(path), open(path, "rb") as file:
         if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
             file.seek(0)
@@ -155,12 +146,8 @@ def text_blocks(path, size: int = BLOCK_BYTES) -> Iterator[bytes]:
         raise InputError(f"{path}: no sentences; the file is empty")
 
 
-def read_labelled(path) -> tuple[list[str], list[int]]:
-    """The sentences and the integer labels of a CSV file with the columns `text` and `label`.
-
-    Raises:
-        InputError: as `read_texts`; a column is missing; a label is not an integer of 0 or more (with its line).
-    """
+def read_labelled(path: AnyPath) -> tuple[list[str], list[int]]:
+    """The sentences of a CSV file with the columns `text` and `label`, and the labels, integers of 0 or more."""
     path = Path(path)
     lines, rows = csv_rows(path, ("text", "label"))
     labels = []
@@ -171,7 +158,7 @@ def read_labelled(path) -> tuple[list[str], list[int]]:
     return [row["text"].strip() for row in rows], labels
 
 
-def write_labelled(path, texts: list[str], labels: list[int]) -> None:
+def write_labelled(path: AnyPath, texts: Iterable[str], labels: Iterable[int]) -> None:
     """Write a CSV file with the header `text,label`, atomically."""
     with atomic_open(path) as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -180,7 +167,7 @@ def write_labelled(path, texts: list[str], labels: list[int]) -> None:
 
 
 def shard_name(split: str, number: int) -> str:
-    """The file name of text shard `number` of `split`, "training" or "test".
+    """The file name of text shard `number` of a split.
 
     >>> shard_name("training", 3)
     'training3.txt'
@@ -190,30 +177,42 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}{number}.txt"
 
 
-def shard_paths(folder, split: str) -> list[Path]:
-    """The text shards of `split` ("training" or "test") in `folder`, in the order of their numbers; none: an empty list.
-
-    Raises:
-        InputError: `folder` is not a folder.
-    """
+def shard_paths(folder: AnyPath, split: str) -> list[Path]:
+    """The text shards of a split in `folder`, in the order of their numbers; without shards an empty list."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; make the text with generate_pretraining.py first")
-    numbers = (re.fullmatch(r"[a-z]+(0|[1-9][0-9]*)\.txt", path.name) for path in folder.iterdir())
-    candidates = sorted(int(match[1]) for match in numbers if match and match[0] == shard_name(split, int(match[1])))
-    return [folder / shard_name(split, number) for number in candidates]
+    matches = (re.fullmatch(rf"{split}(0|[1-9][0-9]*)\.txt", path.name) for path in folder.iterdir())
+    return [folder / shard_name(split, number) for number in sorted(int(match[1]) for match in matches if match)]
 
 
-def write_shard(path, blocks: Iterable[bytes | memoryview]) -> dict:
+def write_shard(path: AnyPath, blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write a text shard from blocks of lines, atomically; an empty line is put between two blocks as between sentences.
+
+    Shards are tens of gigabytes that nobody reads again soon, so they are not left in the page cache.
 
     Returns:
         size and sha256 of the file, as `Manifest.add` takes them.
     """
-    with atomic_path(path) as temporary, DirectWriter(temporary) as file:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         hashed = HashedFile(file)
+        cached = 0
         for number, block in enumerate(blocks):
             if number:
                 hashed.write(b"\n")
             hashed.write(block)
+            cached += len(block)
+            if cached > CACHE_BYTES:
+                _leave_cache(file)
+                cached = 0
+        file.flush()
+        os.fsync(file.fileno())
+        _leave_cache(file)
     return hashed.facts()
+
+
+def _leave_cache(file: io.BufferedWriter) -> None:
+    """Let the system write a file to disk in the background, and drop from its cache the part that is there."""
+    file.flush()
+    if hasattr(os, "posix_fadvise"):  # macOS has none
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

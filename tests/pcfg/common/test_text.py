@@ -1,9 +1,14 @@
 """Text shards and labelled CSV files."""
 
+import errno
+import os
+
+import numpy as np
 import pytest
 
-from pcfg.common.files import InputError
+from pcfg.common.files import InputError, sha256
 from pcfg.common.text import (
+    CACHE_BYTES,
     read_labelled,
     read_texts,
     shard_name,
@@ -140,3 +145,31 @@ def test_blocks_of_a_shard_are_parted_by_an_empty_line_and_a_failure_leaves_noth
     with pytest.raises(RuntimeError, match="stop"):
         write_shard(tmp_path / "training1.txt", failing())
     assert [path.name for path in tmp_path.iterdir()] == ["training0.txt"]
+
+
+@pytest.mark.parametrize("has_advice", [True, False])
+@pytest.mark.parametrize("total", [1, 4096, CACHE_BYTES - 1, CACHE_BYTES + 1, 3 * CACHE_BYTES + 777])
+def test_a_shard_has_what_was_written_with_and_without_advice_to_the_cache(tmp_path, monkeypatch, total, has_advice):
+    rng = np.random.default_rng(total)
+    content = rng.bytes(total)
+    cuts = np.unique(rng.integers(0, total + 1, size=7))
+    blocks = [memoryview(part) for part in np.split(np.frombuffer(content, np.uint8), cuts)]
+    if not has_advice:
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    (tmp_path / "training0.txt").write_bytes(b"older and longer" * 1000)
+    facts = write_shard(tmp_path / "training0.txt", blocks)
+    expected = b"\n".join(bytes(block) for block in blocks)
+    assert (tmp_path / "training0.txt").read_bytes() == expected
+    assert facts == {"size": len(expected), "sha256": sha256(tmp_path / "training0.txt")}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_full_disk_and_other_errors_leave_no_shard(tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    error, message = (InputError, "the disk is full") if code == errno.ENOSPC else (OSError, os.strerror(code))
+    with pytest.raises(error, match=message):
+        write_shard(tmp_path / "training0.txt", [b"a\n"])
+    assert not list(tmp_path.iterdir())
