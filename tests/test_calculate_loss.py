@@ -10,6 +10,7 @@ from pcfg.common.files import InputError
 from pcfg.common.text import read_texts
 from pretraining.data.samples import sample_paths
 from pretraining.data.vocabulary import build_tokenizer
+from pretraining.evaluation import loss
 from pretraining.evaluation.records import read_record
 from pretraining.model.checkpoints import describe_model, load_model, load_vocabulary, save_model
 
@@ -165,12 +166,13 @@ def test_all_models_are_compared_with_one(setting, capsys, monkeypatch):
     alone = read(single)
     single.unlink()
     measured = []
-    real = calculate_loss.context_losses
-    monkeypatch.setattr(calculate_loss, "context_losses", lambda model, *rest: measured.append(1) or real(model, *rest))
+    real = loss.load_model
+    monkeypatch.setattr(loss, "load_model", lambda path, device: measured.append(path.name) or real(path, device))
     capsys.readouterr()
     calculate_loss.main([*flags(folder, **truth), "--compare-with", str(reference)])
     printed = capsys.readouterr().out
-    assert f"{reference}: is the model to compare with, skipped" in printed and len(measured) == 1
+    assert f"{reference}: is the model to compare with, skipped" in printed
+    assert measured == ["step2", "step1", "step3"]
     assert f"{folder / 'models' / 'copy'}: has the same weights as that model, skipped" in printed
     assert {**read(single), "seconds": 0} == {**alone, "seconds": 0}
     assert sorted(path.parent.name for path in (folder / "models").rglob("comparison_*.json")) == ["step1", "step3"]
@@ -178,7 +180,7 @@ def test_all_models_are_compared_with_one(setting, capsys, monkeypatch):
     calculate_loss.main([*flags(folder, **truth), "--compare-with", str(reference)])
     printed = capsys.readouterr().out
     assert f"{folder / 'models' / 'step1'}: comparison with {reference} is measured already, skipped" in printed
-    assert (folder / "models" / "step3" / single.name).exists() and len(measured) == 2
+    assert (folder / "models" / "step3" / single.name).exists() and measured[3:] == ["step2", "step3"]
 
 
 def test_what_can_not_be_compared(setting, tiny_samples):

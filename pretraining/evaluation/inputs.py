@@ -1,4 +1,4 @@
-"""What calculate_loss.py and calculate_hessian.py are given: models, sentences, a vocabulary and true conditionals."""
+"""Common inputs of calculate_loss.py and calculate_hessian.py: models, sentences, a vocabulary, true conditionals."""
 
 import argparse
 import dataclasses
@@ -14,12 +14,13 @@ from pcfg.lookup import LookupTable
 from pretraining.data.contexts import Contexts, check_words, from_samples, from_texts, table_columns
 from pretraining.data.sample_shards import is_of_documents
 from pretraining.data.vocabulary import Vocabulary, find_vocabulary
+from pretraining.model.checkpoints import check_vocabulary, read_facts
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
 
 
 def device(text: str) -> str:
-    """An argparse type: a device that this machine has."""
+    """An argparse type: a device of this machine."""
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
@@ -28,8 +29,8 @@ def device(text: str) -> str:
 
 
 def add_input_arguments(parser: argparse.ArgumentParser, pairs: bool = False) -> None:
-    """The flags that the measurements share; with `pairs` also --compare, in place of --model-path."""
-    group = parser.add_argument_group("what is measured, and on what")
+    """Add the flags that the measurements share; with `pairs` also --compare, instead of --model-path."""
+    group = parser.add_argument_group("models and data")
     models = group.add_mutually_exclusive_group(required=True) if pairs else group
     models.add_argument(
         "--model-path", required=not pairs, help="a model folder, or a folder that holds model folders at any depth"
@@ -47,37 +48,72 @@ def add_input_arguments(parser: argparse.ArgumentParser, pairs: bool = False) ->
         help="sentences: a text shard (.txt), a labelled file (.csv), or masked samples (.hdf5)",
     )
     group.add_argument(
-        "--vocabfile", required=True, help="the models' vocabulary; a bare name is looked up beside --datafile first"
+        "--vocabfile", required=True, help="vocabulary of the models; a bare name is looked up next to --datafile first"
     )
     truth = group.add_mutually_exclusive_group()
     truth.add_argument(
         "--condprobfile",
         help="true conditionals of --datafile, made by python -m pcfg.lookup or pretraining.sources.opt.lookup",
     )
-    truth.add_argument("--rule-path", help="grammar to compute the true conditionals with, instead of --condprobfile")
-    group = parser.add_argument_group("how it runs")
+    truth.add_argument("--rule-path", help="grammar that gives the true conditionals, instead of --condprobfile")
+    group = parser.add_argument_group("computation")
     group.add_argument(
         "--device",
         type=device,
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (default: cuda if it is there)",
+        help="cpu or cuda (default: cuda when available)",
     )
     group.add_argument("--overwrite", action="store_true", help="measure again what is measured already (default: skip it)")
 
 
 @dataclasses.dataclass
 class Inputs:
-    """Sentences as contexts, with the true conditionals where they were given."""
+    """Sentences as contexts, with the true conditionals if they are known.
 
+    Attributes:
+        source: the data file.
+        vocabulary, vocabulary_path: of the models.
+        contexts: the sentences.
+        table: true conditionals of the same sentences, or None.
+        columns: (words,) int64, the vocabulary id of each word of the table; None without a table.
+        described: hashes of these files, for records.
+    """
+
+    source: Path
     vocabulary: Vocabulary
     vocabulary_path: Path
     contexts: Contexts
     table: LookupTable | None
     columns: np.ndarray | None
-    described: dict
+    described: dict[str, dict]
+
+    def check(self, folder: Path) -> None:
+        """Refuse a model with another vocabulary."""
+        check_vocabulary(folder, self.vocabulary, self.vocabulary_path)
 
 
-def _open_table(path, data: Path, some_positions: bool) -> LookupTable:
+def model_label(folder: Path) -> str:
+    """Name of a model in a record, which holds no paths: job and step."""
+    facts = read_facts(folder)
+    return f"{facts['job_name']} step {facts['step']}" if {"job_name", "step"} <= facts.keys() else folder.name
+
+
+def _check_data(data: Path, is_exact: bool, needs_truth: bool) -> None:
+    if not data.is_file():
+        raise InputError(f"--datafile {data}: no such file")
+    if data.suffix == ".txt" and is_of_documents(data.parent):
+        raise InputError(
+            f"--datafile {data}: natural text, which has no known true conditionals; make masked samples of it with "
+            "generate_samples.py and give one of their files (test_shard_0.hdf5)"
+        )
+    if needs_truth and not is_exact and data.suffix not in HDF5_SUFFIXES:
+        raise InputError(
+            f"--datafile {data}: text needs the true conditionals: give --condprobfile or --rule-path "
+            f"(or masked samples, {' or '.join(HDF5_SUFFIXES)}, for the plain MLM loss)"
+        )
+
+
+def _open_table(path: str, data: Path, some_positions: bool) -> LookupTable:
     """The lookup table of a text."""
     table = LookupTable.open(path)
     table.check_text(data)
@@ -86,38 +122,25 @@ def _open_table(path, data: Path, some_positions: bool) -> LookupTable:
     return table
 
 
-def refuse_natural_text(data: Path) -> None:
-    """Refuse a text shard of documents: what is measured on it are the samples that it is packed into."""
-    if data.suffix == ".txt" and is_of_documents(data.parent):
-        raise InputError(
-            f"--datafile {data}: natural text, which no true conditionals are known of; make masked samples of it with "
-            "generate_samples.py and give one of their files (test_shard_0.hdf5)"
-        )
-
-
-def _describe_table(table) -> dict:
-    """What a record says of a lookup table: of what language, and of which positions, if it has some only."""
+def _describe_table(table: LookupTable) -> dict:
+    """Description of a lookup table in a record: its language; if it has some positions only, also which ones."""
     described = {"grammar_sha256": table.grammar_sha256}
     return described if table.chosen is None else {**described, "chosen": table.chosen, "sentences": table.sentences}
 
 
-def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None, some_positions: bool = False) -> Inputs:
-    """Read what the flags of `add_input_arguments` name, and check that it belongs together.
+def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None, for_loss: bool = False) -> Inputs:
+    """Read the files that the flags of `add_input_arguments` name, and check that they belong together.
 
     Args:
-        max_sentences: take the first ones only; None for all. A lookup table of fewer sentences has the last word.
-        some_positions: whether a lookup table may have some positions of each sentence only, which are then the contexts.
-
-    Raises:
-        InputError: a file is missing, malformed, or made from or for something else than the others.
+        max_sentences: read the first ones only; None for all. A lookup table of fewer sentences limits them further.
+        for_loss: the exact loss needs true conditionals. A lookup table may then have some positions of each sentence only,
+            which become the contexts.
     """
     data = Path(arguments.datafile)
-    if not data.is_file():
-        raise InputError(f"--datafile {data}: no such file")
-    refuse_natural_text(data)
-    # Samples lie in a folder of their own inside the dataset's.
-    beside = [data.parent, data.resolve().parent.parent] if data.suffix in HDF5_SUFFIXES else [data.parent]
-    vocabulary_path = find_vocabulary(arguments.vocabfile, beside)
+    _check_data(data, bool(arguments.condprobfile or arguments.rule_path), for_loss)
+    # Samples lie in a folder of their own inside that of the dataset.
+    neighbours = [data.parent, data.resolve().parent.parent] if data.suffix in HDF5_SUFFIXES else [data.parent]
+    vocabulary_path = find_vocabulary(arguments.vocabfile, neighbours)
     vocabulary = Vocabulary.read(vocabulary_path)
     described = {"data": describe_file(data), "vocabulary": {"sha256": vocabulary.sha256}}
     if data.suffix in HDF5_SUFFIXES:
@@ -125,22 +148,21 @@ def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None,
             flag = "--condprobfile" if arguments.condprobfile else "--rule-path"
             raise InputError(f"{flag}: true conditionals are for sentences with one mask, not for the samples in {data}")
         contexts = from_samples(data, vocabulary, max_sentences)
-        return Inputs(vocabulary, vocabulary_path, contexts, None, None, described)
+        return Inputs(data, vocabulary, vocabulary_path, contexts, None, None, described)
     texts = read_texts(data)[:max_sentences]
     table = columns = None
     if arguments.condprobfile:
         source = arguments.condprobfile
-        table = _open_table(source, data, some_positions)
+        table = _open_table(source, data, for_loss)
         if table.sentences < len(texts):
-            print(f"{source}: has the first {table.sentences:,} of {len(texts):,} sentences; these are measured")
+            print(f"{source}: has the first {table.sentences:,} of {len(texts):,} sentences; only these are measured")
             texts = texts[: table.sentences]
     elif arguments.rule_path:
         source = find_rules(arguments.rule_path)
-        grammar = Grammar.read(source)
-        table = LookupTable.compute(grammar, texts, data)
+        table = LookupTable.compute(Grammar.read(source), texts, data)
     contexts = from_texts(texts, vocabulary, data, table)
     if table is not None:
         described["conditionals"] = _describe_table(table)
         columns = table_columns(table, vocabulary, source)
         check_words(table, contexts, columns, source)
-    return Inputs(vocabulary, vocabulary_path, contexts, table, columns, described)
+    return Inputs(data, vocabulary, vocabulary_path, contexts, table, columns, described)

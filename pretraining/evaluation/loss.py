@@ -4,21 +4,25 @@
     entropy H = E_{x,t}[ -sum_w P(w | x_-t) log P(w | x_-t) ]
     gap     L - H = E_{x,t}[ KL(P(. | x_-t) || f(x_-t)) ] >= 0
 
-all in nats, the expectation over x_t taken exactly, x_-t being x with the mask token at t. Two means are given. "pairs": over
-all (sentence, position) pairs. "sentences": over sentences of the mean over positions; it is what one mask a sentence
-minimises. The sampled loss, E[ -log f(x_-t)[x_t] ], has the same expectation when the conditionals belong to the text.
+All three are in nats. The expectation over x_t is exact; x_-t is x with the mask token at t. Each has two means:
 
-A table with some positions of each sentence, chosen by chance, is measured at these: a sentence's mean over them takes the
-place of its mean over all, and the "pairs" weigh it by the sentence's length. Both errors hold what the choice adds.
+    pairs      over all (sentence, position) pairs
+    sentences  over sentences of the mean over positions, which training with one mask per sentence minimises
 
-A lookup table made with --entropy-only has log P(x_t | x_-t) for the true word only. The gap is then the mean of
-log P(x_t | x_-t) - log f(x_-t)[x_t], which has the same expectation and a larger error, and the loss is the entropy plus
-the gap.
+The sampled loss, E[ -log f(x_-t)[x_t] ], has the same expectation as L when P is the distribution of the text.
 
-How it is computed: contexts of one length go through the encoder together, so that nothing is padded, each different context
-once. Logits are float32. Those of the words that can occur are taken to float64, where log f and the divergence are summed;
-of all others only their share of the normaliser is needed, the sum of exp in float32. Its relative error of 1e-7 is one of the
-probability r that the model gives to those words, and KL >= -log(1 - r) >= r: no divergence falls below 0 for it.
+A lookup table may have some positions of each sentence only, drawn at random. The mean over them then takes the place of the
+sentence's mean over all positions, and "pairs" weights it by the length of the sentence. Both standard errors include the
+sampling of positions.
+
+A lookup table made with --entropy-only has log P(x_t | x_-t) of the true word only. The gap is then the mean of
+log P(x_t | x_-t) - log f(x_-t)[x_t], which has the same expectation and a larger error. The loss is the entropy plus the gap.
+
+Computation: contexts of one length go through the encoder together, without padding, each distinct context once. Logits are
+float32. Those of the words that can occur become float64, in which log f and the divergence are summed. The other words only
+contribute to the normaliser, as a sum of exponentials in float32. That sum's relative error of 1e-7 changes log f by at most
+1e-7 r, with r the probability that the model gives to these words. Since KL >= -log(1 - r) >= r, no divergence becomes
+negative by it.
 """
 
 import contextlib
@@ -26,6 +30,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,17 +40,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from pcfg.common.means import mean_by_pairs, mean_by_sentences
+from pcfg.lookup import LookupTable
 from pretraining.data.contexts import Contexts, check_length
+from pretraining.evaluation.inputs import Inputs, model_label
+from pretraining.evaluation.records import ComparisonRecord, LossRecord, Mean, is_measured, write_record
+from pretraining.model.bert import MaskedLM
+from pretraining.model.checkpoints import describe_model, load_model
 
-BLOCK_WORDS = 2048  # words that never occur whose logits are in memory at a time: they stay in the processor's cache
-# Numbers of the lookup table in memory at a time (float64: 64 MiB), and most sentences, where no table bounds them.
-WINDOW_NUMBERS, WINDOW_SENTENCES = 1 << 23, 4096
+RECORD = "loss.json"
+BLOCK_WORDS = 2048  # words that never occur whose logits are in memory at a time: they fit into the cache of a CPU
+# Numbers of the lookup table in memory at a time (float64: 64 MiB), and sentences, where no table bounds them.
+WINDOW_NUMBERS = 1 << 23
+WINDOW_SENTENCES = 4096
 
 
-def _both_means(values: np.ndarray, contexts: Contexts) -> dict:
-    """Means and standard errors of per-context values, in nats; sentences are the clusters."""
-    given = values, contexts.counts, contexts.stands_for
-    means = {"pairs": mean_by_pairs(*given), "sentences": mean_by_sentences(*given)}
+def _both_means(values: np.ndarray, contexts: Contexts) -> dict[str, dict[str, float]]:
+    """Means and standard errors of values (M,), one per context, in nats; sentences are the clusters."""
+    means = {
+        "pairs": mean_by_pairs(values, contexts.counts, contexts.stands_for),
+        "sentences": mean_by_sentences(values, contexts.counts, contexts.stands_for),
+    }
     return {name: {"mean": float(mean), "standard_error": float(error)} for name, (mean, error) in means.items()}
 
 
@@ -56,8 +71,9 @@ class Decoder:
         columns: (n,) int64, the ids of the words that can occur.
     """
 
-    def __init__(self, model, columns: np.ndarray):
-        weight, bias = model.embeddings.words.weight, model.decoder_bias
+    def __init__(self, model: MaskedLM, columns: np.ndarray):
+        weight = model.embeddings.words.weight
+        bias = model.decoder_bias
         occurring = torch.from_numpy(columns).to(weight.device)
         others = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
         others[occurring] = False
@@ -84,7 +100,7 @@ def divergences(rows: torch.Tensor, log_f: torch.Tensor) -> torch.Tensor:
         log_f: (m, n) float64.
 
     Returns:
-        (m,) float64, 0 or more up to rounding (1e-15 for each nat of log P).
+        (m,) float64, 0 or more up to rounding (1e-15 per nat of log P).
 
     >>> p = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     >>> divergences(p, torch.tensor([[0.25, 0.25, 0.5]], dtype=torch.float64).log()).tolist()
@@ -102,20 +118,21 @@ def _windows(contexts: Contexts, words: int) -> Iterator[tuple[int, int]]:
 
 
 def _batches(contexts: Contexts, inside: np.ndarray, size: int) -> Iterator[tuple]:
-    """The contexts `inside` in batches of one length, each different input once.
+    """The contexts `inside` in batches of one length, each distinct input once.
 
     Args:
-        size: inputs a batch.
+        size: inputs per batch.
 
     Yields:
-        input_ids (b, length) int64, flat (k,) int64 the different masked positions in it (indices into the flattened
-        b * length), chosen (m,) int64 the contexts, which (m,) int64 the entry of `flat` that each of them is.
+        input_ids (b, length) int64; flat (k,) int64, the distinct masked positions in them (indices into the flattened
+        b * length); rows (m,) int64, the contexts; which (m,) int64, the entry of `flat` of each context.
     """
     lengths = contexts.lengths[contexts.sentence[inside]]
     for length in np.unique(lengths):
         of_length = inside[lengths == length]
         ids, _, flat = contexts.batch(of_length, "cpu")  # no mask: nothing is padded
-        ids, position = ids.numpy(), flat.numpy() % length
+        ids = ids.numpy()
+        position = flat.numpy() % length
         as_bytes = np.ascontiguousarray(ids).view(np.dtype((np.void, ids.itemsize * int(length))))[:, 0]
         _, first, row = np.unique(as_bytes, return_index=True, return_inverse=True)
         order = np.argsort(row, kind="stable")
@@ -127,122 +144,226 @@ def _batches(contexts: Contexts, inside: np.ndarray, size: int) -> Iterator[tupl
 
 
 @contextlib.contextmanager
-def _parallel_map(device: torch.device):
-    """A `map` in threads, each with one core: small batches side by side are faster than each on all cores."""
+def _parallel_map(device: torch.device) -> Iterator:
+    """A `map` in threads of one core each: small batches in parallel are faster than each batch on all cores."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
         yield map
         return
     try:
-        # The choice of a kernel is the process's: a thread that leaves the model's own choice would undo that of the others.
+        # The choice of a kernel is global: a thread that leaves the model's own choice would undo that of the others.
         with (
             sdpa_kernel(SDPBackend.MATH),
             ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
             yield pool.map
     finally:
-        torch.set_num_threads(threads)  # threads that are started later take over what was set last
+        torch.set_num_threads(threads)  # later threads inherit the last setting
 
 
 def context_losses(
-    model, contexts: Contexts, table=None, columns=None, batch_size: int = 256, source=""
+    model: MaskedLM,
+    contexts: Contexts,
+    table: LookupTable | None = None,
+    columns: np.ndarray | None = None,
+    batch_size: int = 256,
+    source: Path | str = "",
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """What a model loses at each context.
+    """Losses of a model at each context.
 
     Args:
-        model: a `MaskedLM` in eval mode.
-        contexts: masked inputs.
-        table: true conditionals of the same sentences (`pcfg.lookup.LookupTable`); None for the plain MLM loss.
-        columns: (words,) the vocabulary id of each word of the table.
-        batch_size: masked sentences a forward pass.
-        source: the data file's name, for errors.
+        model: in eval mode.
+        contexts: M masked inputs.
+        table: true conditionals of the same sentences; None for the plain MLM loss.
+        columns: (words,) int64, the vocabulary id of each word of the table.
+        batch_size: masked sentences per forward pass.
+        source: the data file, for errors.
 
     Returns:
         sampled: (M,) float64, -log f(x_-t)[x_t], nats.
         gap: (M,) float64, KL(P || f), nats; log P(x_t | x_-t) - log f(x_-t)[x_t] for a table of entropies only; None
             without a table.
-
-    Raises:
-        InputError: sentences longer than the model's position table.
     """
     check_length(contexts, model.config, source)
-    device, offsets = next(model.parameters()).device, contexts.offsets
+    device = next(model.parameters()).device
     columns = np.unique(contexts.label) if columns is None else columns
     column = np.full(model.config.vocab_size, -1)
     column[columns] = np.arange(len(columns))
-    label, decoder = column[contexts.label], Decoder(model, columns)
-    exact = table is not None and table.stored != "none"
-    sampled, gap = np.empty(len(label)), np.empty(len(label)) if table is not None else None
+    label = column[contexts.label]
+    decoder = Decoder(model, columns)
+    is_exact = table is not None and table.stored != "none"
+    sampled = np.empty(len(label))
+    gap = np.empty(len(label))
 
-    @torch.inference_mode()  # of this thread
-    def measure(batch: tuple, rows: np.ndarray | None, first: int) -> int:
-        """Fill in a batch's entries of `sampled` and `gap`; `rows` are the conditionals of the contexts from `first` on."""
-        ids, flat, chosen, which = batch
-        hidden = model.encode(ids.to(device), None, flat.to(device)).squeeze(1)
+    @torch.inference_mode()  # holds for one thread
+    def measure(batch: tuple, conditionals: np.ndarray | None, first: int) -> int:
+        """Fill in a batch's entries of `sampled` and `gap`; `conditionals` are P at the contexts from `first` on."""
+        ids, flat, rows, which = batch
+        hidden = model.encode(ids.to(device), None, flat.to(device)).squeeze(1)  # (k, hidden)
         log_f = decoder.log_probabilities(model.transform(hidden)).cpu()[which]  # (m, words)
-        sampled[chosen] = -log_f[np.arange(len(chosen)), label[chosen]].numpy()
-        if exact:
-            gap[chosen] = divergences(torch.from_numpy(rows[chosen - first]), log_f).numpy()
-        return len(chosen)
+        sampled[rows] = -log_f[np.arange(len(rows)), label[rows]].numpy()
+        if conditionals is not None:
+            gap[rows] = divergences(torch.from_numpy(conditionals[rows - first]), log_f).numpy()
+        return len(rows)
 
+    offsets = contexts.offsets
     with tqdm(total=len(label), desc="loss", unit="context", leave=False) as progress, _parallel_map(device) as run:
         for low, high in _windows(contexts, len(columns)):
             batches = _batches(contexts, np.arange(offsets[low], offsets[high]), batch_size)
-            rows = table.conditionals(low, high) if exact else None  # (contexts of the window, words) float64
-            for done in run(partial(measure, rows=rows, first=offsets[low]), batches):
-                progress.update(done)
-    if table is not None and not exact:
-        gap = table.log_true[: len(sampled)] + sampled
-    return sampled, gap
+            # (contexts of the window, words) float64
+            conditionals = table.conditionals(low, high) if table is not None and is_exact else None
+            for contexts_measured in run(partial(measure, conditionals=conditionals, first=offsets[low]), batches):
+                progress.update(contexts_measured)
+    if table is None:
+        return sampled, None
+    return sampled, gap if is_exact else table.log_true[: len(sampled)] + sampled
 
 
-def measure_loss(model, contexts: Contexts, table=None, columns=None, batch_size: int = 256, source="") -> dict:
-    """Loss, entropy and gap of a model; arguments and errors as in `context_losses`.
+def measure_loss(
+    model: MaskedLM,
+    contexts: Contexts,
+    table: LookupTable | None = None,
+    columns: np.ndarray | None = None,
+    batch_size: int = 256,
+    source: Path | str = "",
+) -> dict[str, Any]:
+    """Loss, entropy and gap of a model; arguments as in `context_losses`.
 
     Returns:
-        The details of a loss record: "sampled_loss" always; "loss", "entropy", "gap" and "sampled_minus_exact" with a table,
-        each {"pairs": {"mean", "standard_error"}, "sentences": {...}} in nats; "contexts", "sentences", "seconds".
+        Fields of a loss record: "sampled_loss" always; "loss", "entropy", "gap" and "sampled_minus_exact" with a table, each
+        {"pairs": {"mean", "standard_error"}, "sentences": {...}} in nats; "contexts", "sentences", "seconds".
     """
     started = time.monotonic()
     sampled, gap = context_losses(model, contexts, table, columns, batch_size, source)
-    details = {}
-    if table is not None:
+    fields: dict[str, Any] = {"sampled_loss": _both_means(sampled, contexts)}
+    if table is not None and gap is not None:
         entropy = np.asarray(table.entropy[: len(sampled)])
-        parts = {"loss": entropy + gap, "entropy": entropy, "gap": gap}
+        fields["loss"] = _both_means(entropy + gap, contexts)
+        fields["entropy"] = _both_means(entropy, contexts)
+        fields["gap"] = _both_means(gap, contexts)
         if table.stored != "none":
-            parts["sampled_minus_exact"] = sampled - entropy - gap
-        details = {name: _both_means(values, contexts) for name, values in parts.items()}
-    details["sampled_loss"] = _both_means(sampled, contexts)
-    return {**details, "contexts": len(sampled), "sentences": len(contexts.lengths), "seconds": time.monotonic() - started}
+            fields["sampled_minus_exact"] = _both_means(sampled - entropy - gap, contexts)
+    return {**fields, "contexts": len(sampled), "sentences": len(contexts.lengths), "seconds": time.monotonic() - started}
 
 
-def compare_losses(models, contexts: Contexts, table=None, columns=None, batch_size: int = 256, source="") -> dict:
-    """How far apart the losses of two models are, on the same contexts.
+def compare_losses(
+    losses_a: tuple[np.ndarray, np.ndarray | None], losses_b: tuple[np.ndarray, np.ndarray | None], contexts: Contexts
+) -> dict[str, Any]:
+    """Difference of the losses of two models on the same contexts, a paired comparison.
 
-    What the sentences have in common cancels in each context's difference, so its standard error is far below that of the two
-    losses (a paired comparison). With conditionals it is that of the gaps, E[ sum_w P(w) (log f_B(w) - log f_A(w)) ].
+    The common part of the two losses cancels in the difference at each context, so that its standard error is far below
+    theirs. With conditionals, it is the difference of the gaps, E[ sum_w P(w) (log f_B(w) - log f_A(w)) ].
 
     Args:
-        models: the two, A and B, of one vocabulary; for one that was measured before, what `context_losses` gave in its place.
-            The rest as in `context_losses`.
+        losses_a, losses_b: results of `context_losses` for models A and B of one vocabulary.
 
     Returns:
-        The details of a comparison record: "difference" of A's loss minus B's and "loss_a", "loss_b" (named "gap_a", "gap_b"
-        with a table), each {"pairs": {"mean", "standard_error"}, "sentences": {...}} in nats; "contexts", "sentences",
-        "seconds".
+        Fields of a comparison record: "difference" of A minus B, and "loss_a", "loss_b" ("gap_a", "gap_b" with a table), each
+        {"pairs": {"mean", "standard_error"}, "sentences": {...}} in nats; "contexts", "sentences".
     """
-    started = time.monotonic()
-    losses = [
-        model if isinstance(model, tuple) else context_losses(model, contexts, table, columns, batch_size, source)
-        for model in models
-    ]
-    name, which = ("loss", 0) if table is None else ("gap", 1)
-    a, b = (of_model[which] for of_model in losses)
+    (a, gap_a), (b, gap_b) = losses_a, losses_b
+    name = "loss"
+    if gap_a is not None and gap_b is not None:
+        name = "gap"
+        a = gap_a
+        b = gap_b
     return {
         "difference": _both_means(a - b, contexts),
         f"{name}_a": _both_means(a, contexts),
         f"{name}_b": _both_means(b, contexts),
         "contexts": len(a),
         "sentences": len(contexts.lengths),
-        "seconds": time.monotonic() - started,
     }
+
+
+def _number(mean: Mean, digits: int = 4) -> str:
+    return f"{mean.mean:.{digits}f} +- {mean.standard_error:.{digits}f}"
+
+
+def describe_loss(record: LossRecord, is_natural: bool = False) -> str:
+    """One line of results, in nats; `is_natural` for those on natural text."""
+    if record.loss is None or record.entropy is None or record.gap is None:
+        reason = "; natural text, no exact entropy exists for this data" if is_natural else ""
+        return f"MLM loss {_number(record.sampled_loss.pairs)} (masked positions){reason}"
+    return (
+        f"loss {record.loss.pairs.mean:.4f}, entropy {record.entropy.pairs.mean:.4f}, gap {_number(record.gap.pairs)} (pairs); "
+        f"gap {_number(record.gap.sentences)} (sentences)"
+    )
+
+
+def measure_models(folders: list[Path], inputs: Inputs, device: str, batch_size: int, overwrite: bool) -> None:
+    """Measure the loss of each model: write loss.json and loss.txt into its folder, and print a line.
+
+    Args:
+        overwrite: measure again; otherwise a measured model is skipped.
+    """
+    for folder in folders:
+        inputs.check(folder)
+        described = {**inputs.described, "model": describe_model(folder)}
+        if is_measured(folder, RECORD, described, {}, overwrite):
+            print(f"{folder}: loss is measured already, skipped")
+            continue
+        model = load_model(folder, device)
+        fields = measure_loss(model, inputs.contexts, inputs.table, inputs.columns, batch_size, inputs.source)
+        mean = fields.get("loss", fields["sampled_loss"])["pairs"]
+        record = LossRecord(
+            value=mean["mean"],
+            standard_error=mean["standard_error"],
+            unit="nats",
+            n=fields["sentences"],
+            inputs=described,
+            arguments={},
+            device=device,
+            **fields,
+        )
+        write_record(folder, RECORD, record, number_file=True)
+        print(f"{folder}: {describe_loss(record, inputs.contexts.natural)}")
+
+
+def compare_models(folders: list[Path], reference: Path, inputs: Inputs, device: str, batch_size: int, overwrite: bool) -> None:
+    """Compare each model with the reference: write comparison_HASH.json into its folder, and print the difference.
+
+    The reference is measured once, with the first model that needs it. Models of its own weights are skipped.
+    """
+    inputs.check(reference)
+    other = describe_model(reference)
+    name = f"comparison_{other['sha256'][:12]}.json"
+
+    def losses(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
+        model = load_model(folder, device)
+        return context_losses(model, inputs.contexts, inputs.table, inputs.columns, batch_size, inputs.source)
+
+    reference_losses = None
+    for folder in folders:
+        described = {**inputs.described, "model": describe_model(folder), "other": other}
+        if described["model"] == other:
+            same = "is the model to compare with" if folder.samefile(reference) else "has the same weights as that model"
+            print(f"{folder}: {same}, skipped")
+            continue
+        inputs.check(folder)
+        if is_measured(folder, name, described, {}, overwrite):
+            print(f"{folder}: comparison with {reference} is measured already, skipped")
+            continue
+        reference_losses = losses(reference) if reference_losses is None else reference_losses
+        started = time.monotonic()
+        fields = compare_losses(losses(folder), reference_losses, inputs.contexts)
+        difference = fields["difference"]["pairs"]
+        record = ComparisonRecord(
+            value=difference["mean"],
+            standard_error=difference["standard_error"],
+            unit="nats",
+            n=fields["sentences"],
+            inputs=described,
+            arguments={},
+            device=device,
+            models=[model_label(folder), model_label(reference)],
+            seconds=time.monotonic() - started,
+            **fields,
+        )
+        write_record(folder, name, record)
+        quantity = "gap" if record.gap_a else "loss"
+        for model, means in ((folder, record.gap_a or record.loss_a), (reference, record.gap_b or record.loss_b)):
+            if means is not None:
+                print(f"{model}: {quantity} {_number(means.pairs)} (pairs)")
+        means = record.difference
+        print(f"difference {_number(means.pairs, 6)} (pairs), {_number(means.sentences, 6)} (sentences)")

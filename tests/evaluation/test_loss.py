@@ -213,8 +213,9 @@ def test_paired_comparison(measured):
     a, b = random_model(vocabulary.size), random_model(vocabulary.size)
     with torch.no_grad():
         b.layers[1].output.weight += 0.002 * torch.randn_like(b.layers[1].output.weight)
-    details = compare_losses((a, b), contexts, table, columns)
-    gaps = [context_losses(model, contexts, table, columns)[1] for model in (a, b)]
+    losses = [context_losses(model, contexts, table, columns) for model in (a, b)]
+    details = compare_losses(*losses, contexts)
+    gaps = [gap for _, gap in losses]
     sentences = [np.array([part.mean() for part in np.split(gap, contexts.offsets[1:-1])]) for gap in gaps]
     difference = sentences[0] - sentences[1]
     found = details["difference"]["sentences"]
@@ -224,10 +225,10 @@ def test_paired_comparison(measured):
     assert details["gap_a"]["pairs"]["mean"] - details["gap_b"]["pairs"]["mean"] == pytest.approx(
         details["difference"]["pairs"]["mean"], abs=1e-12
     )
-    swapped = compare_losses((b, a), contexts, table, columns)["difference"]["pairs"]
+    swapped = compare_losses(losses[1], losses[0], contexts)["difference"]["pairs"]
     assert swapped["mean"] == pytest.approx(-details["difference"]["pairs"]["mean"], rel=1e-6)
-    assert compare_losses((a, a), contexts, table, columns)["difference"]["pairs"] == {"mean": 0.0, "standard_error": 0.0}
-    assert {"difference", "loss_a", "loss_b"} < compare_losses((a, b), contexts).keys()
+    assert compare_losses(losses[0], losses[0], contexts)["difference"]["pairs"] == {"mean": 0.0, "standard_error": 0.0}
+    assert {"difference", "loss_a", "loss_b"} < compare_losses(*[(sampled, None) for sampled, _ in losses], contexts).keys()
 
 
 def test_sampled_and_exact_loss_agree_on_the_languages_own_text(measured, tiny_rules, tiny_data):
