@@ -2,36 +2,29 @@
 
     python calculate_hessian.py --model-path OUT --datafile pcfg_dataset/test0.txt --vocabfile vocab.txt --condprobfile LOOKUP
 
-A laptop's version: fewer sentences (the standard error grows as one over the root of their number):
+On a laptop, in a minute (fewer sentences; the standard error is proportional to one over the root of their number):
 
     python calculate_hessian.py --model-path OUT --datafile pcfg_dataset/test0.txt --vocabfile vocab.txt --nsamples 64
 
 fisher: E_{x,t} E_{w ~ f(x_-t)} ||grad log f(x_-t)[w]||^2 (Liu et al. 2023, appendix B.1), the trace where f is the true P.
-hutchinson: E_v[v^T H v] (Hutchinson 1990), H of the exact loss if conditionals are given, the trace at any model.
-With conditionals, fisher also gives the same with labels w ~ P, and Hutchinson's trace: the three agree where f = P.
+hutchinson: E_v[v^T H v] (Hutchinson 1990), with H of the exact loss if conditionals are given: the trace at any model.
+With conditionals, fisher also gives the value with labels w ~ P, and Hutchinson's trace: the three agree where f = P.
 
-Writes hessian.json and hessian.txt (hutchinson: hessian_hutchinson.json and .txt) beside the weights. Under torchrun or the
+Writes hessian.json and hessian.txt (hutchinson: hessian_hutchinson.json and .txt) next to the weights. Under torchrun or the
 deepspeed launcher the ranks share the sentences.
 """
 
 import argparse
 import dataclasses
-import time
 from pathlib import Path
 
 from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
-from pcfg.common.files import InputError, sha256
-from pcfg.common.ranks import Ranks
-from pretraining.evaluation.estimates import Estimate, difference
-from pretraining.evaluation.hessian import MIN_DRAWS, Plan, Truth, fisher_trace, hutchinson_trace
-from pretraining.evaluation.hutchinson import PROBES
+from pcfg.common.files import InputError
+from pretraining.evaluation.hessian import MIN_DRAWS, PROBES, RECORDS, Sampling, measure_models
 from pretraining.evaluation.inputs import add_input_arguments, read_inputs
-from pretraining.evaluation.records import HessianRecord, is_measured, write_record
-from pretraining.model.checkpoints import check_vocabulary, is_model_folder, load_model, model_folders, weights_file
+from pretraining.model.checkpoints import is_model_folder, model_folders, weights_file
 
-RECORDS = {"fisher": "hessian.json", "hutchinson": "hessian_hutchinson.json"}
 SENTENCES = 512
-COMPARED = 128  # sentences of fisher's that Hutchinson's trace is taken on beside it: ten times as dear
 
 
 def positions(text: str) -> int | None:
@@ -50,67 +43,47 @@ def relative_error(text: str) -> float:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add_input_arguments(parser)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher gives it
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     group = parser.add_argument_group("estimator")
-    group.add_argument(
-        "--estimator", choices=(*RECORDS, "both"), default="fisher", help="see above (default fisher); both, side by side"
-    )
+    group.add_argument("--estimator", choices=(*RECORDS, "both"), default="fisher", help="see above (default fisher)")
     group.add_argument(
         "--nsamples",
         type=positive_int,
         help=f"sentences, the first of --datafile (default {SENTENCES}, or all of them with --target-relative-error)",
     )
-    group.add_argument(
-        "--positions",
-        type=positions,
-        metavar="N|all",
-        help="masked positions of a sentence, drawn; each sentence counts once, whatever it has (default all)",
-    )
-    group.add_argument("--seed", type=non_negative_int, default=0, help="of all that is drawn (default 0)")
+    drawn = "masked positions per sentence, drawn at random; sentences have equal weights (default all)"
+    group.add_argument("--positions", type=positions, metavar="N|all", help=drawn)
+    group.add_argument("--seed", type=non_negative_int, default=0, help="of every random number (default 0)")
     group.add_argument(
         "--target-relative-error",
         type=relative_error,
         metavar="E",
-        help="stop at standard error / trace <= E, looked at after 1, 2, 4, .. times --min-draws (default: all --nsamples)",
+        help="stop at standard error / trace <= E, checked after 1, 2, 4, .. times --min-draws (default: all --nsamples)",
     )
-    group.add_argument(
-        "--min-draws",
-        type=positive_int,
-        help=f"before that: labels (default {MIN_DRAWS['fisher']}), probes of hutchinson (default {MIN_DRAWS['hutchinson']})",
-    )
-    group.add_argument("--bs", type=positive_int, default=128, help="positions at a time; changes no result (default 128)")
+    least = f"labels (default {MIN_DRAWS['fisher']}) or probes (default {MIN_DRAWS['hutchinson']}) before the first check"
+    group.add_argument("--min-draws", type=positive_int, help=least)
+    group.add_argument("--bs", type=positive_int, default=128, help="positions per batch; changes no result (default 128)")
     group.add_argument(
         "--loadpath",
-        help="other weights (a file, or a folder with model.safetensors or pytorch_model.bin) of the shape of the one model "
-        "folder --model-path; the results go beside them (default: the folder's own)",
+        help="other weights (a file, or a folder with model.safetensors or pytorch_model.bin) for the configuration of the one "
+        "model folder --model-path; the results go next to them (default: the weights of the folder)",
     )
     group = parser.add_argument_group("fisher")
     group.add_argument("--draws", type=positive_int, default=1, help="labels drawn at each position (default 1)")
     group = group.add_mutually_exclusive_group()
-    group.add_argument(
-        "--plain-labels",
-        action="store_true",
-        help="draw w from f itself; default: in proportion to f_w ||e_w - f||^2, and weight its norm, which has the same "
-        "expectation and takes far fewer draws",
-    )
-    group.add_argument(
-        "--soft-labels",
-        action="store_true",
-        help="sum over all words, each by its probability, instead of drawing: a backward pass a word, for small vocabularies",
-    )
+    plain = "draw w from f; default: in proportion to f_w ||e_w - f||^2, weighted, which needs far fewer draws"
+    group.add_argument("--plain-labels", action="store_true", help=plain)
+    soft = "sum over all words instead of drawing: one backward pass per word, for small vocabularies"
+    group.add_argument("--soft-labels", action="store_true", help=soft)
     group = parser.add_argument_group("hutchinson")
     group.add_argument("--probe", choices=PROBES, default="rademacher", help="law of the probes' entries (default rademacher)")
-    group.add_argument("--probe-num", type=positive_int, default=4, help="probes of a block of sentences (default 4)")
+    group.add_argument("--probe-num", type=positive_int, default=4, help="probes per block of sentences (default 4)")
     group.add_argument("--block-size", type=positive_int, default=16, help="sentences that share their probes (default 16)")
     return parser
 
 
-def find_weights(args: argparse.Namespace) -> list[tuple[Path, Path, Path]]:
-    """(model folder, weights file, folder for the results) of every model to measure.
-
-    Raises:
-        InputError: --loadpath has no weights, or --model-path is not one model folder beside it.
-    """
+def find_models(args: argparse.Namespace) -> list[tuple[Path, Path, Path]]:
+    """(model folder, weights file, folder for the results) of every model to measure."""
     if args.loadpath is None:
         return [(folder, weights_file(folder), folder) for folder in model_folders(args.model_path)]
     weights = Path(args.loadpath)
@@ -122,98 +95,14 @@ def find_weights(args: argparse.Namespace) -> list[tuple[Path, Path, Path]]:
     return [(Path(args.model_path), weights, weights.parent)]
 
 
-def make_plan(args: argparse.Namespace, sentences: int) -> Plan:
-    return Plan(
-        sentences=sentences,
-        positions=args.positions,
-        draws=args.draws,
-        plain_labels=args.plain_labels,
-        soft_labels=args.soft_labels,
-        probe=args.probe,
-        probes=args.probe_num,
-        block=args.block_size,
-        seed=args.seed,
-        target=args.target_relative_error,
-        min_draws=args.min_draws,
-    )
-
-
-def estimate(args: argparse.Namespace, model, inputs, ranks: Ranks) -> dict[str, dict]:
-    """By the name of an estimator that was asked for, the fields of its record."""
-    plan = make_plan(args, len(inputs.contexts.lengths))
-    truth = None if inputs.table is None else Truth(inputs.table, inputs.columns)
-
-    def run(trace, plan) -> tuple[Estimate, dict]:
-        started = time.monotonic()
-        estimated = trace(model, inputs.contexts, plan, truth, args.bs, ranks, args.datafile)
-        return estimated, {**estimated.described(), "seconds": time.monotonic() - started}
-
-    fields, other = {}, None
-    if args.estimator != "hutchinson":
-        fisher, fields["fisher"] = run(fisher_trace, plan)
-        compared = min(fisher.sentences, COMPARED)
-        if args.estimator == "fisher" and truth is not None and compared > plan.block:
-            other = run(hutchinson_trace, dataclasses.replace(plan, sentences=compared, target=None))
-    if args.estimator != "fisher":
-        other = run(hutchinson_trace, plan)
-        fields["hutchinson"] = other[1]
-    if "fisher" in fields and other is not None:
-        kept = ("value", "standard_error", "n", "sentences", "draws")
-        fields["fisher"]["hutchinson"] = {key: other[1][key] for key in kept}
-        if apart := difference(fisher, other[0]):
-            fields["fisher"]["hutchinson"]["difference"] = apart
-    return fields
-
-
-def print_result(folder, fields: dict[str, dict]) -> None:
-    """The traces of a model, and how far apart they are."""
-
-    def number(found: dict) -> str:
-        return f"{found['value']:.4f} +- {found['standard_error']:.4f}"
-
-    print(f"{folder}: trace " + ", ".join(f"{number(found)} ({name}, n = {found['n']})" for name, found in fields.items()))
-    for name, found in fields.items():
-        if not found.get("target_reached", True):
-            print(
-                f"  {name}: relative error {found['relative_error']:.2%} with all sentences; give a longer text or more draws"
-            )
-    fisher = fields.get("fisher", {})
-    for key, what in (("true_labels", "labels drawn from the true conditionals"), ("hutchinson", "hutchinson")):
-        if found := fisher.get(key):
-            apart = f"; fisher minus it {number(found['difference'])}" if "difference" in found else ""
-            print(f"  {what}: {number(found)}{apart}")
-
-
 def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
-    models = find_weights(args)
+    models = find_models(args)
     if args.nsamples is None and args.target_relative_error is None:
         args.nsamples = SENTENCES
     inputs = read_inputs(args, args.nsamples)
-    names = RECORDS if args.estimator == "both" else {args.estimator: RECORDS[args.estimator]}
-    keys = ("estimator", "nsamples", "positions", "seed", "target_relative_error", "min_draws", "draws")
-    others = ("plain_labels", "soft_labels", "probe", "probe_num", "block_size")
-    settings = {key: getattr(args, key) for key in (*keys, *others)}
-    settings |= {key: settings[key] or "all" for key in ("nsamples", "positions")}
-    ranks = Ranks(args.device)
-    for folder, weights, results in models:
-        check_vocabulary(folder, inputs.vocabulary, inputs.vocabulary_path)
-        described = {**inputs.described, "model": {"sha256": sha256(weights)}}
-        finished = [is_measured(results, name, described, settings, args.overwrite) for name in names.values()]
-        if all(finished):
-            if ranks.is_main:
-                print(f"{results}: trace by {args.estimator} is measured already, skipped")
-            continue
-        model = load_model(folder, ranks.device, "eager", weights)
-        fields = estimate(args, model, inputs, ranks)
-        if not ranks.is_main:
-            continue
-        common = {"unit": "nats", "inputs": described, "arguments": settings, "device": args.device}
-        for estimator, found in fields.items():
-            record = HessianRecord(estimator=estimator, seeds=[args.seed], **common, **found)
-            write_record(results, names[estimator], record, number_file=True)
-        print_result(results, fields)
-    ranks.close()
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
+    measure_models(models, inputs, sampling, args.estimator, args.bs, args.device, args.overwrite)
 
 
 if __name__ == "__main__":

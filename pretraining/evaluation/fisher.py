@@ -1,98 +1,106 @@
 """Squared gradient norms of single contexts, || grad_theta log f(x_-t)[w] ||^2, without the gradients themselves.
 
-One backward pass through a batch gives, for each of its contexts, the gradient G (T, out) at the output of every module. With
-the module's input A (T, in), kept from the forward pass, the norm of each parameter's own gradient follows ("ghost norms";
+One backward pass through a batch gives, for each context, the gradient G (T, out) at the output of every module. Together with
+the module's input A (T, in) from the forward pass, it determines the norm of the gradient of each parameter ("ghost norms";
 Goodfellow 2015, arXiv 1510.01799, for vectors; Li et al. 2022, arXiv 2110.05679, section 4, for sequences):
 
-    matrix (out, in)        || G^T A ||^2 = sum_tt' (A A^T)_tt' (G G^T)_tt', by the side that is cheaper
+    matrix (out, in)        || G^T A ||^2 = sum_tt' (A A^T)_tt' (G G^T)_tt', by the cheaper side
     bias                    || sum_t G_t ||^2 = sum_tt' (G G^T)_tt'
     weight of a norm        || sum_t G_t * xhat_t ||^2, xhat the normalised input
     word table, as input    sum_tt' [x_t = x_t'] G_t . G_t'
       as the decoder        || o ||^2 || h ||^2, o = e_w - f the gradient at the logits, h the head's output
       their cross term      2 sum_t o[x_t] (h . G_t): the table is one parameter, its gradient the sum of the two
     position table          sum_t || G_t ||^2
-    token-type table        || sum_t G_t ||^2, every token being of type 0
+    token-type table        || sum_t G_t ||^2, since every token is of type 0
 
-where in the last five G is the gradient at the sum of the three embeddings. The forward pass and the A A^T are made once for
-any number of words w. Words are taken one backward pass after the other: as one pass of several (`is_grads_batched`) they
-took as long at 32 contexts and up to 1.6 times as long at 256.
+In the last five, G is the gradient at the sum of the three embeddings. The forward pass and the A A^T serve any number of
+words w. Each word has its own backward pass: one pass for several words (`is_grads_batched`) took the same time at 32 contexts
+and up to 1.6 times as long at 256.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from pretraining.model.bert import MaskedLM
 
 
-def _gram(rows):
+def _gram(rows: Tensor) -> Tensor:
     """(m, length, width) -> (m, length, length): the inner products of the rows."""
     if rows.shape[-2] == 1:
         return rows.square().sum(-1, keepdim=True)  # a matrix product of single rows is slow
     return rows @ rows.transpose(-1, -2)
 
 
-def _squared_sum(gradient):
+def _squared_sum(gradient: Tensor) -> Tensor:
     """(m, length, width) -> (m,): || sum over the length ||^2."""
     return gradient.sum(-2).square().sum(-1)
 
 
-def _cross(gradient, ids, at_logits, head):
-    """(m,): the inner product of the word table's gradients as the input, with rows G_t at x_t, and as the decoder, o h^T."""
+def _cross(gradient: Tensor, ids: Tensor, at_logits: Tensor, head: Tensor) -> Tensor:
+    """(m,): inner product of the word table's gradient as the input (rows G_t at x_t) and as the decoder (o h^T)."""
     return (at_logits.gather(1, ids) * (gradient @ head[..., None])[..., 0]).sum(-1)
 
 
 def _gram_is_cheaper(length: int, inputs: int, outputs: int) -> bool:
-    """Whether || G^T A ||^2 takes fewer multiplications by the inner products of positions."""
+    """Whether || G^T A ||^2 takes fewer multiplications by inner products of positions."""
     return length * (inputs + outputs) < inputs * outputs
 
 
 class _Matrix:
     """The norms of a linear module's weight and bias; `inputs` (m, length, in)."""
 
-    def __init__(self, name: str, module: nn.Linear, inputs):
-        self.name, self.inputs = name, inputs
+    def __init__(self, name: str, module: nn.Linear, inputs: Tensor):
+        self.name = name
+        self.inputs = inputs
         outputs, width = module.weight.shape
         self.gram = _gram(inputs) if _gram_is_cheaper(inputs.shape[1], width, outputs) else None
 
-    def norms(self, gradient) -> dict:
+    def norms(self, gradient: Tensor) -> dict[str, Tensor]:
         if self.gram is None:
             weight = (gradient.transpose(-1, -2) @ self.inputs).square().sum((-1, -2))
             bias = _squared_sum(gradient)
         else:
             gram = _gram(gradient)
-            weight, bias = (self.gram * gram).sum((-1, -2)), gram.sum((-1, -2))
+            weight = (self.gram * gram).sum((-1, -2))
+            bias = gram.sum((-1, -2))
         return {f"{self.name}.weight": weight, f"{self.name}.bias": bias}
 
 
 class _Norm:
     """The norms of the weight and bias of a LayerNorm, or of the weight of an RMSNorm; `inputs` (m, length, width)."""
 
-    def __init__(self, name: str, module, inputs):
-        self.name, self.bias = name, getattr(module, "bias", None) is not None
-        normalise = F.rms_norm if isinstance(module, nn.RMSNorm) else F.layer_norm
+    def __init__(self, name: str, module: nn.LayerNorm | nn.RMSNorm, inputs: Tensor):
+        self.name = name
+        self.has_bias = getattr(module, "bias", None) is not None
+        normalise: Callable[..., Tensor] = F.rms_norm if isinstance(module, nn.RMSNorm) else F.layer_norm
         self.normalised = normalise(inputs, module.normalized_shape, eps=module.eps)
 
-    def norms(self, gradient) -> dict:
+    def norms(self, gradient: Tensor) -> dict[str, Tensor]:
         norms = {f"{self.name}.weight": _squared_sum(gradient * self.normalised)}
-        if self.bias:
+        if self.has_bias:
             norms[f"{self.name}.bias"] = _squared_sum(gradient)
         return norms
 
 
 class GhostNorms:
-    """A forward pass of contexts, kept for the gradient norms of any number of words at each of them.
+    """A forward pass of contexts, which then gives the gradient norms of any number of words at each of them.
 
     Args:
-        model: a `MaskedLM` in eval mode.
-        ids, mask, flat: its inputs, as `Contexts.batch` gives them: m rows, one masked position each.
+        model: in eval mode.
+        ids, mask, flat: its inputs, from `Contexts.batch`: m rows, one masked position each.
 
     Attributes:
         f: (m, vocab_size) float64, the model's distribution at each context.
     """
 
-    def __init__(self, model, ids, mask, flat):
-        self._words, self._ids, self._norms = model.embeddings.words, ids, {}
+    def __init__(self, model: MaskedLM, ids: Tensor, mask: Tensor | None, flat: Tensor):
+        self._words = model.embeddings.words
+        self._ids = ids
+        self._norms: dict[str, Tensor] = {}
         names = {module: name for name, module in model.named_modules()}
         modules = [module for module in names if isinstance(module, nn.Linear) or hasattr(module, "normalized_shape")]
         hooks = [model.embeddings.norm.register_forward_pre_hook(self._start_here)]
@@ -106,35 +114,38 @@ class GhostNorms:
         self.f = self._logits.detach().double().softmax(-1)  # 1 - f_w, the gradient of a likely word, is a small difference
         self._same = (ids[:, :, None] == ids[:, None, :]).to(self._logits.dtype)  # (m, length, length)
 
-    def _start_here(self, _, inputs):
+    def _start_here(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         """The graph begins at the sum of the three embeddings."""
         self._sum = inputs[0].detach().requires_grad_()
         return (self._sum,)
 
-    def _record(self, name: str, module, inputs, output) -> None:
-        """Keep a module's input; the norms are taken during a backward pass, as soon as its output's gradient is there.
+    def _record(
+        self, name: str, module: nn.Linear | nn.LayerNorm | nn.RMSNorm, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        """Keep a module's input. A hook on its output computes the norms during a backward pass.
 
-        No gradient is held any longer than it is needed, which takes two thirds of the memory of holding them all.
+        Each gradient is freed after use, which takes two thirds of the memory of holding them all.
         """
         rows = inputs[0].detach()
-        part = (_Matrix if isinstance(module, nn.Linear) else _Norm)(name, module, rows if rows.dim() == 3 else rows[:, None])
+        rows = rows if rows.dim() == 3 else rows[:, None]
+        part = _Matrix(name, module, rows) if isinstance(module, nn.Linear) else _Norm(name, module, rows)
         norms = self._norms  # not `self`, which holds the graph: the cycle through the graph would never be freed
 
-        def take(gradient):
+        def take(gradient: Tensor) -> None:
             norms.update(part.norms(gradient if gradient.dim() == 3 else gradient[:, None]))
 
         output.register_hook(take)
-        self._head = output.detach()  # in the end the head's norm's, (m, hidden)
+        self._head = output.detach()  # the last module is the norm of the head: (m, hidden)
 
-    def __call__(self, words) -> dict:
+    def __call__(self, words: Tensor) -> dict[str, Tensor]:
         """Squared gradient norms of log f[w].
 
         Args:
-            words: (m,) int64, a word for each context.
+            words: (m,) int64, one word per context.
 
         Returns:
-            (m,) for each name of `pretraining.evaluation.parts.measured_parameters`, in the model's dtype; their sum over the
-            names is the whole.
+            (m,) for each name of `pretraining.evaluation.estimates.measured_parameters`, in the dtype of the model. Their sum
+            over the names is the whole.
         """
         at_logits = -self.f
         at_logits[torch.arange(len(words), device=words.device), words] += 1
@@ -144,14 +155,14 @@ class GhostNorms:
         self._norms.clear()
         return norms
 
-    def _tables(self, gradient, at_logits) -> dict:
-        """The norms of the three embedding tables; `gradient` (m, length, hidden) is that at their sum."""
+    def _tables(self, gradient: Tensor, at_logits: Tensor) -> dict[str, Tensor]:
+        """The norms of the three embedding tables, from the gradient (m, length, hidden) at their sum."""
         gram = _gram(gradient)  # (m, length, length)
         tables = {
             "embeddings.positions.weight": gram.diagonal(dim1=-2, dim2=-1).sum(-1),
             "embeddings.token_types.weight": gram.sum((-1, -2)),
         }
-        if self._words.padding_idx is not None:  # its row gets no gradient as an input
+        if self._words.padding_idx is not None:  # the row of padding gets no gradient as an input
             gradient = gradient * (self._ids != self._words.padding_idx)[..., None]
             gram = _gram(gradient)
         as_input = (self._same * gram).sum((-1, -2))
@@ -160,7 +171,7 @@ class GhostNorms:
         return tables
 
 
-def residuals(f):
+def residuals(f: Tensor) -> Tensor:
     """|| e_w - f ||^2 of every word: (1 - f_w)^2 + sum_{v != w} f_v^2.
 
     Args:
@@ -173,23 +184,23 @@ def residuals(f):
     return (1 - f).square() + (squares.sum(-1, keepdim=True) - squares).clamp(min=0)
 
 
-def draw_words(probability, uniform, sizes=None):
-    """A word for each row, and the weight with which its value is to be taken.
+def draw_words(probability: Tensor, uniform: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One word per row, and the weight of its value.
 
-    Words are drawn by inverting a cumulative distribution: p itself, or one proportional to p_w s_w. In the mean over draws,
-    weight times value is sum_w p_w value_w either way; its variance is that of value_w / s_w. The squared gradient norm is
-    || J (e_w - f) ||^2 with one matrix J a context, so that with s_w = || e_w - f ||^2 little variance is left.
+    Words are drawn by inverting a cumulative distribution: p itself, or one proportional to p_w s_w. Either way the expectation
+    of weight times value is sum_w p_w value_w. Its variance is that of value_w / s_w. The squared gradient norm is
+    || J (e_w - f) ||^2 with one matrix J per context, so that s_w = || e_w - f ||^2 leaves little variance.
 
     Args:
         probability: p, (m, vocab_size) float64.
-        uniform: (m,) float64 numbers in [0, 1); they alone decide the draw, whatever the batch.
+        uniform: (m,) float64 numbers in [0, 1), which decide the draw whatever the batch.
         sizes: s, (m, vocab_size) float64; None for 1.
 
     Returns:
         words (m,) int64, weights (m,) float64: sum_v p_v s_v / s_w.
     """
     cumulative = (probability if sizes is None else probability * sizes).cumsum(-1)
-    # Rounding may leave the last value below 1: scale to what is there, so no draw falls off the end.
+    # Rounding may leave the last value below 1: scaled to it, no draw falls off the end.
     total = cumulative[:, -1:]
     words = torch.searchsorted(cumulative, uniform[:, None] * total, right=True).clamp(max=probability.shape[1] - 1)
     weights = torch.ones_like(uniform) if sizes is None else (total / sizes.gather(1, words))[:, 0]

@@ -1,5 +1,7 @@
 """The gap to the entropy during training."""
 
+from typing import cast
+
 from torch import nn
 
 from pcfg.common.files import keyed_rng
@@ -9,17 +11,18 @@ from pcfg.sampler import Sampler
 from pretraining.data.contexts import from_texts, table_columns
 from pretraining.data.vocabulary import Vocabulary
 from pretraining.evaluation.loss import measure_loss
+from pretraining.model.bert import MaskedLM
 
 
 class GapMeter:
     """The gap of a model to the entropy, E[ KL(P(. | x_-t) || f(x_-t)) ], on sentences drawn from the grammar.
 
-    The sentences are the same at each measurement, a function of the seed, and of a stream that no shard has. For a figure to
-    report, calculate_loss.py measures the saved models on as many sentences as are wanted.
+    The sentences are the same at each measurement: a function of the seed, in a random stream that no shard has. For a figure
+    to report, use calculate_loss.py, which measures saved models on any number of sentences.
 
     Args:
         rules: the grammar's file, or a shipped one's name.
-        sentences: how many are drawn.
+        sentences: their number.
         vocabulary: of the model.
         max_tokens: of a sentence with [CLS] and [SEP].
     """
@@ -37,7 +40,7 @@ class GapMeter:
     def measure(self, model: nn.Module) -> dict[str, float]:
         """The gap in nats by pairs and by sentences, with standard errors; the model is left in training mode."""
         model.eval()
-        gap = measure_loss(model, self._contexts, self._table, self._columns)["gap"]
+        gap = measure_loss(cast(MaskedLM, model), self._contexts, self._table, self._columns)["gap"]
         model.train()
         return {
             f"gap_{mean}{suffix}": gap[mean][key]

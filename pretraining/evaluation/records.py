@@ -149,10 +149,12 @@ class HessianRecord(Record):
     """The trace of the Hessian of the loss, as `pretraining.evaluation.hessian` defines it.
 
     Attributes:
+        estimator: fisher or hutchinson.
         parts: shares of groups of parameters, and of layers.
     """
 
     measurement: Literal["hessian"] = "hessian"
+    estimator: Text | None = None
     parts: TraceParts | None = None
 
 

@@ -31,10 +31,9 @@ from pcfg.grammar import RULES_FOLDER, Grammar, find_rules
 from pcfg.sampler import Sampler
 from pretraining.data.contexts import Contexts, from_texts
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
-from pretraining.evaluation.estimates import mean_and_error
+from pretraining.evaluation.estimates import Partitions, mean_and_error, measured_parameters
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
-from pretraining.evaluation.hessian import Plan, fisher_trace
-from pretraining.evaluation.parts import Parts, measured_parameters
+from pretraining.evaluation.hessian import Sampling, fisher_trace
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 
@@ -132,9 +131,9 @@ class Cost:
 def fisher_cost(bench: Bench, plain_labels: bool = False) -> Cost:
     """Of one masked position with one drawn label, in the way of calculate_hessian.py."""
     contexts = bench.contexts
-    plan = Plan(len(contexts.lengths), positions=1, plain_labels=plain_labels)
+    sampling = Sampling(nsamples=len(contexts.lengths), positions=1, plain_labels=plain_labels)
     start = cpu_seconds()
-    values = fisher_trace(bench.model, contexts, plan, batch_size=BATCH).values[:, :1]
+    values = fisher_trace(bench.model, contexts, sampling, batch_size=BATCH).values[:, :1]
     seconds = (cpu_seconds() - start) / len(values)
     mean, error = mean_and_error(values, np.ones(len(values)))
     return Cost(mean[0], error[0], values.var(ddof=1), seconds)
@@ -185,7 +184,7 @@ def time_rows(bench: Bench) -> list[Row]:
 
 def draw_rows(bench: Bench) -> list[Row]:
     """What a further label costs where the forward pass is kept, in forward passes."""
-    contexts, parts, seconds = bench.contexts, Parts(bench.model), np.zeros(3)
+    contexts, parts, seconds = bench.contexts, Partitions(bench.model), np.zeros(3)
     batches = contexts.batches(bench.one_each(contexts)[: bench.amount(4000)], BATCH)
     for number, batch in enumerate([batches[0], *batches]):
         inputs, uniform = contexts.batch(batch, "cpu"), torch.rand(len(batch), dtype=torch.float64)

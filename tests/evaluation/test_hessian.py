@@ -13,11 +13,25 @@ from pcfg.common.ranks import Ranks
 from pcfg.common.text import read_texts
 from pretraining.data.contexts import Contexts, from_texts
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.evaluation.estimates import Estimate, difference, mean_and_error
+from pretraining.evaluation.estimates import (
+    Estimate,
+    Partitions,
+    difference,
+    group_of,
+    layer_of,
+    mean_and_error,
+    measured_parameters,
+)
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
-from pretraining.evaluation.hessian import Plan, Truth, chosen_contexts, fisher_trace, hutchinson_trace, label_numbers
-from pretraining.evaluation.hutchinson import draw_probe
-from pretraining.evaluation.parts import Parts, group_of, layer_of, measured_parameters
+from pretraining.evaluation.hessian import (
+    Sampling,
+    Truth,
+    draw_probe,
+    fisher_trace,
+    hutchinson_trace,
+    label_numbers,
+    measured_contexts,
+)
 
 VARIANTS = [(mode, norm) for mode in ("pre-ln", "post-ln") for norm in ("pytorch", "rms_norm")]
 
@@ -93,7 +107,7 @@ def test_fisher_against_the_full_matrix(small_model, sentences, mode, norm):
     contexts, truth = sentences
     model = small_model(mode, norm)
     flat = Flat(model, contexts)
-    found = fisher_trace(model, contexts, Plan(4, soft_labels=True), truth).described()
+    found = fisher_trace(model, contexts, Sampling(nsamples=4, soft_labels=True), truth).described()
     check_parts(found, flat.by_parameter(flat.fisher(flat.f()).diagonal()))
     true = flat.fisher(true_labels(contexts, truth, model)).trace().item()
     assert found["true_labels"]["value"] == pytest.approx(true, rel=1e-9)
@@ -107,21 +121,21 @@ def test_hutchinson_against_the_full_hessian(small_model, sentences, mode, norm)
     contexts, truth = sentences
     model = small_model(mode, norm, layers=1)
     flat, labels = Flat(model, contexts), true_labels(contexts, truth, model)
-    plan = Plan(4, probe="gaussian" if mode == "post-ln" else "rademacher", probes=2, block=3, seed=7)
+    sampling = Sampling(nsamples=4, probe="gaussian" if mode == "post-ln" else "rademacher", probe_num=2, block_size=3, seed=7)
     forms, traces, errors = [], [], []
     for block, inside in enumerate((range(3), range(3, 4))):
         hessian = flat.hessian(labels, inside)
         traces.append(hessian.trace().item())
         errors.append(np.sqrt(2 / 40) * hessian.norm().item())  # of the mean of v^T H v over 40 probes, at most
         for draw in range(2):
-            probe = torch.cat([piece.reshape(-1) for piece in draw_probe(model, plan.probe, 7, block, draw)])
+            probe = torch.cat([piece.reshape(-1) for piece in draw_probe(model, sampling.probe, 7, block, draw)])
             forms.append(probe * (hessian @ probe))
     expected = (3 * (forms[0] + forms[1]) + (forms[2] + forms[3])) / 8  # means over sentences
-    estimate = hutchinson_trace(model, contexts, plan, truth)
+    estimate = hutchinson_trace(model, contexts, sampling, truth)
     check_parts(estimate.described(), flat.by_parameter(expected))
     assert estimate.sizes.tolist() == [3, 1] and estimate.draws == 4
 
-    many = hutchinson_trace(model, contexts, dataclasses.replace(plan, probes=40), truth).values[:, 0]
+    many = hutchinson_trace(model, contexts, dataclasses.replace(sampling, probe_num=40), truth).values[:, 0]
     assert (np.abs(many - traces) < 4 * np.array(errors)).all()
 
 
@@ -133,7 +147,7 @@ def test_hutchinson_with_the_texts_words(small_model, sentences):
     probe = torch.cat([piece.reshape(-1) for piece in draw_probe(model, "rademacher", 0, 0, 0)])
     expected = probe @ flat.hessian(labels, range(2)) @ probe
     assert set(probe.tolist()) == {-1.0, 1.0}
-    found = hutchinson_trace(model, contexts, Plan(4, probes=1, block=2)).values[0, 0]
+    found = hutchinson_trace(model, contexts, Sampling(nsamples=4, probe_num=1, block_size=2)).values[0, 0]
     assert found == pytest.approx(expected.item(), rel=1e-9)
 
 
@@ -161,10 +175,10 @@ def test_the_three_agree_where_the_model_is_the_true_distribution(small_model, s
     model = small_model(layers=1)
     flat = Flat(model, contexts)
     truth = Truth(OwnDistribution(flat.f(), contexts), np.arange(13))
-    found = fisher_trace(model, contexts, Plan(4, soft_labels=True), truth).described()
+    found = fisher_trace(model, contexts, Sampling(nsamples=4, soft_labels=True), truth).described()
     check_parts(found, flat.by_parameter(flat.hessian(flat.f(), range(4)).diagonal()))
     assert found["true_labels"]["difference"]["value"] == pytest.approx(0, abs=1e-9)
-    drawn = fisher_trace(model, contexts, Plan(4, draws=3), truth).described()
+    drawn = fisher_trace(model, contexts, Sampling(nsamples=4, draws=3), truth).described()
     assert drawn["true_labels"]["difference"]["value"] == pytest.approx(0, abs=1e-9)
 
 
@@ -187,20 +201,20 @@ def every_word(small_model, many):
     return torch.from_numpy(f), norms
 
 
-def drawn_values(contexts, plan, f, norms) -> np.ndarray:
+def drawn_values(contexts, sampling, f, norms) -> np.ndarray:
     """What `fisher_trace` averages, (sentences, 1), from norms that are known already."""
-    chosen, total = chosen_contexts(contexts, range(len(contexts.lengths)), plan), np.zeros(len(contexts.label))
-    for uniform in torch.from_numpy(label_numbers(contexts, chosen, plan)):
-        words, weights = draw_words(f, uniform, None if plan.plain_labels else residuals(f))
-        total += np.take_along_axis(norms, words[:, None].numpy(), 1)[:, 0] * weights.numpy() / plan.draws
+    chosen, total = measured_contexts(contexts, range(len(contexts.lengths)), sampling), np.zeros(len(contexts.label))
+    for uniform in torch.from_numpy(label_numbers(contexts, chosen, sampling)):
+        words, weights = draw_words(f, uniform, None if sampling.plain_labels else residuals(f))
+        total += np.take_along_axis(norms, words[:, None].numpy(), 1)[:, 0] * weights.numpy() / sampling.draws
     return (np.bincount(contexts.sentence, total) / contexts.counts)[:, None]
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_drawn_labels_are_those_of_the_keys(small_model, many, every_word, plain):
-    plan = Plan(60, draws=2, seed=5, plain_labels=plain)
-    found = fisher_trace(small_model(layers=1), many, plan).values[:, :1]
-    np.testing.assert_allclose(found, drawn_values(many, plan, *every_word), rtol=1e-9)
+    sampling = Sampling(nsamples=60, draws=2, seed=5, plain_labels=plain)
+    found = fisher_trace(small_model(layers=1), many, sampling).values[:, :1]
+    np.testing.assert_allclose(found, drawn_values(many, sampling, *every_word), rtol=1e-9)
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -214,7 +228,7 @@ def test_intervals_cover_the_exact_value(many, every_word, plain):
         inside = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])
         sentence = np.repeat(np.arange(40), many.counts[rows])
         run = Contexts(many.input_ids[rows], many.lengths[rows], sentence, many.position[inside], many.label[inside], None)
-        found = drawn_values(run, Plan(40, seed=seed, plain_labels=plain), f[inside], norms[inside])
+        found = drawn_values(run, Sampling(nsamples=40, seed=seed, plain_labels=plain), f[inside], norms[inside])
         (value,), (error,) = mean_and_error(found, np.ones(40))
         covered += abs(value - exact) <= 1.96 * error
         values.append(value)
@@ -225,16 +239,16 @@ def test_intervals_cover_the_exact_value(many, every_word, plain):
 
 
 def test_some_positions_of_each_sentence(small_model, many):
-    plan = Plan(60, positions=2, seed=3)
-    chosen = chosen_contexts(many, range(60), plan)
+    sampling = Sampling(nsamples=60, positions=2, seed=3)
+    chosen = measured_contexts(many, range(60), sampling)
     assert (np.bincount(many.sentence[chosen]) == 2).all()
     assert len(set((many.position[chosen]).tolist())) > 4
     # A position's labels do not depend on which others are measured.
-    numbers = label_numbers(many, np.arange(len(many.label)), plan)
-    np.testing.assert_array_equal(label_numbers(many, chosen, plan), numbers[:, chosen])
-    estimate = fisher_trace(small_model(), many, plan)
+    numbers = label_numbers(many, np.arange(len(many.label)), sampling)
+    np.testing.assert_array_equal(label_numbers(many, chosen, sampling), numbers[:, chosen])
+    estimate = fisher_trace(small_model(), many, sampling)
     assert (estimate.contexts, estimate.draws, estimate.sentences) == (120, 120, 60)
-    everything = fisher_trace(small_model(), many, dataclasses.replace(plan, positions=50))
+    everything = fisher_trace(small_model(), many, dataclasses.replace(sampling, positions=50))
     assert everything.contexts == len(many.label)
 
 
@@ -250,28 +264,30 @@ class OneOf(Ranks):
 
 @pytest.mark.parametrize("trace", [fisher_trace, hutchinson_trace])
 def test_neither_batches_nor_ranks_matter(small_model, many, trace):
-    model, plan = small_model(layers=1).float(), Plan(14, draws=2, block=3, probes=2)
-    values = trace(model, many, plan, batch_size=32).values
+    model, sampling = small_model(layers=1).float(), Sampling(nsamples=14, draws=2, block_size=3, probe_num=2)
+    values = trace(model, many, sampling, batch_size=32).values
     for size in (1, 7, 500):
-        found = trace(model, many, plan, batch_size=size).values
+        found = trace(model, many, sampling, batch_size=size).values
         np.testing.assert_allclose(found[:, 0].mean(), values[:, 0].mean(), rtol=1e-6)
         np.testing.assert_allclose(found[:, 0], values[:, 0], rtol=1e-4, atol=1e-3)
-    dealt = [trace(model, many, plan, ranks=OneOf(rank, 3)).values for rank in range(3)]
+    dealt = [trace(model, many, sampling, ranks=OneOf(rank, 3)).values for rank in range(3)]
     assert all((part == 0).all(1).any() for part in dealt)
     np.testing.assert_allclose(sum(dealt)[:, 0].mean(), values[:, 0].mean(), rtol=1e-6)
 
 
 def test_stopping_at_a_relative_error(small_model, many):
     model = small_model(layers=1)
-    plan = Plan(60, target=0.9, min_draws=300)
-    early = fisher_trace(model, many, plan)
+    sampling = Sampling(nsamples=60, target_relative_error=0.9, min_draws=300)
+    early = fisher_trace(model, many, sampling)
     assert early.draws >= 300 and early.sentences == 1 + np.searchsorted(np.cumsum(many.counts), 300) < 60
     assert early.described()["target_reached"] is True
-    np.testing.assert_array_equal(early.values, fisher_trace(model, many, Plan(early.sentences)).values)
-    never = fisher_trace(model, many, dataclasses.replace(plan, target=1e-6))
+    np.testing.assert_array_equal(early.values, fisher_trace(model, many, Sampling(nsamples=early.sentences)).values)
+    never = fisher_trace(model, many, dataclasses.replace(sampling, target_relative_error=1e-6))
     assert never.sentences == 60 and never.described()["target_reached"] is False
     assert never.described()["relative_error"] > 1e-6
-    blocks = hutchinson_trace(model, many, Plan(60, target=0.999, min_draws=8, block=4, probes=2)).described()
+    blocks = hutchinson_trace(
+        model, many, Sampling(nsamples=60, target_relative_error=0.999, min_draws=8, block_size=4, probe_num=2)
+    ).described()
     assert blocks["n"] in (4, 8, 15) and (blocks["target_reached"] or blocks["n"] == 15)
 
 
@@ -282,7 +298,7 @@ def test_means_and_differences(small_model):
     for column in range(2):
         pairs = mean_by_pairs(np.repeat(values[:, column], sizes), sizes)
         assert (mean[column], error[column]) == pytest.approx(pairs)
-    parts, ones = Parts(small_model()), np.ones(10, np.int64)
+    parts, ones = Partitions(small_model()), np.ones(10, np.int64)
     fisher = Estimate(parts, np.arange(10.0)[:, None], ones, 10, 10, None)
     blocks = Estimate(parts, np.array([[1.0], [2.0], [3.0]]), np.array([4, 4, 4]), 12, 3, None)
     assert difference(fisher, blocks) == {"value": (0.5 + 3.5) / 2, "standard_error": 1.5, "n": 2}
@@ -294,4 +310,4 @@ def test_means_and_differences(small_model):
 def test_too_many_words_for_soft_labels(small_model, many, monkeypatch):
     monkeypatch.setattr("pretraining.evaluation.hessian.SOFT_WORDS", 12)
     with pytest.raises(InputError, match="--soft-labels: .*13 words; at most 12"):
-        fisher_trace(small_model(), many, Plan(60, soft_labels=True))
+        fisher_trace(small_model(), many, Sampling(nsamples=60, soft_labels=True))
