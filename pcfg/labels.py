@@ -109,8 +109,9 @@ def hidden_states(grammar: Grammar, position: int) -> tuple[np.ndarray, np.ndarr
         symbols (S,) int64, nonterminals; ids (S,) int64, the index of each one's state in names; names, the states of all
         positions, without the positions that nonterminals carry.
     """
-    emits = (grammar.emission > 0).any(axis=1)
-    start = np.arange(len(grammar.names)) == 0
+    emits = np.any(grammar.emission > 0, axis=1)
+    start = np.zeros(len(grammar.names), dtype=bool)
+    start[0] = True
     state = ~emits & ~start
     left, first, second = grammar.binary.T
     parent, child = grammar.unary.T

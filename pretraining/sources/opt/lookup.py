@@ -3,50 +3,142 @@
     python -m pretraining.sources.opt.lookup --data-path opt_dataset --model-name facebook/opt-125m \\
         --datafile opt_dataset/test0.txt --save-path lookup.hdf5 --max-sentences 1000 --positions-per-sentence 2
 
-That takes hours on a CPU, about 4e12 operations per position (`pretraining.sources.opt.conditionals` has the formula). On a
-laptop, take the text of a small model, or fewer sentences. The number of operations is printed first; the progress bar has
-the measured rate.
+That takes hours on a CPU, about 4e12 operations per position (`pretraining.sources.opt.conditionals` has the formula). A
+version for a laptop: a small model's text, or fewer sentences. The progress bar shows the measured rate of operations.
 
---max-sentences takes the first sentences of the text, which were drawn independently of each other: they are as good as any.
---positions-per-sentence takes K positions of each by chance, a function of (--seed, number of the sentence); fewer positions
-of more sentences give a smaller error for the same work. Contexts that are the same are computed once.
+--max-sentences takes the first sentences of the text, which are as good as any: they were drawn independently of each other.
+--positions-per-sentence takes K random positions of each, a function of (--seed, number of the sentence). Fewer positions of
+more sentences give a smaller error for the same work. Equal contexts are computed once.
 
-What is computed is kept in a folder beside the table, FILE.partial, and written to the disk every 20 seconds; the same command
-goes on there after an interruption. The table, `pcfg.lookup`, is made from it at the end, complete or absent.
+The numbers so far are kept in a folder next to the table, FILE.partial, and written to the disk every 20 seconds; after an
+interruption the same command resumes there. The table (`pcfg.lookup`) is made from it at the end, complete or absent.
 """
 
 import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
+import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
-from pcfg.common.files import InputError, check_space, keyed_rng, sha256
+from pcfg.common.files import InputError, check_space, disk_errors, keyed_rng, read_json, sha256, write_json
 from pcfg.common.text import read_texts
 from pcfg.common.words import WordIndex
-from pcfg.lookup import ELSEWHERE, add_file_arguments, find_made, print_table, table_file, table_shapes, wanted_storage
+from pcfg.lookup import TableOrigin, add_table_arguments, print_table, stored_dtype
 from pretraining.sources.opt.causal_lm import RestrictedLM, Restriction, find_device, read_restriction
 from pretraining.sources.opt.conditionals import LogJoints, MaskedTexts, conditionals
-from pretraining.sources.opt.partial import PartialArray
 
-# Contexts of which the conditionals are in memory at a time: 64 MiB of float64 at 2,000 words.
+# Contexts whose conditionals are in memory at a time: 64 MiB of float64 at 2,000 words.
 BLOCK_CONTEXTS = 4096
+PARTIAL_FORMAT = "partial array, 1"
+# Between two writings of a partial array to the disk.
+SECONDS = 20.0
+
+
+class PartialArray:
+    """A float64 array that is filled from its beginning to its end over hours; a kill loses the last seconds only.
+
+    Its folder has the numbers, `values`, and `progress.json`: their origin, how many are certain to be on the disk, and their
+    CRC-32. A context manager, which writes at its end, also on an exception.
+
+    Args:
+        folder: made if missing.
+        made_from: what decides the numbers, as plain values.
+        length: of the array.
+        overwrite: begin anew in a folder of another origin, instead of refusing it.
+    """
+
+    def __init__(self, folder: Path | str, made_from: dict, length: int, overwrite: bool = False):
+        self.folder = Path(folder)
+        self._facts = {"format": PARTIAL_FORMAT, "made_from": made_from, "length": length}
+        self._state = (0, 0)  # numbers, CRC-32
+        self._values = self.folder / "values"
+        self._progress = self.folder / "progress.json"
+        self._file: BinaryIO
+        if self.folder.exists():
+            self._resume(overwrite)
+
+    def _resume(self, overwrite: bool) -> None:
+        again = "remove the folder, or give --overwrite to begin anew"
+        if not self._progress.is_file():
+            if any(path.name not in ("values", f".{self._progress.name}.tmp") for path in self.folder.iterdir()):
+                raise InputError(f"{self.folder}: not made by this script; {again}")
+            return  # killed before the first writing
+        progress = read_json(self._progress)
+        if {key: progress.get(key) for key in self._facts} != self._facts:
+            if not overwrite:
+                raise InputError(f"{self.folder}: begun with another model, text or choice of positions; {again}")
+            shutil.rmtree(self.folder)
+            return
+        checksum = 0
+        left = 8 * progress["done"]
+        with open(self._values, "rb") as file:
+            while left and (block := file.read(min(left, 1 << 24))):
+                checksum = zlib.crc32(block, checksum)
+                left -= len(block)
+        if left or checksum != progress["crc32"]:
+            raise InputError(f"{self._values}: damaged; {again}")
+        self._state = (progress["done"], checksum)
+
+    @property
+    def done(self) -> int:
+        """How many numbers it has."""
+        return self._state[0]
+
+    def __enter__(self) -> "PartialArray":
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._values, "r+b" if self._values.exists() else "w+b")  # noqa: SIM115 (closed by __exit__)
+            self._file.truncate(8 * self.done)
+            self._file.seek(8 * self.done)
+            self._write()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with disk_errors(self.folder), self._file:
+            self._write()
+
+    def append(self, values: np.ndarray) -> None:
+        """Append the next numbers, (n,) float64."""
+        with disk_errors(self.folder):
+            block = np.ascontiguousarray(values, np.float64).tobytes()
+            self._file.write(block)
+            # Both at once, so that an interruption finds both or none.
+            self._state = (self.done + len(values), zlib.crc32(block, self._state[1]))
+            if time.monotonic() - self._written > SECONDS:
+                self._write()
+
+    def _write(self) -> None:
+        """Bring everything to the disk, and then say so in progress.json."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        write_json(self._progress, {**self._facts, "done": self.done, "crc32": self._state[1]})
+        self._written = time.monotonic()
+
+    def read(self) -> np.ndarray:
+        """The numbers so far, (done,) float64, read from the disk at their use."""
+        self._file.flush()
+        return np.memmap(self._values, np.float64, "r", shape=(self.done,))
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen:
-    """Sentences and their chosen positions.
+class Selection:
+    """Sentences and M of their positions.
 
     Args:
         flat: (N,) int32 columns of all tokens, one sentence after the other; lengths: (n,) int64.
-        counts: (n,) int64, chosen positions of each; sentence, position: (M,) int64, each of them, ascending.
-        how: for the table's attribute `chosen`; None if all positions are.
+        counts: (n,) int64, selected positions per sentence; sentence, position: (M,) int64, each of them, ascending.
+        rule: how positions were chosen, for the table's attribute `chosen`; None for all.
     """
 
     flat: np.ndarray
@@ -54,43 +146,32 @@ class Chosen:
     counts: np.ndarray
     sentence: np.ndarray
     position: np.ndarray
-    how: dict | None
-
-    @property
-    def true_words(self) -> np.ndarray:
-        """(M,) int32, the column of the token at each chosen position."""
-        return self.flat[(np.cumsum(self.lengths) - self.lengths)[self.sentence] + self.position]
+    rule: dict | None
 
 
-def why_unknown(word: str) -> str:  # noqa: ARG001 (the reason is the same for every word)
-    """Why a word of the text is refused."""
-    return "is none of the kept tokens; give the --data-path that the text was made in"
-
-
-def choose(datafile, restriction: Restriction, max_sentences: int | None, positions: int | None, seed: int) -> Chosen:
-    """The sentences and positions that are asked for.
-
-    Raises:
-        InputError: the file can't be read; a word that is no piece, or a sentence that is too long, with its number.
-    """
-    texts = read_texts(datafile)[:max_sentences]
-    flat, lengths = WordIndex(restriction.pieces, why_unknown).encode_texts(texts, datafile)
+def select(options: argparse.Namespace, restriction: Restriction) -> Selection:
+    """The sentences and positions of the command line."""
+    datafile = options.datafile
+    texts = read_texts(datafile)[: options.max_sentences]
+    unknown = "is none of the kept tokens; give the --data-path that the text was made in"
+    flat, lengths = WordIndex(restriction.pieces, lambda _: unknown).encode_texts(texts, datafile)
     lengths = lengths.astype(np.int64)
-    long = np.flatnonzero(lengths > restriction.max_tokens)
-    if len(long):
+    for number in np.flatnonzero(lengths > restriction.max_tokens)[:1]:
         raise InputError(
-            f"{datafile}: sentence {long[0] + 1}: {lengths[long[0]]} tokens, but the language has at most "
+            f"{datafile}: sentence {number + 1}: {lengths[number]} tokens, but the language has at most "
             f"{restriction.max_tokens}; give a text of this language"
         )
     if lengths.max() > 255:
         raise InputError(f"{datafile}: a sentence of {lengths.max()} tokens; a lookup table takes at most 255")
-    chosen = [np.arange(length) for length in lengths.tolist()]
-    if positions is not None:
-        rngs = (keyed_rng(seed, "lookup positions", number) for number in range(len(chosen)))
-        chosen = [np.sort(rng.permutation(places)[:positions]) for rng, places in zip(rngs, chosen, strict=True)]
-    counts = np.array([len(places) for places in chosen])
-    how = None if positions is None else {"positions_per_sentence": positions, "seed": seed}
-    return Chosen(flat, lengths, counts, np.repeat(np.arange(len(texts)), counts), np.concatenate(chosen), how)
+    positions = [np.arange(length) for length in lengths.tolist()]
+    size = options.positions_per_sentence
+    rule = None
+    if size is not None:
+        rngs = (keyed_rng(options.seed, "lookup positions", number) for number in range(len(positions)))
+        positions = [np.sort(rng.permutation(all_of_it)[:size]) for rng, all_of_it in zip(rngs, positions, strict=True)]
+        rule = {"positions_per_sentence": size, "seed": options.seed}
+    counts = np.array([len(places) for places in positions])
+    return Selection(flat, lengths, counts, np.repeat(np.arange(len(texts)), counts), np.concatenate(positions), rule)
 
 
 def language_sha256(restriction: Restriction) -> str:
@@ -99,48 +180,20 @@ def language_sha256(restriction: Restriction) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def print_plan(joints: LogJoints, chosen: Chosen, done: int) -> None:
-    """Print the number of operations, and how much of the work an interrupted command did; the progress bar has the rate."""
-    print(
-        f"plan: {len(chosen.sentence):,} positions of {len(chosen.lengths):,} sentences, {len(joints.texts):,} of them "
-        f"different, {joints.words:,} candidates each; {joints.operations(0, joints.rows):.2g} operations"
-    )
-    if done:
-        print(f"plan: {done / joints.rows:.1%} of the candidates are computed already")
-
-
-def compute(joints: LogJoints, partial: PartialArray) -> None:
-    """Compute the rows that a partial array lacks."""
-    total = joints.operations(0, joints.rows)
-    done = joints.operations(0, partial.done) if partial.done else 0.0
-    with tqdm(total=total, initial=done, desc="conditionals", unit="op", unit_scale=True) as progress:
-        for first, last, values in joints.compute_from(partial.done):
-            partial.append(values)
-            progress.update(joints.operations(first, last))
-
-
-def write_table(
-    path, log_joint: np.ndarray, which: np.ndarray, chosen: Chosen, pieces: list[str], stored: str, **about
-) -> None:
-    """Write the lookup table from log J.
-
-    Args:
-        log_joint: (U, V) float64; which: (M,) the row of each chosen position.
-        about: of `table_file`.
-    """
-    shapes = table_shapes(len(chosen.lengths), len(which), len(pieces), stored, chosen.how is not None)
-    true_words = chosen.true_words
-    with table_file(path, pieces, shapes, chosen=chosen.how, **about) as file:
-        file["lengths"][:], file["true_words"][:] = chosen.lengths, true_words
-        if chosen.how is not None:
-            file["counts"][:], file["positions"][:] = chosen.counts, chosen.position
-        for first in range(0, len(which), BLOCK_CONTEXTS):
-            rows = slice(first, min(first + BLOCK_CONTEXTS, len(which)))
-            p, log_p = conditionals(log_joint[which[rows]])
-            file["entropy"][rows] = -np.sum(p * log_p, axis=1)
-            file["log_true"][rows] = log_p[np.arange(len(p)), true_words[rows]]
-            if stored != "none":
-                file["conditionals"][rows] = p
+def table_blocks(
+    log_joint: np.ndarray, which: np.ndarray, selection: Selection, distributions: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    """The rows of the table (`pcfg.lookup.fill`) from log J, (U, V) float64; `which`, (M,): the row of each position."""
+    begins = np.cumsum(selection.lengths) - selection.lengths
+    true_words = selection.flat[begins[selection.sentence] + selection.position]
+    yield {"lengths": selection.lengths, "true_words": true_words}
+    if selection.rule is not None:
+        yield {"counts": selection.counts, "positions": selection.position}
+    for first in range(0, len(which), BLOCK_CONTEXTS):
+        rows = slice(first, first + BLOCK_CONTEXTS)
+        p, log_p = conditionals(log_joint[which[rows]])
+        block = {"entropy": -np.sum(p * log_p, axis=1), "log_true": log_p[np.arange(len(p)), true_words[rows]]}
+        yield block | ({"conditionals": p} if distributions else {})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -150,68 +203,73 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--model-name", required=True, help="the model that the text was made with: a folder, or a hub name")
     source.add_argument("--max-sentences", type=positive_int, help="take the first N sentences; default: all")
     source.add_argument(
-        "--positions-per-sentence", type=positive_int, metavar="K", help="take K positions of each by chance; default: all"
+        "--positions-per-sentence", type=positive_int, metavar="K", help="take K random positions of each; default: all"
     )
     source.add_argument("--seed", type=non_negative_int, default=0, help="of the choice of positions; default 0")
-    add_file_arguments(source, parser)
+    add_table_arguments(parser, source)
     running = parser.add_argument_group("running")
-    running.add_argument("--device", choices=("cpu", "cuda"), help="where the model runs; default: cuda if it is there")
+    running.add_argument("--device", choices=("cpu", "cuda"), help="where the model runs; default: cuda if available")
     running.add_argument(
-        "--batch-tokens", type=positive_int, help="tokens a forward pass, of all its candidates; default 1024, on cuda 65536"
+        "--batch-tokens", type=positive_int, help="tokens per forward pass, of all its candidates; default 1024, on cuda 65536"
     )
     return parser
 
 
-def _is_complete(options: argparse.Namespace, language: str, chosen: Chosen, stored: str) -> bool:
-    """Whether the table is there already; InputError if something else is."""
-    table = find_made(options.save_path, language, options.datafile, stored, "language model, or other kept tokens")
-    if table is None:
-        return False
-    if table.chosen != chosen.how or table.sentences != len(chosen.lengths):
-        raise InputError(
-            f"{options.save_path}: made with other sentences or positions ({table.sentences:,} sentences, {table.positions:,} "
-            f"positions; now {len(chosen.lengths):,} and {len(chosen.sentence):,}); {ELSEWHERE}"
-        )
-    return True
-
-
-def make(options: argparse.Namespace, restriction: Restriction, chosen: Chosen, stored: str) -> None:
-    """Compute the table that the command line asks for, or go on with it."""
-    language, device = language_sha256(restriction), find_device(options.device)
-    texts, which = MaskedTexts.of(chosen.flat, chosen.lengths, chosen.sentence, chosen.position)
+def write_table(options: argparse.Namespace, restriction: Restriction, selection: Selection, origin: TableOrigin) -> None:
+    """Compute the table of the command line, or resume its computation."""
+    device = find_device(options.device)
+    texts, which = MaskedTexts.of(selection.flat, selection.lengths, selection.sentence, selection.position)
     facts = {
-        "language_sha256": language,
+        "language_sha256": origin.language_sha256,
         "text_sha256": sha256(options.datafile),
-        "sentences": len(chosen.lengths),
-        "chosen": chosen.how,
+        "sentences": len(selection.lengths),
+        "chosen": selection.rule,
         "device": device,
     }
     columns = len(restriction.kept)
     restricted = RestrictedLM.from_folder(options.data_path, options.model_name, device, torch.float32)
     joints = LogJoints(restricted, texts, options.batch_tokens)
-    stored_bytes = {"none": 0, "float16": 2, "float32": 4}[stored]
+    stored_bytes = 0 if origin.stored == "none" else np.dtype(origin.stored).itemsize
     check_space(options.save_path, 8 * joints.rows + stored_bytes * len(which) * columns)
     path = Path(options.save_path)
     with PartialArray(path.with_name(f"{path.name}.partial"), facts, joints.rows, options.overwrite) as partial:
+        total = joints.operations(0, joints.rows)
+        print(
+            f"plan: {len(which):,} positions of {len(selection.lengths):,} sentences, {len(texts):,} of them different, "
+            f"{columns:,} candidates each; {total:.2g} operations"
+        )
+        done = joints.operations(0, partial.done) if partial.done else 0.0
+        if partial.done:
+            print(f"plan: {partial.done / joints.rows:.1%} of the candidates are computed already")
         try:
-            print_plan(joints, chosen, partial.done)
-            compute(joints, partial)
+            with tqdm(total=total, initial=done, desc="conditionals", unit="op", unit_scale=True) as progress:
+                for first, last, values in joints.compute_from(partial.done):
+                    partial.append(values)
+                    progress.update(joints.operations(first, last))
         except torch.OutOfMemoryError as error:
             raise InputError(f"--batch-tokens {joints.batch_tokens}: not enough memory on {device}; give fewer") from error
-        about = {"datafile": options.datafile, "language_sha256": language}
-        write_table(path, partial.read().reshape(-1, columns), which, chosen, restriction.pieces, stored, **about)
+        blocks = table_blocks(partial.read().reshape(-1, columns), which, selection, origin.stored != "none")
+        origin.write(path, restriction.pieces, len(selection.lengths), len(which), blocks)
     shutil.rmtree(partial.folder)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    stored = wanted_storage(options)
+    stored = stored_dtype(options)  # first, as it checks the files
     restriction = read_restriction(options.data_path)
-    chosen = choose(options.datafile, restriction, options.max_sentences, options.positions_per_sentence, options.seed)
-    if not options.overwrite and _is_complete(options, language_sha256(restriction), chosen, stored):
+    selection = select(options, restriction)
+    origin = TableOrigin(
+        language="language model, or other kept tokens",
+        language_sha256=language_sha256(restriction),
+        datafile=options.datafile,
+        stored=stored,
+        sentences=len(selection.lengths),
+        chosen=selection.rule,
+    )
+    if not options.overwrite and origin.is_complete(options.save_path):
         print(f"{options.save_path}: skipped, complete already")
     else:
-        make(options, restriction, chosen, stored)
+        write_table(options, restriction, selection, origin)
     print_table(options.save_path)
 
 

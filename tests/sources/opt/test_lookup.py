@@ -28,7 +28,7 @@ from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, save_model
 from pretraining.model.config import ModelConfig
 from pretraining.report.rows import collect
-from pretraining.sources.opt import lookup, partial
+from pretraining.sources.opt import lookup
 from pretraining.sources.opt.causal_lm import TOP_TOKENS, load_causal_lm, read_restriction
 
 SENTENCES, LIMIT = 24, 6
@@ -227,7 +227,7 @@ def test_entropies_alone_give_a_gap(text, opt_folder, masked_model, tmp_path):
 
 def test_killed_and_run_again_gives_the_same_table(text, opt_folder, table_path, tmp_path, monkeypatch):
     """Batches of few tokens, written to the disk one by one; SIGKILL after some of them."""
-    program = "from pretraining.sources.opt import lookup, partial; import sys; partial.SECONDS = 0.0; "
+    program = "from pretraining.sources.opt import lookup; import sys; lookup.SECONDS = 0.0; "
     program += "lookup.main(sys.argv[1:])"
     few = "--batch-tokens 40 --max-sentences 8".split()
     flags = arguments(text, opt_folder, tmp_path / "killed.hdf5", *few)
@@ -306,25 +306,25 @@ def test_what_does_not_belong_together(text, opt_folder, table_path, make_opt, t
 
 def test_a_partial_array(tmp_path):
     folder, facts = tmp_path / "a.partial", {"of": "this"}
-    with pytest.raises(KeyError), partial.PartialArray(folder, facts, 5) as array:
+    with pytest.raises(KeyError), lookup.PartialArray(folder, facts, 5) as array:
         array.append(np.array([1.0, 2.0]))
         raise KeyError
     with open(folder / "values", "ab") as file:
         file.write(b"what a kill left")
-    with partial.PartialArray(folder, facts, 5) as array:
+    with lookup.PartialArray(folder, facts, 5) as array:
         assert array.done == 2
         array.append(np.array([3.0]))
         assert array.read().tolist() == [1.0, 2.0, 3.0]
     for other, length in (({"of": "that"}, 5), (facts, 6)):
         with pytest.raises(InputError, match="begun with another.*--overwrite"):
-            partial.PartialArray(folder, other, length)
+            lookup.PartialArray(folder, other, length)
     content = bytearray((folder / "values").read_bytes())
     content[3] ^= 1
     (folder / "values").write_bytes(content)
     with pytest.raises(InputError, match="values: damaged"):
-        partial.PartialArray(folder, facts, 5)
-    assert partial.PartialArray(folder, {"of": "that"}, 5, overwrite=True).done == 0
+        lookup.PartialArray(folder, facts, 5)
+    assert lookup.PartialArray(folder, {"of": "that"}, 5, overwrite=True).done == 0
     folder.mkdir(exist_ok=True)
     (folder / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="not made by this script"):
-        partial.PartialArray(folder, facts, 5)
+        lookup.PartialArray(folder, facts, 5)
