@@ -15,7 +15,6 @@ import csv
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pcfg.common.cli import Parser, positive_int, run_main
 from pcfg.common.files import InputError, atomic_folder
@@ -87,15 +86,16 @@ def write_opt(folder: Path, number: int) -> None:
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    width: dict[str, Any] = {
-        "hidden_size": 32,
-        "word_embed_proj_dim": 32,
-        "ffn_dim": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    # A large init_std makes the distributions far from uniform.
-    config = OPTConfig(vocab_size=len(tokenizer), max_position_embeddings=64, init_std=0.3, **width)
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        init_std=0.3,  # large, so that the distributions are far from uniform
+    )
     OPTForCausalLM(config).save_pretrained(folder)
 
 
