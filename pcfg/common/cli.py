@@ -1,15 +1,17 @@
-"""What all command lines of the project have in common: errors and argument types."""
+"""What all command lines of the project have in common: the parser, errors and argument types."""
 
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pcfg.common.files import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of every program: a flag may be spelled with `-` or with `_` between its words, and help keeps line breaks.
+    """The parser of every program: flags may be spelled with `-` or with `_` between words, and help keeps line breaks.
 
     >>> parser = Parser()
     >>> _ = parser.add_argument("--rule-path")
@@ -17,16 +19,16 @@ class Parser(argparse.ArgumentParser):
     'rules.txt'
     """
 
-    def __init__(self, *arguments, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
-        super().__init__(*arguments, formatter_class=formatter_class, **options)
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
         return super().parse_known_args([*map(self._as_declared, words[:end]), *words[end:]], namespace)
 
     def _as_declared(self, word: str) -> str:
-        """`word`, where it is a flag or the beginning of one, in the spelling that the flag was declared with."""
+        """`word`; if it is a flag or an abbreviation of one, in the spelling of the flag's declaration."""
         name, equals, value = word.partition("=")
         if not name.startswith("--") or name in self._option_string_actions:
             return word
@@ -36,32 +38,16 @@ class Parser(argparse.ArgumentParser):
         return flags[0][: len(name)] + equals + value if flags else word
 
 
-def run_main(main) -> None:
-    """Run `main()`; an `InputError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+def run_main(main: Callable[[], None]) -> None:
+    """Run `main()`; an `InputError` becomes one line on stderr and exit code 2, Ctrl-C becomes exit code 130."""
     try:
         main()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
-
-
-def positive_int(text: str) -> int:
-    """An argparse type: an integer of 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
-
-
-def non_negative_int(text: str) -> int:
-    """An argparse type: an integer of 0 or more."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
 
 
 def boolean(text: str) -> bool:
@@ -76,25 +62,21 @@ def boolean(text: str) -> bool:
     return value in ("true", "t", "yes", "y", "1")
 
 
-def non_negative(text: str) -> float:
-    """An argparse type: a finite number of 0 or more."""
-    value = float(text)
-    if not 0.0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
-    return value
+def _number(name: str, convert: type[int] | type[float], accepts: Callable[[float], bool], description: str) -> Callable:
+    """An argparse type; argparse shows `name` if the text is no number."""
+
+    def parse(text: str) -> float:
+        value = convert(text)
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {description}")
+        return value
+
+    parse.__name__ = name
+    return parse
 
 
-def finite(text: str) -> float:
-    """An argparse type: a finite number."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return value
-
-
-def probability(text: str) -> float:
-    """An argparse type: a number in [0, 1]."""
-    value = float(text)
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
-    return value
+positive_int = _number("positive_int", int, lambda value: value >= 1, "1 or more")
+non_negative_int = _number("non_negative_int", int, lambda value: value >= 0, "0 or more")
+non_negative = _number("non_negative", float, lambda value: 0.0 <= value < math.inf, "a finite number of 0 or more")
+finite = _number("finite", float, math.isfinite, "a finite number")
+probability = _number("probability", float, lambda value: 0.0 <= value <= 1.0, "in [0, 1]")

@@ -34,7 +34,7 @@ def test_an_interrupt_is_exit_code_130(capsys):
     with pytest.raises(SystemExit) as stopped:
         run_main(raising(KeyboardInterrupt()))
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
+    assert capsys.readouterr().err == "interrupted; run the same command again to resume\n"
 
 
 def test_success_and_mistakes_of_ours_are_left_alone():
@@ -57,7 +57,7 @@ def test_a_process_ends_with_these_codes_and_no_traceback():
         assert process.stdout.readline() == "on\n"
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
-    assert (process.returncode, errors) == (130, "interrupted; run the same command again to go on\n")
+    assert (process.returncode, errors) == (130, "interrupted; run the same command again to resume\n")
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_an_interrupt_ends_the_work_at_once(sleepers, whole_group):
     assert parent.wait(timeout=10) == 130
     assert not any(alive(worker) for worker in workers)
     errors = parent.stderr.read()
-    assert errors.endswith("interrupted; run the same command again to go on\n") and "Traceback" not in errors
+    assert errors.endswith("interrupted; run the same command again to resume\n") and "Traceback" not in errors
 
 
 def test_work_that_nobody_waits_for_ends():
