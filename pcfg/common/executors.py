@@ -1,6 +1,6 @@
-"""Jobs side by side: on processes or threads of this machine, or as Ray Core tasks, with the same results.
+"""Jobs in parallel: in processes or threads of this machine, or as Ray Core tasks, with the same results.
 
-What a job gives is a function of the job alone, so the executor and the number of workers change the time and nothing else.
+The result of a job is a function of the job alone, so the executor and the number of workers change only the time.
 """
 
 import argparse
@@ -11,46 +11,43 @@ import os
 import socket
 import threading
 import types
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
+from typing import Any
 
 from tqdm import tqdm
 
 from pcfg.common.cli import positive_int
 from pcfg.common.files import InputError
 
-# How often Ray starts a task again whose worker has died.
-RAY_RETRIES = 3
+RAY_RETRIES = 3  # of a task whose worker died
 CONNECT_SECONDS = 10
 
 
-def add_executor_arguments(parser) -> None:
+def add_processes_argument(parser: argparse._ActionsContainer) -> None:
+    """Add --n_processes."""
+    cores = os.cpu_count() or 1
+    text = "files processed in parallel on this machine, at most one per core; changes only the time; default: all cores"
+    parser.add_argument("--n_processes", type=positive_int, default=cores, help=text)
+
+
+def add_executor_arguments(parser: argparse._ActionsContainer) -> None:
     """Add --n_processes, --executor and --ray-address to a parser or a group of it; `executor_options` reads them."""
-    parser.add_argument(
-        "--n_processes",
-        type=positive_int,
-        default=os.cpu_count() or 1,
-        help="files that are worked on at once on this machine, at most one a core; changes the time and nothing else; "
-        "default: the number of cores",
-    )
+    add_processes_argument(parser)
     parser.add_argument(
         "--executor",
         choices=("local", "ray"),
         default="local",
-        help="where files are made: on this machine, or as Ray Core tasks, one core each (`pip install ray`); default local",
+        help="process files on this machine, or as Ray Core tasks of one core each (`pip install ray`); default local",
     )
     parser.add_argument(
         "--ray-address",
-        help="HOST:PORT of a Ray cluster, or auto; its machines must see the same folders, and its cores are how many files "
-        "are worked on at once; default: Ray is started on this machine, with --n_processes",
+        help="HOST:PORT of a Ray cluster, or auto; its machines must see the same folders, and each of its cores processes one "
+        "file; default: Ray is started on this machine, with --n_processes",
     )
 
 
 def executor_options(options: argparse.Namespace, local: str) -> dict:
-    """The arguments of `run_jobs` that the flags of `add_executor_arguments` stand for; `local`: "processes" or "threads".
-
-    Raises:
-        InputError: --ray-address without --executor ray.
-    """
+    """The arguments of `run_jobs` for the flags of `add_executor_arguments`; `local` is "processes" or "threads"."""
     if options.ray_address is not None and options.executor != "ray":
         raise InputError(f"--ray-address {options.ray_address}: only --executor ray connects to a cluster; add it")
     executor = "ray" if options.executor == "ray" else local
@@ -68,19 +65,17 @@ def run_jobs(
 ) -> Generator[tuple, None, None]:
     """Yield `(job, function(job))` as jobs finish, and show a progress bar named `what`.
 
+    An exception of a job is raised here, after the jobs in progress have finished or, for threads and Ray, have been stopped.
+    Ctrl-C, and closing the generator, stop them at once; threads stop where they call `end_if_asked`. A killed worker (with
+    Ray: killed several times for one job) is an `InputError`.
+
     Args:
-        function: a pure function of its job; importable, or a `functools.partial` of what is, but for threads. It is sent to
-            each worker once, the jobs one by one: large things that all jobs share belong into the partial.
-        n_processes: jobs at once; more than there are jobs or cores never are. A Ray cluster at an address uses all its cores.
+        function: a pure function of its job; except for threads, importable or a `functools.partial` of an importable
+            function. It is sent to each worker once, so large data that all jobs share belong into the partial.
+        n_processes: maximum number of parallel jobs, also limited by the cores. A Ray cluster uses all its cores.
         executor: "processes", "threads" (for functions that release Python's global lock most of the time) or "ray".
         ray_address: of a running cluster; None starts Ray on this machine, unless the caller did.
-        weight: bytes that a job works on, by which the bar advances; by jobs for None.
-
-    Raises:
-        InputError: a worker was killed (with Ray: several times for one job); Ray is not installed or not at the address.
-
-    An exception of a job is raised here, once the jobs in progress are done or, for threads and Ray, have been ended. Ctrl-C,
-    and closing the generator, end them at once; threads where they call `end_if_asked`.
+        weight: bytes that a job processes, by which the bar advances; None for the number of jobs.
     """
     if not jobs:
         return
@@ -91,8 +86,8 @@ def run_jobs(
         results = ((job, function(job)) for job in jobs)
     else:
         results = {"processes": _on_processes, "threads": _on_threads}[executor](function, jobs, workers, what)
-    # Closed by name: a generator that an exception leaves behind would be closed when Python ends, and wait for its workers.
-    bar = {"total": len(jobs), "unit": "file"}
+    # Closed explicitly: a generator left behind by an exception is closed when Python ends, and then waits for its workers.
+    bar: dict[str, Any] = {"total": len(jobs), "unit": "file"}
     if weight is not None:
         bar = {"total": sum(map(weight, jobs)), "unit": "B", "unit_scale": True}
     with tqdm(desc=what, **bar) as progress, contextlib.closing(results):
@@ -105,16 +100,16 @@ _thread = threading.local()
 
 
 def end_if_asked() -> None:
-    """To be called now and then by a long job: ends it if `run_jobs` runs it on a thread and nobody waits for it any more."""
+    """Stop the calling job if `run_jobs` runs it in a thread and its result is no longer needed; long jobs call this often."""
     end = getattr(_thread, "end", None)
     if end is not None and end.is_set():
         raise concurrent.futures.CancelledError
 
 
-def _on_threads(function: Callable, jobs: list, workers: int, what: str) -> Iterator[tuple]:
+def _on_threads(function: Callable, jobs: list, workers: int, what: str) -> Generator[tuple, None, None]:
     end = threading.Event()
 
-    def prepare():
+    def prepare() -> None:
         _thread.end = end
 
     with concurrent.futures.ThreadPoolExecutor(workers, what, prepare) as pool:
@@ -127,17 +122,17 @@ def _on_threads(function: Callable, jobs: list, workers: int, what: str) -> Iter
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-# What `function` of `run_jobs` is in a worker process.
+# The `function` of `run_jobs`, in a worker process.
 _function: Callable
 
 
-def _prepare_process(pipe, function: Callable) -> None:
-    """Keep `function`, and let this process end when the parent closes its end of `pipe` or is killed.
+def _prepare_process(pipe: multiprocessing.connection.Connection, function: Callable) -> None:
+    """Store `function`, and stop this process when the parent closes its end of `pipe` or is killed.
 
-    It must have ended before a rerun writes the same files.
+    Otherwise this process could still write files that a rerun writes.
     """
 
-    def watch():
+    def watch() -> None:
         multiprocessing.connection.wait([pipe])
         os._exit(1)
 
@@ -146,29 +141,29 @@ def _prepare_process(pipe, function: Callable) -> None:
     _function = function
 
 
-def _call(job):
+def _call(job: Any) -> Any:
     return _function(job)
 
 
-def _on_processes(function: Callable, jobs: list, workers: int, what: str) -> Iterator[tuple]:
+def _on_processes(function: Callable, jobs: list, workers: int, what: str) -> Generator[tuple, None, None]:
     # spawn: a forked child of a process that has threads (numba, BLAS) may deadlock.
     context = multiprocessing.get_context("spawn")
-    for_workers, ours = context.Pipe(duplex=False)
+    worker_end, parent_end = context.Pipe(duplex=False)
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_prepare_process, initargs=(for_workers, function)
+        workers, context, initializer=_prepare_process, initargs=(worker_end, function)
     )
-    with for_workers, ours, pool:
+    with worker_end, parent_end, pool:
         futures = {pool.submit(_call, job): job for job in jobs}
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
         except concurrent.futures.process.BrokenProcessPool:
             raise InputError(
-                f"{what}: a worker process was killed, for want of memory maybe; run the same command again, "
-                "with fewer --n_processes"
+                f"{what}: a worker process was killed, possibly because memory ran out; run the same command again, with fewer "
+                "--n_processes"
             ) from None
         except (KeyboardInterrupt, GeneratorExit):
-            ours.close()
+            parent_end.close()
             raise
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -176,16 +171,16 @@ def _on_processes(function: Callable, jobs: list, workers: int, what: str) -> It
 
 
 def _import_ray(address: str | None) -> types.ModuleType:
-    """Ray, told before its import to report nothing to anybody and, without an address, to listen to this machine alone."""
+    """Ray, configured before its import to report no usage and, without an address, to listen to this machine only."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if address is None:
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on any system, clusters off: the loopback interface is used
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on any system: use the loopback interface
     try:
         import ray
     except ImportError:
         raise InputError(
-            "--executor ray: Ray is not installed; `pip install ray` (tests/requirements.txt has the version that was tested), "
-            "or leave --executor out"
+            "--executor ray: Ray is not installed; `pip install ray` (tests/requirements.txt has the tested version), or leave "
+            "--executor out"
         ) from None
     return ray
 
@@ -197,7 +192,7 @@ def _start_ray(ray: types.ModuleType, workers: int, address: str | None) -> None
         return
     try:
         if address != "auto":
-            # Ray would try for minutes to reach what is not there.
+            # Ray would try for minutes to reach a missing address.
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
         ray.init(address, **quiet)
@@ -209,30 +204,30 @@ def _start_ray(ray: types.ModuleType, workers: int, address: str | None) -> None
         ) from None
 
 
-def _on_ray(function: Callable, jobs: list, workers: int, what: str, address: str | None) -> Iterator[tuple]:
+def _on_ray(function: Callable, jobs: list, workers: int, what: str, address: str | None) -> Generator[tuple, None, None]:
     ray = _import_ray(address)
-    ours = not ray.is_initialized()
-    if ours:
+    is_ours = not ray.is_initialized()
+    if is_ours:
         _start_ray(ray, workers, address)
-    waiting = []
+    waiting: list = []
     try:
         shared = ray.put(function)
         call = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(lambda function, job: function(job))
         tasks = {call.remote(shared, job): job for job in jobs}
         waiting = list(tasks)
         while waiting:
-            done, waiting = ray.wait(waiting)
-            yield tasks[done[0]], ray.get(done[0])
+            (finished,), waiting = ray.wait(waiting)
+            yield tasks[finished], ray.get(finished)
     except ray.exceptions.RayTaskError as error:
-        # The job's own exception, which Ray's wraps in the worker's traceback.
+        # Ray's exception wraps the job's own one in the worker's traceback.
         raise error.cause from None
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError):
         raise InputError(
-            f"{what}: the worker of a Ray task was killed {RAY_RETRIES + 1} times, for want of memory maybe; run the same "
-            "command again, with fewer --n_processes or on larger machines"
+            f"{what}: the worker of a Ray task was killed {RAY_RETRIES + 1} times, possibly because memory ran out; run the "
+            "same command again, with fewer --n_processes or on larger machines"
         ) from None
     finally:
         for task in waiting:
             ray.cancel(task, force=True)
-        if ours:
+        if is_ours:
             ray.shutdown()

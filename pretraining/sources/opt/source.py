@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from pcfg.common.cli import non_negative_int, positive_int
-from pcfg.common.executors import end_if_asked, run_jobs
+from pcfg.common.executors import add_processes_argument, end_if_asked, run_jobs
 from pcfg.common.files import InputError, Manifest, atomic_folder, keyed_rng
 from pcfg.common.schema import write_schema
 from pretraining.data.vocabulary import SPECIAL_TOKENS, TOKENIZER_FILES, Vocabulary
@@ -333,12 +333,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="number format of the model's arithmetic; default: bfloat16 on a cuda device that supports it, else float32",
     )
-    running.add_argument(
-        "--n_processes",
-        type=positive_int,
-        default=os.cpu_count() or 1,
-        help="shards sampled in parallel on the CPU, one thread each; does not change the text; default: the number of cores",
-    )
+    add_processes_argument(running)
 
 
 def write_tokens(restriction: Restriction, text: TextFolder) -> None:

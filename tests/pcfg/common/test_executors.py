@@ -260,7 +260,7 @@ def test_errors_of_jobs_on_ray_are_the_jobs_own(cluster, tmp_path):
     with pytest.raises(InputError) as refused:
         list(run_jobs(read_texts, [tmp_path / "missing.txt"], 2, "texts", "ray"))
     assert str(refused.value) == f"{tmp_path / 'missing.txt'}: no such file"
-    with pytest.raises(InputError, match="the worker of a Ray task was killed 4 times, for want of memory maybe"):
+    with pytest.raises(InputError, match="the worker of a Ray task was killed 4 times, possibly because memory ran out"):
         list(run_jobs(killed_always, [1], 2, "files", "ray"))
 
 
