@@ -28,7 +28,6 @@ negative by it.
 import contextlib
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from pcfg.common.means import mean_by_pairs, mean_by_sentences
+from pcfg.common.ranks import map_on_cores
 from pcfg.lookup import LookupTable
 from pretraining.data.contexts import Contexts, check_length
 from pretraining.evaluation.inputs import Inputs, model_label
@@ -145,20 +145,9 @@ def _batches(contexts: Contexts, inside: np.ndarray, size: int) -> Iterator[tupl
 
 @contextlib.contextmanager
 def _parallel_map(device: torch.device) -> Iterator:
-    """A `map` in threads of one core each: small batches in parallel are faster than each batch on all cores."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield map
-        return
-    try:
-        # The choice of a kernel is global: a thread that leaves the model's own choice would undo that of the others.
-        with (
-            sdpa_kernel(SDPBackend.MATH),
-            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        ):
-            yield pool.map
-    finally:
-        torch.set_num_threads(threads)  # later threads inherit the last setting
+    """`map_on_cores`, with one attention kernel for all threads: the choice is global, and a thread would undo others'."""
+    with map_on_cores(device) as run, contextlib.nullcontext() if run is map else sdpa_kernel(SDPBackend.MATH):
+        yield run
 
 
 def context_losses(
