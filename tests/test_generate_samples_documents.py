@@ -80,7 +80,7 @@ def test_masks_follow_the_rule_and_pieces_are_words_too(documents, tmp_path):
         samples.check_vocabulary(vocabulary, "")
         lengths = samples.input_mask.sum(1, dtype=int) - 2
         masks = (samples.masked_lm_positions > 0).sum(1)
-        assert (masks == rule.number_of_masks(lengths)).all() and masks.max() > 40
+        assert (masks == rule.count_masks(lengths)).all() and masks.max() > 40
         row, column = np.nonzero(samples.masked_lm_positions)
         true = samples.masked_lm_ids[row, column]
         became = samples.input_ids[row, samples.masked_lm_positions[row, column]]

@@ -87,10 +87,10 @@ class MaskingRule:
         """Most masks a sentence: the columns of masked_lm_positions."""
         return 1 if self.single_mask else self.max_predictions
 
-    def number_of_masks(self, lengths: np.ndarray) -> np.ndarray:
+    def count_masks(self, lengths: np.ndarray) -> np.ndarray:
         """Masks of sentences of `lengths` (n,) words, (n,) int64.
 
-        >>> MaskingRule(masked_lm_prob=0.15, max_predictions=3).number_of_masks(np.array([1, 8, 9, 30])).tolist()
+        >>> MaskingRule(masked_lm_prob=0.15, max_predictions=3).count_masks(np.array([1, 8, 9, 30])).tolist()
         [1, 2, 2, 3]
         """
         if self.single_mask:
@@ -145,7 +145,7 @@ def mask_sentences(
         InputError: a sentence is too long.
     """
     check_lengths(lengths, max_seq_length, source)
-    numbers = rule.number_of_masks(lengths)
+    numbers = rule.count_masks(lengths)
     # two 64-bit numbers a mask; of full width, so that no rest of one block's draws is left for the next
     bits = rng.integers(0, 2**64, size=(int(numbers.sum()), 2), dtype=np.uint64)
     tokens = (len(lengths), max_seq_length)
@@ -187,8 +187,8 @@ def remask(
         np.empty((rows, rule.width), dtype=np.int32),
         np.empty((rows, rule.width), dtype=np.int32),
     )
-    number_of_masks = rule.number_of_masks(np.arange(1, width - 1))
-    most = int(number_of_masks.max())
+    count_masks = rule.count_masks(np.arange(1, width - 1))
+    most = int(count_masks.max())
     thresholds, words = rule.thresholds(), vocabulary.ordinary_ids(rule.pieces)
     for first in range(0, rows, ROWS_PER_CHUNK):  # of a size that the caches hold
         block = slice(first, min(first + ROWS_PER_CHUNK, rows))
@@ -202,7 +202,7 @@ def remask(
         )
         places = np.arange(0, most * len(lengths), most)
         bits = rng.integers(0, 2**64, size=(most * len(lengths), 2), dtype=np.uint64)
-        numbers = number_of_masks[lengths - 1]
+        numbers = count_masks[lengths - 1]
         _mask(lengths, numbers, places, bits, thresholds, words, vocabulary.mask_id, input_ids, positions, ids)
     return Samples(corrupted[0], samples.input_mask, samples.segment_ids, *corrupted[1:], samples.attributes)
 

@@ -1,1 +1,1 @@
-"""BERT as one readable model, its folders on disk, and the view of a small one as a large one."""
+"""BERT as one readable model, its folders on disk, and the enlargement of a small model to a large shape."""

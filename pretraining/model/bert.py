@@ -6,7 +6,7 @@ pre-LN encoder has a LayerNorm after the embeddings and one after the last layer
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretraining.model.config import ModelConfig
@@ -24,7 +24,7 @@ class Embeddings(nn.Module):
         self.norm = layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids):
+    def forward(self, input_ids: Tensor) -> Tensor:
         """(batch, length) int64 -> (batch, length, hidden)."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         # Samples here are one segment: token type 0 everywhere.
@@ -49,14 +49,14 @@ class Layer(nn.Module):
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def feed_forward(self, hidden):
+    def feed_forward(self, hidden: Tensor) -> Tensor:
         return self.dropout(self.output(self.activation(self.intermediate(hidden))))
 
-    def forward(self, hidden, mask, chosen=None):
-        """(batch, length, hidden) -> the same, or (M, 1, hidden) of the positions `chosen` (see `SelfAttention`)."""
-        attended = self.attention(self.attention_norm(hidden) if self.pre_ln else hidden, mask, chosen)
-        if chosen is not None:
-            hidden = hidden.flatten(0, 1)[chosen].unsqueeze(1)
+    def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
+        """(batch, length, hidden) -> the same, or (M, 1, hidden) at `positions` (see `SelfAttention`)."""
+        attended = self.attention(self.attention_norm(hidden) if self.pre_ln else hidden, mask, positions)
+        if positions is not None:
+            hidden = hidden.flatten(0, 1)[positions].unsqueeze(1)  # (M, 1, hidden)
         hidden = hidden + self.dropout(attended)
         if self.pre_ln:
             return hidden + self.feed_forward(self.feed_forward_norm(hidden))
@@ -67,13 +67,13 @@ class Layer(nn.Module):
 class MaskedLM(nn.Module):
     """An encoder and the MLM head: f_theta(x_-t)[w] = softmax(E g(h_t) + b)[w], E the word table itself (tied weights).
 
-    The last layer and the head work on the masked positions only; no other position is ever predicted.
+    The last layer and the head compute the masked positions only; no other position is ever predicted.
 
     Args:
         config: shapes and variants.
 
     Attributes:
-        activation_checkpointing: whether training keeps only the layers' inputs for the backward pass (Chen et al. 2016).
+        activation_checkpointing: whether training stores only the layers' inputs for the backward pass (Chen et al. 2016).
     """
 
     def __init__(self, config: ModelConfig):
@@ -96,49 +96,49 @@ class MaskedLM(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def encode(self, input_ids, input_mask=None, chosen=None):
+    def encode(self, input_ids: Tensor, input_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Hidden states after the last LayerNorm.
 
         Args:
             input_ids: (batch, length) int64.
-            input_mask: (batch, length), 1 for a token, 0 for padding; None where nothing is padded.
-            chosen: (M,) int64 indices into the flattened (batch * length): the positions that are wanted; None for all. The
-                last layer works on these alone, since no other position looks at them again.
+            input_mask: (batch, length), 1 for a token, 0 for padding; None without padding.
+            positions: (M,) int64 indices into the flattened (batch * length) of the positions to return; None for all. The last
+                layer computes these alone, since no later layer reads the others.
 
         Returns:
-            (batch, length, hidden), or (M, 1, hidden) for `chosen`. Rows of padding hold no meaning.
+            (batch, length, hidden), or (M, 1, hidden) for `positions`. Rows of padding have no meaning.
         """
         mask = None if input_mask is None else input_mask.bool()[:, None, None, :]  # (batch, 1, 1, length)
-        hidden = self.embeddings(input_ids)
+        hidden = self.embeddings(input_ids)  # (batch, length, hidden)
         *layers, last = self.layers
         for layer in layers:
             hidden = self._through(layer, hidden, mask)
-        return self.final_norm(self._through(last, hidden, mask, chosen))
+        return self.final_norm(self._through(last, hidden, mask, positions))
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """Let torch.compile fuse the layers' operations, for any batch size and sentence length."""
         for layer in self.layers:
             layer.compile(dynamic=True, backend=backend)
 
-    def _through(self, layer: Layer, *inputs):
-        """A layer's output; under activation checkpointing its intermediate results are computed again in the backward pass."""
+    def _through(self, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """A layer's output; under activation checkpointing the backward pass recomputes its intermediate results."""
         if self.activation_checkpointing and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
-    def transform(self, hidden):
-        """g(h), (..., hidden): what the tied decoder is applied to."""
+    def transform(self, hidden: Tensor) -> Tensor:
+        """g(h), (..., hidden): the input of the tied decoder."""
         return self.head_norm(self.head_activation(self.head_dense(hidden)))
 
-    def predict(self, hidden):
+    def predict(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab_size) of the words at positions with hidden states (..., hidden)."""
         return F.linear(self.transform(hidden), self.embeddings.words.weight, self.decoder_bias)
 
-    def forward(self, input_ids, input_mask, flat_positions):
+    def forward(self, input_ids: Tensor, input_mask: Tensor | None, flat_positions: Tensor | None) -> Tensor:
         """Logits (M, vocab_size) at `flat_positions`, (M,) int64 indices into the flattened (batch * length).
 
-        For None as `flat_positions` it is `encode`: hidden states (batch, length, hidden) of all positions. What wraps a model
-        for training (DeepSpeed's engine) passes on this method alone.
+        For None as `flat_positions` it is `encode`: hidden states (batch, length, hidden) of all positions. DeepSpeed's engine
+        passes on this method alone.
         """
         if flat_positions is None:
             return self.encode(input_ids, input_mask)

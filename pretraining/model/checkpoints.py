@@ -1,20 +1,20 @@
-"""Model folders: `config.json`, weights, tokenizer files, `vocab.txt`, `args.json`; every measurement adds a JSON beside them.
+"""Model folders: `config.json`, weights, tokenizer files, `vocab.txt`, `args.json`; every measurement adds its own JSON file.
 
 The folders are plain Hugging Face ones: pre-LN models load as `RobertaPreLayerNormForMaskedLM`, post-LN models as
-`BertForMaskedLM`, without remote code; and folders that transformers saved of these classes, or of `BertForPreTraining`, are
-model folders here. Such a folder may have a `tokenizer.json` in place of `vocab.txt`, and more rows in the word table than
-words. Weights are safetensors; a folder that has only `pytorch_model.bin` is read without
-executing what is pickled in it. `args.json` lists the SHA-256 of the files that were saved with it: what has been damaged since
-is refused.
+`BertForMaskedLM`, without remote code. Folders that transformers saved of these classes, or of `BertForPreTraining`, are model
+folders here. Such a folder may have `tokenizer.json` instead of `vocab.txt`, and more rows in the word table than words.
+Weights are safetensors. A folder with only `pytorch_model.bin` is read without executing pickled code. `args.json` lists the
+SHA-256 of the files that were saved with it: damaged files are refused.
 
     python -m pretraining.model.checkpoints verify FOLDER
 
-proves that all model folders at or below FOLDER are whole, finite, and that no two have the same weights.
+checks that all model folders at or below FOLDER are intact and finite, and that no two have the same weights.
 """
 
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -23,6 +23,7 @@ import torch
 from pcfg.common.cli import Parser, run_main
 from pcfg.common.files import (
     FILES,
+    AnyPath,
     InputError,
     atomic_folder,
     check_file,
@@ -67,7 +68,7 @@ _POST_LN = (
 
 
 def _stored_name(name: str, pre_ln: bool) -> str:
-    """The name under which transformers' class keeps our parameter `name`."""
+    """The name of our parameter `name` in transformers' class."""
     base = "roberta_prelayernorm" if pre_ln else "bert"
     for ours, theirs in (*_COMMON, *(_PRE_LN if pre_ln else _POST_LN)):
         pattern = re.escape(ours).replace(r"\*", r"(\d+)") + r"(\.weight|\.bias|)"
@@ -78,14 +79,14 @@ def _stored_name(name: str, pre_ln: bool) -> str:
 
 
 def _split_names(name: str) -> list[str]:
-    """The parts that our parameter `name` is stored in, in the order of their rows: three for the fused query, key, value."""
+    """The stored parts of our parameter `name`, in the order of their rows: three for the fused query, key, value."""
     return [name.replace(".qkv.", f".{part}.") for part in ("query", "key", "value")] if ".qkv." in name else [name]
 
 
-def to_stored(state: dict, config: ModelConfig) -> dict:
-    """Our parameters under transformers' names (pre-LN: the position table with one row prepended, that of padding)."""
+def to_stored(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Our parameters under transformers' names (pre-LN: the position table starts with an additional row, that of padding)."""
     pre_ln = config.encoder_ln_mode == "pre-ln"
-    stored = {}
+    stored: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         parts = _split_names(name)
         stored |= {_stored_name(part, pre_ln): rows for part, rows in zip(parts, tensor.chunk(len(parts)), strict=True)}
@@ -95,12 +96,8 @@ def to_stored(state: dict, config: ModelConfig) -> dict:
     return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in stored.items()}
 
 
-def from_stored(stored: dict, config: ModelConfig, source) -> dict:
-    """The inverse of `to_stored`; what our model has no use for (pooler, next-sentence head) is left out.
-
-    Raises:
-        InputError: a weight is missing or has another shape than `config` says; names it and `source`.
-    """
+def from_stored(stored: dict[str, torch.Tensor], config: ModelConfig, source: object) -> dict[str, torch.Tensor]:
+    """The inverse of `to_stored`; weights that our model lacks (pooler, next-sentence head) are left out."""
     pre_ln = config.encoder_ln_mode == "pre-ln"
     # Google's BERT weights on the hub still have TensorFlow's names of a LayerNorm.
     legacy = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
@@ -110,15 +107,15 @@ def from_stored(stored: dict, config: ModelConfig, source) -> dict:
         expected = MaskedLM(config).state_dict()
     _check_tied(stored, pre_ln, source)
 
-    def read(name: str, wanted: tuple[int, ...]) -> torch.Tensor:
+    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         key = _stored_name(name, pre_ln)
         if key not in stored:
-            raise InputError(f"{source}: has no weight {key!r}; is {CONFIG_FILE} beside it the one of this model?")
+            raise InputError(f"{source}: has no weight {key!r}; does the {CONFIG_FILE} next to it belong to this model?")
         tensor = stored[key].to(torch.float32)
         if pre_ln and name == "embeddings.positions.weight":
             tensor = tensor[1:]
-        if tensor.shape != wanted:
-            raise InputError(f"{source}: weight {key!r} has shape {tuple(tensor.shape)}, {CONFIG_FILE} says {tuple(wanted)}")
+        if tensor.shape != shape:
+            raise InputError(f"{source}: weight {key!r} has shape {tuple(tensor.shape)}, {CONFIG_FILE} says {shape}")
         return tensor
 
     state = {}
@@ -129,43 +126,43 @@ def from_stored(stored: dict, config: ModelConfig, source) -> dict:
     return state
 
 
-def _check_tied(stored: dict, pre_ln: bool, source) -> None:
-    """Refuse a decoder of its own: ours is the word table. Files that transformers saved may have the decoder as a copy."""
+def _check_tied(stored: dict[str, torch.Tensor], pre_ln: bool, source: object) -> None:
+    """Refuse a separate decoder: ours is the word table. Files that transformers saved may contain a copy of it."""
     decoder = "lm_head.decoder" if pre_ln else "cls.predictions.decoder"
     for part, name in (("weight", "embeddings.words.weight"), ("bias", "decoder_bias")):
-        own, tied = stored.get(f"{decoder}.{part}"), stored.get(_stored_name(name, pre_ln))
+        own = stored.get(f"{decoder}.{part}")
+        tied = stored.get(_stored_name(name, pre_ln))
         if own is not None and tied is not None and not torch.equal(own, tied):
             raise InputError(
-                f"{source}: '{decoder}.{part}' is not that of the word table; only models of tied weights can be read"
+                f"{source}: '{decoder}.{part}' is not that of the word table; only models with tied weights can be read"
             )
 
 
-def save_model(folder, model: MaskedLM, tokenizer, vocabulary: Vocabulary, facts: dict) -> None:
-    """Write a model folder, atomically; one that is there is replaced with all measurements in it.
+def save_model(folder: AnyPath, model: MaskedLM, tokenizer: Any, vocabulary: Vocabulary, facts: dict) -> None:
+    """Write a model folder, atomically; an existing one is replaced with all measurements in it.
 
     Args:
-        folder: where to.
-        tokenizer: the tokenizer of the samples; saved with the model, so that the folder is whole.
-        facts: what `args.json` says (arguments, step, samples seen, ...).
+        tokenizer: of the samples; saved with the model, so that the folder is complete.
+        facts: the content of `args.json` (arguments, step, samples seen, ...).
     """
     with atomic_folder(folder) as temporary:
         weights = to_stored(model.state_dict(), model.config)
         try:
             safetensors.torch.save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:  # what it makes of a full disk
+        except safetensors.SafetensorError as error:  # a full disk
             raise InputError(f"{Path(folder) / WEIGHTS_FILE}: can't be written ({error}); free some space") from error
         write_json(temporary / CONFIG_FILE, model.config.to_transformers())
         save_tokenizer(temporary, tokenizer, vocabulary)
         write_sealed(temporary / FACTS_FILE, facts)
 
 
-def weights_file(folder) -> Path:
-    """The file of a folder that holds its weights: safetensors if there, else `pytorch_model.bin`."""
+def weights_file(folder: AnyPath) -> Path:
+    """The file with the weights of a folder: safetensors if it exists, else `pytorch_model.bin`."""
     path = Path(folder) / WEIGHTS_FILE
     return path if path.is_file() else Path(folder) / PICKLE_FILE
 
 
-def _read_weights(path: Path) -> dict:
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The stored tensors of a weights file."""
     if path.suffix == ".safetensors":
         try:
@@ -174,7 +171,7 @@ def _read_weights(path: Path) -> dict:
             raise InputError(f"{path}: not a whole safetensors file ({error}); make the model again") from None
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch's reader makes of damaged bytes: OSError, KeyError, UnicodeDecodeError, ...
+    except Exception as error:  # for damaged bytes: OSError, KeyError, UnicodeDecodeError, ...
         # torch's own text is long, and advises to load the file unsafely
         reason = type(error).__name__
         raise InputError(
@@ -185,15 +182,10 @@ def _read_weights(path: Path) -> dict:
     return {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
 
 
-def load_model(folder, device="cpu", attention: str = "sdpa", weights=None) -> MaskedLM:
-    """The model of a folder, in float32 and eval mode.
-
-    Args:
-        weights: a file with other weights of the same shape to take instead of the folder's.
-
-    Raises:
-        InputError: no such folder, a file of it is missing or damaged, or another kind of model.
-    """
+def load_model(
+    folder: AnyPath, device: str | torch.device = "cpu", attention: str = "sdpa", weights: AnyPath | None = None
+) -> MaskedLM:
+    """The model of a folder, in float32 and eval mode; `weights`: a file that replaces the folder's, of the same shape."""
     folder = Path(folder)
     if not is_model_folder(folder):
         raise InputError(f"{folder}: not a model folder ({CONFIG_FILE} and {WEIGHTS_FILE} or {PICKLE_FILE} are needed)")
@@ -207,25 +199,21 @@ def load_model(folder, device="cpu", attention: str = "sdpa", weights=None) -> M
     return model.to(device).eval()
 
 
-def is_model_folder(folder) -> bool:
+def is_model_folder(folder: AnyPath) -> bool:
     """Whether `folder` has a configuration and weights."""
     return weights_file(folder).is_file() and (Path(folder) / CONFIG_FILE).is_file()
 
 
-def find_model(name) -> Path:
-    """The folder that a user means by `name`: a local one, else a model of the hub (its local cache, unless HF_HUB_OFFLINE=0).
-
-    Raises:
-        InputError: found nowhere, at once.
-    """
+def find_model(name: AnyPath) -> Path:
+    """The folder that a user calls `name`: a local one, else a model of the hub (its local cache, unless HF_HUB_OFFLINE=0)."""
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import snapshot_download  # only where it is asked for
+    from huggingface_hub import snapshot_download
 
     files = [CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE, "tokenizer*"]
     try:
         folder = Path(snapshot_download(str(name), allow_patterns=files, local_files_only=hub_is_off()))
-        if not is_model_folder(folder):  # it is read without executing what is pickled in it
+        if not is_model_folder(folder):
             folder = Path(snapshot_download(str(name), allow_patterns=[PICKLE_FILE], local_files_only=hub_is_off()))
     except (OSError, ValueError) as error:
         off = "the hub is off; HF_HUB_OFFLINE=0 turns it on" if hub_is_off() else str(error).splitlines()[0]
@@ -234,70 +222,56 @@ def find_model(name) -> Path:
     return folder
 
 
-def model_folders(path) -> list[Path]:
-    """All model folders at or below `path`, in the order of their names; hidden folders and training states are passed over.
-
-    Raises:
-        InputError: there is none.
-    """
+def model_folders(path: AnyPath) -> list[Path]:
+    """All model folders at or below `path`, in the order of their names, without hidden folders and training states."""
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give a model folder, or one that holds model folders")
     below = (config.parent for config in path.rglob(CONFIG_FILE))
-    found = sorted(
+    folders = sorted(
         folder
         for folder in below
         if is_model_folder(folder)
         and not any(part.startswith(".") or part == "training_state" for part in folder.relative_to(path).parts)
     )
-    if not found:
+    if not folders:
         raise InputError(f"{path}: no model folder in it ({CONFIG_FILE} with {WEIGHTS_FILE}); was anything saved there?")
-    return found
+    return folders
 
 
-def read_facts(folder) -> dict:
-    """What `args.json` says of the model, "files" being the hashes of what was saved; empty for a folder that others made.
-
-    Raises:
-        InputError: it is damaged.
-    """
+def read_facts(folder: AnyPath) -> dict:
+    """The content of `args.json`, "files" being the hashes of the saved files; empty for a folder of other people."""
     path = Path(folder) / FACTS_FILE
     if not path.exists():
         return {}
-    # Without hashes: records of a lookup table, or somebody who changed a file on purpose has taken them out.
+    # Without hashes: records of a lookup table, or a user who changed a file on purpose has removed them.
     return read_sealed(path) if FILES in read_json(path) else read_json(path)
 
 
 def _check_files(folder: Path, *names: str) -> None:
     """Refuse files of a model folder that are not those saved with its `args.json`."""
-    facts, path = read_facts(folder), folder / FACTS_FILE
+    facts = read_facts(folder)
+    path = folder / FACTS_FILE
     for name in names if FILES in facts else ():
         advice = f"make the model again, or, if it was changed on purpose, remove {FILES!r} there"
         check_file(folder / name, path, facts, advice)
 
 
-def check_folder(folder) -> None:
-    """Refuse a model folder of which any file isn't the one saved; later measurements in it are not looked at.
-
-    Raises:
-        InputError: names the file.
-    """
+def check_folder(folder: AnyPath) -> None:
+    """Refuse a model folder with any file that is not the saved one; later measurements in it are not read."""
     _check_files(Path(folder), *(name for name in read_facts(folder).get(FILES, ()) if name != FACTS_FILE))
 
 
-def read_config(folder, attention: str = "sdpa") -> ModelConfig:
+def read_config(folder: AnyPath, attention: str = "sdpa") -> ModelConfig:
     """The configuration of the model in `folder`."""
     path = Path(folder) / CONFIG_FILE
     return ModelConfig.from_transformers(read_json(path), path, attention)
 
 
-def vocabulary_file(folder) -> Path:
-    """The file of a folder that has the model's vocabulary: vocab.txt if there, else `tokenizer.json`.
-
-    Raises:
-        InputError: it has neither.
-    """
-    path, tokenizer = Path(folder) / VOCABULARY_FILE, Path(folder) / TOKENIZER_FILE
+def vocabulary_file(folder: AnyPath) -> Path:
+    """The file with the model's vocabulary: `vocab.txt` if it exists, else `tokenizer.json`."""
+    path = Path(folder) / VOCABULARY_FILE
+    tokenizer = Path(folder) / TOKENIZER_FILE
     if not path.is_file() and FILES in read_facts(folder):
         _check_files(Path(folder), VOCABULARY_FILE)
     if not path.is_file() and not tokenizer.is_file():
@@ -305,26 +279,19 @@ def vocabulary_file(folder) -> Path:
     return path if path.is_file() else tokenizer
 
 
-def load_vocabulary(folder) -> Vocabulary:
-    """The vocabulary that the model of `folder` was trained with.
-
-    Raises:
-        InputError: there is none, it is damaged, or it has more words than the model.
-    """
+def load_vocabulary(folder: AnyPath) -> Vocabulary:
+    """The vocabulary that the model of `folder` was trained with."""
     path = vocabulary_file(folder)
     _check_files(Path(folder), path.name)
-    vocabulary, rows = Vocabulary.read(path), read_config(folder).vocab_size
+    vocabulary = Vocabulary.read(path)
+    rows = read_config(folder).vocab_size
     if vocabulary.size > rows:
         raise InputError(f"{path}: {vocabulary.size} words, but the model knows {rows}; is it the vocabulary of this model?")
     return vocabulary
 
 
-def check_vocabulary(folder, vocabulary: Vocabulary, source) -> None:
-    """Refuse a vocabulary that is not the model's: its ids would mean other words.
-
-    Raises:
-        InputError: the hashes differ.
-    """
+def check_vocabulary(folder: AnyPath, vocabulary: Vocabulary, source: object) -> None:
+    """Refuse a vocabulary that is not the model's: its ids would mean other words."""
     own = load_vocabulary(folder)
     if own.sha256 != vocabulary.sha256:
         raise InputError(
@@ -333,18 +300,20 @@ def check_vocabulary(folder, vocabulary: Vocabulary, source) -> None:
         )
 
 
-def weights_sha256(folder) -> str:
+def weights_sha256(folder: AnyPath) -> str:
     """Hash of the weights' file."""
     return sha256(weights_file(folder))
 
 
-def verify(root) -> list[str]:
-    """What is wrong with the model folders at or below `root`, a line each; prints a line for each that is whole.
+def describe_model(folder: AnyPath) -> dict[str, str]:
+    """The facts of a model in a record of its measurements."""
+    return {"sha256": weights_sha256(folder)}
 
-    Raises:
-        InputError: there is no model folder.
-    """
-    problems, owners = [], {}
+
+def verify(root: AnyPath) -> list[str]:
+    """The problems of the model folders at or below `root`, one line each; prints a line for each readable folder."""
+    problems: list[str] = []
+    owners: dict[str, Path] = {}
     for folder in model_folders(root):
         try:
             check_folder(folder)
@@ -355,7 +324,8 @@ def verify(root) -> list[str]:
         bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
         if bad:
             problems.append(f"{folder}: {bad[0]} has entries that are not finite")
-        digest, facts = weights_sha256(folder), read_facts(folder)
+        digest = weights_sha256(folder)
+        facts = read_facts(folder)
         if digest in owners:
             problems.append(f"{folder}: has the same weights as {owners[digest]}")
         owners.setdefault(digest, folder)
@@ -364,14 +334,9 @@ def verify(root) -> list[str]:
     return problems
 
 
-def describe_model(folder) -> dict:
-    """What a record keeps of the model it belongs to."""
-    return {"sha256": weights_sha256(folder)}
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
-    parser.add_argument("command", choices=("verify",), help="read all model folders and say which are damaged or the same")
+    parser.add_argument("command", choices=("verify",), help="read all model folders and report damaged or equal ones")
     parser.add_argument("folder", metavar="FOLDER", help="a model folder, or one that holds model folders")
     return parser
 

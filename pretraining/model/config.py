@@ -1,6 +1,8 @@
 """The shape of a masked language model, and its translation to and from transformers' `config.json`."""
 
 import dataclasses
+import math
+from typing import Any
 
 from pcfg.common.files import InputError
 
@@ -8,7 +10,7 @@ ACTIVATIONS = ("gelu", "relu", "tanh", "swish")
 LAYER_NORMS = ("pytorch", "apex", "rms_norm")
 LAYER_NORM_MODES = ("pre-ln", "post-ln")
 ATTENTIONS = ("sdpa", "eager", "apex")
-# transformers has no BERT with RMSNorm: a name of our own makes its Auto classes refuse the folder by name.
+# transformers has no BERT with RMSNorm: our own name makes its Auto classes refuse the folder by name.
 RMS_NORM_MODEL_TYPE = "bert-rms-norm"
 
 
@@ -25,10 +27,7 @@ class ModelConfig:
         max_position_embeddings: rows of the position table: the longest sentence, [CLS] and [SEP] included.
         layer_norm_type: "pytorch" and "apex" compute the same LayerNorm; "rms_norm" has neither mean nor bias.
         encoder_ln_mode: "pre-ln" normalises the input of each sub-layer, "post-ln" its sum with the input.
-        attention: how attention is computed; says nothing of the weights and is not stored.
-
-    Raises:
-        InputError: a value that no model can have.
+        attention: how attention is computed; independent of the weights and not stored.
     """
 
     vocab_size: int
@@ -63,11 +62,10 @@ class ModelConfig:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise InputError(f"--{name}: {getattr(self, name)!r} is not an integer of 1 or more")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps"):
-            if not isinstance(getattr(self, name), int | float):
-                raise InputError(f"--{name}: {getattr(self, name)!r} is not a number")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise InputError(f"--{name}: {getattr(self, name)} is not in [0, 1)")
+            value = getattr(self, name)
+            end = 1 if name.endswith("_prob") else math.inf
+            if not isinstance(value, int | float) or not 0.0 <= value < end:
+                raise InputError(f"--{name}: {value!r} is not a number in [0, {end})")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"--hidden_size: {self.hidden_size} is not a multiple of --num_attention_heads {self.num_attention_heads}"
@@ -93,7 +91,8 @@ class ModelConfig:
         """
         fields = dataclasses.asdict(self)
         del fields["attention"]
-        mode, norm = fields.pop("encoder_ln_mode"), fields.pop("layer_norm_type")
+        mode = fields.pop("encoder_ln_mode")
+        norm = fields.pop("layer_norm_type")
         common = {"pad_token_id": 0, "tie_word_embeddings": True, "dtype": "float32", **fields}
         if norm == "rms_norm":
             return {**common, "model_type": RMS_NORM_MODEL_TYPE, "encoder_ln_mode": mode, "layer_norm_type": norm}
@@ -104,18 +103,11 @@ class ModelConfig:
         return {**common, "model_type": "bert", "architectures": ["BertForMaskedLM"]}
 
     @classmethod
-    def from_transformers(cls, content: dict, source, attention: str = "sdpa") -> "ModelConfig":
-        """The configuration in a `config.json`.
-
-        Raises:
-            InputError: another kind of model, or a value that this model does not have; names `source`.
-        """
+    def from_transformers(cls, content: dict, source: object, attention: str = "sdpa") -> "ModelConfig":
+        """The configuration in a `config.json`, whose name `source` is for messages."""
         kind = content.get("model_type")
-        modes = {
-            "bert": "post-ln",
-            "roberta-prelayernorm": "pre-ln",
-            RMS_NORM_MODEL_TYPE: content.get("encoder_ln_mode"),
-        }
+        own_mode = content.get("encoder_ln_mode")
+        modes: dict[str, Any] = {"bert": "post-ln", "roberta-prelayernorm": "pre-ln", RMS_NORM_MODEL_TYPE: own_mode}
         if not isinstance(kind, str) or kind not in modes:
             raise InputError(f"{source}: model_type {kind!r} is not one of {', '.join(modes)}")
         for name, only in (("position_embedding_type", "absolute"), ("tie_word_embeddings", True), ("is_decoder", False)):
@@ -128,10 +120,10 @@ class ModelConfig:
         if kind == "roberta-prelayernorm":
             if content.get("pad_token_id") != 0:
                 raise InputError(f"{source}: pad_token_id is {content.get('pad_token_id')}; only 0 can be read")
-            if not isinstance(content.get("max_position_embeddings"), int):
-                found = content.get("max_position_embeddings")
-                raise InputError(f"{source}: max_position_embeddings is {found!r}; it must be an integer")
-            values["max_position_embeddings"] -= 1
+            positions = content.get("max_position_embeddings")
+            if not isinstance(positions, int):
+                raise InputError(f"{source}: max_position_embeddings is {positions!r}; it must be an integer")
+            values["max_position_embeddings"] = positions - 1
         norm = "rms_norm" if kind == RMS_NORM_MODEL_TYPE else "pytorch"
         try:
             return cls(encoder_ln_mode=modes[kind], layer_norm_type=norm, attention=attention, **values)

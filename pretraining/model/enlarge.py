@@ -1,4 +1,4 @@
-"""A small transformer seen as a large one: the same function in the parameters of a wider, maybe deeper model.
+"""A small transformer as a large one: the same function in the parameters of a wider, possibly deeper model.
 
 Liu et al. 2023, section 4.3 and appendix: traces of models of different sizes are compared in one parameterisation. The hidden
 vector of the large model is K copies of the small one's, h' = (h, .., h). It follows that
@@ -8,30 +8,31 @@ vector of the large model is K copies of the small one's, h' = (h, .., h). It fo
     vectors (biases, LayerNorm)             tiled K times
     decoder                                 is the word table, so K copies of e h add up to K times a logit. Either all tables
                                             are divided by K (the released code; the embedding LayerNorm restores the scale of
-                                            what goes into the encoder), or the MLM head's LayerNorm is
-    heads                                   K times as many of the same size: each copy attends by itself. Or fewer, down to
-                                            as many as before: each holds several copies of one small head, g = K / (ratio of
-                                            their numbers), its rows brought together. Its scores q k / sqrt(g d) are then
-                                            sqrt(g) times the small one's, hence queries are divided by sqrt(g)
-    further feed-forward units              all zero, on both sides
-    further positions                       zero; no sentence of the small model reaches them
+                                            the encoder's input), or the MLM head's LayerNorm
+    heads                                   K times as many of the same size: each copy attends by itself. Or fewer, down to the
+                                            small number: each holds g = K / (ratio of their numbers) copies of one small head,
+                                            with adjacent rows. Its scores q k / sqrt(g d) would be sqrt(g) times the small
+                                            one's, hence queries are divided by sqrt(g)
+    additional feed-forward units           all zero, on both sides
+    additional positions                    zero; no sentence of the small model reaches them
     added layers                            all zero, LayerNorm weights included: h + 0 in pre-LN, after the last layer
 
-up to rounding and, where the tables are divided, the embedding LayerNorm's epsilon, which is not. None of this is the only way,
-and the trace depends on it. The trace E sum_w f(w) ||grad log f(w)||^2 of the small model's parts becomes
+up to rounding and, with divided tables, the embedding LayerNorm's epsilon, which is not divided. Other ways exist; the trace
+depends on the way. The trace E sum_w f(w) ||grad log f(w)||^2 of the small model's parts is multiplied by
 
     part                                    tables divided      head's LayerNorm divided
-    tables                                  K times             a K-th
-    matrices (queries: g times)             as it was           as it was
-    vectors                                 a K-th              a K-th; of the MLM head's LayerNorm K times
-    added layers                            what their output biases bring
+    tables                                  K                   1 / K
+    matrices (queries: g)                   1                   1
+    vectors                                 1 / K               1 / K; the MLM head's LayerNorm: K
+    added layers                            the trace of their output biases is added
 
-since every copy of an output has a K-th of its gradient.
+since every copy of an output has 1 / K of its gradient.
 """
 
 import copy
 import dataclasses
 import math
+from typing import Any
 
 import torch
 
@@ -55,9 +56,6 @@ class Growth:
     Attributes:
         times: K, copies of the hidden vector.
         copies: g, copies of one small head in a head of the large model.
-
-    Raises:
-        InputError: the small model can't be seen as one of that shape; names each number that is in the way.
     """
 
     small: ModelConfig
@@ -77,7 +75,9 @@ class Growth:
         return list(range(self.small.num_hidden_layers, self.large.num_hidden_layers))
 
     def __post_init__(self):
-        small, large, problems = self.small, self.large, []
+        small = self.small
+        large = self.large
+        problems = []
         times, rest = divmod(large.hidden_size, small.hidden_size)
         if rest or not times:
             problems.append(f"hidden_size is {large.hidden_size}, needs a multiple of {small.hidden_size}")
@@ -91,8 +91,8 @@ class Growth:
             )
         least = times * small.intermediate_size
         if large.intermediate_size < least:
-            wanted = f"{times} x {small.intermediate_size} = {least} or more"
-            problems.append(f"intermediate_size is {large.intermediate_size}, needs {wanted}")
+            product = f"{times} x {small.intermediate_size} = {least}"
+            problems.append(f"intermediate_size is {large.intermediate_size}, needs {product} or more")
         for name in ("max_position_embeddings", "num_hidden_layers"):
             if getattr(large, name) < getattr(small, name):
                 problems.append(f"{name} is {getattr(large, name)}, less than the small model's {getattr(small, name)}")
@@ -108,7 +108,7 @@ class Growth:
             raise InputError("the small model can't be seen as the large one: " + "; ".join(problems))
 
     def facts(self) -> dict:
-        """What was done, for `args.json`."""
+        """The rule and what was added, for `args.json`."""
         return {
             "rule": self.tied_scale,
             "times": self.times,
@@ -119,9 +119,9 @@ class Growth:
         }
 
     def parameter(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The large model's parameter `name`, without what is zero: see the module's table."""
+        """The large model's parameter `name` without its zeros: see the module's table."""
         if name == "decoder_bias":
-            return tensor  # one number a word, of no hidden dimension
+            return tensor  # one number per word, without a hidden dimension
         if name in TABLES:
             return tensor.repeat(1, self.times) / (self.times if self.tied_scale == "tables" else 1)
         if ".qkv." in name:
@@ -136,50 +136,43 @@ class Growth:
         return tensor.repeat(self.times)
 
     def _matrix(self, tensor: torch.Tensor, rows: bool = True, columns: bool = True) -> torch.Tensor:
-        """A matrix tiled in the given directions and divided; a vector, whose rows are there already, as it is."""
+        """A matrix tiled in the given directions and divided; a vector, whose rows are copied already, unchanged."""
         if tensor.dim() == 1:
             return tensor
         return tensor.repeat(self.times if rows else 1, self.times if columns else 1) / self.times
 
     def _head_rows(self) -> torch.Tensor:
         """(K hidden,) int64: the small model's row of each row of the large model's queries, keys and values."""
-        heads, width = self.small.num_attention_heads, self.small.hidden_size
+        heads = self.small.num_attention_heads
+        width = self.small.hidden_size
         by_head = torch.arange(width).view(heads, 1, width // heads)
         return by_head.expand(heads, self.copies, -1).reshape(-1).repeat(self.times // self.copies)
 
 
-def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """`tensor` in the first rows and columns of zeros of `shape`."""
-    padded = tensor.new_zeros(shape)
-    padded[tuple(slice(size) for size in tensor.shape)] = tensor
-    return padded
-
-
 def enlarge(small: MaskedLM, growth: Growth) -> MaskedLM:
-    """The model of the large shape that computes what `small` computes.
+    """The model of the large shape that computes the same function as `small`.
 
     Args:
         small: a `MaskedLM` of the small shape; it is not changed.
 
     Returns:
-        A new model in eval mode, of the small one's dtype; the small one's dropouts.
+        A new model in eval mode, with the dtype and the dropouts of the small one.
     """
-    dropouts = {name: getattr(small.config, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
-    large = MaskedLM(dataclasses.replace(growth.large, **dropouts, attention=small.config.attention))
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention")
+    large = MaskedLM(dataclasses.replace(growth.large, **{name: getattr(small.config, name) for name in names}))
     large = large.to(next(small.parameters()).dtype)
-    copied = {name: growth.parameter(name, tensor) for name, tensor in small.state_dict().items()}
-    nothing = torch.zeros(())
-    state = {
-        name: _padded(copied[name], tensor.shape) if name in copied else nothing.to(tensor).expand(tensor.shape)
-        for name, tensor in large.state_dict().items()
-    }
-    large.load_state_dict(state)
+    state = small.state_dict()
+    for name, tensor in large.state_dict().items():  # these share their memory with the parameters
+        tensor.zero_()
+        if name in state:
+            copied = growth.parameter(name, state[name])
+            tensor[tuple(slice(size) for size in copied.shape)] = copied
     return large.eval()
 
 
 @torch.inference_mode()
 def largest_logit_difference(a: MaskedLM, b: MaskedLM, positions: int, sentences: int = 64) -> float:
-    """max |logits of a - logits of b| over random sentences, among them of 1 and of `positions` tokens; NaN if any is."""
+    """max |logits of a - logits of b| over random sentences of up to `positions` tokens; NaN if any logit is."""
     generator = torch.Generator().manual_seed(0)
     differences = []
     for length in sorted({1, *(max(1, positions >> shift) for shift in range(8)), positions}):
@@ -189,19 +182,20 @@ def largest_logit_difference(a: MaskedLM, b: MaskedLM, positions: int, sentences
 
 
 def logit_differences(small: MaskedLM, growth: Growth) -> dict:
-    """How far the enlarged model is from the small one: largest differences of a logit, in eval mode.
+    """Distance of the enlarged model from the small one: largest differences of a logit, in eval mode.
 
     Returns:
-        "float32": as the models are used. "float64": without rounding to speak of; what is left is the embedding LayerNorm's
-        epsilon. "rounding": float64, with that epsilon divided by K^2 as the variance of the divided tables is. "epsilon":
-        what the epsilon makes, float64 models with it as it is and divided.
+        "float32": as the models are used. "float64": almost without rounding; the embedding LayerNorm's epsilon remains.
+        "rounding": float64, with that epsilon divided by K^2, like the variance of the divided tables. "epsilon": the effect of
+        the epsilon, between float64 models with the original and the divided one.
     """
     positions = small.config.max_position_embeddings
     exact = copy.deepcopy(small.eval()).double()
     enlarged = enlarge(exact, growth)
     scaled = copy.deepcopy(enlarged)
     if growth.tied_scale == "tables":
-        scaled.embeddings.norm.eps /= growth.times**2
+        norm: Any = scaled.embeddings.norm
+        norm.eps /= growth.times**2
     return {
         "float32": largest_logit_difference(small, enlarge(small, growth), positions),
         "float64": largest_logit_difference(exact, enlarged, positions),

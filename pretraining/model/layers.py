@@ -2,16 +2,19 @@
 
 import importlib
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pcfg.common.files import InputError
 from pretraining.model.config import ModelConfig
 
-ACTIVATION_FUNCTIONS = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "swish": F.silu}
+Activation = Callable[[Tensor], Tensor]
+ACTIVATION_FUNCTIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "swish": F.silu}
 
 APEX_HELP = (
     "NVIDIA apex is not installed (the package of that name on PyPI is another project). Build it where CUDA is: "
@@ -20,12 +23,8 @@ APEX_HELP = (
 )
 
 
-def import_apex(module: str, flag: str):
-    """A module of apex.
-
-    Raises:
-        InputError: apex is not there; says how to build it.
-    """
+def import_apex(module: str, flag: str) -> ModuleType:
+    """A module of apex; an error without it says how to build it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -42,12 +41,12 @@ def layer_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
-def eager_attention(query, key, value, mask, dropout):
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V in plain operations, which can be differentiated twice and by `torch.func`.
 
     Args:
         query, key, value: (batch, heads, length, head_dim).
-        mask: (batch, 1, 1, length) bool, True where a key may be looked at; or None.
+        mask: (batch, 1, 1, length) bool, True for visible keys; or None.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -59,7 +58,7 @@ def eager_attention(query, key, value, mask, dropout):
     return F.dropout(scores.softmax(-1), dropout, training=dropout > 0) @ value
 
 
-def sdpa_attention(query, key, value, mask, dropout):
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """`eager_attention` by PyTorch's kernels."""
     if query.device.type == "cpu":
         # On short sentences the CPU's flash kernel is 1.3 to 1.6 times slower than this one.
@@ -68,8 +67,8 @@ def sdpa_attention(query, key, value, mask, dropout):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
-def apex_attention(query, key, value, mask, dropout):
-    """`eager_attention` with apex's fused scale-mask-softmax, which takes its own fallback for shapes it has no kernel for."""
+def apex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """`eager_attention` with apex's fused scale-mask-softmax, which has its own fallback for shapes without a kernel."""
     functional = import_apex("apex.transformer.functional", "--attention")
     enums = import_apex("apex.transformer.enums", "--attention")
     softmax = functional.FusedScaleMaskSoftmax(
@@ -86,7 +85,7 @@ def apex_attention(query, key, value, mask, dropout):
     return F.dropout(weights, dropout, training=dropout > 0) @ value
 
 
-# Chosen positions a sentence, in the mean, up to which keys and values are copied for each: that is faster for few.
+# Mean number of `positions` per sentence up to which keys and values are copied for each: that is faster for few.
 MOST_COPIES = 8
 ATTENTION_FUNCTIONS = {"sdpa": sdpa_attention, "eager": eager_attention, "apex": apex_attention}
 
@@ -101,44 +100,46 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = config.attention_probs_dropout_prob
         if config.attention == "apex":
-            import_apex("apex.transformer.functional", "--attention")  # missing: said when the model is built
+            import_apex("apex.transformer.functional", "--attention")  # fail when the model is built
         self.attend = ATTENTION_FUNCTIONS[config.attention]
 
-    def forward(self, hidden, mask, chosen=None):
-        """Attention of every position, or of those `chosen`, to all positions of its sentence.
+    def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
+        """Attention of every position, or of `positions`, to all positions of its sentence.
 
         Args:
             hidden: (batch, length, hidden).
-            mask: (batch, 1, 1, length) bool, True at tokens; None where nothing is padded.
-            chosen: (M,) int64 indices into the flattened (batch * length); None for all positions.
+            mask: (batch, 1, 1, length) bool, True at tokens; None without padding.
+            positions: (M,) int64 indices into the flattened (batch * length); None for all positions.
 
         Returns:
-            (batch, length, hidden), or (M, 1, hidden) for `chosen`.
+            (batch, length, hidden), or (M, 1, hidden) for `positions`.
         """
         batch, length, width = hidden.shape
         split = self.qkv(hidden).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)  # (batch, heads, length, head_dim) each
-        if chosen is not None and len(chosen) > MOST_COPIES * batch:
-            return self._by_sentence(query, key, value, mask, chosen)
-        if chosen is not None:
-            query = split[:, :, 0].flatten(0, 1)[chosen].unsqueeze(2)  # (M, heads, 1, head_dim)
-            sentence = chosen // length
-            key, value = key[sentence], value[sentence]
+        if positions is not None and len(positions) > MOST_COPIES * batch:
+            return self._by_sentence(query, key, value, mask, positions)
+        if positions is not None:
+            query = split[:, :, 0].flatten(0, 1)[positions].unsqueeze(2)  # (M, heads, 1, head_dim)
+            sentence = positions // length
+            key = key[sentence]  # (M, heads, length, head_dim)
+            value = value[sentence]
             mask = None if mask is None else mask[sentence]
         context = self.attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.output(context.transpose(1, 2).flatten(2))
 
-    def _by_sentence(self, query, key, value, mask, chosen):
-        """What `forward` gives for `chosen`, without a copy of a sentence's keys and values for each of its positions.
+    def _by_sentence(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        """The result of `forward` for `positions`, without copies of a sentence's keys and values for each of them.
 
-        The chosen positions of a sentence are its queries, (batch, heads, most, head_dim) with `most` the most of a sentence.
+        The positions of a sentence are its queries, (batch, heads, most, head_dim), `most` the maximum number per sentence.
         """
         batch, heads, length, size = query.shape
-        sentence, order = chosen // length, chosen.argsort()
+        sentence = positions // length
+        order = positions.argsort()
         counts = sentence.bincount(minlength=batch)
-        column = torch.empty_like(chosen)  # of each position among those of its sentence
-        column[order] = torch.arange(len(chosen), device=chosen.device) - (counts.cumsum(0) - counts)[sentence[order]]
+        column = torch.empty_like(positions)  # of each position among those of its sentence
+        column[order] = torch.arange(len(positions), device=positions.device) - (counts.cumsum(0) - counts)[sentence[order]]
         queries = query.new_zeros(batch, int(counts.max()), heads, size)
-        queries = queries.index_put((sentence, column), query.transpose(1, 2).flatten(0, 1)[chosen])
+        queries = queries.index_put((sentence, column), query.transpose(1, 2).flatten(0, 1)[positions])
         context = self.attend(queries.transpose(1, 2), key, value, mask, self.dropout if self.training else 0.0)
         return self.output(context.transpose(1, 2)[sentence, column].flatten(1).unsqueeze(1))

@@ -1,7 +1,7 @@
 """Adversarial pre-training: hidden states that are bad for a downstream task, at the same loss (Liu et al. 2023, App. A.4).
 
-A step minimises L_MLM - weight x L_val, where L_val is the validation loss of a linear head that is fitted in closed form to
-features of labelled sentences, others in each step.
+A step minimises L_MLM - weight x L_val. L_val is the validation loss of a linear head that is fitted in closed form to features
+of labelled sentences, which differ from step to step.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pcfg.common.files import InputError, describe_file, keyed_rng
+from pcfg.common.files import AnyPath, InputError, describe_file, keyed_rng
 from pretraining.data.contexts import concatenate, from_texts, sentence_batch
 from pretraining.data.tasks import check_max_seq_length, read_labelled_part
 from pretraining.data.vocabulary import Vocabulary
@@ -32,11 +32,12 @@ def ridge_validation_loss(
 
     a sum over classes and a mean over rows: with one-hot targets minus 1/C, a head that predicts 0 costs 1 - 1/C.
 
-    All of it is in float64: the condition number of the matrix, up to rows / ridge, is much for float32, and neither autocast
-    nor TF32 touches float64. Where the Cholesky factorisation fails the loss is NaN: nothing is raised, no host waits.
+    All of it is in float64: the condition number of the matrix, up to rows / ridge, is too large for float32, and neither
+    autocast nor TF32 affects float64. If the Cholesky factorisation fails the loss is NaN: nothing is raised, the host never
+    waits.
 
     Args:
-        features: (m, d) of the rows that the head is fitted to, not normalised, of any floating-point type.
+        features: (m, d) of the rows to which the head is fitted, not normalised, of any floating-point type.
         targets: (m, C).
         validation: (n, d).
         validation_targets: (n, C).
@@ -59,78 +60,81 @@ def ridge_validation_loss(
 
 
 class AdversarialTerm:
-    """The labelled sentences of a task, and the term that a model gets of them in a step.
+    """The adversarial term of a model in a step, from the labelled sentences of a task.
 
-    Which sentences a step sees is a function of (seed, step), and so are the units that dropout drops: the term is the same on
-    all ranks, however many there are. `size` distinct sentences are drawn one after the other, each by how often it is in the
-    file, then shuffled and cut in the middle: the head is fitted on the first half. No sentence is in both, or twice in one.
+    The sentences of a step and its dropout masks are a function of (seed, step): the term is the same on all ranks, for any
+    number of ranks. `size` distinct sentences are drawn without replacement in proportion to their frequency in the file,
+    shuffled and cut in the middle: the head is fitted on the first half. No sentence is in both halves, or twice in one.
 
     Args:
-        path: CSV file `text,label`; a sentence that is in it more than once has one label.
-        size: sentences of a step, even.
+        path: CSV file `text,label`; all copies of a sentence have one label.
+        size: sentences per step, even.
         ridge: see `ridge_validation_loss`.
         vocabulary: of the model.
         positions: width of the concatenated features in hidden states, zeros at padding.
 
     Attributes:
         facts: the file's name and SHA-256, for the record of a run.
-
-    Raises:
-        InputError: the file can't be used (see `read_labelled_part`), has a word that the vocabulary lacks, a sentence that is
-            too long or has two labels, or fewer distinct sentences than `size`.
     """
 
-    def __init__(self, path, size: int, ridge: float, vocabulary: Vocabulary, positions: int, seed: int):
+    def __init__(self, path: AnyPath, size: int, ridge: float, vocabulary: Vocabulary, positions: int, seed: int):
         part, classes = read_labelled_part(Path(path))
+        labels = part.labels
+        assert labels is not None
         self._contexts = from_texts(part.texts, vocabulary, path)
         check_max_seq_length(self._contexts.lengths - 2, positions, path, "samples of --max_seq_length")
         ids = self._contexts.input_ids
+        # The distinct sentences: each one's first row, and its number of rows.
         _, self._row, sentence, counts = np.unique(ids, axis=0, return_index=True, return_inverse=True, return_counts=True)
         first = self._row[sentence.ravel()]
-        if (other := np.flatnonzero(part.labels != part.labels[first])).size:
+        if (other := np.flatnonzero(labels != labels[first])).size:
             raise InputError(
                 f"{path}: sentences {first[other[0]] + 1} and {other[0] + 1} are the same, but their labels are "
-                f"{classes[part.labels[first[other[0]]]]} and {classes[part.labels[other[0]]]}; remove one of them"
+                f"{classes[labels[first[other[0]]]]} and {classes[labels[other[0]]]}; remove one of them"
             )
         if len(counts) < size:
             raise InputError(
                 f"{path}: has {len(counts)} distinct sentences, fewer than --adversarial_batch_size {size}; make that smaller, "
                 "or a file of more sentences (--sentence-num of generate_downstream.py)"
             )
-        self._probabilities = counts / counts.sum()  # of the distinct sentences, which `_row` has once each
-        self._targets = np.eye(len(classes))[part.labels] - 1 / len(classes)  # (sentences, C)
-        self._size, self._ridge, self._positions, self._seed = size, ridge, positions, seed
+        self._probabilities = counts / counts.sum()
+        self._targets = np.eye(len(classes))[labels] - 1 / len(classes)  # (sentences, C)
+        self._size = size
+        self._ridge = ridge
+        self._positions = positions
+        self._seed = seed
         self.facts = describe_file(path)
 
     @classmethod
     def from_options(cls, options: argparse.Namespace, vocabulary: Vocabulary, positions: int) -> "AdversarialTerm | None":
-        """The term that the command line asks for; None without a weight, or with one of 0."""
+        """The term of the command line; None without a weight, or with one of 0."""
         if not options.adversarial_weight:
             return None
-        size, ridge = options.adversarial_batch_size, options.adversarial_ridge
-        return cls(options.adversarial_file, size, ridge, vocabulary, positions, options.seed)
+        sizes = (options.adversarial_batch_size, options.adversarial_ridge)
+        return cls(options.adversarial_file, *sizes, vocabulary, positions, options.seed)
 
     def rows(self, step: int) -> np.ndarray:
         """The sentences of a step, (size,) int64 rows of the file: the head is fitted on the first half."""
         rng = keyed_rng(self._seed, "adversarial batch", step)
         drawn = rng.choice(len(self._row), self._size, replace=False, p=self._probabilities)
-        return self._row[rng.permutation(drawn)]  # what is drawn first is more frequent
+        return self._row[rng.permutation(drawn)]  # shuffled, since frequent sentences tend to be drawn first
 
     def loss(self, model: nn.Module, step: int) -> torch.Tensor:
         """The validation loss of the head on the features of step `step`: a scalar, float64, with its graph.
 
         Args:
-            model: a `MaskedLM`, or what wraps one; in training mode its dropout is at work, as it is where it is trained.
+            model: a `MaskedLM`, or DeepSpeed's engine of one; in training mode, with dropout.
         """
-        rows, half = self.rows(step), self._size // 2
+        rows = self.rows(step)
+        half = self._size // 2
         torch.manual_seed(int(keyed_rng(self._seed, "adversarial dropout", step).integers(1 << 63)))
         device = next(model.parameters()).device
         lengths = self._contexts.lengths[rows]
         order = np.argsort(lengths, kind="stable")
         encoded = []
         for start, end in itertools.pairwise([0, *cuts(lengths[order], self._size, OVERHEAD_TOKENS)]):
-            ids, mask = sentence_batch(self._contexts, rows[order[start:end]])
-            mask = None if mask.all() else to_device(mask, device)
+            ids, is_token = sentence_batch(self._contexts, rows[order[start:end]])
+            mask = None if is_token.all() else to_device(is_token, device)
             encoded.append(concatenate(model(to_device(ids, device), mask, None), mask, self._positions))
         # From the order of lengths to that of `rows`.
         features = torch.cat(encoded)[to_device(torch.from_numpy(np.argsort(order)), device)]  # (size, positions * hidden)

@@ -22,44 +22,22 @@ OVERHEAD_TOKENS = 64
 
 @dataclasses.dataclass
 class GlobalBatch:
-    """The samples of one step, over all ranks.
+    """The samples of one step, over all ranks."""
 
-    Attributes:
-        samples: of the shard.
-        rows: (train_batch_size,) int64, the samples of this batch.
-        index: of the batch in its epoch.
-        is_last: whether its epoch ends with it.
-    """
-
-    samples: Samples
-    rows: np.ndarray
-    index: int
-    is_last: bool
-
-    def masks(self) -> int:
-        """Number of masked positions."""
-        return number_of_masks(self.samples, self.rows)
-
-    def tokens(self) -> int:
-        """Number of tokens, [CLS] and [SEP] included."""
-        return int(self.samples.input_mask[self.rows].sum())
+    samples: Samples  # of the shard
+    rows: np.ndarray  # (train_batch_size,) int64, those of this batch
+    index: int  # of the batch in its epoch
+    is_last: bool  # whether its epoch ends with it
 
 
 @dataclasses.dataclass
 class MicroBatch:
-    """Sentences of one forward pass, as long as the longest of them.
+    """Sentences of one forward pass, as long as the longest of them."""
 
-    Attributes:
-        input_ids: (batch, length) int64.
-        input_mask: (batch, length) bool, False at padding; None where nothing is padded.
-        flat_positions: (masked,) int64, masked positions as indices into batch * length.
-        labels: (masked,) int64, the original words there.
-    """
-
-    input_ids: torch.Tensor
-    input_mask: torch.Tensor | None
-    flat_positions: torch.Tensor
-    labels: torch.Tensor
+    input_ids: torch.Tensor  # (batch, length) int64
+    input_mask: torch.Tensor | None  # (batch, length) bool, False at padding; None without padding
+    flat_positions: torch.Tensor  # (masked,) int64, masked positions as indices into batch * length
+    labels: torch.Tensor  # (masked,) int64, the original words there
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
@@ -161,7 +139,7 @@ def masked_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     return F.cross_entropy(logits.to(wide), batch.labels, reduction="sum")
 
 
-def number_of_masks(samples: Samples, rows: np.ndarray) -> int:
+def count_masks(samples: Samples, rows: np.ndarray) -> int:
     """Number of masked positions of the samples `rows`."""
     return int(np.count_nonzero(samples.masked_lm_positions[rows]))
 

@@ -1,12 +1,13 @@
 """Learning rate as a function of the position in training, and the clock of a run.
 
-The schedules are those of academic-budget-bert (Izsak et al. 2021, section 3.3, and its released code): warmup, then a
-curve; the position is the number of finished steps, or the hours of training so far.
+The schedules are those of academic-budget-bert (Izsak et al. 2021, section 3.3, and its released code): a warmup, then a curve.
+The position is the number of finished steps, or the hours of training so far.
 """
 
 import argparse
 import dataclasses
 import time
+from collections.abc import Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +51,26 @@ class Schedule:
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> "Schedule":
-        """The schedule that the command line describes; positions are hours for `--lr_schedule time`, else steps."""
+        """The schedule of the command line; positions are hours for `--lr_schedule time`, else steps."""
         total = options.total_training_time if options.lr_schedule == "time" else options.max_steps
-        if options.lr_schedule == "constant_step":
-            warmup = options.num_warmup_steps
-        else:
-            warmup = options.warmup_proportion * total
+        is_constant = options.lr_schedule == "constant_step"
+        warmup = options.num_warmup_steps if is_constant else options.warmup_proportion * total
         return cls(options.lr, total, warmup, options.curve, options.decay_rate, options.decay_step)
 
 
 class Clock:
-    """Hours of training, those before an interruption included.
+    """Hours of training, including those before an interruption.
 
     Args:
-        hours: already trained.
-        now: seconds of some monotonic clock; another one in tests.
+        hours: before this process.
+        now: seconds of a monotonic clock; another one in tests.
 
     >>> seconds = iter([100.0, 1900.0])
     >>> Clock(hours=2.0, now=lambda: next(seconds)).hours()
     2.5
     """
 
-    def __init__(self, hours: float = 0.0, now=time.monotonic):
+    def __init__(self, hours: float = 0.0, now: Callable[[], float] = time.monotonic):
         self._now = now
         self._start = now() - 3600 * hours
 

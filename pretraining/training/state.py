@@ -43,80 +43,52 @@ SAFE_CLASSES = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
 
 
 class Progress(Schema, frozen=False):
-    """How far a run is.
+    """How far a run is."""
 
-    Attributes:
-        step: finished steps.
-        epoch: finished epochs.
-        batch: finished global batches of the current epoch.
-        samples: sentences seen.
-        tokens: tokens seen, [CLS] and [SEP] included.
-        hours: of training.
-        time_markers: how many of `--finetune_time_markers` have passed.
-        lowest_scale_steps: for how many steps the loss scale has been the lowest (float16).
-        validation_loss: the newest, in nats.
-        validated_step: when it was measured.
-        stopped: why the run was stopped before its end.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    samples: int = 0
-    tokens: int = 0
-    hours: float = 0.0
-    time_markers: int = 0
-    lowest_scale_steps: int = 0
-    validation_loss: float | None = None
-    validated_step: int | None = None
-    stopped: str | None = None
+    step: int = 0  # finished steps
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished global batches of the current epoch
+    samples: int = 0  # sentences seen
+    tokens: int = 0  # tokens seen, [CLS] and [SEP] included
+    hours: float = 0.0  # of training
+    time_markers: int = 0  # how many of --finetune_time_markers have passed
+    lowest_scale_steps: int = 0  # for how many steps the loss scale has been the lowest (float16)
+    validation_loss: float | None = None  # the newest, in nats
+    validated_step: int | None = None  # when it was measured
+    stopped: str | None = None  # why the run was stopped before its end
 
 
 class RunFacts(Schema, extra="ignore"):
-    """What `args.json` and `state.json` say of a run.
-
-    Attributes:
-        arguments: of the command line.
-        model: fields of its `ModelConfig`.
-        parameters: their number; None in states of earlier versions.
-        adversarial: name and SHA-256 of the labelled file of an adversarial term.
-        initial_weights: SHA-256 of the weights that training began with, if they were not new.
-    """
+    """The facts of a run in `args.json` and `state.json`."""
 
     job_name: str
     seed: int
     vocabulary_sha256: str
     git_revision: str | None
     versions: dict[str, str]
-    arguments: dict[str, Any]
-    model: dict[str, Any]
-    parameters: int | None = None
+    arguments: dict[str, Any]  # of the command line
+    model: dict[str, Any]  # fields of its ModelConfig
+    parameters: int | None = None  # their number; states of earlier versions have another name for it
     world_size: int
     precision: str
     zero_stage: int
-    adversarial: dict[str, str] | None = None
-    initial_weights: dict[str, str] | None = None
+    adversarial: dict[str, str] | None = None  # name and SHA-256 of the labelled file of the term
+    initial_weights: dict[str, str] | None = None  # SHA-256 of the weights that training began with, if they were not new
 
 
 class SavedState(RunFacts):
-    """The content of a `state.json`; its progress may have fields of another version, which a run that resumes refuses."""
+    """The content of a `state.json`."""
 
-    progress: dict[str, Any]
-    files: dict[str, str]
+    progress: dict[str, Any]  # not a Progress: a state of another version must be refused, not passed over as damaged
+    files: dict[str, str]  # SHA-256 by name
 
 
 class State(Schema):
-    """An intact state.
-
-    Attributes:
-        folder: of the state.
-        saved: its `state.json`.
-        damaged: states that would have come before it.
-    """
+    """An intact state."""
 
     folder: Path
     saved: SavedState
-    damaged: list[Path] = []
+    damaged: list[Path] = []  # states that would have come before it
 
     def progress(self) -> Progress:
         """How far the run was."""

@@ -19,7 +19,7 @@ from pretraining.model.checkpoints import save_model
 from pretraining.training import state
 from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.arguments import job_folder
-from pretraining.training.batches import GlobalBatch, global_batches, masked_loss, micro_batch, rank_micro_batches
+from pretraining.training.batches import GlobalBatch, count_masks, global_batches, masked_loss, micro_batch, rank_micro_batches
 from pretraining.training.engine import LOWEST_LOSS_SCALE
 from pretraining.training.metrics import LossWatch, Metrics, Signals, check_finite
 from pretraining.training.sample_stream import Shards
@@ -32,59 +32,39 @@ STATE_FOLDER = "training_state"
 
 @dataclasses.dataclass
 class Data:
-    """The data of a run.
-
-    Attributes:
-        train, test: shards; `test` None without validation.
-        gap: measured at each validation; None without a grammar.
-        tokenizer: saved with each model.
-        adversarial: its term is subtracted from the loss; None without one.
-    """
+    """The data of a run, and what is measured on data of its own."""
 
     train: Shards
-    test: Shards | None
-    gap: Gap | None
-    tokenizer: Any
-    adversarial: AdversarialTerm | None
+    test: Shards | None  # None without validation
+    gap: Gap | None  # measured at each validation; None without a grammar
+    tokenizer: Any  # saved with each model
+    adversarial: AdversarialTerm | None  # its term is subtracted from the loss
 
 
+@dataclasses.dataclass
 class Trainer:
-    """Trains the model in `engine` from `progress` to the end of the run.
+    """Trains the model in `engine` from `progress`, which is updated, to the end of the run.
 
     All ranks do the same steps. The samples of a step are a function of (seed, epoch, batch), its dropout masks of (seed, step,
     rank): a resumed run continues as if it had not been interrupted.
-
-    Args:
-        options: the command line.
-        engine: DeepSpeed's.
-        ranks: the processes of the run.
-        data: shards, tokenizer, additional terms.
-        facts: for `args.json` and `state.json`.
-        progress: where to begin; updated.
-        now: seconds of a monotonic clock.
     """
 
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        engine: DeepSpeedEngine,
-        ranks: Ranks,
-        data: Data,
-        facts: RunFacts,
-        progress: Progress,
-        now: Callable[[], float] = time.monotonic,
-    ):
-        self.options = options
-        self.engine = engine
-        self.ranks = ranks
-        self.data = data
-        self.facts = facts
-        self.progress = progress
+    options: argparse.Namespace
+    engine: DeepSpeedEngine
+    ranks: Ranks
+    data: Data
+    facts: RunFacts
+    progress: Progress
+    now: Callable[[], float] = time.monotonic  # seconds
+
+    def __post_init__(self) -> None:
+        options = self.options
+        progress = self.progress
         self.job = job_folder(options)
         self.schedule = Schedule.from_options(options)
-        self.clock = Clock(progress.hours, now)
-        self.metrics = Metrics(self.job, progress.step, options) if ranks.is_main else None
-        self.loss_watch = LossWatch(ranks.device)
+        self.clock = Clock(progress.hours, self.now)
+        self.metrics = Metrics(self.job, progress.step, options) if self.ranks.is_main else None
+        self.loss_watch = LossWatch(self.ranks.device)
         self.signals = Signals()
         self.lr = 0.0
         self.saved_step = progress.step
@@ -162,7 +142,7 @@ class Trainer:
         ranks = self.ranks
         step = self.progress.step
         torch.manual_seed(int(keyed_rng(options.seed, "dropout", step, ranks.rank).integers(1 << 63)))
-        masks = batch.masks()
+        masks = count_masks(batch.samples, batch.rows)
         loss = torch.zeros((), device=ranks.device)
         size = options.train_micro_batch_size_per_gpu
         for rows in rank_micro_batches(batch.samples, batch.rows, size, ranks.rank, ranks.size):
@@ -188,7 +168,7 @@ class Trainer:
         progress = self.progress
         progress.step += 1
         progress.samples += len(batch.rows)
-        progress.tokens += batch.tokens()
+        progress.tokens += int(batch.samples.input_mask[batch.rows].sum())
         self.loss_watch.add(f"step {progress.step} (batch {batch.index} of epoch {progress.epoch})", losses)
         progress.epoch += int(batch.is_last)
         progress.batch = 0 if batch.is_last else batch.index + 1

@@ -31,7 +31,7 @@ from pcfg.common.cli import positive_int, run_main
 from pcfg.grammar import find_rules
 from pretraining.data.samples import Samples, read_samples
 from pretraining.training import arguments as command_line
-from pretraining.training.batches import GlobalBatch, masked_loss, micro_batch, number_of_masks, rank_micro_batches
+from pretraining.training.batches import GlobalBatch, count_masks, masked_loss, micro_batch, rank_micro_batches
 from pretraining.training.engine import build_engine, build_optimizer, cpu_has_bfloat16, start_ranks
 from pretraining.training.pretrain import build_model, load_data, run_facts
 from pretraining.training.state import Progress
@@ -95,7 +95,7 @@ class Bench:
         arithmetic = torch.bfloat16 if options.bf16 else None
 
         def step(rows):
-            masks = number_of_masks(self.samples, rows)
+            masks = count_masks(self.samples, rows)
             for part in rank_micro_batches(self.samples, rows, options.train_micro_batch_size_per_gpu):
                 with torch.autocast(self.device.type, arithmetic, enabled=arithmetic is not None):
                     loss = masked_loss(model, micro_batch(self.samples, part).to(self.device))

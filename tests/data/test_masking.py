@@ -29,10 +29,10 @@ def naive_number(words, probability, most):
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.15, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("most", [1, 3, 40])
-def test_number_of_masks(probability, most):
+def test_count_masks(probability, most):
     lengths = np.arange(1, 63)
     rule = MaskingRule(masked_lm_prob=probability, max_predictions=most)
-    assert rule.number_of_masks(lengths).tolist() == [naive_number(n, probability, most) for n in lengths.tolist()]
+    assert rule.count_masks(lengths).tolist() == [naive_number(n, probability, most) for n in lengths.tolist()]
 
 
 @pytest.mark.parametrize("rule", [MaskingRule(), MaskingRule(masked_lm_prob=1.0, max_predictions=20)])

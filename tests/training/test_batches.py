@@ -8,7 +8,7 @@ from pcfg.common.files import InputError
 from pretraining.data.samples import Samples
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
-from pretraining.training.batches import cuts, global_batches, masked_loss, micro_batch, number_of_masks, rank_micro_batches
+from pretraining.training.batches import count_masks, cuts, global_batches, masked_loss, micro_batch, rank_micro_batches
 
 VOCABULARY, LENGTH, MASKS = 30, 12, 3
 
@@ -41,7 +41,7 @@ def test_grouping_leaves_loss_and_gradient_alone(naive_loss, dtype, tolerance, r
     for rank in range(ranks):
         for part in rank_micro_batches(samples, rows, 8, rank, ranks):
             share = masked_loss(model, micro_batch(samples, part if len(part) else rows[:1])) * (len(part) > 0)
-            share = share / number_of_masks(samples, rows)
+            share = share / count_masks(samples, rows)
             share.backward()
             total += share.detach()
     torch.testing.assert_close(total, expected.double(), rtol=tolerance, atol=0)

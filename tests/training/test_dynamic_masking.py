@@ -51,12 +51,12 @@ def sentences(samples):
 
 def naive_remask(samples, rule, rng):
     """New masks sentence by sentence with Python's integers."""
-    restored, most = sentences(samples), int(rule.number_of_masks(np.array([samples.input_ids.shape[1] - 2]))[0])
+    restored, most = sentences(samples), int(rule.count_masks(np.array([samples.input_ids.shape[1] - 2]))[0])
     positions, labels = (np.zeros((len(samples), rule.width), np.int32) for _ in range(2))
     for row in range(len(samples)):
         words = int(samples.input_mask[row].sum()) - 2
         draws, chosen = rng.integers(0, 2**64, size=(most, 2), dtype=np.uint64).tolist(), set()
-        number = int(rule.number_of_masks(np.array([words]))[0])
+        number = int(rule.count_masks(np.array([words]))[0])
         for draw, last in enumerate(range(words - number, words)):
             position = (draws[draw][0] >> 32) * (last + 1) >> 32
             chosen.add(last if position in chosen else position)
