@@ -32,8 +32,7 @@ from pretraining.model.enlarge import LOGIT_TOLERANCE, TIED_SCALES, Growth, enla
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     files = parser.add_argument_group("folders")
-    text = "folder of a small model; may be given several times"
-    files.add_argument("--checkpoint-path", required=True, action="append", help=text)
+    files.add_argument("--checkpoint-path", required=True, action="append", help="folder of a small model; may be repeated")
     files.add_argument("--large-model-path", required=True, help="folder of a model of the large shape")
     files.add_argument("--enlarged-model-path", required=True, help="folder to write; must not exist")
     rule = parser.add_argument_group("rule")

@@ -100,8 +100,7 @@ def from_stored(stored: dict[str, torch.Tensor], config: ModelConfig, source: ob
     """The inverse of `to_stored`; weights that our model lacks (pooler, next-sentence head) are left out."""
     pre_ln = config.encoder_ln_mode == "pre-ln"
     # Google's BERT weights on the hub still have TensorFlow's names of a LayerNorm.
-    legacy = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
-    for old, new in legacy:
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
         stored = {name.replace(old, new): tensor for name, tensor in stored.items()}
     with torch.device("meta"):
         expected = MaskedLM(config).state_dict()
@@ -172,8 +171,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # for damaged bytes: OSError, KeyError, UnicodeDecodeError, ...
-        # torch's own text is long, and advises to load the file unsafely
-        reason = type(error).__name__
+        reason = type(error).__name__  # torch's own text is long, and advises to load the file unsafely
         raise InputError(
             f"{path}: refused, it holds more than tensors or is damaged ({reason}); make it again, or as {WEIGHTS_FILE}"
         ) from None
@@ -272,7 +270,7 @@ def vocabulary_file(folder: AnyPath) -> Path:
     """The file with the model's vocabulary: `vocab.txt` if it exists, else `tokenizer.json`."""
     path = Path(folder) / VOCABULARY_FILE
     tokenizer = Path(folder) / TOKENIZER_FILE
-    if not path.is_file() and FILES in read_facts(folder):
+    if not path.is_file():
         _check_files(Path(folder), VOCABULARY_FILE)
     if not path.is_file() and not tokenizer.is_file():
         raise InputError(f"{folder}: no {VOCABULARY_FILE} and no {TOKENIZER_FILE}; save the model's tokenizer in the folder")
@@ -322,8 +320,7 @@ def verify(root: AnyPath) -> list[str]:
             problems.append(str(error))
             continue
         bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
-        if bad:
-            problems.append(f"{folder}: {bad[0]} has entries that are not finite")
+        problems += [f"{folder}: {name} has entries that are not finite" for name in bad[:1]]
         digest = weights_sha256(folder)
         facts = read_facts(folder)
         if digest in owners:

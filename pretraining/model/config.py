@@ -16,35 +16,23 @@ RMS_NORM_MODEL_TYPE = "bert-rms-norm"
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Hyperparameters of `pretraining.model.bert.MaskedLM`, named as in transformers' `BertConfig`.
+    """Hyperparameters of `pretraining.model.bert.MaskedLM`, named as in transformers' `BertConfig`."""
 
-    Args:
-        vocab_size: rows of the word table, special tokens included.
-        hidden_size: width of the hidden states; a multiple of `num_attention_heads`.
-        intermediate_size: width of the feed-forward layers.
-        hidden_act: activation of the encoder's feed-forward layers, one of `ACTIVATIONS`. In post-LN also that of the MLM
-            head, which in pre-LN is always gelu.
-        max_position_embeddings: rows of the position table: the longest sentence, [CLS] and [SEP] included.
-        layer_norm_type: "pytorch" and "apex" compute the same LayerNorm; "rms_norm" has neither mean nor bias.
-        encoder_ln_mode: "pre-ln" normalises the input of each sub-layer, "post-ln" its sum with the input.
-        attention: how attention is computed; independent of the weights and not stored.
-    """
-
-    vocab_size: int
-    hidden_size: int
+    vocab_size: int  # rows of the word table, special tokens included
+    hidden_size: int  # width of the hidden states; a multiple of num_attention_heads
     num_hidden_layers: int
     num_attention_heads: int
-    intermediate_size: int
-    hidden_act: str = "gelu"
+    intermediate_size: int  # width of the feed-forward layers
+    hidden_act: str = "gelu"  # of the feed-forward layers; in post-LN also of the MLM head, which in pre-LN always has gelu
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
+    max_position_embeddings: int = 512  # rows of the position table: the longest sentence, [CLS] and [SEP] included
     type_vocab_size: int = 2
-    initializer_range: float = 0.02
+    initializer_range: float = 0.02  # standard deviation of new weights
     layer_norm_eps: float = 1e-12
-    layer_norm_type: str = "pytorch"
-    encoder_ln_mode: str = "pre-ln"
-    attention: str = "sdpa"
+    layer_norm_type: str = "pytorch"  # pytorch and apex compute the same LayerNorm; rms_norm has neither mean nor bias
+    encoder_ln_mode: str = "pre-ln"  # pre-ln normalises the input of each sub-layer, post-ln its sum with the input
+    attention: str = "sdpa"  # how attention is computed; independent of the weights and not stored
 
     def __post_init__(self):
         for name, allowed in (

@@ -47,27 +47,20 @@ TIED_SCALES = ("tables", "head")
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """From one shape to another.
-
-    Args:
-        small, large: the two shapes.
-        tied_scale: what is divided by K, "tables" or "head" (the MLM head's LayerNorm).
-
-    Attributes:
-        times: K, copies of the hidden vector.
-        copies: g, copies of one small head in a head of the large model.
-    """
+    """The step from one shape to another."""
 
     small: ModelConfig
     large: ModelConfig
-    tied_scale: str = "tables"
+    tied_scale: str = "tables"  # what is divided by K: "tables" or "head" (the MLM head's LayerNorm)
 
     @property
     def times(self) -> int:
+        """K, copies of the hidden vector."""
         return self.large.hidden_size // self.small.hidden_size
 
     @property
     def copies(self) -> int:
+        """g, copies of one small head in a head of the large model."""
         return self.times * self.small.num_attention_heads // self.large.num_attention_heads
 
     @property
@@ -77,29 +70,24 @@ class Growth:
     def __post_init__(self):
         small = self.small
         large = self.large
+        heads = small.num_attention_heads
         problems = []
         times, rest = divmod(large.hidden_size, small.hidden_size)
         if rest or not times:
             problems.append(f"hidden_size is {large.hidden_size}, needs a multiple of {small.hidden_size}")
-        elif times * small.num_attention_heads % large.num_attention_heads or (
-            large.num_attention_heads % small.num_attention_heads
-        ):
+        elif times * heads % large.num_attention_heads or large.num_attention_heads % heads:
             problems.append(
-                f"num_attention_heads is {large.num_attention_heads}, needs {times} x {small.num_attention_heads} = "
-                f"{times * small.num_attention_heads} (heads of the same size), {small.num_attention_heads} (as many), or a "
-                f"multiple of the latter that divides the former"
+                f"num_attention_heads is {large.num_attention_heads}, needs {times} x {heads} = {times * heads} (of the same "
+                f"size), {heads} (as many), or a multiple of the latter that divides the former"
             )
         least = times * small.intermediate_size
         if large.intermediate_size < least:
-            product = f"{times} x {small.intermediate_size} = {least}"
-            problems.append(f"intermediate_size is {large.intermediate_size}, needs {product} or more")
+            product = f"{times} x {small.intermediate_size}"
+            problems.append(f"intermediate_size is {large.intermediate_size}, needs {product} = {least} or more")
         for name in ("max_position_embeddings", "num_hidden_layers"):
             if getattr(large, name) < getattr(small, name):
                 problems.append(f"{name} is {getattr(large, name)}, less than the small model's {getattr(small, name)}")
-        for name in (
-            *("vocab_size", "type_vocab_size", "hidden_act"),
-            *("encoder_ln_mode", "layer_norm_type", "layer_norm_eps"),
-        ):
+        for name in ("vocab_size", "type_vocab_size", "hidden_act", "encoder_ln_mode", "layer_norm_type", "layer_norm_eps"):
             if getattr(large, name) != getattr(small, name):
                 problems.append(f"{name} is {getattr(large, name)!r}, the small model has {getattr(small, name)!r}")
         if self.added_layers and small.encoder_ln_mode != "pre-ln":

@@ -24,7 +24,7 @@ APEX_HELP = (
 
 
 def import_apex(module: str, flag: str) -> ModuleType:
-    """A module of apex; an error without it says how to build it."""
+    """A module of apex; the error without it says how to build it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -228,6 +228,15 @@ def test_another_versions_states_are_named(train, states):
         train(f"--max_steps 10 --load_training_checkpoint {states} --load_checkpoint_id step0000006", job="second")
 
 
+def test_states_of_earlier_versions_are_read(train, states):
+    """They have another name for the number of parameters, and may have null for the initial weights."""
+    path = states / "step0000008" / "state.json"
+    saved = read_json(path)
+    write_sealed(path, {**saved, "number_of_parameters": saved.pop("parameters"), "initial_weights": None})
+    resumed = train(f"--max_steps 10 --load_training_checkpoint {states}", job="second")
+    assert "parameters" in read_json(resumed / "args.json") and read_json(resumed / "args.json")["step"] == 10
+
+
 @pytest.mark.parametrize("writer", [(torch, "save"), (state, "write_sealed")])
 def test_a_full_disk_keeps_the_last_state(train, states, monkeypatch, writer):
     def no_space(*_, **__):
