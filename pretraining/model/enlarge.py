@@ -77,8 +77,8 @@ class Growth:
             problems.append(f"hidden_size is {large.hidden_size}, needs a multiple of {small.hidden_size}")
         elif times * heads % large.num_attention_heads or large.num_attention_heads % heads:
             problems.append(
-                f"num_attention_heads is {large.num_attention_heads}, needs {times} x {heads} = {times * heads} (of the same "
-                f"size), {heads} (as many), or a multiple of the latter that divides the former"
+                f"num_attention_heads is {large.num_attention_heads}, needs {times} x {heads} = {times * heads} "
+                f"(heads of the same size), {heads} (as many), or a multiple of the latter that divides the former"
             )
         least = times * small.intermediate_size
         if large.intermediate_size < least:
