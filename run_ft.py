@@ -6,76 +6,52 @@
         --per_device_eval_batch_size 128 --learning_rate 1e-4 --weight_decay 0.01 --max_grad_norm 1.0 \\
         --num_train_epochs 50 --lr_scheduler_type polynomial --warmup_steps 50 --seeds 0,1,2,3,4
 
-On a laptop: --num_train_epochs 3 --seeds 0, and training and validation files of 2,000 sentences (a minute a model). A GLUE
-task, from the hub's cache or from files with its columns, and predictions of its test sentences:
+On a laptop: --num_train_epochs 3 --seeds 0, and training and validation files of 2,000 sentences (a minute per model).
+
+A GLUE task, from the cache of the hub or from files with its columns, and predictions of its test sentences:
 
     python run_ft.py --model_name_or_path MODEL --task_name qnli --max_seq_length 128 --do_predict
     python run_ft.py --model_name_or_path MODEL --task_name qnli --train_file train.tsv --validation_file dev.tsv \\
         --max_seq_length 128 --do_predict --test_file test.tsv
 
-Estimator: share of validation sentences with argmax_c (W x + b)_c right, x the concatenated last hidden states,
-encoder, W and b trained together on the mean cross-entropy by Hugging Face's Trainer (Devlin et al. 2019, section 4; Liu et al.
-2023, appendix A): at the end of training, and the best of the evaluations on the way beside it.
+Estimator: share of validation sentences whose label is argmax_c (W x + b)_c, x the concatenated last hidden states. The
+Trainer of Hugging Face trains encoder, W and b together on the mean cross-entropy (Devlin et al. 2019, section 4; Liu et al.
+2023, appendix A). The record has the accuracy at the end of training, and the best one during training.
 
 Errors: over --seeds (initialisation of the head, order, dropout) and of the validation sample (binomial). The best accuracy is
-chosen on the validation sentences, and with --early_stopping_patience so is the end of training: both are a little too high.
+chosen on the validation sentences, and with --early_stopping_patience so is the end of training: both are biased upwards.
 
-The record is finetune_TASK.json in the model's folder, TASK being the stem of --train_file or --task_name; --do_predict adds
-finetune_TASK_predictions.csv. A model that has its record is skipped.
+The record is finetune_TASK.json in the model folder, with TASK the stem of --train_file or --task_name; --do_predict adds
+finetune_TASK_predictions.csv. A model with a record is skipped.
 """
 
-import dataclasses
-
 from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import IntervalStrategy
 
 from pcfg.common.cli import run_main
 from pcfg.common.files import InputError
 from pretraining.data.tasks import read_task
-from pretraining.evaluation.downstream import (
-    DownstreamArguments,
-    DownstreamTrainingArguments,
-    HelpFormatter,
-    parse_arguments,
-)
-from pretraining.evaluation.finetuning import finetune_model
+from pretraining.evaluation.downstream import DownstreamTrainingArguments, downstream_parser, parse_arguments
+from pretraining.evaluation.finetuning import FinetuningArguments, finetune_model
 from pretraining.model.checkpoints import find_model, model_folders
 
 
-@dataclasses.dataclass(kw_only=True)
-class FinetuningArguments(DownstreamArguments):
-    """The end of training and predictions, besides model and data."""
-
-    test_file: str | None = HfArg(
-        default=None, help="file to predict the labels of, with --do_predict; of the same kind, the label column may be missing"
-    )
-    early_stopping_patience: int | None = HfArg(
-        default=None, help="evaluations without a better accuracy after which training stops; default: it does not stop early"
-    )
-
-
 def build_parser() -> HfArgumentParser:
-    classes = (FinetuningArguments, DownstreamTrainingArguments)
-    return HfArgumentParser(classes, description=__doc__, formatter_class=HelpFormatter)
+    return downstream_parser(FinetuningArguments, __doc__)
 
 
 def check_options(options: FinetuningArguments, training: DownstreamTrainingArguments) -> None:
-    """Refuse flags that are nothing without another.
-
-    Raises:
-        InputError: names both flags.
-    """
+    """Refuse flags that have no effect without another flag."""
     if options.early_stopping_patience is not None and options.early_stopping_patience < 1:
         raise InputError(f"--early_stopping_patience {options.early_stopping_patience}: give 1 or more evaluations")
     if options.early_stopping_patience is not None and training.eval_strategy == IntervalStrategy.NO:
-        raise InputError("--early_stopping_patience: needs evaluations on the way: give --eval_strategy steps or epoch")
+        raise InputError("--early_stopping_patience: needs evaluations during training: give --eval_strategy steps or epoch")
     if options.test_file is not None and not training.do_predict:
-        raise InputError("--test_file: is for predictions: give --do_predict too")
+        raise InputError("--test_file: only predictions use it: give --do_predict too")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options, training, given = parse_arguments(build_parser(), arguments)
+    options, training, changed = parse_arguments(build_parser(), arguments)
     if options.model_name_or_path is None:
         raise InputError("--model_name_or_path: give a model folder, or a folder that holds model folders")
     check_options(options, training)
@@ -83,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     task = read_task(options, with_test=training.do_predict)
     for number, folder in enumerate(folders):
         print(f"fine-tuning {number + 1} of {len(folders)}: {folder}")
-        finetune_model(folder, task, options, training, given)
+        finetune_model(folder, task, options, training, changed)
 
 
 if __name__ == "__main__":

@@ -6,80 +6,42 @@
         --per_device_eval_batch_size 512 --learning_rate 1e-3 --weight_decay 0.01 --max_grad_norm 1.0 \\
         --num_train_epochs 50 --lr_scheduler_type polynomial --warmup_steps 50 --seeds 0,1,2,3,4
 
-The lookup table (the language's own conditionals) probed in the same way:
+The same for the lookup table (the conditionals of the language itself):
 
     python run_lp.py --features conditional --rule-path rule_deep_mlm.txt --output_dir OUT/lookup_table (and the data and
         training flags above)
 
-On a laptop: --num_train_epochs 10 --seeds 0 (seconds a model of 4 layers and 10,000 sentences).
+On a laptop: --num_train_epochs 10 --seeds 0 (seconds per model of 4 layers and 10,000 sentences).
 
-Estimator: share of validation sentences with argmax_c (W x + b)_c right, x the frozen features, computed once (Liu et al. 2023,
-section 3). --solver adamw: W, b after the given AdamW training on the raw x (Loshchilov and Hutter 2019). --solver lbfgs: the
-minimum of mean cross-entropy + lambda/2 ||W||^2 on standardised x, lambda chosen within the training part (Bishop 2006, 4.3.4).
+Estimator: share of validation sentences whose label is argmax_c (W x + b)_c, x the frozen features (Liu et al. 2023,
+section 3). --solver adamw: W, b after AdamW training on the raw x with these flags (Loshchilov and Hutter 2019). --solver
+lbfgs: the minimum of mean cross-entropy + lambda/2 ||W||^2 on standardised x, lambda chosen on held-out training sentences
+(Bishop 2006, 4.3.4).
 
 Errors: over --seeds (initialisation and order of AdamW; the split that chooses lambda), of the validation sample (binomial),
 and with --bootstrap over resampled training and validation sentences. Features are the last hidden states of all positions,
 concatenated (zeros at padding), or their mean or the first one (--pool).
 
-The record is probe_TASK.json in the model's folder (probe_lbfgs_mean_TASK.json and so on for other choices), TASK being the
-stem of --train_file or --task_name. A model that has its record is skipped.
+The record is probe_TASK.json in the model folder (probe_lbfgs_mean_TASK.json and so on for other choices), with TASK the stem
+of --train_file or --task_name. A model with a record is skipped.
 """
 
-import dataclasses
-from typing import Literal
-
 from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
 
 from pcfg.common.cli import run_main
 from pcfg.common.files import InputError
 from pretraining.data.tasks import read_task
-from pretraining.evaluation.downstream import (
-    DownstreamArguments,
-    DownstreamTrainingArguments,
-    HelpFormatter,
-    parse_arguments,
-)
-from pretraining.evaluation.probes import ineffective_flags, probe_lookup_table, probe_model
+from pretraining.evaluation.downstream import DownstreamTrainingArguments, downstream_parser, parse_arguments
+from pretraining.evaluation.probes import ProbeArguments, ineffective_flags, probe_lookup_table, probe_model
 from pretraining.model.checkpoints import find_model, model_folders
 
 
-@dataclasses.dataclass(kw_only=True)
-class ProbeArguments(DownstreamArguments):
-    """Features and solver of a probe, besides model and data."""
-
-    features: Literal["hidden", "conditional"] = HfArg(
-        default="hidden",
-        help="hidden: last hidden states; conditional: the distribution of the word at each position given the rest, a "
-        "model's prediction or, with --rule-path or --condprobfile_*, the language's own (the lookup table)",
-    )
-    pool: Literal["concat", "mean", "cls"] = HfArg(
-        default="concat",
-        help="concat: the vectors of all positions; mean: their mean over the sentence, without padding; cls: the one of [CLS]",
-    )
-    solver: Literal["adamw", "lbfgs"] = HfArg(
-        default="adamw",
-        help="adamw: trained as the training flags say; lbfgs: the regularised optimum, on which they have no bearing",
-    )
-    bootstrap: int = HfArg(default=0, help="resampled data sets for the error that comes from the data, 2 or more; 0: none")
-    rule_path: str | None = HfArg(default=None, help="grammar whose conditionals are probed; a bare name may be a shipped one")
-    condprobfile_train: str | None = HfArg(
-        default=None, help="lookup table made for --train_file by python -m pcfg.lookup, instead of --rule-path"
-    )
-    condprobfile_validation: str | None = HfArg(default=None, help="lookup table made for --validation_file")
-
-
 def build_parser() -> HfArgumentParser:
-    classes = (ProbeArguments, DownstreamTrainingArguments)
-    return HfArgumentParser(classes, description=__doc__, formatter_class=HelpFormatter)
+    return downstream_parser(ProbeArguments, __doc__)
 
 
 def check_options(options: ProbeArguments, training: DownstreamTrainingArguments) -> bool:
-    """Whether the lookup table is probed, and not a model.
-
-    Raises:
-        InputError: the flags name neither, or both, or one by halves; or features or errors that there are not.
-    """
+    """Whether a lookup table is probed, and not a model; refuse flags that contradict each other."""
     tables = (options.condprobfile_train, options.condprobfile_validation)
     is_table = options.rule_path is not None or any(tables)
     if is_table == (options.model_name_or_path is not None):
@@ -97,14 +59,14 @@ def check_options(options: ProbeArguments, training: DownstreamTrainingArguments
         raise InputError("--features hidden: a lookup table has no hidden states; give --features conditional")
     if is_table and (any(tables) if options.rule_path is not None else not all(tables)):
         raise InputError("give either --rule-path, or both --condprobfile_train and --condprobfile_validation")
-    if is_table and training.wanted_output_dir is None:
+    if is_table and training.record_folder is None:
         raise InputError("--output_dir: give the folder for the lookup table's records")
     return is_table
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options, training, given = parse_arguments(build_parser(), arguments)
-    if ignored := ineffective_flags(given, options.solver):
+    options, training, changed = parse_arguments(build_parser(), arguments)
+    if ignored := ineffective_flags(changed, options.solver):
         by = "" if options.solver == "adamw" else f" by {options.solver}"
         print(f"warning: no effect on a linear probe{by}: {', '.join('--' + name for name in ignored)}")
     is_table = check_options(options, training)

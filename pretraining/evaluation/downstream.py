@@ -1,10 +1,12 @@
-"""What the two downstream measurements have in common: command-line arguments and the record of accuracies."""
+"""Common parts of the downstream measurements (linear probe, fine-tuning): command-line flags, the record of accuracies."""
 
 import argparse
 import dataclasses
 import math
 import time
-from typing import Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from transformers import HfArgumentParser, TrainingArguments
@@ -13,13 +15,18 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from pcfg.common.files import InputError
 from pretraining.data.tasks import GLUE, Task
-from pretraining.evaluation.records import RECORDS, AccuracyRecord, ProbeRecord, is_measured, write_record
+from pretraining.evaluation.records import AccuracyRecord, FinetuneRecord, ProbeRecord, is_measured, write_record
 
-SEEDS = 1 << 32  # numpy, which the Trainer seeds, knows no more
+SEEDS = 1 << 32  # number of seeds of numpy, which the Trainer sets
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it stands, and each flag's default."""
+    """The description with its line breaks, and the default of each flag."""
+
+
+def flag(**options: Any) -> Any:
+    """A dataclass field that `HfArgumentParser` turns into a flag, with the type of its annotation."""
+    return HfArg(**options)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -28,61 +35,63 @@ class DownstreamArguments:
 
     _argument_group_name = "model and data"
 
-    model_name_or_path: str | None = HfArg(
+    model_name_or_path: str | None = flag(
         default=None,
-        help="model folder, folder with model folders at any depth (measured in turn), or a name on the hub",
+        help="model folder, folder with model folders at any depth (measured one by one), or a name on the hub",
     )
-    tokenizer_name: str | None = HfArg(
-        default=None, help="tokenizer, looked up in the model folder first; it must have the model's vocabulary"
+    tokenizer_name: str | None = flag(
+        default=None, help="tokenizer, looked up in the model folder first; its vocabulary must be that of the model"
     )
-    task_name: str | None = HfArg(
+    task_name: str | None = flag(
         default=None,
-        help=f"a GLUE task ({', '.join(GLUE)}), from the hub or from files with its columns",
+        help=f"a GLUE task ({', '.join(GLUE)}), from the hub, or from files with its columns",
     )
-    train_file: str | None = HfArg(default=None, help="file to train on: CSV text,label; or, with --task_name, GLUE's columns")
-    validation_file: str | None = HfArg(default=None, help="file to measure the accuracy on, of the same kind")
-    max_train_samples: int | None = HfArg(default=None, help="train on the first ones of the training file only; default: all")
-    max_seq_length: int = HfArg(
+    train_file: str | None = flag(default=None, help="file to train on: CSV text,label; with --task_name: the columns of GLUE")
+    validation_file: str | None = flag(default=None, help="file to measure the accuracy on, in the same format")
+    max_train_samples: int | None = flag(
+        default=None, help="train on the first sentences of the training file only; default: all"
+    )
+    max_seq_length: int = flag(
         default=32,
-        help="positions of the concatenated features, in tokens with [CLS] and [SEP]; a longer sentence is an error, or is cut "
-        "in natural text",
+        help="positions of the concatenated features, in tokens with [CLS] and [SEP]; a longer sentence is an error, except in "
+        "natural text, where it is cut",
     )
-    tokenization: Literal["auto", "words", "pieces"] = HfArg(
+    tokenization: Literal["auto", "words", "pieces"] = flag(
         default="auto",
-        help="words: one token a word, an unknown one is an error; pieces: natural text, the tokenizer splits words, and "
-        "what is unknown or cut is counted; auto: pieces with --task_name",
+        help="words: one token per word, an unknown word is an error; pieces: natural text, the tokenizer splits words, and "
+        "unknown or cut tokens are counted; auto: pieces with --task_name",
     )
-    seeds: str | None = HfArg(
+    seeds: str | None = flag(
         default=None,
         help="seeds of initialisation and order, separated by commas: one run each, and a standard error over them; "
-        "without it the one of --seed",
+        "default: the seed of --seed",
     )
-    overwrite: bool = HfArg(default=False, help="measure again what has a record already")
+    overwrite: bool = flag(default=False, help="measure again, even if there is a record")
 
 
 @dataclasses.dataclass
 class DownstreamTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments`, with the old name of --eval_strategy and the defaults of a measurement."""
+    """`TrainingArguments` of transformers, with the old name of --eval_strategy and the defaults of a measurement."""
 
     _argument_group_name = "training (Hugging Face TrainingArguments)"
 
-    eval_strategy: IntervalStrategy | str = HfArg(
+    eval_strategy: IntervalStrategy | str = flag(
         default="no",
         aliases=["--evaluation_strategy"],
-        help="when to measure in between, for the best accuracy: no, steps (every --eval_steps) or epoch",
+        help="evaluations during training, for the best accuracy: no, steps (every --eval_steps) or epoch",
     )
-    save_strategy: SaveStrategy | str = HfArg(default="no", help="no: a measurement keeps no checkpoints")
-    output_dir: str | None = HfArg(
-        default=None, help="folder for the lookup table's records (run_lp); a model's go into the model's own folder"
+    save_strategy: SaveStrategy | str = flag(default="no", help="only no: a measurement keeps no checkpoints")
+    output_dir: str | None = flag(
+        default=None, help="folder for the records of a lookup table (run_lp); those of a model go into the model folder"
     )
-    do_train: bool = HfArg(default=True, help="accepted for compatibility: a measurement always trains")
-    do_eval: bool = HfArg(default=True, help="accepted for compatibility: a measurement always evaluates")
-    seed: int = HfArg(default=0, help="the seed where --seeds is not given")
-    report_to: None | str | list[str] = HfArg(default="none", help="integrations of the Trainer, such as wandb")
+    do_train: bool = flag(default=True, help="accepted for compatibility: a measurement always trains")
+    do_eval: bool = flag(default=True, help="accepted for compatibility: a measurement always evaluates")
+    seed: int = flag(default=0, help="seed without --seeds")
+    report_to: None | str | list[str] = flag(default="none", help="integrations of the Trainer, such as wandb")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # TrainingArguments replaces a missing folder by "trainer_output" in the working directory.
-        self.wanted_output_dir = self.output_dir
+        self.record_folder = self.output_dir
         super().__post_init__()
         if not (self.do_train and self.do_eval):
             raise ValueError("a measurement trains and evaluates: leave out --no_do_train and --no_do_eval")
@@ -90,8 +99,8 @@ class DownstreamTrainingArguments(TrainingArguments):
             raise ValueError("--save_strategy: a measurement keeps no checkpoints; leave it out")
 
 
-# Training flags whose values neither argparse nor TrainingArguments checks: what is accepted, and the test for it.
-RANGES = {
+# Training flags whose values neither argparse nor TrainingArguments checks: the accepted range, in words and as a test.
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
         ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "num_train_epochs"),
         ("a finite number of 0 or more", lambda value: 0 <= value < math.inf),
@@ -106,21 +115,27 @@ RANGES = {
 }
 
 
-def parse_arguments(parser: HfArgumentParser, arguments: list[str] | None) -> tuple:
-    """The parser's two dataclasses, and the training flags that were given another value than their default.
+def downstream_parser(options: type[DownstreamArguments], description: str) -> HfArgumentParser:
+    """The parser of a downstream script: its own flags, and those of training."""
+    classes: list[Any] = [options, DownstreamTrainingArguments]
+    return HfArgumentParser(classes, description=description, formatter_class=HelpFormatter)
 
-    A flag that does not exist or a value that TrainingArguments refuses is a usage error: exit code 2.
+
+def parse_arguments(parser: HfArgumentParser, arguments: list[str] | None) -> tuple[Any, DownstreamTrainingArguments, dict]:
+    """The two dataclasses of the parser, and the training flags with another value than their default.
+
+    An unknown flag or a value that TrainingArguments refuses is a usage error: exit code 2.
 
     Returns:
-        options, training, given: dict from flag to value, sorted.
+        options; training; changed: dict from flag to value, sorted.
     """
     namespace, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    # What the parser makes of the defaults: argparse converts those that are strings.
+    # Parsed, because argparse converts defaults that are strings.
     defaults = vars(parser.parse_args([]))
     training_names = {field.name for field in dataclasses.fields(DownstreamTrainingArguments)}
-    given = {
+    changed = {
         name: value for name, value in sorted(vars(namespace).items()) if name in training_names and value != defaults[name]
     }
     for name, (accepted, is_accepted) in RANGES.items():
@@ -131,18 +146,14 @@ def parse_arguments(parser: HfArgumentParser, arguments: list[str] | None) -> tu
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     if options.max_train_samples is not None and options.max_train_samples < 2:
-        parser.error(f"--max_train_samples: {options.max_train_samples} is less than 2, one sentence of each of two classes")
+        parser.error(f"--max_train_samples: {options.max_train_samples} is less than 2, one sentence for each of two classes")
     if options.max_seq_length < 3:
-        parser.error(f"--max_seq_length: {options.max_seq_length} is less than 3, the room for [CLS], a word and [SEP]")
-    return options, training, given
+        parser.error(f"--max_seq_length: {options.max_seq_length} is less than 3, for [CLS], a word and [SEP]")
+    return options, training, changed
 
 
 def parse_seeds(options: DownstreamArguments, training: TrainingArguments) -> list[int]:
-    """The seeds of --seeds, or the one of --seed.
-
-    Raises:
-        InputError: not distinct integers in [0, 2^32).
-    """
+    """The distinct seeds of --seeds, or the one of --seed."""
     if options.seeds is None:
         return [training.seed]
     parts = options.seeds.split(",")
@@ -153,17 +164,13 @@ def parse_seeds(options: DownstreamArguments, training: TrainingArguments) -> li
 
 
 def training_steps(training: TrainingArguments, sentences: int) -> int:
-    """Optimizer steps of a training on `sentences` sentences.
-
-    Raises:
-        InputError: there are none, or the warm-up takes all of them, so that the learning rate asked for is never reached.
-    """
+    """Optimizer steps of a training on `sentences` sentences; more than the warm-up, so that --learning_rate is reached."""
     batch_size = training.per_device_train_batch_size * training.gradient_accumulation_steps
     steps = training.max_steps
     if steps <= 0:
         steps = math.ceil(training.num_train_epochs * math.ceil(sentences / batch_size))
     if steps < 1:
-        raise InputError(f"--num_train_epochs {training.num_train_epochs:g}: that is no training step; give more")
+        raise InputError(f"--num_train_epochs {training.num_train_epochs:g}: gives no training step; give more")
     if training.get_warmup_steps(steps) >= steps:
         raise InputError(
             f"--warmup_steps {training.warmup_steps:g}: the training has {steps} steps ({sentences} sentences, batches of "
@@ -172,57 +179,75 @@ def training_steps(training: TrainingArguments, sentences: int) -> int:
     return steps
 
 
-def data_arguments(options: DownstreamArguments, seeds: list[int]) -> dict:
-    """What a record keeps of the flags on data and seeds."""
+def data_arguments(options: DownstreamArguments, seeds: list[int]) -> dict[str, Any]:
+    """The flags on data and seeds, for a record."""
     names = ("max_seq_length", "max_train_samples", "tokenization")
     return {**{name: getattr(options, name) for name in names}, "seeds": seeds}
 
 
-def measure_accuracy(folder, name: str, measurement: str, task: Task, seeds: list[int], run, **record) -> AccuracyRecord | None:
-    """Measure over seeds and write record `name` of `folder`, unless it is there already; None if so.
+def plain_flags(training: TrainingArguments, names: tuple[str, ...]) -> dict[str, Any]:
+    """The values of some training flags, for a record: enumerations by their value."""
+    return {name: getattr(getattr(training, name), "value", getattr(training, name)) for name in names}
 
-    `value` is the mean over seeds of the accuracy at the end of training. `standard_error` is over seeds (None with one seed);
-    `sampling_standard_error` is sqrt(a (1 - a) / n), how far the accuracy of another validation sample of n sentences would be.
+
+def measure_accuracy(
+    folder: Path,
+    name: str,
+    kind: type[ProbeRecord] | type[FinetuneRecord],
+    task: Task,
+    seeds: list[int],
+    run: Callable[[], tuple[list[dict[str, Any]], dict[str, Any]]],
+    inputs: dict[str, dict],
+    arguments: dict[str, Any],
+    device: str,
+    overwrite: bool,
+) -> AccuracyRecord | None:
+    """Measure over seeds and write record `name` of `folder`; None if it exists already.
+
+    `value` is the mean over seeds of the accuracy at the end of training. `standard_error` is over seeds (None with one seed).
+    `sampling_standard_error` is sqrt(a (1 - a) / n), the standard deviation over validation samples of n sentences.
 
     Args:
-        run: from the list of seeds to one dict a seed ("last" and "best" accuracy, on the training part "train") and a dict of
-            further details of the record.
-        record: inputs, arguments, device, `overwrite` and further details of the record.
-
-    Raises:
-        InputError: the record was made otherwise and `overwrite` is not set.
+        run: returns one dict per seed ("last" and "best" validation accuracy, "train" on the training part), and further fields
+            of the record.
+        overwrite: measure again, even if there is a record.
     """
-    if is_measured(folder, name, record["inputs"], record["arguments"], record.pop("overwrite")):
+    if is_measured(folder, name, inputs, arguments, overwrite):
         print(f"{folder}: {name} is measured already, skipped (--overwrite measures again)")
         return None
     started = time.monotonic()
-    runs, details = run(seeds)
-    last, n = np.array([result["last"] for result in runs]), len(task.validation)
+    runs, details = run()
+    last = np.array([result["last"] for result in runs])
+    n = len(task.validation)
     value = float(last.mean())
-    over_seeds = float(last.std(ddof=1) / np.sqrt(len(last))) if len(last) > 1 else None
-    written = RECORDS[measurement](
+    fields = {
+        "task": task.name,
+        "best_accuracies": [result["best"] for result in runs],
+        "train_accuracies": [result["train"] for result in runs],
+        "classes": len(task.classes),
+        "train_n": len(task.train),
+        "overlap": task.overlap,
+        **details,
+    }
+    record = kind(
         value=value,
-        standard_error=over_seeds,
+        standard_error=float(last.std(ddof=1) / np.sqrt(len(last))) if len(last) > 1 else None,
         n=n,
         unit="accuracy (share of validation sentences)",
-        task=task.name,
         seeds=seeds,
         accuracies=last.tolist(),
         sampling_standard_error=float(np.sqrt(value * (1 - value) / n)),
-        best_accuracy=float(np.mean([result["best"] for result in runs])),
-        best_accuracies=[result["best"] for result in runs],
-        train_accuracies=[result["train"] for result in runs],
+        best_accuracy=float(np.mean(fields["best_accuracies"])),
         majority=task.majority,
-        classes=len(task.classes),
-        train_n=len(task.train),
-        overlap=task.overlap,
+        inputs=inputs,
+        arguments=arguments,
         seconds=time.monotonic() - started,
-        **details,
-        **record,
+        device=device,
+        **fields,
     )
-    write_record(folder, name, written)
-    print(f"{folder}: {measurement} {task.name}: {describe_accuracy(written)}")
-    return written
+    write_record(folder, name, record)
+    print(f"{folder}: {record.measurement} {task.name}: {describe_accuracy(record)}")
+    return record
 
 
 def describe_accuracy(record: AccuracyRecord) -> str:

@@ -1,22 +1,46 @@
-"""Linear probe: a linear classifier on frozen features, which are computed once.
+"""Linear probe: a linear classifier on frozen features of a sentence, which are computed once.
 
-Liu et al. 2023, section 3 (linear probe on the concatenated token representations, AdamW). What the features are is told in
-`pretraining.evaluation.heads`, what is fitted to them and how in `pretraining.evaluation.solvers`.
+The features are the vectors of all positions, concatenated, with zeros at padding (Liu et al. 2023, section 3: "concatenation
+of the token representations"):
+
+    hidden       [h_0; h_1; ...; h_{T+1}; 0; ...]          max_seq_length x hidden numbers
+    conditional  [p(. | x_-1); ...; p(. | x_-T); 0; ...]   max_words x words numbers
+
+h are the last hidden states ([CLS] and [SEP] included), p the distribution of the word at a position given the rest: the
+prediction of a model (softmax over its vocabulary), or the conditionals of the language itself (a lookup table). `pool` is
+"concat", or "mean" (over the positions that are not padding), or "cls" (h_0 alone). The solvers are in
+`pretraining.evaluation.solvers`.
 """
 
+import dataclasses
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import TrainingArguments
 
 from pcfg.common.files import InputError, read_json, write_json
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
+from pretraining.data.contexts import Contexts, concatenate
 from pretraining.data.tasks import Task, check_max_seq_length, encode_task
-from pretraining.evaluation.downstream import data_arguments, measure_accuracy, parse_seeds
-from pretraining.evaluation.heads import conditional_features, feature_width, hidden_features, table_features
+from pretraining.evaluation.downstream import (
+    DownstreamArguments,
+    DownstreamTrainingArguments,
+    data_arguments,
+    flag,
+    measure_accuracy,
+    parse_seeds,
+    plain_flags,
+)
+from pretraining.evaluation.records import AccuracyRecord, ProbeRecord
 from pretraining.evaluation.solvers import (
+    SOLVERS,
     ProbeData,
     accuracy,
     bootstrap,
@@ -26,168 +50,308 @@ from pretraining.evaluation.solvers import (
     fit_lbfgs,
     standardise,
 )
+from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import FACTS_FILE, describe_model, is_model_folder, load_model
 
+FEATURES = ("hidden", "conditional")
+POOLS = ("concat", "mean", "cls")
 LOOKUP_TABLE = "lookup table"  # the name in args.json by which the report knows it
-# The training flags that AdamW depends on here; the rest of TrainingArguments is about the Trainer, which a probe does not use.
+BLOCK_SENTENCES = 512  # of a lookup table in memory at a time
+# Per encoder pass: more do not fit into the cache of a CPU (20% slower at 32,768), and a GPU needs more.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+# The training flags that AdamW depends on; the other TrainingArguments configure the Trainer, which a probe does not use.
 FLAGS = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "eval_strategy", "eval_steps"),
 )
-# Flags that have no bearing on the result of a probe either way.
+# Flags that never change the result of a probe.
 HARMLESS = {"per_device_eval_batch_size", "output_dir", "seed", "do_train", "do_eval", "report_to", "disable_tqdm", "use_cpu"}
 
 
-def ineffective_flags(given: dict, solver: str) -> list[str]:
-    """The training flags in `given` that a probe by `solver` does not follow."""
-    return sorted(given.keys() - set(FLAGS if solver == "adamw" else ()) - HARMLESS)
+@dataclasses.dataclass(kw_only=True)
+class ProbeArguments(DownstreamArguments):
+    """Features and solver of a probe, in addition to model and data."""
+
+    features: str = flag(
+        default="hidden",
+        metadata={"choices": FEATURES},
+        help="hidden: last hidden states; conditional: the distribution of the word at each position given the rest, predicted "
+        "by a model or, with --rule-path or --condprobfile_*, of the language itself (the lookup table)",
+    )
+    pool: str = flag(
+        default="concat",
+        metadata={"choices": POOLS},
+        help="concat: the vectors of all positions; mean: their mean over the sentence, without padding; cls: that of [CLS]",
+    )
+    solver: str = flag(
+        default="adamw",
+        metadata={"choices": SOLVERS},
+        help="adamw: trained with the training flags; lbfgs: the regularised optimum, which ignores them",
+    )
+    bootstrap: int = flag(default=0, help="resampled data sets for the error over samples of the data, 2 or more; 0: none")
+    rule_path: str | None = flag(default=None, help="grammar whose conditionals are probed; a bare name may be a shipped one")
+    condprobfile_train: str | None = flag(
+        default=None, help="lookup table made for --train_file by python -m pcfg.lookup, instead of --rule-path"
+    )
+    condprobfile_validation: str | None = flag(default=None, help="lookup table made for --validation_file")
 
 
-def record_name(options, task: Task, is_table: bool = False) -> str:
-    """`probe_TASK.json`, with what is not the default before the task: conditional features of a model, lbfgs, the pooling."""
-    features = "hidden" if is_table else options.features  # a table has one kind of them only
+def _allocate(rows: int, width: int) -> Tensor:
+    """Zeros of shape (rows, width), float32, if they fit into memory."""
+    needed = 4 * rows * width
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise InputError(
+            f"the features of {rows:,} sentences need {needed / 2**30:.1f} GiB, the machine has {memory / 2**30:.1f} GiB; "
+            "use fewer sentences, a smaller --max_seq_length or a smaller vocabulary"
+        )
+    with torch.inference_mode(False):  # an inference tensor could not be trained on
+        return torch.zeros(rows, width)
+
+
+def feature_width(pool: str, positions: int, size: int) -> int:
+    """Numbers of one sentence's features: `positions` vectors of `size`, or one of them."""
+    return positions * size if pool == "concat" else size
+
+
+def _pooled(vectors: Tensor, pool: str, positions: int) -> Tensor:
+    """(batch, length, size) vectors of sentences without padding -> (batch, feature_width(pool, positions, size))."""
+    if pool == "mean":
+        return vectors.mean(1)
+    return vectors[:, 0] if pool == "cls" else concatenate(vectors, None, positions)
+
+
+@torch.inference_mode()
+def hidden_features(
+    model: MaskedLM, contexts: Contexts, positions: int, pool: str = "concat", batch_tokens: int | None = None
+) -> Tensor:
+    """Last hidden states of whole (unmasked) sentences.
+
+    A batch has sentences of one length, so that nothing is padded or masked; repeated sentences are computed once. All is
+    float32: bfloat16, with its 8 bits, changes the accuracy of a probe.
+
+    Args:
+        model: in eval mode.
+        contexts: the sentences; only their `input_ids` and `lengths` are used.
+        positions: of the concatenated features, at least the longest length.
+        pool: see the module.
+        batch_tokens: tokens per batch, approximately; None for the default of the device.
+
+    Returns:
+        (sentences, feature_width(pool, positions, hidden)) float32, on the CPU.
+    """
+    width = feature_width(pool, positions, model.config.hidden_size)
+    features = _allocate(len(contexts.lengths), width)
+    device = next(model.parameters()).device
+    batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
+    with tqdm(total=len(features), desc="features", unit="sentence", leave=False) as progress:
+        for length in np.unique(contexts.lengths).tolist():
+            rows = np.flatnonzero(contexts.lengths == length)
+            distinct, inverse = np.unique(contexts.input_ids[rows, :length], axis=0, return_inverse=True)
+            sentences = torch.from_numpy(distinct).split(max(1, batch_tokens // length))
+            encoded = [_pooled(model.encode(ids.to(device)), pool, positions).float().cpu() for ids in sentences]
+            features[torch.from_numpy(rows)] = torch.cat(encoded)[torch.from_numpy(inverse.ravel())]
+            progress.update(len(rows))
+    return features
+
+
+def _put(features: Tensor, sentence: np.ndarray, word: np.ndarray, vectors: Tensor, counts: np.ndarray, pool: str) -> None:
+    """Put the vectors (m, size) of words `word` (m,) of sentences `sentence` (m,) into their features.
+
+    `counts` (sentences,) are the words of each sentence.
+    """
+    rows = torch.from_numpy(sentence)
+    if pool == "concat":
+        features.view(len(features), -1, vectors.shape[1])[rows, torch.from_numpy(word)] = vectors
+    else:
+        features.index_add_(0, rows, vectors / torch.from_numpy(counts[sentence])[:, None])
+
+
+@torch.inference_mode()
+def conditional_features(
+    model: MaskedLM, contexts: Contexts, max_words: int, pool: str = "concat", batch_size: int = 512
+) -> Tensor:
+    """Conditionals f(x_-t) that a model predicts at every word position t, over its whole vocabulary; concatenated or the mean.
+
+    Returns:
+        (sentences, feature_width(pool, max_words, vocab_size)) float32 probabilities, on the CPU. Concatenated ones have zeros
+        beyond the end of a sentence.
+    """
+    features = _allocate(len(contexts.lengths), feature_width(pool, max_words, model.config.vocab_size))
+    device = next(model.parameters()).device
+    counts = contexts.counts
+    batches = contexts.batches(np.arange(len(contexts.label)), batch_size)
+    for batch in tqdm(batches, desc="conditionals", unit="batch", leave=False):
+        probabilities = torch.softmax(model(*contexts.batch(batch, device)).float(), -1).cpu()  # (m, vocab_size)
+        word = contexts.position[batch] - 1  # position 0 is [CLS]
+        _put(features, contexts.sentence[batch], word, probabilities, counts, pool)
+    return features
+
+
+def table_features(table: LookupTable, max_words: int, pool: str = "concat", sentences: int | None = None) -> Tensor:
+    """The true conditionals P(. | x_-t) of the first `sentences` of a lookup table (None: all); concatenated or the mean.
+
+    Returns:
+        (sentences, feature_width(pool, max_words, words)) float32 probabilities. Concatenated ones have zeros beyond the end of
+        a sentence.
+    """
+    lengths = np.asarray(table.lengths[:sentences], np.int64)
+    features = _allocate(len(lengths), feature_width(pool, max_words, len(table.words)))
+    for low in range(0, len(lengths), BLOCK_SENTENCES):
+        high = min(low + BLOCK_SENTENCES, len(lengths))
+        sentence, word = np.nonzero(np.arange(max_words) < lengths[low:high, None])
+        rows = torch.from_numpy(np.asarray(table.conditionals(low, high), np.float32))
+        _put(features, sentence + low, word, rows, lengths, pool)
+    return features
+
+
+def ineffective_flags(changed: dict[str, Any], solver: str) -> list[str]:
+    """The training flags in `changed` that a probe by `solver` ignores."""
+    return sorted(changed.keys() - set(FLAGS if solver == "adamw" else ()) - HARMLESS)
+
+
+def record_name(options: ProbeArguments, task: Task, is_table: bool = False) -> str:
+    """`probe_TASK.json`, with other choices than the defaults before the task: features of a model, solver, pooling."""
+    features = "hidden" if is_table else options.features  # a table has one kind of features only
     choices = (features, "hidden"), (options.solver, "adamw"), (options.pool, "concat")
     return "_".join(["probe", *(choice for choice, default in choices if choice != default), task.name]) + ".json"
 
 
-def fit(data: ProbeData, options, training: TrainingArguments, seeds: list[int]) -> tuple[list[dict], dict]:
-    """Fit the probe once a seed, and to resampled sentences for --bootstrap.
+# From (n,) int64 resampled training sentences to a head.
+Refit = Callable[[np.ndarray], nn.Linear]
+
+
+def fit(
+    data: ProbeData, options: ProbeArguments, training: TrainingArguments, seeds: list[int]
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """Fit the probe once per seed, and to resampled sentences for --bootstrap.
 
     Returns:
-        One dict a seed: "last" and "best" validation accuracy, "train", the accuracy on the training part; and further details
+        One dict per seed: "last" and "best" validation accuracy, and "train", the accuracy on the training part. Further fields
         of the record.
     """
+    fields: dict[str, Any] = {}
     if options.solver == "lbfgs":
         standardise(data)
-        heads, details, refit = _optima(data, seeds)
+        heads, fields, refit = _optima(data, seeds)
         bests = [0.0] * len(heads)
     else:
-        heads, bests = zip(*(fit_adamw(data, training, seed) for seed in seeds), strict=True)
-        details = {}
+        fits = [fit_adamw(data, training, seed) for seed in seeds]
+        heads = [head for head, _ in fits]
+        bests = [best for _, best in fits]
 
-        def refit(drawn):
-            return fit_adamw(data, training, seeds[0], drawn)[0]
+        def refit(sentences: np.ndarray) -> nn.Linear:
+            return fit_adamw(data, training, seeds[0], sentences)[0]
 
-    right = [correct(head, data.validation_features, data.validation_labels).numpy() for head in heads]
+    matches = [correct(head, data.validation_features, data.validation_labels).numpy() for head in heads]
     runs = []
-    for head, best, is_right in zip(heads, bests, right, strict=True):
-        last = int(is_right.sum()) / len(is_right)
+    for head, best, match in zip(heads, bests, matches, strict=True):
+        last = int(match.sum()) / len(match)
         runs.append({"last": last, "best": max(best, last), "train": accuracy(head, data.features, data.labels)})
     if options.bootstrap:
-        details["bootstrap"] = bootstrap(data, np.mean(right, axis=0), refit, options.bootstrap, seeds[0])
-    return runs, details
+        fields["bootstrap"] = bootstrap(data, np.mean(matches, axis=0), refit, options.bootstrap, seeds[0])
+    return runs, fields
 
 
-def _optima(data: ProbeData, seeds: list[int]) -> tuple:
-    """Heads: the optimum at the strength that each seed's split chooses; what a record keeps of them; the bootstrap's refit."""
+def _optima(data: ProbeData, seeds: list[int]) -> tuple[list[nn.Linear], dict[str, Any], Refit]:
+    """The optimum at the strength that each seed's split chooses; fields of the record; the refit of the bootstrap."""
     strengths = [choose_strength(data.features, data.labels, data.classes, seed) for seed in seeds]
     fits = {strength: fit_lbfgs(data.features, data.labels, data.classes, strength) for strength in set(strengths)}
     first = fits[strengths[0]]
 
-    def refit(drawn):
-        weights = torch.from_numpy(np.bincount(drawn, minlength=len(data.labels))).to(data.features)
+    def refit(sentences: np.ndarray) -> nn.Linear:
+        weights = torch.from_numpy(np.bincount(sentences, minlength=len(data.labels))).to(data.features)
         return fit_lbfgs(data.features, data.labels, data.classes, strengths[0], weights=weights, start=first).head
 
-    details = {"strengths": strengths, "excess_nats": max(optimum.excess for optimum in fits.values())}
-    return [fits[strength].head for strength in strengths], details, refit
+    fields = {"strengths": strengths, "excess_nats": max(optimum.excess for optimum in fits.values())}
+    return [fits[strength].head for strength in strengths], fields, refit
 
 
-def _measure(folder: Path, name: str, inputs: dict, task: Task, options, training, features_of_parts) -> dict | None:
-    """Fit the probe to what `features_of_parts()` gives (of training and validation, and their width); write the record."""
-    flags = {flag: getattr(training, flag) for flag in FLAGS} if options.solver == "adamw" else {}
-    plain = {flag: getattr(value, "value", value) for flag, value in flags.items()}  # enums by their value
+def _measure(
+    folder: Path,
+    name: str,
+    model: dict[str, str],
+    task: Task,
+    options: ProbeArguments,
+    training: TrainingArguments,
+    compute_features: Callable[[], tuple[list[Tensor], int]],
+) -> AccuracyRecord | None:
+    """Fit the probe, and write the record; `compute_features` gives those of both parts, and their full width."""
     seeds = parse_seeds(options, training)
     own = {name: getattr(options, name) for name in ("features", "pool", "solver", "bootstrap")}
+    flags = plain_flags(training, FLAGS) if options.solver == "adamw" else {}
 
-    def run(seeds):
-        *features, width = features_of_parts()
+    def run() -> tuple[list[dict[str, float]], dict[str, Any]]:
+        features, width = compute_features()
         labels = [torch.from_numpy(part.labels) for part in (task.train, task.validation)]
         train, validation, *labels = _placed(training.device, *features, *labels)
-        return fit(ProbeData(train, labels[0], validation, labels[1], len(task.classes), width), options, training, seeds)
+        data = ProbeData(train, labels[0], validation, labels[1], len(task.classes), width)
+        runs, fields = fit(data, options, training, seeds)
+        return runs, {"features": options.features, **fields}
 
-    return measure_accuracy(
-        folder,
-        name,
-        "probe",
-        task,
-        seeds,
-        run,
-        features=options.features,
-        inputs={**task.inputs(), **inputs},
-        arguments={**plain, **own, **data_arguments(options, seeds)},
-        device=str(training.device),
-        overwrite=options.overwrite,
-    )
+    inputs = {**task.inputs(), "model": model}
+    arguments = {**flags, **own, **data_arguments(options, seeds)}
+    device = str(training.device)
+    return measure_accuracy(folder, name, ProbeRecord, task, seeds, run, inputs, arguments, device, options.overwrite)
 
 
-def _placed(device: torch.device, *tensors: torch.Tensor) -> tuple:
-    """The tensors on `device`, where they fit into half of what is free there; else as they are."""
+def _placed(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors on a GPU if they fit into half of its free memory; otherwise unchanged."""
     if device.type != "cuda" or 2 * sum(tensor.nbytes for tensor in tensors) > torch.cuda.mem_get_info(device)[0]:
         return tensors
     return tuple(tensor.to(device) for tensor in tensors)
 
 
-def probe_model(folder: Path, task: Task, options, training: TrainingArguments) -> dict | None:
+def probe_model(
+    folder: Path, task: Task, options: ProbeArguments, training: DownstreamTrainingArguments
+) -> AccuracyRecord | None:
     """Probe the model in `folder`: its hidden states, or its predicted conditionals (`options.features`).
 
     Returns:
-        The record, written under `record_name`; None where it was there already.
-
-    Raises:
-        InputError: see `encode_task` and `load_model`; or the record was made otherwise.
+        The record, written under `record_name`; None if it exists already.
     """
 
-    def features_of_parts():
+    def compute_features() -> tuple[list[Tensor], int]:
         model = load_model(folder, training.device)
         parts = encode_task(task, folder, model.config, options)
         longest = max(int(part.lengths.max()) for part in parts)  # beyond it all features are zeros
         if options.features == "hidden":
             features = [hidden_features(model, part, longest, options.pool) for part in parts]
-            return *features, feature_width(options.pool, options.max_seq_length, model.config.hidden_size)
+            return features, feature_width(options.pool, options.max_seq_length, model.config.hidden_size)
         features = [conditional_features(model, part, longest - 2, options.pool) for part in parts]
-        return *features, feature_width(options.pool, options.max_seq_length - 2, model.config.vocab_size)
+        return features, feature_width(options.pool, options.max_seq_length - 2, model.config.vocab_size)
 
-    return _measure(
-        folder, record_name(options, task), {"model": describe_model(folder)}, task, options, training, features_of_parts
-    )
+    return _measure(folder, record_name(options, task), describe_model(folder), task, options, training, compute_features)
 
 
-def probe_lookup_table(task: Task, options, training: TrainingArguments) -> dict | None:
-    """Probe the true conditionals of the task's sentences; the record goes into `--output_dir`, a folder without weights.
+def probe_lookup_table(task: Task, options: ProbeArguments, training: DownstreamTrainingArguments) -> AccuracyRecord | None:
+    """Probe the true conditionals of the task's sentences; the record goes into --output_dir, a folder without weights."""
+    grammar_sha256, open_tables = _tables(task, options)
+    folder = _record_folder(str(training.record_folder), grammar_sha256)
 
-    Raises:
-        InputError: a file is missing or does not belong to the task, a sentence is too long, or the grammar has no
-            derivation for it.
-    """
-    grammar_sha256, make_tables = _tables(task, options)
-    folder = _record_folder(training.wanted_output_dir, grammar_sha256)
-
-    def features_of_parts():
-        tables, parts = make_tables(), (task.train, task.validation)
-        lengths = [np.asarray(table.lengths[: len(part)]) for table, part in zip(tables, parts, strict=True)]
-        for words, part in zip(lengths, parts, strict=True):
+    def compute_features() -> tuple[list[Tensor], int]:
+        pairs = list(zip(open_tables(), (task.train, task.validation), strict=True))
+        lengths = [np.asarray(table.lengths[: len(part)]) for table, part in pairs]
+        for words, (_, part) in zip(lengths, pairs, strict=True):
             check_max_seq_length(words, options.max_seq_length, part.file)
         longest = max(int(words.max()) for words in lengths)
-        features = [table_features(table, longest, options.pool, len(part)) for table, part in zip(tables, parts, strict=True)]
-        return *features, feature_width(options.pool, options.max_seq_length - 2, len(tables[0].words))
+        features = [table_features(table, longest, options.pool, len(part)) for table, part in pairs]
+        return features, feature_width(options.pool, options.max_seq_length - 2, len(pairs[0][0].words))
 
-    inputs = {"model": {"name": LOOKUP_TABLE, "grammar_sha256": grammar_sha256}}
-    return _measure(folder, record_name(options, task, True), inputs, task, options, training, features_of_parts)
+    model = {"name": LOOKUP_TABLE, "grammar_sha256": grammar_sha256}
+    return _measure(folder, record_name(options, task, True), model, task, options, training, compute_features)
 
 
-def _tables(task: Task, options):
-    """The SHA-256 of the grammar, and a function that gives the lookup tables of the two parts of the task."""
-    sources = (task.train.file, task.validation.file)
+def _tables(task: Task, options: ProbeArguments) -> tuple[str, Callable[[], list[LookupTable]]]:
+    """The SHA-256 of the grammar, and a function that returns the lookup tables of both parts of the task."""
+    parts = (task.train, task.validation)
     if options.rule_path is not None:
         grammar = Grammar.read(find_rules(options.rule_path))
-        texts = (task.train.texts, task.validation.texts)
-        return grammar.sha256, lambda: [
-            LookupTable.compute(grammar, text, source) for text, source in zip(texts, sources, strict=True)
-        ]
-    files = (options.condprobfile_train, options.condprobfile_validation)
+        return grammar.sha256, lambda: [LookupTable.compute(grammar, part.texts, part.file) for part in parts]
+    files = [str(options.condprobfile_train), str(options.condprobfile_validation)]
     tables = [LookupTable.open(file) for file in files]
-    for table, part in zip(tables, (task.train, task.validation), strict=True):
+    for table, part in zip(tables, parts, strict=True):
         table.check_text(part.file)
         table.check_whole(len(part))
     if tables[0].grammar_sha256 != tables[1].grammar_sha256:
@@ -195,12 +359,13 @@ def _tables(task: Task, options):
     return tables[0].grammar_sha256, lambda: tables
 
 
-def _record_folder(output_dir, grammar_sha256: str) -> Path:
-    """The folder of the lookup table's records, with the `args.json` that tells what it is."""
+def _record_folder(output_dir: str, grammar_sha256: str) -> Path:
+    """The folder of the lookup table's records, with an `args.json` that identifies it."""
     folder = Path(output_dir)
     if is_model_folder(folder):
-        raise InputError(f"--output_dir {folder}: holds a model; give the lookup table's records a folder of their own")
-    facts, path = {"model": LOOKUP_TABLE, "grammar_sha256": grammar_sha256}, folder / FACTS_FILE
+        raise InputError(f"--output_dir {folder}: holds a model; give the records of the lookup table another folder")
+    facts = {"model": LOOKUP_TABLE, "grammar_sha256": grammar_sha256}
+    path = folder / FACTS_FILE
     if not path.exists():
         write_json(path, facts)
     elif read_json(path) != facts:

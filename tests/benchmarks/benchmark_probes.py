@@ -33,8 +33,8 @@ from pcfg.sampler import Sampler
 from pretraining.data.contexts import Contexts, from_texts
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from pretraining.evaluation.downstream import DownstreamTrainingArguments
-from pretraining.evaluation.heads import hidden_features, linear_head
-from pretraining.evaluation.solvers import ProbeData, accuracy, choose_strength, fit_adamw, fit_lbfgs, standardise
+from pretraining.evaluation.probes import hidden_features
+from pretraining.evaluation.solvers import ProbeData, accuracy, choose_strength, fit_adamw, fit_lbfgs, linear_head, standardise
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 

@@ -13,15 +13,8 @@ from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable
 from pretraining.data.contexts import concatenate, from_texts
 from pretraining.evaluation.downstream import DownstreamTrainingArguments
-from pretraining.evaluation.heads import (
-    POOLS,
-    conditional_features,
-    feature_width,
-    hidden_features,
-    linear_head,
-    table_features,
-)
-from pretraining.evaluation.solvers import ProbeData, accuracy, fit_adamw
+from pretraining.evaluation.probes import POOLS, conditional_features, feature_width, hidden_features, table_features
+from pretraining.evaluation.solvers import ProbeData, accuracy, fit_adamw, linear_head
 from pretraining.model.checkpoints import load_model, load_vocabulary
 
 LENGTH = 12  # longer than any sentence needs: the padding must be zeros
