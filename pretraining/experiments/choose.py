@@ -2,13 +2,12 @@
 
     python -m pretraining.experiments.choose --standard OUT/models/selection_standard/seed100/step0003000 \\
         --candidate 0.1 OUT/models/selection_0.1/seed100/step0003000 --candidate 1 OUT/models/selection_1/seed100/step0003000 \\
-        --task pcfg_B --gap-allowed 0.02 --output OUT/adversarial
+        --task pcfg_B --output OUT/adversarial
 
-The question is whether the loss can stay while the probe's accuracy falls. So among the weights whose gap is larger than the
-standard model's by at most --gap-allowed (the paired difference plus two standard errors), the one with the lowest accuracy on
---task is chosen, if that is below the standard model's. Reads the records of calculate_loss.py --compare-with and run_lp.py
-beside the weights. Writes choice.json (all weights, and the choice) and, if there is one, chosen.json, for --config of
-run_pretraining.py.
+The question is whether the accuracy of the probe can fall at the same loss. Among the weights whose model has the same loss as
+the standard one (`pretraining.report.same_loss`), the one with the lowest accuracy on --task is chosen, if that is below the
+standard model's. Reads the records of calculate_loss.py --compare-with and run_lp.py next to the weights. Writes choice.json (all
+weights, and the choice) and, if there is one, chosen.json, for --config of run_pretraining.py.
 """
 
 import argparse
@@ -16,23 +15,22 @@ from pathlib import Path
 
 from pcfg.common.cli import Parser, non_negative, run_main
 from pcfg.common.files import InputError, write_json
-from pretraining.evaluation.records import ComparisonRecord, Record, read_records
+from pretraining.evaluation.records import AccuracyRecord, ComparisonRecord, read_records
 from pretraining.model.checkpoints import weights_sha256
 from pretraining.report.contract import Choice, Weight, write_choice
+from pretraining.report.same_loss import MARGIN, MAX_GAP, SameLoss
 
-ERRORS = 2.0  # standard errors that a gap's increase must stay below the limit by
 
-
-def probe_of(folder, task: str) -> Record:
+def probe_of(folder: Path | str, task: str) -> AccuracyRecord:
     """The record of the model's probe on a task."""
     name = f"probe_{task}.json"
-    records = read_records(folder)
-    if name not in records:
+    record = read_records(folder).get(name)
+    if not isinstance(record, AccuracyRecord):
         raise InputError(f"{folder}: has no {name}; measure it with run_lp.py first")
-    return records[name]
+    return record
 
 
-def comparison_with(folder, standard) -> ComparisonRecord:
+def comparison_with(folder: Path | str, standard: Path | str) -> ComparisonRecord:
     """The record of the loss's comparison with the model in `standard`."""
     digest = weights_sha256(standard)
     for record in read_records(folder).values():
@@ -41,22 +39,27 @@ def comparison_with(folder, standard) -> ComparisonRecord:
     raise InputError(f"{folder}: no comparison with {standard}; measure it with calculate_loss.py --compare-with first")
 
 
-def choose(standard, candidates: dict, task: str, gap_allowed: float) -> Choice:
+def choose(standard: Path | str, candidates: dict[float, str], task: str, criterion: SameLoss) -> Choice:
     """The choice among models of several weights.
 
     Args:
         standard: folder of the model without the term.
         candidates: folders by weight.
         task: of the probe's record.
-        gap_allowed: nats, by which the gap (sentence mean) may be larger.
-
-    Raises:
-        InputError: a measurement is missing.
+        criterion: of the same loss.
     """
     standard_accuracy = probe_of(standard, task).value
     weights = []
     for weight, folder in sorted(candidates.items()):
-        difference = comparison_with(folder, standard).difference.sentences
+        comparison = comparison_with(folder, standard)
+        if comparison.gap_a is None or comparison.gap_b is None:
+            raise InputError(
+                f"{folder}: its comparison with {standard} has no gaps, so it is not known whether they are saturated; measure "
+                "it with calculate_loss.py --compare-with and --condprobfile or --rule-path"
+            )
+        difference = comparison.difference.sentences
+        gaps = [gap.sentences for gap in (comparison.gap_a, comparison.gap_b)]
+        are_saturated = all(criterion.is_saturated(gap.mean, gap.standard_error) for gap in gaps)
         probe = probe_of(folder, task)
         weights.append(
             Weight(
@@ -66,19 +69,17 @@ def choose(standard, candidates: dict, task: str, gap_allowed: float) -> Choice:
                 accuracy=probe.value,
                 accuracy_se=probe.standard_error,
                 standard_accuracy=standard_accuracy,
+                same_loss=are_saturated and criterion.is_equal(difference.mean, difference.standard_error),
             )
         )
-    allowed = [
-        tried
-        for tried in weights
-        if tried.gap_increase + ERRORS * tried.gap_increase_se <= gap_allowed and tried.accuracy < standard_accuracy
-    ]
-    criterion = (
-        f"lowest probe accuracy on {task}, below the standard model's, among the weights whose gap is larger by at most "
-        f"{gap_allowed:g} nats (paired difference plus {ERRORS:g} standard errors)"
+    allowed = [tried for tried in weights if tried.same_loss and tried.accuracy < standard_accuracy]
+    return Choice(
+        criterion=f"Lowest probe accuracy on {task}, below the standard model's, among the weights with the standard model's "
+        f"loss. {criterion.statement()}",
+        gap_allowed=criterion.margin,
+        weights=tuple(weights),
+        chosen=min(allowed, key=lambda tried: tried.accuracy).weight if allowed else None,
     )
-    chosen = min(allowed, key=lambda tried: tried.accuracy).weight if allowed else None
-    return Choice(criterion=criterion, gap_allowed=gap_allowed, weights=tuple(weights), chosen=chosen)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,11 +92,23 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar=("WEIGHT", "FOLDER"),
-        help="a weight and the model folder trained with it; once a weight",
+        help="a weight and the model folder trained with it; once per weight",
     )
     group = parser.add_argument_group("choice")
     group.add_argument("--task", required=True, help="name of the probe's task, pcfg_B for probe_pcfg_B.json")
-    group.add_argument("--gap-allowed", type=non_negative, default=0.02, help="nats (default 0.02)")
+    group.add_argument(
+        "--max-gap",
+        type=non_negative,
+        default=MAX_GAP,
+        help=f"nats; limit of each gap plus 1.96 standard errors (default: {MAX_GAP:g})",
+    )
+    group.add_argument(
+        "--margin",
+        "--gap-allowed",
+        type=non_negative,
+        default=MARGIN,
+        help=f"nats; the 95%% interval of the difference of the gaps lies inside +- this (default: {MARGIN:g})",
+    )
     group.add_argument("--output", required=True, help="folder for choice.json and chosen.json")
     return parser
 
@@ -107,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         candidates = {non_negative(weight): folder for weight, folder in options.candidate}
     except (ValueError, argparse.ArgumentTypeError) as error:
         parser.error(f"--candidate: {error}")
-    choice = choose(options.standard, candidates, options.task, options.gap_allowed)
+    choice = choose(options.standard, candidates, options.task, SameLoss(options.max_gap, options.margin))
     output = Path(options.output)
     chosen = output / "chosen.json"
     if choice.chosen is None:
@@ -117,8 +130,9 @@ def main(arguments: list[str] | None = None) -> None:
     write_choice(output / "choice.json", choice)
     for tried in choice.weights:
         print(
-            f"weight {tried.weight:g}: gap {tried.gap_increase:+.4f} +- {tried.gap_increase_se:.4f} nats, accuracy "
-            f"{100 * tried.accuracy:.1f}% (standard {100 * tried.standard_accuracy:.1f}%)"
+            f"weight {tried.weight:g}: gap {tried.gap_increase:+.4f} +- {tried.gap_increase_se:.4f} nats, "
+            f"{'the same loss' if tried.same_loss else 'not the same loss'}, accuracy {100 * tried.accuracy:.1f}% "
+            f"(standard {100 * tried.standard_accuracy:.1f}%)"
         )
     print(f"chosen: {choice.chosen:g}" if choice.chosen is not None else f"none is chosen: {choice.criterion}")
 

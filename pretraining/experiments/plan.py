@@ -1,40 +1,109 @@
-"""From a scale, seeds and tasks to the commands of the experiments, in an order in which they can be done.
+"""From a scale, seeds and tasks to the commands of the experiments, each after those that it depends on.
 
-A command is a line of the README's scripts; what it reads and writes are files below `$OUT`, and nothing else connects two of
-them. Runs that two experiments share are made once: the models of `steps` are those of the middle size of `sizes`, and the
-standard ones of `algorithms`.
+A command is a line of the README's scripts. It reads and writes files below `$OUT`, and nothing else connects two commands.
+Runs that two experiments share are made once: the models of `steps` are those of the middle size of `sizes`, and the standard
+ones of `algorithms`.
 """
 
 import dataclasses
+import shlex
+from typing import Any
 
 from pretraining.experiments.scales import Scale
-from pretraining.experiments.steps import Run, Step
 from pretraining.model.enlarge import TIED_SCALES
 from pretraining.report import contract
 from pretraining.report.contract import ALGORITHMS, SIZES, STEPS, Entry, Experiment, Experiments
+from pretraining.report.rows import COMPARISON
+from pretraining.report.same_loss import MARGIN, MAX_GAP
 
-# Fixed before looking at any accuracy; README, "Experiments".
-SATURATED = 0.02  # nats: a model counts as saturated up to this gap
-MARGIN = 0.02  # nats: two losses are the same when their difference is certainly less
 ADVERSARIAL_TASK = "B"
 CHOICE, CHOSEN = "adversarial/choice.json", "adversarial/chosen.json"
 LOOKUP = "lookup table"
-COMPARISON = "comparison_*.json"  # its name has the hash of the reference's weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command and its dependencies.
+
+    Attributes:
+        name: unique; of the command in status.json.
+        words: of the command line; `$OUT` in them is the folder of everything.
+        needs: commands that must be done before it.
+        after: commands that must have ended, at least one successfully: a measurement of several runs does not need all.
+        requires: a file that an earlier command makes or, for a reason that it prints, does not make.
+        makes: files and folders that exist when it is done; a command without `makes` and `records` always runs.
+        records: (model folder, file): measurements that exist when it is done, for those folders that are models.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    requires: str | None = None
+    makes: tuple[str, ...] = ()
+    records: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def command(self) -> str:
+        """The command line, as one types it after `OUT=...`."""
+        return " ".join(word if "$OUT" in word else shlex.quote(word) for word in self.words)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A pre-training run: `models/FOLDER/seedS`.
+
+    Attributes:
+        folder: below models/, of all seeds of one kind.
+        size: name in the scale.
+        last: its last step; `saved` are the earlier steps with a checkpoint.
+        flags: of run_pretraining.py, in addition to those of all runs.
+        needs, requires: as in `Step`.
+    """
+
+    folder: str
+    size: str
+    seed: int
+    last: int
+    saved: tuple[int, ...]
+    flags: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    requires: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"train {self.folder} seed {self.seed}"
+
+    def model(self, step: int) -> str:
+        """The folder of a checkpoint."""
+        return f"models/{self.folder}/seed{self.seed}/step{step:07d}"
+
+    @property
+    def all_saved(self) -> list[int]:
+        return sorted({*self.saved, self.last})
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return tuple(map(self.model, self.all_saved))
 
 
 class Planner:
-    """The commands of the wanted experiments.
+    """The commands of the chosen experiments.
 
     Args:
-        scale: how large.
+        scale: the sizes of everything.
         names: of the experiments, among `NAMES`.
         seeds: of pre-training.
         tasks: of A, B and C.
-        launcher: words that start run_pretraining.py, in the place of `python`.
+        launcher: words that start run_pretraining.py, instead of `python`.
     """
 
     def __init__(self, scale: Scale, names: list[str], seeds: list[int], tasks: list[str], launcher: list[str]):
-        self.scale, self.names, self.seeds, self.tasks, self.launcher = scale, names, seeds, tasks, launcher
+        self.scale = scale
+        self.names = names
+        self.seeds = seeds
+        self.tasks = tasks
+        self.launcher = launcher
         self.steps: list[Step] = []
 
     def plan(self) -> tuple[list[Step], Experiments]:
@@ -66,7 +135,7 @@ class Planner:
             seeds=tuple(self.seeds),
             tasks=tuple(self.tasks),
             finetune_tasks=tuple(task for task in self.tasks if task in scale.finetune_tasks),
-            saturated=SATURATED,
+            saturated=MAX_GAP,
             margin=MARGIN,
             reference=base[0].model(scale.steps),
             experiments=tuple(experiments),
@@ -80,25 +149,22 @@ class Planner:
             ),
         )
 
-    def _add(self, name: str, words: str | list[str], **rest) -> str:
-        """One more command, from a text that a shell would split, or words."""
+    def _add(self, name: str, words: str | list[str], **rest: Any) -> str:
+        """One more command, from words or from a text with blanks between them; returns its name."""
         self.steps.append(Step(name=name, words=tuple(words.split() if isinstance(words, str) else words), **rest))
         return name
 
     # data
 
     def _data(self) -> None:
-        """What is made of the grammar. Without `makes`: these run in any case, and prove by hashes what is there."""
+        """The files made from the grammar. Without `makes`: these commands always run, and check existing files by hashes."""
         scale = self.scale
-        sentences = scale.shards * scale.sentences
         rules = f"--rule-path {scale.rules}"
         limit = f"--length-limit {scale.length_limit}"
         self._add(
             "text",
             f"python generate_pretraining.py {rules} --save-path $OUT/data --sentence-num {scale.sentences} --shard-num "
             f"{scale.shards} --test-shard-num 1 --test-sentence-num {scale.test_sentences} {limit}",
-            seconds=scale.speed.start + sentences / 2e6,
-            size=sentences * scale.mean_words * 6,
         )
         self._add(
             "samples",
@@ -106,8 +172,6 @@ class Planner:
             f"--do_lower_case 1 --masked_lm_prob 0.15 --max_seq_length {scale.tokens} --model_name bert-large-uncased "
             "--max_predictions_per_seq 5 --single_mask",
             needs=("text",),
-            seconds=scale.speed.start + sentences / 4e5,
-            size=sentences * (scale.tokens * 4 + 30),
         )
         for task in self.tasks:
             self._labelled(f"task {task}", task, "data", scale.labelled, scale.validation, seed=0)
@@ -115,8 +179,6 @@ class Planner:
             LOOKUP,
             f"python -m pcfg.lookup {rules} --datafile $OUT/data/test0.txt --save-path $OUT/data/lookup.hdf5",
             needs=("text",),
-            seconds=scale.speed.start + scale.test_sentences / 2e4,
-            size=scale.test_sentences * scale.mean_words * scale.words * 4,
         )
 
     def _labelled(self, name: str, task: str, folder: str, rows: int, validation: int, seed: int) -> str:
@@ -125,16 +187,14 @@ class Planner:
             name,
             f"python generate_downstream.py --rule-path {self.scale.rules} --save-path $OUT/{folder} --sentence-num {rows} "
             f"--validation-num {validation} --task-type {task} --seed {seed} --length-limit {self.scale.length_limit}",
-            seconds=self.scale.speed.start + (rows + validation) / 1e5,
-            size=(rows + validation) * self.scale.mean_words * 6,
         )
 
     # pre-training
 
     def _adamw(self, size: str, seed: int) -> Run:
-        """A standard run; that of the base goes on as far as the experiment `steps` does, whatever is wanted of it."""
+        """A standard run; that of the base size always has the length of the experiment `steps`."""
         scale = self.scale
-        # The rate depends on the step alone, so that a longer run begins as a shorter one, and goes on after it has converged.
+        # The rate depends on the step alone, so that a longer run begins like a shorter one and continues after convergence.
         flags = (
             f"--optimizer_type adamw --lr {scale.lr:g} --lr_schedule constant_step --num_warmup_steps {scale.warmup} "
             f"--curve exp --decay_rate 0.5 --decay_step {scale.half_life}"
@@ -161,8 +221,6 @@ class Planner:
     def _train(self, runs: list[Run]) -> None:
         for run in runs:
             scale, size = self.scale, self.scale.sizes[run.size]
-            tokens = scale.batch * (scale.mean_words + 2)
-            operations = 6 * size.parameters(scale.words) * tokens * run.extra
             words = [
                 *self.launcher,
                 *(
@@ -179,15 +237,7 @@ class Planner:
                 *run.flags,
                 *scale.precision,
             ]
-            self._add(
-                run.name,
-                words,
-                needs=("samples", *run.needs),
-                requires=run.requires,
-                makes=run.models,
-                seconds=scale.speed.start + run.last * (scale.speed.step + operations / scale.speed.rate),
-                size=4.2 * size.parameters(scale.words) * (len(run.models) + 6),  # two training states of three times the model
-            )
+            self._add(run.name, words, needs=("samples", *run.needs), requires=run.requires, makes=run.models)
 
     # measurements
 
@@ -204,43 +254,30 @@ class Planner:
         scale, folder = self.scale, runs[0].folder
         trained = tuple(run.name for run in runs)
         folders = [model for run in runs for model in run.models]
-        parameters = scale.sizes[runs[0].size].parameters(scale.words)
 
-        def seconds(passes: float) -> float:
-            return scale.speed.start + len(folders) * (
-                0.3 + 2 * parameters * passes * (scale.mean_words + 2) / scale.speed.rate
-            )
-
-        def add(name: str, words: str, file: str, needs: tuple[str, ...], passes: float) -> None:
+        def add(name: str, words: str, file: str, needs: tuple[str, ...]) -> None:
             records = tuple((model, file) for model in folders if model != reference or file != COMPARISON)
-            self._add(f"{name} of {folder}", words, needs=needs, after=trained, records=records, seconds=seconds(passes))
+            self._add(f"{name} of {folder}", words, needs=needs, after=trained, records=records)
 
-        where, data = f"--model-path $OUT/models/{folder}", "--datafile $OUT/data/test0.txt --vocabfile vocab.txt"
-        passes = scale.test_sentences * scale.mean_words
+        where = f"--model-path $OUT/models/{folder}"
+        data = "--datafile $OUT/data/test0.txt --vocabfile vocab.txt"
         loss = f"python calculate_loss.py {where} {data} --condprobfile $OUT/data/lookup.hdf5"
-        add("loss", loss, "loss.json", (LOOKUP,), passes)
-        add("comparison", f"{loss} --compare-with $OUT/{reference}", COMPARISON, (LOOKUP, reference_run), passes)
+        add("loss", loss, "loss.json", (LOOKUP,))
+        add("comparison", f"{loss} --compare-with $OUT/{reference}", COMPARISON, (LOOKUP, reference_run))
         if for_selection:
             tasks, source, labelled = [ADVERSARIAL_TASK], "selection task", "data/selection"
         else:
             tasks, source, labelled = self.tasks, "task", "data"
-            add(
-                "trace",
-                f"python calculate_hessian.py {where} {data} --nsamples {scale.trace_sentences}",
-                "hessian.json",
-                ("text",),
-                2 * scale.trace_sentences * scale.mean_words,
-            )
-        rows = scale.labelled + scale.validation
+            trace = f"python calculate_hessian.py {where} {data} --nsamples {scale.trace_sentences}"
+            add("trace", trace, "hessian.json", ("text",))
         for task in tasks:
             files = f"--train_file $OUT/{labelled}/pcfg_{task}.csv --validation_file $OUT/{labelled}/pcfg_{task}_validation.csv"
             common = f"--model_name_or_path $OUT/models/{folder} {files} {self._transfer()}"
             probe = f"python run_lp.py {common} {' '.join(scale.probe)}"
-            add(f"probe {task}", probe, f"probe_pcfg_{task}.json", (f"{source} {task}",), 2 * rows)
+            add(f"probe {task}", probe, f"probe_pcfg_{task}.json", (f"{source} {task}",))
             if task in scale.finetune_tasks and not for_selection:
                 finetune = f"python run_ft.py {common} {' '.join(scale.finetune)}"
-                passes = 3 * scale.finetune_epochs * scale.labelled + rows
-                add(f"finetune {task}", finetune, f"finetune_pcfg_{task}.json", (f"task {task}",), passes)
+                add(f"finetune {task}", finetune, f"finetune_pcfg_{task}.json", (f"task {task}",))
 
     def _transfer(self, tokenizer: str = "bert-large-uncased") -> str:
         """Flags that probes and fine-tuning share."""
@@ -254,15 +291,14 @@ class Planner:
         scale, folder = self.scale, "models/lookup_table"
         flags = self._transfer("$OUT/data/pretraining/bert-large-uncased")
         for task in self.tasks:
-            # Conditionals are far smaller numbers than hidden states: at the models' rate their probe would be left unfinished.
+            # Conditionals are far smaller numbers than hidden states: at the models' rate their probe would not converge.
             words = (
                 f"python run_lp.py --features conditional --rule-path {scale.rules} --output_dir $OUT/{folder} --train_file "
                 f"$OUT/data/pcfg_{task}.csv --validation_file $OUT/data/pcfg_{task}_validation.csv {flags} "
                 f"{' '.join(scale.probe)} --learning_rate 1e-1"
             )
             file = f"{folder}/probe_pcfg_{task}.json"
-            seconds = scale.speed.start + (scale.labelled + scale.validation) / 2e4
-            self._add(f"probe {task} of the {LOOKUP}", words, needs=("samples", f"task {task}"), makes=(file,), seconds=seconds)
+            self._add(f"probe {task} of the {LOOKUP}", words, needs=("samples", f"task {task}"), makes=(file,))
 
     # experiments
 
@@ -282,35 +318,32 @@ class Planner:
     def _sizes_experiment(self, sizes: dict[str, list[Run]]) -> Experiment:
         """Models of all sizes at the same step, in the parameters of the largest by both rules."""
         scale = self.scale
-        step, large = scale.steps, sizes[scale.largest][0]
-        entries, enlarged = [], {rule: [] for rule in TIED_SCALES}
+        step = scale.steps
+        large = sizes[scale.largest][0]
+        entries = []
+        enlarged: dict[str, list[tuple[str, str]]] = {rule: [] for rule in TIED_SCALES}
         for name, runs in sizes.items():
             for run in runs:
                 common = {}
                 for rule in TIED_SCALES if name != scale.largest else ():
                     common[rule] = f"enlarged/{rule}/{run.folder}/seed{run.seed}"
-                    made = self._add(
+                    command = self._add(
                         f"enlarge {run.folder} seed {run.seed} by {rule}",
                         f"python enlarge.py --checkpoint-path $OUT/{run.model(step)} --large-model-path "
                         f"$OUT/{large.model(step)} --enlarged-model-path $OUT/{common[rule]} --tied-scale {rule}",
                         needs=(run.name, large.name),
                         makes=(common[rule],),
-                        seconds=scale.speed.start,
-                        size=4 * scale.sizes[scale.largest].parameters(scale.words),
                     )
-                    enlarged[rule].append((made, common[rule]))
+                    enlarged[rule].append((command, common[rule]))
                 entries.append(Entry(group=name, seed=run.seed, step=step, folder=run.model(step), common=common))
-        passes = 2 * scale.trace_sentences * scale.mean_words * (scale.mean_words + 2)
-        operations = 2 * passes * scale.sizes[scale.largest].parameters(scale.words)
         for rule, models in enlarged.items():
             self._add(
                 f"trace of the enlarged by {rule}",
                 f"python calculate_hessian.py --model-path $OUT/enlarged/{rule} --datafile $OUT/data/test0.txt --vocabfile "
                 f"vocab.txt --nsamples {scale.trace_sentences}",
                 needs=("text",),
-                after=tuple(made for made, _ in models),
+                after=tuple(command for command, _ in models),
                 records=tuple((folder, "hessian.json") for _, folder in models),
-                seconds=scale.speed.start + len(models) * operations / scale.speed.rate,
             )
         return Experiment(name=SIZES, entries=tuple(entries))
 
@@ -336,16 +369,15 @@ class Planner:
         self._add(
             "choice of the weight",
             f"python -m pretraining.experiments.choose --standard $OUT/{standard} {candidates} --task pcfg_{task} "
-            f"--gap-allowed {MARGIN:g} --output $OUT/adversarial",
+            f"--max-gap {MAX_GAP:g} --margin {MARGIN:g} --output $OUT/adversarial",
             needs=tuple(measured),
             makes=(CHOICE,),
-            seconds=2.0,
         )
         needs = (adversarial, "choice of the weight")
         flags = ("--config", f"$OUT/{CHOSEN}")
         return [self._adversarial("adversarial", seed, needs, flags, requires=CHOSEN) for seed in self.seeds]
 
-    def _adversarial(self, folder: str, seed: int, needs: tuple[str, ...], flags: tuple[str, ...], requires=None) -> Run:
+    def _adversarial(self, folder: str, seed: int, needs: tuple[str, ...], flags: tuple[str, ...], requires: str | None = None) -> Run:
         """A run with the adversarial term, of the standard one's length and order of sentences."""
         scale, plain = self.scale, self._adamw(self.scale.base, seed)
         text = f"--adversarial_file $OUT/data/adversarial/pcfg_{ADVERSARIAL_TASK}.csv"
@@ -358,7 +390,6 @@ class Planner:
             flags=(*plain.flags, *text.split(), *flags),
             needs=needs,
             requires=requires,
-            extra=1 + 1.6 * scale.adversarial_batch / scale.batch,  # its last layer works at all positions
         )
 
     def _algorithms_experiment(self, base: list[Run], adversarial: list[Run]) -> Experiment:

@@ -1,12 +1,13 @@
 """The experiments of Liu et al. 2023, from nothing to the report, for scripts/reproduce_steps.sh, _sizes, _algorithms and _all.
 
     bash scripts/reproduce_all.sh --scale mini --out OUT
-    bash scripts/reproduce_steps.sh --scale mini --out OUT --dry-run    (what it would do, with expected times and disk)
+    bash scripts/reproduce_steps.sh --scale mini --out OUT --dry-run    (prints the commands, and which are done)
 
 steps: training on after the loss has converged, by AdamW and by SGD. sizes: models of growing size, traces in the parameters
-of the largest. algorithms: standard and adversarial pre-training, and the lookup table. All train with one mask a sentence, so
-that the loss's minimum is exactly the entropy. Whatever ends it, the same command goes on; what several experiments need in one
-OUT is made once. A command that fails does not stop the others, and the report says so in its place. Exit code 1 if one failed.
+of the largest. algorithms: standard and adversarial pre-training, and the lookup table. All train with one mask per sentence, so
+that the minimum of the loss is exactly the entropy. It is safe to interrupt: rerun the same command to resume. Files that several
+experiments need in one OUT are made once. A command that fails does not stop the others, and the report marks its results as
+missing, with the reason. Exit code 1 if one failed.
 """
 
 import argparse
@@ -20,12 +21,11 @@ from pathlib import Path
 import torch
 
 from pcfg.common.cli import Parser, positive_int, run_main
-from pcfg.common.files import InputError, check_space
-from pretraining.experiments.plan import Planner
+from pcfg.common.files import InputError
+from pretraining.experiments.plan import Planner, Step
 from pretraining.experiments.runner import ROOT, Runner, is_done, lock
-from pretraining.experiments.scales import SCALES, Scale
-from pretraining.experiments.steps import Step
-from pretraining.report.contract import NAMES, Experiments, read_experiments, write_experiments
+from pretraining.experiments.scales import SCALES
+from pretraining.report.contract import NAMES, Experiments, Status, read_experiments, read_statuses, write_experiments
 from pretraining.training import arguments as training_arguments
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
@@ -57,14 +57,13 @@ def task_list(text: str) -> list[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="reproduce", description=__doc__)
-    parser.add_argument("experiment", choices=(*NAMES, "all"), help="given by the script's name")
+    parser.add_argument("experiment", choices=(*NAMES, "all"), help="given by the name of the script")
     group = parser.add_argument_group("what")
     group.add_argument(
         "--scale",
         choices=SCALES,
         default="mini",
-        help="mini: two CPU cores, within an hour; small: one GPU, about an hour; paper: the paper's settings, for nodes of "
-        "GPUs (default: mini)",
+        help="mini: for two CPU cores; small: for one GPU; paper: the paper's settings, for nodes of GPUs (default: mini)",
     )
     group.add_argument("--seeds", type=seed_list, default=[0, 1, 2], help="of pre-training, comma-separated (default: 0,1,2)")
     group.add_argument("--task", type=task_list, default=["A", "B", "C"], help="downstream tasks (default: A,B,C)")
@@ -73,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--jobs",
         type=positive_int,
-        help="commands at a time (default: one a core without a GPU, each with one thread; else 1)",
+        help="commands at a time (default: one per core without a GPU, each with one thread; else 1)",
     )
     group.add_argument(
         "--launcher",
@@ -81,18 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="words that start run_pretraining.py: 'deepspeed --hostfile hosts', 'bash scripts/srun_torchrun.sh' (default: "
         "deepspeed with several GPUs, else python)",
     )
-    group.add_argument("--dry-run", action="store_true", help="print every command with its expected time and disk, do nothing")
+    group.add_argument("--dry-run", action="store_true", help="print every command and whether it is done; run nothing")
     return parser
 
 
-def check_same(found: Experiments, planned: Experiments, out: Path) -> None:
-    """Refuse a folder whose experiments have another scale, seeds or tasks.
-
-    Raises:
-        InputError: names the flag.
-    """
+def check_same(existing: Experiments, planned: Experiments, out: Path) -> None:
+    """Refuse a folder whose experiments have another scale, seeds or tasks."""
     for name in ("scale", "seeds", "tasks"):
-        old, new = getattr(found, name), getattr(planned, name)
+        old, new = getattr(existing, name), getattr(planned, name)
         if old != new:
             old, new = (value if isinstance(value, str) else ",".join(map(str, value)) for value in (old, new))
             flag = "--task" if name == "tasks" else f"--{name}"
@@ -104,48 +99,52 @@ def environment_of(jobs: int, with_gpu: bool) -> dict[str, str]:
     return ENVIRONMENT if with_gpu else {**ENVIRONMENT, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
 
-def describe(steps: list[Step], scale: Scale, jobs: int, environment: dict[str, str], out: Path) -> str:
-    """The plan as a text that a shell could run: each command after a comment with its time and disk."""
+def describe(steps: list[Step], statuses: dict[str, Status], environment: dict[str, str], out: Path) -> str:
+    """The plan as a text that a shell could run: each command after a comment with its name and state."""
     lines = [
         f"# environment: {' '.join(f'{name}={value}' for name, value in environment.items())}",
         f"OUT={shlex.quote(str(out))}",
     ]
+    seconds = []
+    done = 0
     for step in steps:
-        done = ", done" if is_done(step, out) else ""
-        lines.append(f"# {step.name}: about {duration(step.seconds)}, {step.size / 1e6:,.1f} MB{done}\n{step.command}")
-    seconds = sum(step.seconds for step in steps)
-    size = sum(step.size for step in steps)
-    longest = max(step.seconds for step in steps)
-    lines.append(
-        f"# {len(steps)} commands, {duration(seconds)} one after another, about {duration(max(seconds / jobs, longest))} with "
-        f"{jobs} at a time, {size / 1e9:.2f} GB; times: {scale.speed.source}"
-    )
+        state = ""
+        if is_done(step, out):
+            done += 1
+            state = ": done"
+            if (status := statuses.get(step.name)) and status.seconds is not None:
+                seconds.append(status.seconds)
+                state += f" in {duration(status.seconds)}"
+        lines.append(f"# {step.name}{state}\n{step.command}")
+    measured = f", {len(seconds)} of them took {duration(sum(seconds))} one after another" if seconds else ""
+    lines.append(f"# {len(steps)} commands, {done} done{measured}")
     return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    scale, gpus = SCALES[options.scale], torch.cuda.device_count()
+    scale = SCALES[options.scale]
+    gpus = torch.cuda.device_count()
     names = list(NAMES) if options.experiment == "all" else [options.experiment]
     out = Path(options.out or f"reproduction_{scale.name}").resolve()
     jobs = options.jobs or (1 if gpus else os.cpu_count() or 1)
     launcher = options.launcher or (["deepspeed"] if gpus > 1 else ["python"])
-    found = read_experiments(out)
+    existing = read_experiments(out)
     steps, planned = Planner(scale, names, options.seeds, options.task, launcher).plan()
-    if found is not None:
-        check_same(found, planned, out)
-        # What other experiments left here stays in the report.
-        all_names = [name for name in NAMES if name in names or name in {part.name for part in found.experiments}]
+    if existing is not None:
+        check_same(existing, planned, out)
+        # The results of other experiments in this folder stay in the report.
+        all_names = [name for name in NAMES if name in names or name in {part.name for part in existing.experiments}]
         planned = Planner(scale, all_names, options.seeds, options.task, launcher).plan()[1]
     environment = environment_of(jobs, gpus > 0)
     if options.dry_run:
-        print(describe(steps, scale, jobs, environment, out))
+        print(describe(steps, read_statuses(out), environment, out))
         return
-    check_space(out, sum(step.size for step in steps if not is_done(step, out)))
     with lock(out) as descriptor:
         write_experiments(out, planned)
         all_done = Runner(steps, out, jobs, environment, descriptor).run()

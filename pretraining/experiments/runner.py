@@ -1,7 +1,7 @@
-"""Doing a plan: several commands at a time, each as soon as what it hangs on is done; what is done already is skipped.
+"""Runs a plan: several commands at a time, each as soon as its dependencies are done; what is done already is skipped.
 
-A command is done when the files that it makes are there: every script writes them whole or not at all, so nothing else has to
-be remembered, and no log is read. One that fails is said in `status.json`, and what needs it is blocked; the rest goes on.
+A command is done when the files that it makes exist: every script writes them completely or not at all, so no other state is
+needed, and no log is read. A failure is recorded in `status.json` and blocks the commands that need it; the rest continues.
 """
 
 import contextlib
@@ -14,22 +14,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from pcfg.common.files import disk_errors
-from pretraining.experiments.steps import Step
+from pretraining.experiments.plan import Step
 from pretraining.model.checkpoints import is_model_folder
 from pretraining.report.contract import Status, read_statuses, write_statuses
 
 ROOT = Path(__file__).parents[2]
 LOCK_FILE = ".running"
 POLL = 0.05  # seconds between two looks at the running commands
-TRUST = 300.0  # seconds of commands until their times count as much as the expected ones
-DEATH_SIGNAL = 1  # of Linux' prctl: what a process is sent when its parent is gone
+DEATH_SIGNAL = 1  # of Linux' prctl: the option that sets the signal of a process whose parent has ended
 
 
 def is_done(step: Step, out: Path) -> bool:
-    """Whether everything that the command makes is there; never for one that makes nothing."""
+    """Whether everything that the command makes exists; never for one that makes nothing."""
     if not all((out / path).exists() for path in step.makes):
         return False
     models = [(out / folder, file) for folder, file in step.records if is_model_folder(out / folder)]
@@ -39,13 +39,13 @@ def is_done(step: Step, out: Path) -> bool:
 
 
 def _die_with_parent() -> None:
-    """In a child, before it becomes the command: be sent SIGTERM when the runner is killed. Only Linux has this."""
+    """In a child, before it becomes the command: ask for SIGTERM when the runner is killed. Only Linux has this."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def lock(out: Path):
+def lock(out: Path) -> Iterator[int]:
     """Hold the folder: a second runner waits for the first one, and for the last commands of one that was killed.
 
     The commands inherit the open file, and the lock lasts until the last of them has ended.
@@ -57,7 +57,7 @@ def lock(out: Path):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{out}: another run, or the last commands of one, work here; waiting for them", flush=True)
+            print(f"{out}: in use by another run, or by the last commands of one; waiting for them", flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
@@ -71,44 +71,48 @@ def words_to_run(step: Step, out: Path) -> list[str]:
 
 
 class Runner:
-    """Does the steps of a plan.
+    """Runs the steps of a plan.
 
     Args:
-        steps: in an order in which they can be done one by one.
+        steps: each after those that it depends on.
         out: folder of everything.
         jobs: commands at a time.
-        environment: of the commands, beside this process's.
+        environment: of the commands, in addition to this process's.
         descriptor: of the lock, which the commands inherit.
 
     Attributes:
-        statuses: of `status.json`: how each command ended.
+        statuses: the content of `status.json`: how each command ended.
     """
 
     def __init__(self, steps: list[Step], out: Path, jobs: int, environment: dict[str, str], descriptor: int):
-        self.steps, self.out, self.jobs, self.descriptor = steps, out, jobs, descriptor
+        self.steps = steps
+        self.out = out
+        self.jobs = jobs
+        self.descriptor = descriptor
         self.environment = {**os.environ, **environment}
         self.statuses: dict[str, Status] = {}
         own = {step.name for step in steps}
         self._of_others = {name: status for name, status in read_statuses(out).items() if name not in own}
         self._running: dict[str, tuple[subprocess.Popen, float]] = {}
+        self._begun = time.monotonic()
 
     def run(self) -> bool:
-        """Do all that can be done; returns whether nothing failed. On Ctrl-C or SIGTERM the commands are ended first."""
+        """Run all that can run; returns whether nothing failed. Ctrl-C and SIGTERM end the commands first."""
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            while self._start_what_can() or self._running:
+            while self._start_ready_steps() or self._running:
                 time.sleep(POLL)
-                self._see_what_ended()
+                self._record_ended_steps()
         finally:
             signal.signal(signal.SIGTERM, previous)
             self._end_commands()
         return all(status.state in ("done", "not due") for status in self.statuses.values())
 
-    def _start_what_can(self) -> bool:
-        """Start commands until all places are taken; returns whether any step is still to come."""
+    def _start_ready_steps(self) -> bool:
+        """Start commands until all places are taken; returns whether any step is still waiting."""
         waiting = False
         for step in self.steps:
-            if len(self._running) == self.jobs:  # no place, so nothing to look for on the disk
+            if len(self._running) == self.jobs:  # no free place, so no need to look at the disk
                 return True
             if step.name in self.statuses or step.name in self._running:
                 continue
@@ -126,14 +130,14 @@ class Runner:
         return all(self._state(name) for name in (*step.needs, *step.after))
 
     def _settle(self, step: Step) -> bool:
-        """Say what becomes of a step that will not be started, once that is known; returns whether it is."""
+        """Record the state of a step that will not be started, once that is known; returns whether it is."""
         if not self._is_ready(step):
             return False
         missing = [name for name in step.needs if self._state(name) != "done"]
         if step.after and all(self._state(name) != "done" for name in step.after):
             missing += step.after
         if missing:
-            # What waits for a thing that is not due is not due either.
+            # A step that waits for one that is not due is not due either.
             states = {self._state(name) for name in missing}
             state = "not due" if states == {"not due"} else "blocked"
             self._note(step, Status(state=state, why=f"{missing[0]}: {self._state(missing[0])}"))
@@ -162,13 +166,13 @@ class Runner:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C is this process's to pass on
+                    start_new_session=True,  # this process passes Ctrl-C on
                     pass_fds=(self.descriptor,),
                     preexec_fn=_die_with_parent,
                 )
         self._running[step.name] = process, time.monotonic()
 
-    def _see_what_ended(self) -> None:
+    def _record_ended_steps(self) -> None:
         for step in [step for step in self.steps if step.name in self._running]:
             process, begun = self._running[step.name]
             if process.poll() is None:
@@ -179,7 +183,7 @@ class Runner:
             if process.returncode == 0 and (makes_nothing or is_done(step, self.out)):
                 self._note(step, Status(state="done", **facts))
             else:
-                why = "it did not make all that it should" if process.returncode == 0 else None
+                why = "it did not make everything that it should" if process.returncode == 0 else None
                 self._note(step, Status(state="failed", exit_code=process.returncode, why=why, **facts))
 
     def _note(self, step: Step, status: Status, skipped: bool = False) -> None:
@@ -193,19 +197,16 @@ class Runner:
             text += f" ({status.why})"
         elif not skipped and status.seconds is not None:
             text += f" in {status.seconds:.0f} s"
-        left = datetime.timedelta(seconds=round(self._seconds_left()))
-        print(f"[{len(self.statuses):3}/{len(self.steps)}] {step.name}: {text}  ({left} left)", flush=True)
-
-    def _seconds_left(self) -> float:
-        """By the expected times, corrected by those of the commands that have been done here."""
-        expected = {step.name: step.seconds for step in self.steps}
-        ended = {name: status.seconds for name, status in self.statuses.items() if status.seconds is not None}
-        planned = sum(expected[name] for name in ended)
-        factor = (sum(ended.values()) + TRUST) / (planned + TRUST)
-        return factor * sum(seconds for name, seconds in expected.items() if name not in self.statuses) / self.jobs
+        elapsed = time.monotonic() - self._begun
+        rate = 60 * sum(other.seconds is not None for other in self.statuses.values()) / max(elapsed, 1e-9)
+        print(
+            f"[{len(self.statuses):3}/{len(self.steps)}] {step.name}: {text}  "
+            f"({datetime.timedelta(seconds=round(elapsed))} elapsed, {rate:.2g} commands per minute)",
+            flush=True,
+        )
 
     def _end_commands(self) -> None:
-        """Ask what runs to end, and wait for it: a pre-training saves its state first."""
+        """Ask the running commands to end, and wait for them: a pre-training saves its state first."""
         for process, _ in self._running.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)

@@ -1,6 +1,7 @@
-"""How large the experiments are: languages, models, training and measurements of each `--scale`.
+"""The sizes of the experiments: languages, models, training and measurements of each `--scale`.
 
-All of it was fixed before any accuracy was looked at, the weights of the adversarial term too.
+All of it was fixed before any accuracy was seen, the weights of the adversarial term too. The thresholds of the same loss are
+those of `pretraining.report.same_loss`.
 """
 
 import dataclasses
@@ -14,27 +15,6 @@ class Size:
     layers: int
     heads: int
 
-    def parameters(self, words: int) -> int:
-        """About how many: 12 h^2 a layer, the tied table and the head's matrix."""
-        return 12 * self.hidden_size**2 * self.layers + words * self.hidden_size + self.hidden_size**2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Speed:
-    """What the expected times of commands are computed from.
-
-    Attributes:
-        start: seconds until a script begins to work.
-        step: seconds of a training step beside its arithmetic.
-        rate: useful floating-point operations a second: a forward pass takes 2 for each parameter and token, a step 6.
-        source: where these numbers come from.
-    """
-
-    start: float
-    step: float
-    rate: float
-    source: str
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scale:
@@ -43,30 +23,27 @@ class Scale:
     Attributes:
         name: of `--scale`.
         rules: the grammar.
-        words: of the grammar, for estimates; `mean_words` of a sentence, and one more than the most of them, `length_limit`.
-        shards, sentences: text shards and the sentences of one; `test_sentences` of the test shard.
+        length_limit: one more than the maximum number of words in a sentence.
+        shards, sentences: number of text shards, and of sentences per shard; `test_sentences` of the test shard.
         labelled, validation: rows of a downstream task.
         sizes: shapes by name, from small to large; the width of the largest is a multiple of each.
         base: the size of `steps` and `algorithms`.
-        batch, micro_batch: sentences of a step, most of a forward pass.
+        batch, micro_batch: sentences per step, and the maximum per forward pass.
         dropout: of pre-training.
-        lr, warmup, half_life: of AdamW: the highest rate, steps to it, and steps in which it halves from there.
-        sgd_lr, sgd_warmup: of SGD, which goes on from AdamW's models at `steps`: the rate, constant after so many steps.
-        steps: of all runs but those of the experiment `steps`; `checkpoints`: the steps at which those are saved, `steps`
+        lr, warmup, half_life: of AdamW: the highest rate, the steps to it, and the steps in which it halves from there.
+        sgd_lr, sgd_warmup: of SGD, which starts from AdamW's models at `steps`: the rate, constant after so many steps.
+        steps: of all runs except those of the experiment `steps`; `checkpoints`: the steps at which those are saved, `steps`
             among them.
-        weights: of the adversarial term that are tried, with `adversarial_batch` labelled sentences a step and that `ridge`.
+        weights: of the adversarial term that are tried, with `adversarial_batch` labelled sentences per step and that `ridge`.
         selection_seed: of the models that the weight is chosen on.
         trace_sentences: of a trace.
-        probe, finetune: flags of run_lp.py and run_ft.py; fine-tuning takes `finetune_epochs`.
+        probe, finetune: flags of run_lp.py and run_ft.py.
         finetune_tasks: of A, B and C; fine-tuning is the most expensive measurement.
         precision: flags of run_pretraining.py.
-        speed: for the expected times.
     """
 
     name: str
     rules: str
-    words: int
-    mean_words: float
     length_limit: int
     shards: int
     sentences: int
@@ -92,10 +69,8 @@ class Scale:
     trace_sentences: int
     probe: tuple[str, ...]
     finetune: tuple[str, ...]
-    finetune_epochs: int
     finetune_tasks: tuple[str, ...]
     precision: tuple[str, ...]
-    speed: Speed
 
     @property
     def tokens(self) -> int:
@@ -120,8 +95,6 @@ FINETUNE = tuple(
 MINI = Scale(
     name="mini",
     rules="rule_mini_mlm.txt",
-    words=25,
-    mean_words=7.9,
     length_limit=9,
     shards=10,
     sentences=100_000,
@@ -147,17 +120,13 @@ MINI = Scale(
     trace_sentences=2000,
     probe=PROBE,
     finetune=FINETUNE,
-    finetune_epochs=15,
     finetune_tasks=("B",),
     precision=(),
-    speed=Speed(start=7.0, step=0.021, rate=4.6e10, source="measured on 2 cores of an AMD EPYC, two commands at a time"),
 )
 
 SMALL = Scale(
     name="small",
     rules="rule_deep_mlm.txt",
-    words=205,
-    mean_words=10.7,
     length_limit=17,
     shards=20,
     sentences=1_000_000,
@@ -183,21 +152,17 @@ SMALL = Scale(
     trace_sentences=5000,
     probe=PROBE,
     finetune=FINETUNE,
-    finetune_epochs=15,
     finetune_tasks=("A", "B", "C"),
     precision=("--bf16",),
-    speed=Speed(start=10.0, step=0.01, rate=5e13, source="a guess for one H100; not measured"),
 )
 
 # Liu et al. 2023, appendix A: batches of 4096, over 30,000 steps, AdamW at 1e-3 with 6% warmup, SGD with 12% and a constant
 # rate of 1e-3; probes by AdamW at 1e-3 in 100 epochs, fine-tuning by AdamW at 1e-4 with 200 warmup steps in 10 epochs. Widths
-# are divisors of the largest, so that all sizes have a place in its parameters. Their grammar isn't published, this one has its
-# shape; AdamW's half-life is ours, since the paper doesn't say how its rate goes on after the warmup.
+# are divisors of the largest, so that all sizes have a place in its parameters. Their grammar is not published, this one has its
+# shape; AdamW's half-life is ours, since the paper does not say how its rate changes after the warmup.
 PAPER = Scale(
     name="paper",
     rules="rule_deeper_mlm.txt",
-    words=205,
-    mean_words=17.0,
     length_limit=33,
     shards=20,
     sentences=1_000_000,
@@ -234,10 +199,8 @@ PAPER = Scale(
         "--per_device_train_batch_size 128 --per_device_eval_batch_size 512 --gradient_accumulation_steps 1 "
         "--num_train_epochs 10 --warmup_steps 200 --learning_rate 1e-4 --seeds 0,1,2,3,4".split()
     ),
-    finetune_epochs=10,
     finetune_tasks=("A", "B", "C"),
     precision=("--bf16",),
-    speed=Speed(start=60.0, step=0.05, rate=1.6e15, source="a guess for eight H100; not measured"),
 )
 
 SCALES = {scale.name: scale for scale in (MINI, SMALL, PAPER)}

@@ -1,6 +1,72 @@
-"""`python -m pretraining.report`; see `pretraining.report.command`."""
+"""One report of everything measured under a folder: `results.csv`, `experiments.csv`, `results.json`, plots, `report.html`.
 
-from pcfg.common.cli import run_main
-from pretraining.report.command import main
+    python -m pretraining.report quickstart/models --output quickstart/report
 
-run_main(main)
+The report is a pure function of a tree of folders. Each folder with weights, or with records only (a lookup table measured
+as a model), is one row of `results.csv`. The numbers come from the measurements' JSON files next to the weights, the facts from
+`config.json` and `args.json`; nothing else is read. A measurement that does not exist is an empty cell.
+
+With an `experiments.json` in the folder (`pretraining.report.contract`) the report is about its experiments and the findings of
+Liu et al. (2023), as `pretraining.report.analysis` describes them. Without it all models are one experiment with a group per job, and models
+that enlarge.py put into the parameters of another are compared there.
+
+Two models are compared only at the same loss; `pretraining.report.same_loss` has the criterion and --max-gap and --margin its
+thresholds. Gaps are means over sentences of the mean over positions of KL(P || f), in nats: the mean that training with
+`--single_mask` minimises. `results.csv` has both means.
+"""
+
+import argparse
+from pathlib import Path
+
+from pcfg.common.cli import Parser, non_negative, run_main
+from pretraining.report import plots as report_plots
+from pretraining.report.analysis import Analysis, analyse, write_results
+from pretraining.report.page import printed, write_page
+from pretraining.report.rows import collect, experiment_table, results, write_csv
+from pretraining.report.same_loss import MARGIN, MAX_GAP
+
+
+def make_report(folder: Path | str, output: Path | str, max_gap: float | None = None, margin: float | None = None) -> Analysis:
+    """Write the report of everything under `folder` into `output`; returns its content.
+
+    Args:
+        max_gap, margin: thresholds of the same loss, nats; by default those of `experiments.json`, else those of `SameLoss`.
+    """
+    analysis = analyse(collect(folder), folder, max_gap, margin)
+    output = Path(output)
+    write_csv(output / "results.csv", results(analysis.tree, analysis.experiments, analysis.joined))
+    write_csv(output / "experiments.csv", experiment_table(analysis.joined))
+    write_results(output / "results.json", analysis)
+    write_page(output / "report.html", analysis, report_plots.write_plots(output, analysis))
+    return analysis
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m pretraining.report", description=__doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument("folder", help="folder whose records are collected, at any depth")
+    files.add_argument("--output", help="folder for the tables, the plots and report.html (default: FOLDER/report)")
+    group = parser.add_argument_group("the same loss (default: that of experiments.json, if there is one)")
+    group.add_argument(
+        "--max-gap",
+        type=non_negative,
+        help=f"nats; a model is saturated if its gap plus 1.96 standard errors is at most this (default: {MAX_GAP:g})",
+    )
+    group.add_argument(
+        "--margin",
+        type=non_negative,
+        help=f"nats; two losses are equal if the 95%% interval of their difference lies inside +- this (default: {MARGIN:g})",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    output = Path(options.output or Path(options.folder) / "report")
+    analysis = make_report(options.folder, output, options.max_gap, options.margin)
+    print(printed(analysis))
+    print(f"report: {output / 'report.html'}  (numbers: {output / 'results.csv'})")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,34 +1,93 @@
-"""The analysis of the experiments: tables, findings, correlations, the paper's numbers beside ours; `results.json` has it all.
+"""The analysis of the experiments: tables, findings, correlations, the paper's numbers next to ours; `results.json` has it all.
 
-What is computed: means over seeds with standard errors over seeds where there are several, else the measurement's own (a table
-of one says so); the findings (`pretraining.report.findings`); Spearman's and Pearson's correlation of each accuracy with
-trace and gap over the models of an experiment (`pretraining.report.intervals`), among those whose loss is equal to the
-reference's within the margin, and, to see whether the criterion matters, among those not told apart from it. Lookup tables are
-in no correlation: they have no trace, and their features are of another kind.
+Every comparison is between models at the same loss (`pretraining.report.same_loss`); others are left out, with the reason. The
+findings are those of Liu et al. (2023), as sentences computed from numbers:
+
+| experiment | compared | holds if, by 95% intervals |
+| --- | --- | --- |
+| steps, per group | the first checkpoint at the same loss as the last one of the run, with that one; paired over seeds | trace falls, accuracy rises |
+| sizes | smallest with largest group (Welch over seeds), by both rules of enlarging | trace falls, accuracy rises |
+| algorithms, per group | the first group with this one (Welch over seeds) | trace rises, accuracy falls |
+| algorithms, lookup table | the first group with it | accuracy falls |
+
+The rule was fixed beforehand, and is applied to each accuracy (task and kind) on its own; none is the headline's:
+
+- holds: the intervals of the changes of both trace and accuracy lie on the paper's side of 0;
+- does not hold: one of them lies on the other side;
+- depends on the rule of enlarging: the verdicts with --tied-scale tables and head differ, and both traces exist;
+- can't be told: otherwise; also where a group is missing or has one seed.
+
+The last checkpoint is the last one of the plan. Groups of models take two models at least. There is no correction for the
+number of comparisons. Models of an inferred contract are compared in pairs, each by the standard errors of its own
+measurements, and only their traces in the parameters of one shape: whether one is larger, by both rules.
+
+Means over seeds have standard errors over seeds, single models their measurement's own. Correlations of each accuracy with trace
+and gap are over the models of an experiment at the same loss as the reference (`pretraining.report.intervals`). Lookup tables are in no
+correlation: they have no trace, and their features are of another kind.
 """
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
+import pandas as pd
+
 from pcfg.common.files import write_json
-from pretraining.report import intervals, paper
-from pretraining.report.contract import STEPS, Choice, Experiment, Experiments, Status, read_choice
-from pretraining.report.experiment_rows import accuracy_names, probe_name, read_experiment_rows, trace_names, why_missing
-from pretraining.report.findings import Finding, findings_of
-from pretraining.report.intervals import Change, Correlation, correlate, mean_of
-from pretraining.report.rows import error_of
+from pcfg.common.schema import Schema
+from pretraining.report import intervals
+from pretraining.report.contract import (
+    ALGORITHMS,
+    MODELS,
+    SIZES,
+    STEPS,
+    Choice,
+    Experiment,
+    Experiments,
+    Status,
+    read_choice,
+    read_experiments,
+    read_statuses,
+)
+from pretraining.report.intervals import Change, Correlation, Mean, change_of_means, correlate, mean_of, paired_change
+from pretraining.report.rows import (
+    COMMON_TRACES,
+    TRACE,
+    TRANSFORMER,
+    Joined,
+    Tree,
+    accuracy_label,
+    accuracy_names,
+    infer_experiments,
+    join,
+    own_error,
+    trace_label,
+    trace_names,
+    why_missing,
+)
+from pretraining.report.same_loss import SameLoss
 
-RESULTS_FILE = "results.json"
-SETS = {"equal": "equal within the margin", "not_told_apart": "not told apart"}  # column of the rows: in words
+SCHEMA = 2  # of results.json
+HOLDS, HOLDS_NOT, BY_RULE, OPEN = "holds", "does not hold", "depends on the rule of enlarging", "can't be told"
+LARGER, SMALLER = "is larger", "is smaller"
+TITLES = {
+    STEPS: "Training on after the loss has converged lowers the trace and raises the accuracy",
+    SIZES: "A larger model at the same loss has a smaller trace and a higher accuracy",
+    ALGORITHMS: "Another algorithm at the same loss has a larger trace and a lower accuracy",
+}
+TABLE_TITLE = "The lookup table, at the same loss, has a lower accuracy"
+# The paper's sides of 0: of the trace's change, and of the accuracy's.
+SIDES = {STEPS: (-1, 1), SIZES: (-1, 1), ALGORITHMS: (1, -1)}
+FEWEST = 2  # models of a group, or pairs: the minimum for an interval
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
+class Summary(Schema):
     """The mean of a group.
 
     Attributes:
         mean, error: None where nothing was measured, and where one measurement has no error.
-        over: what the error is of: "seeds", or "measurement" (a single model's own).
+        over: the errors' source: "seeds", or "measurement" (a single model's own).
         n: models.
     """
 
@@ -38,27 +97,14 @@ class Summary:
     n: int = 0
 
 
-def summary(rows: list[dict], name: str) -> Summary:
-    """Mean over models of one column; over several with the standard error over them, else with the measurement's own."""
-    there = [row for row in rows if row.get(name) is not None]
-    if not there:
-        return Summary()
-    if len(there) == 1:
-        error = error_of(there[0], name)
-        return Summary(there[0][name], error, None if error is None else "measurement", 1)
-    mean = mean_of([row[name] for row in there])
-    return Summary(mean.value, mean.error, "seeds", mean.n)
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
+class Line(Schema):
     """One line of an experiment's table.
 
     Attributes:
-        kind: of the models; None where none is there.
-        models, planned: how many are there, and should be.
-        saturated, equal: how many are, and of how many it is known.
-        values: by column `gap`, `gap_difference`, traces, accuracies.
+        kind: of the models; None where there is none.
+        models, planned: numbers of models that exist, and that should.
+        saturated, equal, same_loss: how many are, and of how many it is known.
+        values: by quantity: gap, gap_difference, traces, accuracies.
         missing: texts.
     """
 
@@ -70,78 +116,76 @@ class Line:
     planned: int
     saturated: tuple[int, int]
     equal: tuple[int, int]
+    same_loss: tuple[int, int]
     values: dict[str, Summary]
-    missing: list[str]
+    missing: tuple[str, ...]
 
 
-def _count(rows: list[dict], name: str) -> tuple[int, int]:
-    known = [row[name] for row in rows if row.get(name) is not None]
-    return sum(known), len(known)
+class Finding(Schema):
+    """One comparison: what it says in words, and the numbers.
+
+    Attributes:
+        experiment, title, subject: the claim, and the groups.
+        basis: the compared models, in words.
+        changes: by quantity (traces, gap, accuracies) the change; None where a side is missing.
+        verdicts: by accuracy one of `HOLDS`, `HOLDS_NOT`, `BY_RULE`, `OPEN`; for single models by "trace" one of `LARGER`,
+            `SMALLER`, `BY_RULE`, `OPEN`.
+        by_trace: by accuracy and trace the verdict under that trace alone.
+        reason: why nothing can be compared, else None.
+        left_out: models that are not compared, and why.
+        numbers: the changes as texts.
+        headline, sentence: the finding without and with its numbers.
+    """
+
+    experiment: str
+    title: str
+    subject: str
+    basis: str = ""
+    changes: dict[str, Change | None] = {}
+    verdicts: dict[str, str] = {}
+    by_trace: dict[str, dict[str, str]] = {}
+    reason: str | None = None
+    left_out: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    headline: str
+    sentence: str
+
+    @property
+    def omissions(self) -> str:
+        """The models that are not compared, as a sentence; empty where all are."""
+        return _omissions(self.left_out)
 
 
-def _lines(experiment: Experiment, rows: list[dict], names: list[str]) -> list[Line]:
-    """A line a group and step, groups in the experiment's order."""
-    lines = []
-    for group in experiment.groups():
-        of_group = [row for row in rows if row["group"] == group]
-        for step in sorted({row["step"] for row in of_group}, key=lambda step: -1 if step is None else step):
-            members = [row for row in of_group if row["step"] == step]
-            there = [row for row in members if row.get("kind")]
-            quantities = ("gap", "gap_difference", *trace_names(experiment), *names)
-            texts = [
-                text if row["seed"] is None else f"seed {row['seed']}: {text}" for row in members for text in row["missing"]
-            ]
-            lines.append(
-                Line(
-                    group=group,
-                    step=step,
-                    kind=there[0]["kind"] if there else None,
-                    parameters=there[0]["parameters"] if there else None,
-                    models=len(there),
-                    planned=len(members),
-                    saturated=_count(members, "saturated"),
-                    equal=_count(members, "equal"),
-                    values={name: summary(members, name) for name in quantities},
-                    missing=texts,
-                )
-            )
-    return lines
-
-
-@dataclasses.dataclass(frozen=True)
-class Correlated:
-    """A correlation of accuracy `accuracy` with `against` (gap or a trace) over the models of one of `SETS`."""
+class Correlated(Schema):
+    """A correlation of `accuracy` with `against` (gap or a trace) over the models at the same loss."""
 
     experiment: str
     accuracy: str
     against: str
-    among: str
     found: Correlation
 
 
-def _correlations(experiment: Experiment, rows: list[dict], names: list[str], draws: int) -> list[Correlated]:
-    found = []
-    for name in names:
-        for against in (*trace_names(experiment), "gap"):
-            for among in SETS:
-                models = {
-                    row["folder"]: row  # a model of two groups counts once
-                    for row in rows
-                    if row.get(among) and row["kind"] == "transformer" and None not in (row.get(name), row.get(against))
-                }.values()
-                x, y, runs = ([row[column] for row in models] for column in (against, name, "run"))
-                purpose = f"{experiment.name}, {name}, {against}, {among}"
-                found.append(Correlated(experiment.name, name, against, among, correlate(x, y, runs, purpose, draws)))
-    return found
+class Counterpart(Schema):
+    """A number of Liu et al. (2023), and its counterpart here.
 
+    Attributes:
+        where, what: table or figure, and the quantity in words.
+        value: as published, or computed from published numbers, with the published error.
+        experiment, role, quantity: of the counterpart here; None where there is none. The quantity is a gap, a trace, or a task,
+            which stands for its probe.
+        comparable: whether the values are comparable, or why not.
+        ours, error: in the published unit.
+    """
 
-@dataclasses.dataclass(frozen=True)
-class Beside:
-    """A published number and its counterpart here (in the published unit; None where there is none)."""
-
-    published: paper.Published
-    ours: float | None
-    error: float | None
+    where: str
+    what: str
+    value: str
+    experiment: str | None
+    role: str | None
+    quantity: str | None
+    comparable: str
+    ours: float | None = None
+    error: float | None = None
 
 
 @dataclasses.dataclass
@@ -149,28 +193,38 @@ class Analysis:
     """Everything that was computed.
 
     Attributes:
-        rows: of `experiments.csv`.
+        names: the accuracies.
         tables: by experiment its lines.
-        choice: how the adversarial weight was chosen; None where that is not told.
-        choice_missing: that the file of the choice is not there, and why; else None.
+        choice: how the adversarial weight was chosen; None where that is not known.
+        choice_missing: that the file of the choice does not exist, and why; else None.
     """
 
+    tree: Tree
     experiments: Experiments
     statuses: dict[str, Status]
-    rows: list[dict]
+    joined: Joined
     names: list[str]
     tables: dict[str, list[Line]]
     findings: list[Finding]
     correlations: list[Correlated]
-    beside: list[Beside]
+    paper: list[Counterpart]
     choice: Choice | None = None
     choice_missing: str | None = None
+
+    def experiment(self, name: str) -> Experiment:
+        [experiment] = [experiment for experiment in self.experiments.experiments if experiment.name == name]
+        return experiment
+
+    def of(self, name: str) -> Joined:
+        """The models of one experiment."""
+        return self.joined.select(self.joined.rows["experiment"] == name)
 
     def to_json(self) -> dict:
         """The content of `results.json`; of the commands without times, which no two runs share."""
         experiments = self.experiments
+        statuses = [self.statuses.get(command.name) for command in experiments.commands]
         return {
-            "schema": 1,
+            "schema": SCHEMA,
             "scale": experiments.scale,
             "seeds": list(experiments.seeds),
             "criteria": {
@@ -178,95 +232,510 @@ class Analysis:
                 "margin_nats": experiments.margin,
                 "reference": experiments.reference,
                 "level": intervals.LEVEL,
-                "told_apart_errors": intervals.ERRORS,
                 "bootstrap_seed": intervals.SEED,
             },
-            "findings": [
-                {**dataclasses.asdict(finding), "headline": finding.headline(), "sentence": finding.sentence()}
-                for finding in self.findings
-            ],
-            "tables": {name: [dataclasses.asdict(line) for line in lines] for name, lines in self.tables.items()},
-            "correlations": [dataclasses.asdict(correlated) for correlated in self.correlations],
-            "paper": [dataclasses.asdict(beside) for beside in self.beside],
-            "choice": None if self.choice is None else dataclasses.asdict(self.choice),
+            "findings": [finding.model_dump(mode="json") for finding in self.findings],
+            "tables": {name: [line.model_dump(mode="json") for line in lines] for name, lines in self.tables.items()},
+            "correlations": [correlated.model_dump(mode="json") for correlated in self.correlations],
+            "paper": [counterpart.model_dump(mode="json") for counterpart in self.paper],
+            "choice": None if self.choice is None else self.choice.model_dump(mode="json"),
             "commands": [
                 {
                     "name": command.name,
                     "command": command.command,
-                    "state": getattr(self.statuses.get(command.name), "state", None),
-                    "exit_code": getattr(self.statuses.get(command.name), "exit_code", None),
+                    "state": status and status.state,
+                    "exit_code": status and status.exit_code,
                 }
-                for command in experiments.commands
+                for command, status in zip(experiments.commands, statuses, strict=True)
             ],
         }
 
 
-def _counterpart(published: paper.Published, analysis: Analysis) -> Beside:
-    """What stands here for a published number."""
-    nothing = Beside(published, None, None)
-    lines = analysis.tables.get(published.experiment)
-    if not lines:
-        return nothing
-    is_task = published.quantity in analysis.experiments.tasks
-    name = probe_name(analysis.experiments, published.quantity) if is_task else published.quantity
-    scale = 100.0 if is_task else 1.0
-    if published.role == paper.LATER:
-        changes = [finding.changes.get(name) for finding in analysis.findings if finding.experiment == STEPS]
-        change: Change | None = changes[0] if changes else None
-        return nothing if change is None else Beside(published, change.value * scale, (change.error or 0.0) * scale)
-    line = _of_role(published.role, lines)
-    value = line.values.get(name, Summary()) if line else Summary()
-    if value.mean is None:
-        return nothing
-    return Beside(published, value.mean * scale, None if value.error is None else value.error * scale)
-
-
-def _of_role(role: str, lines: list[Line]) -> Line | None:
-    """The line that plays a role of the paper's: the first group is the standard one, the next one of models the other."""
-    models = [line for line in lines if line.kind == "transformer"]
-    groups = list(dict.fromkeys(line.group for line in lines if line.kind in (None, "transformer")))
-    if role == paper.TABLE:
-        return next((line for line in lines if line.kind not in (None, "transformer")), None)
-    if role in (paper.STANDARD, paper.ADVERSARIAL):
-        place = (paper.STANDARD, paper.ADVERSARIAL).index(role)
-        return next((line for line in models if line.group in groups[place : place + 1]), None)
-    sized = sorted(models, key=lambda line: line.parameters or 0)
-    return (sized[0] if role == paper.SMALLEST else sized[-1]) if sized else None
-
-
-def analyse(folder, rows: list[dict], records: list[dict], draws: int = intervals.DRAWS) -> Analysis | None:
-    """Analyse the experiments of a folder; None where it has no `experiments.json`.
+def analyse(tree: Tree, folder: Path | str, max_gap: float | None = None, margin: float | None = None) -> Analysis:
+    """Analyse the experiments of a folder, or its models where it has no `experiments.json`.
 
     Args:
-        rows, records: what `pretraining.report.rows.collect` found in `folder`.
-        draws: of the bootstrap.
-
-    Raises:
-        InputError: a damaged file, or an enlarged model that is not the one it is said to be.
+        tree: of `folder`.
+        max_gap, margin: thresholds of the same loss, nats; by default those of `experiments.json`, else those of `SameLoss`.
     """
-    read = read_experiment_rows(folder, rows, records)
-    if read is None:
-        return None
-    experiments, statuses, of_experiments = read
-    names = accuracy_names(experiments)
-    analysis = Analysis(experiments, statuses, of_experiments, names, {}, [], [], [])
+    experiments = read_experiments(folder) or infer_experiments(tree)
+    thresholds = {"saturated": max_gap, "margin": margin}
+    experiments = experiments.model_copy(update={name: value for name, value in thresholds.items() if value is not None})
+    statuses = read_statuses(folder)
+    joined = join(tree, experiments, statuses)
+    names = accuracy_names(tree, experiments)
+    analysis = Analysis(tree, experiments, statuses, joined, names, {}, [], [], [])
     for experiment in experiments.experiments:
-        members = [row for row in of_experiments if row["experiment"] == experiment.name]
-        analysis.tables[experiment.name] = _lines(experiment, members, names)
-        analysis.findings += findings_of(experiment, members, names)
-        analysis.correlations += _correlations(experiment, members, names, draws)
+        models = analysis.of(experiment.name)
+        analysis.tables[experiment.name] = _lines(experiment, models, names)
+        analysis.findings += findings_of(experiment, models, names, experiments.criterion)
+        if experiment.rule != MODELS:
+            analysis.correlations += _correlations(experiment, models, names)
         if experiment.choice is not None:
             path = Path(folder) / experiment.choice
             if path.exists():
                 analysis.choice = read_choice(path)
             else:
-                analysis.choice_missing = (
-                    f"{experiment.choice}: missing; {why_missing(experiment.choice, experiments, statuses)}"
-                )
-    analysis.beside = [_counterpart(published, analysis) for published in paper.PUBLISHED]
+                reason = why_missing(experiment.choice, experiments, statuses)
+                analysis.choice_missing = f"{experiment.choice}: missing; {reason}"
+    if not experiments.inferred:
+        analysis.paper = [_counterpart(published, analysis) for published in PUBLISHED]
     return analysis
 
 
-def write_results(path, analysis: Analysis) -> None:
+def write_results(path: Path | str, analysis: Analysis) -> None:
     """Write `results.json`."""
     write_json(path, analysis.to_json())
+
+
+def _lines(experiment: Experiment, models: Joined, names: list[str]) -> list[Line]:
+    """A line per group and step, groups in the experiment's order."""
+    lines = []
+    quantities = ["gap", "gap_difference", *trace_names(experiment), *names]
+    for group in experiment.groups:
+        of_group = models.select(models.rows["group"] == group)
+        for step in sorted(of_group.rows["step"].unique(), key=lambda step: -1 if pd.isna(step) else step):
+            members = of_group.select(of_group.rows["step"].isna() if pd.isna(step) else of_group.rows["step"].eq(step))
+            rows = members.rows
+            existing = rows[rows["kind"].notna()]
+            sizes = existing["parameters"].dropna()
+            texts = [
+                text if pd.isna(row.seed) else f"seed {row.seed}: {text}" for row in rows.itertuples() for text in row.missing
+            ]
+            lines.append(
+                Line(
+                    group=group,
+                    step=None if pd.isna(step) else int(step),
+                    kind=None if existing.empty else existing["kind"].iloc[0],
+                    parameters=None if sizes.empty else int(sizes.iloc[0]),
+                    models=len(existing),
+                    planned=len(rows),
+                    saturated=_count(rows["saturated"]),
+                    equal=_count(rows["equal"]),
+                    same_loss=_count(rows["same_loss"]),
+                    values={name: _summary(members.of(name)) for name in quantities},
+                    missing=tuple(texts),
+                )
+            )
+    return lines
+
+
+def _count(column: pd.Series) -> tuple[int, int]:
+    known = column.dropna()
+    return int(known.sum()), len(known)
+
+
+def _summary(of_quantity: pd.DataFrame) -> Summary:
+    """Mean over models; over several with the standard error over them, else with the measurement's own."""
+    known = of_quantity[of_quantity["value"].notna()]
+    if known.empty:
+        return Summary()
+    if len(known) == 1:
+        error = _number(own_error(known).iloc[0])
+        return Summary(mean=float(known["value"].iloc[0]), error=error, over=None if error is None else "measurement", n=1)
+    mean = mean_of(known["value"])
+    return Summary(mean=mean.value, error=mean.error, over="seeds", n=mean.n)
+
+
+def _number(value: float) -> float | None:
+    return None if pd.isna(value) else float(value)
+
+
+def _correlations(experiment: Experiment, models: Joined, names: list[str]) -> list[Correlated]:
+    correlations = []
+    compared = models.select(models.rows["same_loss"].fillna(False).astype(bool) & models.rows["kind"].eq(TRANSFORMER))
+    for name, against in itertools.product(names, (*trace_names(experiment), "gap")):
+        columns = {"run": compared.rows["run"], "folder": compared.rows["folder"]}
+        columns |= {"x": compared.of(against)["value"], "y": compared.of(name)["value"]}
+        points = pd.DataFrame(columns).dropna().drop_duplicates("folder")  # a model of two groups counts once
+        purpose = f"{experiment.name}, {name}, {against}, equal"
+        found = correlate(points["x"], points["y"], points["run"].tolist(), purpose)
+        correlations.append(Correlated(experiment=experiment.name, accuracy=name, against=against, found=found))
+    return correlations
+
+
+# findings
+
+
+def findings_of(experiment: Experiment, models: Joined, names: list[str], criterion: SameLoss) -> list[Finding]:
+    """The findings of one experiment.
+
+    Args:
+        models: those of the experiment.
+        names: the accuracies; those that no model has are left out.
+    """
+    measured = [name for name in names if models.of(name)["value"].notna().any()]
+    rules = {STEPS: _steps, SIZES: _sizes, ALGORITHMS: _algorithms, MODELS: _pairs_of_models}
+    return rules[experiment.rule](experiment, models, measured or names, criterion)
+
+
+def _steps(experiment: Experiment, models: Joined, names: list[str], criterion: SameLoss) -> list[Finding]:
+    """One finding per optimizer."""
+    findings = []
+    traces = trace_names(experiment)
+    for group in experiment.groups:
+        of_group = models.rows[models.rows["group"] == group]
+        left_out = []
+        pairs = []
+        runs = [run.sort_values("step") for _, run in of_group.groupby("seed", sort=False, dropna=False)]
+        for run in runs:
+            last = run.iloc[[-1]]
+            saturated = run.iloc[:-1][run.iloc[:-1]["saturated"].fillna(False).astype(bool)]
+            same = [index for index in saturated.index if criterion.obstacle(run.loc[[index]], last) is None]
+            if not _is_true(last["saturated"].iloc[0]):
+                left_out.append(f"{_who(last.iloc[0])} (last checkpoint {_loss_of(last.iloc[0])})")
+            elif same:
+                pairs.append((same[0], last.index[0]))
+            else:
+                state = "is saturated" if saturated.empty else "has the same loss as the last"
+                left_out.append(f"{_who(last.iloc[0])} (no earlier checkpoint {state})")
+        if len(pairs) < FEWEST:
+            reason = f"{len(pairs)} of {len(runs)} runs can be compared, an interval takes {FEWEST}"
+            findings.append(_no_finding(experiment, TITLES[STEPS], group, names, reason, left_out))
+            continue
+        before, after = (models.select(list(side)) for side in zip(*pairs, strict=True))
+        steps = [_steps_text(side.rows["step"]) for side in (before, after)]
+        basis = f"From the first checkpoint at the same loss ({steps[0]}) to the last ({steps[1]}), {len(pairs)} seeds"
+        changes = {}
+        for name in (*traces, "gap", *names):
+            both = pd.DataFrame({"a": before.of(name)["value"].array, "b": after.of(name)["value"].array}).dropna()
+            changes[name] = paired_change(both["a"], both["b"]) if len(both) else None
+        findings.append(_finding(experiment, TITLES[STEPS], group, basis, changes, traces, names, left_out))
+    return findings
+
+
+def _sizes(experiment: Experiment, models: Joined, names: list[str], criterion: SameLoss) -> list[Finding]:
+    """Smallest against largest."""
+    compared, left_out = _at_same_loss(models)
+    groups = {group: compared.select(compared.rows["group"] == group) for group in experiment.groups}
+    sized = [(int(of.rows["parameters"].iloc[0]), name) for name, of in groups.items() if len(of.rows) >= FEWEST]
+    (few, small), (many, large) = (min(sized), max(sized)) if sized else ((0, ""), (0, ""))
+    if few == many:
+        reason = f"no two sizes have {FEWEST} models at the same loss each"
+        return [_no_finding(experiment, TITLES[SIZES], "no two sizes", names, reason, left_out)]
+    before, after, subject = groups[small], groups[large], f"{large} against {small}"
+    if reason := criterion.obstacle(before.rows, after.rows):
+        return [_no_finding(experiment, TITLES[SIZES], subject, names, reason, left_out)]
+    basis = f"From {small} ({few:,} parameters, {len(before.rows)} seeds) to {large} ({many:,}, {len(after.rows)} seeds)"
+    traces = trace_names(experiment)
+    changes = _group_changes(before, after, (*traces, "gap", *names))
+    return [_finding(experiment, TITLES[SIZES], subject, basis, changes, traces, names, left_out)]
+
+
+def _algorithms(experiment: Experiment, models: Joined, names: list[str], criterion: SameLoss) -> list[Finding]:
+    """Each group against the first."""
+    standard, *others = experiment.groups
+    findings = []
+    for group in others:
+        compared, left_out = _at_same_loss(models.select(models.rows["group"].isin([standard, group])))
+        kinds = models.rows.loc[models.rows["group"] == group, "kind"].dropna()
+        is_table = bool((kinds != TRANSFORMER).any())
+        title = TABLE_TITLE if is_table else TITLES[ALGORITHMS]
+        subject = f"{group} against {standard}"
+        before, after = (compared.select(compared.rows["group"] == name) for name in (standard, group))
+        wanted = [name for name in names if not (is_table and name.startswith("finetune"))]
+        sides = ((standard, before, FEWEST), (group, after, 1 if is_table else FEWEST))
+        few = [f"{name} has {len(side.rows)}" for name, side, needed in sides if len(side.rows) < needed]
+        reason = f"models at the same loss are too few: {_and(few)}" if few else criterion.obstacle(before.rows, after.rows)
+        if reason:
+            findings.append(_no_finding(experiment, title, subject, wanted, reason, left_out))
+            continue
+        seeds = "" if is_table else f" ({len(after.rows)} seeds)"
+        basis = f"From {standard} ({len(before.rows)} seeds) to {group}{seeds}"
+        traces = [] if is_table else trace_names(experiment)
+        changes = _group_changes(before, after, (*traces, "gap", *wanted))
+        findings.append(_finding(experiment, title, subject, basis, changes, traces, wanted, left_out))
+    return findings
+
+
+def _pairs_of_models(experiment: Experiment, models: Joined, _: list[str], criterion: SameLoss) -> list[Finding]:
+    """The traces of each two models in the parameters of one shape."""
+    if not experiment.has_common_traces:
+        return []
+    findings = []
+    traces = trace_names(experiment)
+    for pair in itertools.combinations(models.rows.index, 2):
+        before, after = (models.select([index]) for index in pair[::-1])
+        who = [_with_step(side.rows.iloc[0]) for side in (after, before)]
+        subject = f"{who[0]} against {who[1]}"
+        unsaturated = [side.rows.iloc[0] for side in (after, before) if not _is_true(side.rows["saturated"].iloc[0])]
+        reasons = [f"{_with_step(row)} {_loss_of(row)}" for row in unsaturated]
+        reason = "; ".join(reasons) or criterion.obstacle(before.rows, after.rows)
+        title = "The trace in the parameters of one shape"
+        if reason:
+            findings.append(_no_finding(experiment, title, subject, [TRACE], reason, []))
+            continue
+        changes = _group_changes(before, after, traces)
+        sides = {name: 0 if change is None else change.sign() for name, change in changes.items()}
+        signs = {{1: LARGER, -1: SMALLER, 0: OPEN}[side] for side in sides.values()}
+        is_complete = None not in changes.values()
+        verdict = signs.pop() if len(signs) == 1 and is_complete else BY_RULE if is_complete else OPEN
+        ending = f"{verdict} with both rules of enlarging" if verdict in (LARGER, SMALLER) else verdict
+        headline = f"{title}, {subject}: {ending}"
+        numbers = tuple(describe_change(trace_label(name), change) for name, change in changes.items())
+        findings.append(
+            Finding(
+                experiment=experiment.name,
+                title=title,
+                subject=subject,
+                changes=changes,
+                verdicts={TRACE: verdict},
+                numbers=numbers,
+                headline=headline,
+                sentence=f"{headline}: {'; '.join(numbers)}.",
+            )
+        )
+    return findings
+
+
+def _at_same_loss(models: Joined) -> tuple[Joined, list[str]]:
+    """The models at the same loss as the reference, each run at its last step; and those that are not, with the reason."""
+    last = models.rows.sort_values("step", kind="stable", na_position="first").groupby(["group", "seed"], dropna=False).tail(1)
+    at_end = models.select(models.rows.index.isin(last.index))
+    is_same = at_end.rows["same_loss"].fillna(False).astype(bool)
+    return at_end.select(is_same), [f"{_who(row)} ({_loss_of(row)})" for _, row in at_end.rows[~is_same].iterrows()]
+
+
+def _group_mean(models: Joined, name: str) -> Mean | None:
+    """The mean of a group over its models; a lookup table, or a single model, has the errors of its own measurements."""
+    of_quantity = models.of(name)
+    known = of_quantity[of_quantity["value"].notna()]
+    if known.empty:
+        return None
+    if len(models.rows) > 1:
+        return mean_of(known["value"])
+    error = own_error(known).iloc[0]
+    over_seeds = "seeds" in known and not pd.isna(known["se"].iloc[0])
+    degrees = known["seeds"].iloc[0] - 1 if over_seeds else math.inf
+    return Mean(float(known["value"].iloc[0]), _number(error), degrees, 1)
+
+
+def _group_changes(before: Joined, after: Joined, names: Iterable[str]) -> dict[str, Change | None]:
+    changes = {}
+    for name in names:
+        first = _group_mean(before, name)
+        second = _group_mean(after, name)
+        changes[name] = change_of_means(first, second) if first and second else None
+    return changes
+
+
+def _finding(
+    experiment: Experiment,
+    title: str,
+    subject: str,
+    basis: str,
+    changes: dict[str, Change | None],
+    traces: list[str],
+    names: list[str],
+    left_out: list[str],
+) -> Finding:
+    """A finding with its verdicts; without traces (a lookup table's) accuracy decides alone."""
+    trace_side, accuracy_side = SIDES[experiment.rule]
+    verdicts = {}
+    by_trace = {}
+    for name in names:
+        change = changes[name]
+        accuracy = 0 if change is None else change.sign() * accuracy_side
+        by_trace[name] = {}
+        for trace in traces:
+            of_trace = changes[trace]
+            sign = 0 if of_trace is None else of_trace.sign() * trace_side
+            by_trace[name][trace] = OPEN if change is None else _verdict(sign, accuracy)
+        distinct = set(by_trace[name].values()) or {_verdict(accuracy)}
+        all_traces = all(changes[trace] is not None for trace in traces)
+        verdicts[name] = distinct.pop() if len(distinct) == 1 else BY_RULE if all_traces else OPEN
+    parts = []
+    for verdict in (HOLDS, HOLDS_NOT, BY_RULE, OPEN):
+        if labels := [accuracy_label(name) for name in names if verdicts[name] == verdict]:
+            parts.append(f"{verdict} for {_and(labels)}")
+    headline = f"{title} ({subject}): {'; '.join(parts)}"
+    numbers = []
+    for name, change in changes.items():
+        if name == "gap":
+            numbers.append(describe_change("gap", change, " nats"))
+        elif name in traces:
+            numbers.append(describe_change(trace_label(name), change, "", trace_side))
+        else:
+            numbers.append(describe_change(accuracy_label(name), change, " points", accuracy_side))
+    return Finding(
+        experiment=experiment.name,
+        title=title,
+        subject=subject,
+        basis=basis,
+        changes=changes,
+        verdicts=verdicts,
+        by_trace=by_trace,
+        left_out=tuple(left_out),
+        numbers=tuple(numbers),
+        headline=headline,
+        sentence=f"{headline}. {basis}: {'; '.join(numbers)}. {_omissions(left_out)}".strip(),
+    )
+
+
+def _no_finding(
+    experiment: Experiment, title: str, subject: str, names: list[str], reason: str, left_out: list[str]
+) -> Finding:
+    headline = f"{title} ({subject}): {OPEN}, {reason}"
+    return Finding(
+        experiment=experiment.name,
+        title=title,
+        subject=subject,
+        verdicts=dict.fromkeys(names, OPEN),
+        reason=reason,
+        left_out=tuple(left_out),
+        headline=headline,
+        sentence=f"{headline}. {_omissions(left_out)}".strip(),
+    )
+
+
+def _verdict(*sides: int) -> str:
+    """The verdict of changes on the paper's side (1), on the other one (-1), or on neither (0)."""
+    return HOLDS_NOT if -1 in sides else OPEN if 0 in sides else HOLDS
+
+
+def _omissions(left_out: Iterable[str]) -> str:
+    return f"Left out: {'; '.join(left_out)}." if left_out else ""
+
+
+def _and(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _is_true(value: object) -> bool:
+    return not pd.isna(value) and bool(value)
+
+
+def _who(row: pd.Series) -> str:
+    return row["group"] if pd.isna(row["seed"]) else f"{row['group']} seed {row['seed']}"
+
+
+def _with_step(row: pd.Series) -> str:
+    return _who(row) if pd.isna(row["step"]) else f"{_who(row)}, step {row['step']:,}"
+
+
+def _loss_of(row: pd.Series) -> str:
+    """Why a model does not count as at the same loss."""
+    if pd.isna(row["gap"]):
+        return "missing" if pd.isna(row["kind"]) else "of unknown gap"
+    if not row["saturated"]:
+        return f"not saturated, gap {row['gap']:.4f} ± {row['gap_se']:.4f} nats"
+    if pd.isna(row["equal"]):
+        return "not compared with the reference"
+    if row["equal"]:
+        return "the reference is not saturated"
+    difference = f"{row['gap_difference']:+.4f} ± {row['gap_difference_se']:.4f} nats"
+    return f"not equal to the reference within the margin, {difference}"
+
+
+def _steps_text(steps: pd.Series) -> str:
+    low, high = steps.min(), steps.max()
+    return f"step {low:,}" if low == high else f"steps {low:,} to {high:,}"
+
+
+def decimals(error: float | None, most: int = 6) -> int:
+    """Digits behind the point that show two digits of an error.
+
+    >>> [decimals(error) for error in (12.3, 1.23, 0.0123, None)], decimals(0.0123, most=2)
+    ([0, 1, 3, 3], 2)
+    """
+    return min(most, max(0, 1 - math.floor(math.log10(error)))) if error else min(most, 3)
+
+
+def describe_change(label: str, change: Change | None, unit: str = "", side: int | None = None) -> str:
+    """A change as text: `trace -12.3 [-15.0, -9.6], as in the paper`.
+
+    Args:
+        unit: of the text: " nats", or " points" for accuracies, which are fractions.
+        side: the paper's side of 0; None where the paper says nothing.
+    """
+    if change is None:
+        return f"no {label}"
+    scale, most = (100.0, 2) if unit == " points" else (1.0, 6)
+    digits = decimals(None if change.error is None else change.error * scale, most)
+    text = f"{label} {change.value * scale:+.{digits}f}"
+    if change.low is None or change.high is None:
+        return f"{text}{unit} (no interval: no spread over seeds, or one only)"
+    text += f" [{change.low * scale:+.{digits}f}, {change.high * scale:+.{digits}f}]{unit}"
+    if side is None:
+        return text
+    return text + {0: ", not distinguishable from 0", side: ", as in the paper", -side: ", against the paper"}[change.sign()]
+
+
+# The paper's numbers are those of its PCFG data with 235M-parameter transformers, but for Figure 5, which compares sizes. The
+# grammar that was published with its code is another, shallower one, and other grammars have other entropies, classes and
+# traces: values can't be compared, directions can. Gaps are the published losses less the published minimum, 3.196 nats.
+OTHER_GRAMMAR = "direction only: another grammar, other sizes of models"
+OTHER_RULE = f"{OTHER_GRAMMAR}; the trace depends on the rule of enlarging"
+NOT_PLANNED = "no: not part of these experiments"
+STANDARD, ADVERSARIAL, TABLE = "standard", "adversarial", "lookup table"  # roles of groups; the first group is the standard one
+SMALLEST, LARGEST, LATER = "smallest", "largest", "later"
+_OF_ROLES = [
+    ("Table 1", ALGORITHMS, STANDARD, {"gap": "0.008", "A": "89.9", "B": "49.2"}),
+    ("Table 1", ALGORITHMS, ADVERSARIAL, {"gap": "0.010", "A": "83.1", "B": "42.3"}),
+    ("Table 1", ALGORITHMS, TABLE, {"gap": "0", "A": "71.2", "B": "39.7"}),
+    ("Table 2", ALGORITHMS, STANDARD, {"C": "55.7 ± 0.6", TRACE: "8.01 ± 0.73"}),
+    ("Table 2", ALGORITHMS, ADVERSARIAL, {"C": "50.2 ± 1.0", TRACE: "19.34 ± 0.92"}),
+    ("Fig. 3", STEPS, LATER, {"C": "+1.6"}),
+    ("Fig. 3", None, None, {"HMM-10": "+4.0"}),
+    ("Fig. 5", SIZES, SMALLEST, {**dict.fromkeys(COMMON_TRACES.values(), "19.8"), "B": "40.4"}),
+    ("Fig. 5", SIZES, LARGEST, {**dict.fromkeys(COMMON_TRACES.values(), "12.6"), "B": "50.5"}),
+]
+
+
+def _published() -> list[Counterpart]:
+    rows = []
+    for where, experiment, role, values in _OF_ROLES:
+        for quantity, value in values.items():
+            is_gain = where == "Fig. 3"
+            is_accuracy = quantity != "gap" and not quantity.startswith(TRACE)
+            owner = f"{role} model" if experiment == SIZES else role
+            label = f"accuracy on {quantity} (%)" if is_accuracy else trace_label(quantity)
+            rows.append(
+                Counterpart(
+                    where=where,
+                    what=f"gain of accuracy on {quantity} after convergence (points)" if is_gain else f"{owner}: {label}",
+                    value=value,
+                    experiment=experiment,
+                    role=role,
+                    quantity=quantity if experiment else None,
+                    comparable=NOT_PLANNED if not experiment else OTHER_RULE if quantity in COMMON_TRACES.values() else OTHER_GRAMMAR,
+                )
+            )
+    return rows
+
+
+PUBLISHED = _published()
+
+
+def _counterpart(published: Counterpart, analysis: Analysis) -> Counterpart:
+    """The published number with ours."""
+    lines = analysis.tables.get(published.experiment or "")
+    if not lines or published.quantity is None:
+        return published
+    is_task = published.quantity in analysis.experiments.tasks
+    name = f"{analysis.experiments.probe}_pcfg_{published.quantity}" if is_task else published.quantity
+    if published.role == LATER:
+        changes = [finding.changes.get(name) for finding in analysis.findings if finding.experiment == STEPS]
+        change = changes[0] if changes else None
+        mean, error = (change.value, change.error or 0.0) if change else (None, None)
+    else:
+        line = _of_role(published.role, lines)
+        value = line.values.get(name, Summary()) if line else Summary()
+        mean, error = value.mean, value.error
+    if mean is None:
+        return published
+    scale = 100.0 if is_task else 1.0
+    return published.model_copy(update={"ours": mean * scale, "error": None if error is None else error * scale})
+
+
+def _of_role(role: str | None, lines: list[Line]) -> Line | None:
+    """The line with a role of the paper's: the first group is the standard one, the next one of models the other."""
+    models = [line for line in lines if line.kind == TRANSFORMER]
+    groups = list(dict.fromkeys(line.group for line in lines if line.kind in (None, TRANSFORMER)))
+    if role == TABLE:
+        return next((line for line in lines if line.kind not in (None, TRANSFORMER)), None)
+    if role in (STANDARD, ADVERSARIAL):
+        place = (STANDARD, ADVERSARIAL).index(role)
+        return next((line for line in models if line.group in groups[place : place + 1]), None)
+    sized = sorted(models, key=lambda line: line.parameters or 0)
+    return (sized[0] if role == SMALLEST else sized[-1]) if sized else None

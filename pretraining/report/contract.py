@@ -1,379 +1,284 @@
-"""`experiments.json`: which models belong to which experiment, and what makes them; its writer and its reader.
+"""The files between the runner of experiments and the report, all in one folder, to which their paths are relative.
 
-The runner of the experiments writes it, `pretraining.report.command` reads it. All folders are relative to the folder that
-it lies in, and written with `/`.
-
-| field | type | meaning |
-| --- | --- | --- |
-| `schema` | 1 | this table's number |
-| `scale` | text | name of the plan's size, as shown to people |
-| `seeds` | list of integers | the seeds of pre-training |
-| `tasks` | list of texts | downstream tasks that are probed; task B's records are `probe_pcfg_B.json` |
-| `finetune_tasks` | list of texts | those of them that are fine-tuned too: `finetune_pcfg_B.json` |
-| `probe` | text, may be missing | how the names of the probes' records begin, `probe` unless said: `probe_lbfgs`, ... |
-| `saturated` | number, nats | a model is saturated when the 95% interval of its gap lies at or below this |
-| `margin` | number, nats | two losses are equal when the 95% interval of their difference lies inside +- this |
-| `reference` | folder | the model that all others are compared with in pairs |
-| `experiments` | list | each a `name` (one of `NAMES`), `entries` and, if weights were tried, `choice`: the file of `Choice` |
-| `commands` | list | each a `name`, the `command` as typed, and what it `makes`: folders or files |
-
-An entry of an experiment is one model: `group` (what a line of a table or a mark in a plot is called), `seed` and `step` (null
-where it has none: a lookup table), `folder`, and `common`: by rule of enlarging the folder of the same model in the parameters
-of the largest one (left out for a model that has that shape itself, and where sizes are not compared). The order of groups is
-the order in tables; the first group of `algorithms` is the standard one.
-
-Beside it the runner keeps `status.json`: by command its `state` (one of `STATES`) and, where there are any, `exit_code`,
-`seconds`, `log` (a file, relative as well) and `why`.
+`experiments.json` (`Experiments`) says which models belong to which experiment and which command makes them; `status.json`
+(`Status` by name of the command) how the commands ended; `choice.json` (`Choice`) how the adversarial weight was chosen.
+The runner writes them and the report reads them.
 """
 
-import dataclasses
 import functools
-import math
 from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, MinLen
+from pydantic import AfterValidator, model_validator
 
 from pcfg.common.files import InputError, read_json, write_json
+from pcfg.common.schema import AnySchema, Schema, parse_schema
 from pretraining.model.enlarge import TIED_SCALES
+from pretraining.report.same_loss import SameLoss
 
 EXPERIMENTS_FILE, STATUS_FILE = "experiments.json", "status.json"
 SCHEMA = 1
 STEPS, SIZES, ALGORITHMS = NAMES = ("steps", "sizes", "algorithms")
-STATES = ("done", "failed", "blocked", "not due")
+MODELS = "models"  # the kind of an experiment that nobody planned: models are shown and compared, nothing is claimed of them
+ADVICE = "correct the file, or run the experiment's reproduce_*.sh again, which writes it"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One model of an experiment; the fields are those of the module's text."""
+def _check_inside(path: str) -> str:
+    if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ValueError("must be a path below the folder of the file")
+    return path
 
-    group: str
+
+def _check_distinct(values: tuple) -> tuple:
+    if len(set(values)) < len(values):
+        raise ValueError("must not list an entry twice")
+    return values
+
+
+def _check_rules(common: dict[str, str]) -> dict[str, str]:
+    if other := sorted(common.keys() - set(TIED_SCALES)):
+        raise ValueError(f"has {other[0]!r}, which is not a rule of enlarging ({', '.join(TIED_SCALES)})")
+    return common
+
+
+def _check_probe(name: str) -> str:
+    if not name.startswith("probe"):
+        raise ValueError("must begin with 'probe', as the names of the records do")
+    return name
+
+
+Text = Annotated[str, MinLen(1)]
+Inside = Annotated[str, AfterValidator(_check_inside)]
+Texts = Annotated[tuple[Text, ...], AfterValidator(_check_distinct)]
+Error = Annotated[float, Ge(0)]
+
+
+class Entry(Schema):
+    """One model of an experiment.
+
+    Attributes:
+        group: the name of a row of tables and of a marker in plots; the order of groups is that of first entries.
+        seed, step: null where the model has none (a lookup table).
+        folder: of the model.
+        common: by rule of enlarging the folder of the same model in the parameters of the largest one; empty for models that
+            have that shape, and where traces of different shapes are not compared.
+    """
+
+    group: Text
     seed: int | None
     step: int | None
-    folder: str
-    common: dict[str, str] = dataclasses.field(default_factory=dict)
+    folder: Inside
+    common: Annotated[dict[str, Inside], AfterValidator(_check_rules)] = {}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Models that are compared with one another."""
+class Experiment(Schema):
+    """Models that are compared with each other.
 
-    name: str
-    entries: tuple[Entry, ...]
-    choice: str | None = None
+    Attributes:
+        name: unique; of its table and plots.
+        entries: its models. The first group of `algorithms` is the standard one.
+        choice: the file of `Choice`, if adversarial weights were tried.
+        kind: the rule of comparison, one of `NAMES` or "models"; left out if `name` is the kind.
+    """
 
+    name: Text
+    entries: Annotated[tuple[Entry, ...], MinLen(1)]
+    choice: Inside | None = None
+    kind: Literal["steps", "sizes", "algorithms", "models"] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Experiment":
+        if self.kind is None and self.name not in (*NAMES, MODELS):
+            raise ValueError(f"name {self.name!r} is none of {', '.join(NAMES)}, and there is no kind")
+        models = [(entry.group, entry.seed, entry.step) for entry in self.entries]
+        _check_unique(models, f"experiment {self.name}: (group, seed, step)")
+        return self
+
+    @property
+    def rule(self) -> str:
+        """The kind, whether given or said by the name."""
+        return self.kind or self.name
+
+    @property
     def groups(self) -> list[str]:
-        """The groups, each once, in the order of the file."""
+        """The groups, each once, in order."""
         return list(dict.fromkeys(entry.group for entry in self.entries))
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Command:
-    """One command of the plan."""
-
-    name: str
-    command: str
-    makes: tuple[str, ...] = ()
+    @property
+    def has_common_traces(self) -> bool:
+        """Whether traces are compared in the parameters of the largest model."""
+        return self.rule == SIZES or any(entry.common for entry in self.entries)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiments:
-    """The whole file."""
+class Command(Schema):
+    """One command of a plan.
 
-    scale: str
-    seeds: tuple[int, ...]
-    tasks: tuple[str, ...]
-    finetune_tasks: tuple[str, ...] = ()
-    probe: str = "probe"
-    saturated: float
-    margin: float
-    reference: str
+    Attributes:
+        command: as typed, with `$OUT` for the folder.
+        makes: folders and files that exist after it.
+    """
+
+    name: Text
+    command: Text
+    makes: Annotated[tuple[Inside, ...], AfterValidator(_check_distinct)] = ()
+
+
+class Experiments(Schema):
+    """`experiments.json`.
+
+    Attributes:
+        scale: name of the plan's size.
+        seeds: of pre-training.
+        tasks: downstream tasks that are probed; the records of task B are `probe_pcfg_B.json`.
+        finetune_tasks: those of them that are fine-tuned as well: `finetune_pcfg_B.json`.
+        probe: beginning of the names of the probes' records: `probe`, `probe_lbfgs`, ...
+        saturated, margin: thresholds of the same loss (nats), `max_gap` and `margin` of `SameLoss`.
+        reference: folder of the model that all others are compared with; null if no gap is known.
+        inferred: whether the file does not exist and the report made this up from the tree; then all accuracies count.
+    """
+
+    scale: Text
+    seeds: Annotated[tuple[int, ...], AfterValidator(_check_distinct)]
+    tasks: Texts
+    finetune_tasks: Texts = ()
+    probe: Annotated[str, AfterValidator(_check_probe)] = "probe"
+    saturated: Annotated[float, Gt(0)]
+    margin: Annotated[float, Gt(0)]
+    reference: Inside | None
     experiments: tuple[Experiment, ...]
     commands: tuple[Command, ...] = ()
+    inferred: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "Experiments":
+        if other := sorted(set(self.finetune_tasks) - set(self.tasks)):
+            raise ValueError(f"finetune_tasks has {other[0]!r}, which tasks lacks")
+        _check_unique([experiment.name for experiment in self.experiments], "experiment")
+        _check_unique([command.name for command in self.commands], "command")
+        for experiment in self.experiments:
+            for entry in experiment.entries:
+                if entry.seed is not None and entry.seed not in self.seeds:
+                    raise ValueError(f"group {entry.group!r} has seed {entry.seed}, which seeds lacks")
+        return self
+
+    @property
+    def criterion(self) -> SameLoss:
+        return SameLoss(self.saturated, self.margin)
 
     @functools.cached_property
     def _by_path(self) -> dict[PurePosixPath, list[Command]]:
         """The commands by what they make."""
-        found = {}
+        makers: dict[PurePosixPath, list[Command]] = {}
         for command in self.commands:
             for path in command.makes:
-                found.setdefault(PurePosixPath(path), []).append(command)
-        return found
+                makers.setdefault(PurePosixPath(path), []).append(command)
+        return makers
 
     def makers(self, path: str) -> list[Command]:
-        """The commands that make `path` or a folder that it lies in; those that name it most exactly."""
+        """The commands that make `path` or a folder above it; those that name it most exactly."""
         own = PurePosixPath(path)
         return next((self._by_path[parent] for parent in (own, *own.parents) if parent in self._by_path), [])
 
     def is_named(self, path: str) -> bool:
-        """Whether a command says that it makes exactly `path`."""
+        """Whether a command makes exactly `path`."""
         return PurePosixPath(path) in self._by_path
 
+    @property
     def groups(self) -> list[str]:
         """The groups of all experiments, each once."""
-        return list(dict.fromkeys(group for experiment in self.experiments for group in experiment.groups()))
+        return list(dict.fromkeys(group for experiment in self.experiments for group in experiment.groups))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Status:
+class Status(Schema):
     """How a command ended, or why it did not run."""
 
-    state: str
+    state: Literal["done", "failed", "blocked", "not due"]
     exit_code: int | None = None
-    seconds: float | None = None
-    log: str | None = None
+    seconds: Error | None = None
+    log: Inside | None = None
     why: str | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Weight:
-    """One weight of the adversarial term that was tried, against the standard model (nats; accuracies as fractions)."""
+class Weight(Schema):
+    """One weight of the adversarial term, compared with the standard model (nats; accuracies as fractions).
 
-    weight: float
+    Attributes:
+        gap_increase: paired difference of the losses; `gap_increase_se` is its standard error over sentences.
+        same_loss: whether it has the standard model's loss; null in files from before this criterion.
+    """
+
+    weight: Error
     gap_increase: float
-    gap_increase_se: float | None
+    gap_increase_se: Error | None
     accuracy: float
-    accuracy_se: float | None
+    accuracy_se: Error | None
     standard_accuracy: float
+    same_loss: bool | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice:
-    """How the weight of the adversarial term was chosen.
+class Choice(Schema):
+    """`choice.json`: how the weight of the adversarial term was chosen.
 
     Attributes:
         criterion: in words.
-        gap_allowed: nats.
+        gap_allowed: margin of the same loss, nats.
         weights: all that were tried.
-        chosen: one of them; None where none met the criterion.
+        chosen: one of them; null where none met the criterion.
     """
 
-    criterion: str
-    gap_allowed: float
-    weights: tuple[Weight, ...]
+    criterion: Text
+    gap_allowed: Error
+    weights: Annotated[tuple[Weight, ...], MinLen(1)]
     chosen: float | None = None
 
 
-def _text(value) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _integer(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _not_negative(value) -> bool:
-    return _number(value) and value >= 0
-
-
-def _positive(value) -> bool:
-    return _number(value) and value > 0
-
-
-def _inside(value) -> bool:
-    """Whether `value` names something below the folder of the file."""
-    return _text(value) and not PurePosixPath(value).is_absolute() and ".." not in PurePosixPath(value).parts
-
-
-def _or_null(is_right):
-    return lambda value: value is None or is_right(value)
-
-
-def _distinct(is_right, at_least=0):
-    """A check of lists without repetitions."""
-    return lambda value: isinstance(value, list) and all(map(is_right, value)) and len(set(value)) == len(value) >= at_least
-
-
-def _objects(value) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
-
-
-# What each field must be, and how that is said; a field with a default may be missing.
-_WANTED = {
-    Experiments: {
-        "scale": (_text, "a text"),
-        "seeds": (_distinct(_integer, 1), "a list of different integers"),
-        "tasks": (_distinct(_text, 1), "a list of different texts"),
-        "finetune_tasks": (_distinct(_text), "a list of different texts"),
-        "probe": (lambda value: _text(value) and value.startswith("probe"), "the beginning of a probe's record, probe..."),
-        "saturated": (_positive, "a positive number of nats"),
-        "margin": (_positive, "a positive number of nats"),
-        "reference": (_inside, "a folder below that of the file"),
-        "experiments": (_objects, "a list of objects"),
-        "commands": (_objects, "a list of objects"),
-    },
-    Experiment: {
-        "name": (lambda value: value in NAMES, f"one of {', '.join(NAMES)}"),
-        "entries": (lambda value: _objects(value) and value, "a list of objects, one at least"),
-        "choice": (_or_null(_inside), "a file below the folder of the file"),
-    },
-    Entry: {
-        "group": (_text, "a text"),
-        "seed": (_or_null(_integer), "an integer or null"),
-        "step": (_or_null(_integer), "an integer or null"),
-        "folder": (_inside, "a folder below that of the file"),
-        "common": (
-            lambda value: isinstance(value, dict) and value.keys() <= set(TIED_SCALES) and all(map(_inside, value.values())),
-            f"folders below that of the file by rule ({', '.join(TIED_SCALES)})",
-        ),
-    },
-    Command: {
-        "name": (_text, "a text"),
-        "command": (_text, "a text"),
-        "makes": (_distinct(_inside), "a list of different folders or files below that of the file"),
-    },
-    Status: {
-        "state": (lambda value: value in STATES, f"one of {', '.join(STATES)}"),
-        "exit_code": (_or_null(_integer), "an integer or null"),
-        "seconds": (_or_null(_not_negative), "a number or null"),
-        "log": (_or_null(_inside), "a file below the folder of the file"),
-        "why": (_or_null(lambda value: isinstance(value, str)), "a text"),
-    },
-    Weight: {
-        "weight": (_not_negative, "a number, 0 or more"),
-        "gap_increase": (_number, "a number of nats"),
-        "gap_increase_se": (_or_null(_not_negative), "a number, 0 or more, or null"),
-        "accuracy": (_number, "a number"),
-        "accuracy_se": (_or_null(_not_negative), "a number, 0 or more, or null"),
-        "standard_accuracy": (_number, "a number"),
-    },
-    Choice: {
-        "criterion": (_text, "a text"),
-        "gap_allowed": (_not_negative, "a number of nats, 0 or more"),
-        "weights": (lambda value: _objects(value) and value, "a list of objects, one at least"),
-        "chosen": (_or_null(_number), "a number or null"),
-    },
-}
-_PARTS = {"experiments": Experiment, "entries": Entry, "commands": Command, "weights": Weight}
-
-
-def _build(kind, value, where: str):
-    """A `kind` from the object `value`, its parts with it; lists become tuples.
-
-    Raises:
-        InputError: a field is missing, unknown or wrong; names it after `where`.
-    """
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: holds {value!r}, not an object; make it again")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    if unknown := sorted(value.keys() - fields.keys()):
-        raise InputError(f"{where}: unknown field {unknown[0]!r}; it has {', '.join(fields)}")
-    built = {}
-    for name, field in fields.items():
-        if name not in value:
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise InputError(f"{where}: has no {name!r}; it needs {_WANTED[kind][name][1]}")
-            continue
-        is_right, wanted = _WANTED[kind][name]
-        if not is_right(value[name]):
-            raise InputError(f"{where}: {name!r} is {value[name]!r}, not {wanted}")
-        built[name] = tuple(value[name]) if isinstance(value[name], list) else value[name]
-        if name in _PARTS:
-            parts = enumerate(value[name], 1)
-            built[name] = tuple(_build(_PARTS[name], part, f"{where}, {name} number {number}") for number, part in parts)
-    return kind(**built)
-
-
-def _check_no_repetition(names: list, what: str) -> None:
+def _check_unique(names: list, kind: str) -> None:
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
-        raise InputError(f"{what} {repeated[0]!r} is there more than once; name each once")
+        raise ValueError(f"{kind} {repeated[0]!r} occurs more than once")
 
 
-def _check(experiments: Experiments, where) -> None:
-    """What the fields must be to one another."""
-    if other := sorted(set(experiments.finetune_tasks) - set(experiments.tasks)):
-        raise InputError(f"{where}: 'finetune_tasks' has {other[0]!r}, which 'tasks' has not; add it there")
-    _check_no_repetition([experiment.name for experiment in experiments.experiments], f"{where}: experiment")
-    _check_no_repetition([command.name for command in experiments.commands], f"{where}: command")
-    for experiment in experiments.experiments:
-        models = [(entry.group, entry.seed, entry.step) for entry in experiment.entries]
-        _check_no_repetition(models, f"{where}, experiment {experiment.name}: (group, seed, step)")
-        for entry in experiment.entries:
-            if entry.seed is not None and entry.seed not in experiments.seeds:
-                raise InputError(
-                    f"{where}, experiment {experiment.name}: group {entry.group!r} has seed {entry.seed}, which 'seeds' has "
-                    "not; add it there"
-                )
-
-
-def _read(path, kind):
+def _read(schema: type[AnySchema], path: Path) -> AnySchema:
     content = read_json(path)
-    if content.pop("schema", None) != SCHEMA:
-        raise InputError(f"{path}: 'schema' is not {SCHEMA}; make the file again with this version")
-    return _build(kind, content, str(path))
+    number = content.pop("schema", None)
+    if number != SCHEMA:
+        raise InputError(f"{path}: 'schema' is {number!r}, not {SCHEMA}; {ADVICE}")
+    return parse_schema(schema, content, path, ADVICE)
 
 
-def read_experiments(folder) -> Experiments | None:
-    """`experiments.json` of `folder`; None where there is none.
+def _content(value: Schema) -> dict[str, Any]:
+    return value.model_dump(mode="json", exclude_defaults=True)
 
-    Raises:
-        InputError: it is not JSON, or a field is missing, unknown or wrong.
-    """
+
+def read_experiments(folder: Path | str) -> Experiments | None:
+    """`experiments.json` of `folder`; None if it does not exist."""
     path = Path(folder) / EXPERIMENTS_FILE
-    if not path.exists():
-        return None
-    experiments = _read(path, Experiments)
-    _check(experiments, path)
-    return experiments
+    return _read(Experiments, path) if path.exists() else None
 
 
-def write_experiments(folder, experiments: Experiments) -> None:
-    """Write `experiments.json` of `folder`, atomically.
-
-    Raises:
-        InputError: what `read_experiments` would refuse; nothing is written.
-    """
-    _write(Path(folder) / EXPERIMENTS_FILE, experiments, _check)
+def write_experiments(folder: Path | str, experiments: Experiments) -> None:
+    """Write `experiments.json` of `folder`, atomically."""
+    write_json(Path(folder) / EXPERIMENTS_FILE, {"schema": SCHEMA, **_content(experiments)})
 
 
-def read_choice(path) -> Choice:
-    """How the adversarial weight was chosen; raises as `read_experiments`, and for a file that is not there."""
-    return _read(path, Choice)
+def read_choice(path: Path | str) -> Choice:
+    """How the adversarial weight was chosen."""
+    return _read(Choice, Path(path))
 
 
-def write_choice(path, choice: Choice) -> None:
-    """Write the file of `read_choice`; raises as `write_experiments`."""
-    _write(path, choice)
+def write_choice(path: Path | str, choice: Choice) -> None:
+    """Write the file of `read_choice`, atomically."""
+    write_json(path, {"schema": SCHEMA, **_content(choice)})
 
 
-def _write(path, value, check=None) -> None:
-    content = dataclasses.asdict(value, dict_factory=_without_empty)
-    _build(type(value), _as_lists(content), str(path))
-    if check is not None:
-        check(value, path)
-    write_json(path, {"schema": SCHEMA, **content})
-
-
-def _without_empty(pairs: list[tuple]) -> dict:
-    """A dataclass as JSON: an empty `common` and a missing `choice` are left out."""
-    return {name: value for name, value in pairs if not (name in ("common", "choice") and not value)}
-
-
-def _as_lists(value):
-    """Tuples as the lists that JSON makes of them."""
-    if isinstance(value, dict):
-        return {name: _as_lists(part) for name, part in value.items()}
-    return [_as_lists(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def read_statuses(folder) -> dict[str, Status]:
-    """How the commands ended, by their names; empty where there is no `status.json`.
-
-    Raises:
-        InputError: it is not JSON, or a field is missing, unknown or wrong.
-    """
+def read_statuses(folder: Path | str) -> dict[str, Status]:
+    """How the commands ended, by their names; empty where there is no `status.json`."""
     path = Path(folder) / STATUS_FILE
-    if not path.exists():
-        return {}
-    return {name: _build(Status, value, f"{path}, command {name!r}") for name, value in read_json(path).items()}
+    content = read_json(path) if path.exists() else {}
+    return {name: parse_schema(Status, value, f"{path}, command {name!r}", ADVICE) for name, value in content.items()}
 
 
-def write_statuses(folder, statuses: dict[str, Status]) -> None:
-    """Write `status.json` of `folder`, atomically; raises as `write_experiments`."""
-    path, content = Path(folder) / STATUS_FILE, {}
-    for name, status in statuses.items():
-        content[name] = {key: value for key, value in dataclasses.asdict(status).items() if value is not None}
-        _build(Status, content[name], f"{path}, command {name!r}")
-    write_json(path, content)
+def write_statuses(folder: Path | str, statuses: dict[str, Status]) -> None:
+    """Write `status.json` of `folder`, atomically."""
+    write_json(Path(folder) / STATUS_FILE, {name: _content(status) for name, status in statuses.items()})

@@ -1,52 +1,27 @@
-"""The statistics of the report: intervals, criteria of one loss, correlations. All intervals are two-sided, of 95%.
+"""The statistics of the report: 95% intervals of differences of means, and correlations.
 
-Criteria, fixed before any number is looked at (d, g: means over sentences, nats; s: their standard errors; z = 1.96):
-
-    saturated        g + z s <= saturated                 the whole interval of the gap
-    equal            -margin <= d - z s, d + z s <= margin   the whole interval of a paired difference (an equivalence test)
-    not told apart   |d| <= max(2 s, 1e-6)                which two models also are when little was measured
-
-Differences of means over seeds have Student's t for their law, with the degrees of freedom of Welch and Satterthwaite where two
-groups are compared. Correlations have percentile intervals of a bootstrap that draws whole runs, since checkpoints of one run
-are not independent (Davison and Hinkley, Bootstrap Methods, section 3.8).
+Differences of means over seeds follow Student's t, with the degrees of freedom of Welch and Satterthwaite where two groups are
+compared. Correlations have percentile intervals of a bootstrap that draws whole runs, since checkpoints of one run are not
+independent (Davison and Hinkley, Bootstrap Methods, section 3.8).
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from pcfg.common.files import keyed_rng
+from pcfg.common.schema import Schema
+from pretraining.report.same_loss import LEVEL
 
-LEVEL = 0.95
 TAIL = (1 + LEVEL) / 2
-Z = float(stats.norm.ppf(TAIL))
-ERRORS = 2.0  # standard errors from which a difference counts
-ROUNDING = 1e-6  # nats: what float32 logits may make of a mean loss, however small its standard error
 NO_SPREAD = 1e-12  # standard error, relative to the value, below which all differences count as equal
 DRAWS = 10_000
 SEED = 0  # of the bootstrap
 FEWEST = 4  # models of a correlation
-
-
-def is_saturated(gap: float, error: float | None, limit: float) -> bool:
-    """Whether the 95% interval of a gap lies at or below `limit` (all nats; without an error: the gap itself)."""
-    return gap + Z * (error or 0.0) <= limit
-
-
-def is_equal(difference: float, error: float | None, margin: float) -> bool:
-    """Whether the 95% interval of a difference of two losses lies inside +-`margin` (all nats).
-
-    >>> is_equal(0.015, 0.002, 0.02), is_equal(0.015, 0.003, 0.02)
-    (True, False)
-    """
-    return abs(difference) + Z * (error or 0.0) <= margin
-
-
-def told_apart(difference: float, error: float | None) -> bool:
-    """Whether two losses differ by more than two standard errors of their paired difference, and by more than rounding."""
-    return abs(difference) > max(ERRORS * (error or 0.0), ROUNDING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +29,8 @@ class Mean:
     """A mean with its standard error; None and 0 degrees of freedom where a single value has none.
 
     Attributes:
-        n: how many values.
-        degrees: of freedom of the error.
+        degrees: of freedom of the error; infinite for an error over sentences.
+        n: number of values.
     """
 
     value: float
@@ -64,25 +39,24 @@ class Mean:
     n: int
 
 
-def mean_of(values) -> Mean:
-    """Mean of independent values (one a seed), s / sqrt(n) its standard error.
+def mean_of(values: ArrayLike) -> Mean:
+    """Mean of independent values (one per seed), s / sqrt(n) its standard error.
 
     >>> mean_of([1.0, 3.0])
     Mean(value=2.0, error=1.0, degrees=1, n=2)
     """
-    values = np.asarray(values, np.float64)
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-    return Mean(float(values.mean()), error, len(values) - 1, len(values))
+    array = np.asarray(values, np.float64)
+    error = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else None
+    return Mean(float(array.mean()), error, len(array) - 1, len(array))
 
 
-@dataclasses.dataclass(frozen=True)
-class Change:
+class Change(Schema):
     """A difference with its 95% interval.
 
     Attributes:
         value, error, low, high: in the unit of what was subtracted; the last three None where there is no interval.
-        degrees: of freedom of Student's t.
-        n: the values on either side, or the pairs.
+        degrees: of freedom of Student's t; None for the normal distribution, and where there is no interval.
+        n: number of values on either side, or of pairs.
     """
 
     value: float
@@ -100,18 +74,19 @@ class Change:
 
 
 def _change(value: float, error: float | None, degrees: float, n: tuple[int, ...]) -> Change:
-    """The interval of a difference. Without any spread there is none: a few equal accuracies don't prove a variance of 0.
+    """The interval of a difference. Without any spread there is none: a few equal accuracies do not prove a variance of 0.
 
     Nor does a spread of rounding: 0.75 - 0.7 and 0.65 - 0.6 differ in their last digit.
     """
     if not error or error <= NO_SPREAD * max(1.0, abs(value)):
-        return Change(value, error, None, None, None, n)
+        return Change(value=value, error=error, low=None, high=None, degrees=None, n=n)
     half = float(stats.t.ppf(TAIL, degrees)) * error
-    return Change(value, error, value - half, value + half, float(degrees), n)
+    of_t = float(degrees) if math.isfinite(degrees) else None
+    return Change(value=value, error=error, low=value - half, high=value + half, degrees=of_t, n=n)
 
 
-def paired_change(before, after) -> Change:
-    """Mean of `after` - `before` over pairs (one a seed), t interval with n - 1 degrees of freedom; none for one pair."""
+def paired_change(before: ArrayLike, after: ArrayLike) -> Change:
+    """Mean of `after` - `before` over pairs (one per seed), t interval with n - 1 degrees of freedom; none for one pair."""
     mean = mean_of(np.asarray(after, np.float64) - np.asarray(before, np.float64))
     return _change(mean.value, mean.error, mean.degrees, (mean.n,))
 
@@ -131,12 +106,11 @@ def change_of_means(before: Mean, after: Mean) -> Change:
     return _change(after.value - before.value, math.sqrt(total), degrees, n)
 
 
-@dataclasses.dataclass(frozen=True)
-class Correlation:
+class Correlation(Schema):
     """Rank and linear correlation of two columns over models.
 
     Attributes:
-        n, runs: models, and the runs that they come from.
+        n, runs: numbers of models, and of the runs that they come from.
         spearman, pearson: None where there are fewer than `FEWEST` models or one column has no spread.
         spearman_interval, pearson_interval: None too where there is one run.
         undefined_draws: share of bootstrap draws without spread, which are left out.
@@ -176,7 +150,7 @@ def _pearson(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.where(spread, np.clip(r, -1.0, 1.0), np.nan)
 
 
-def correlate(x, y, runs, purpose: str, draws: int = DRAWS) -> Correlation:
+def correlate(x: ArrayLike, y: ArrayLike, runs: Sequence[str], purpose: str, draws: int = DRAWS) -> Correlation:
     """Correlations of x and y over models, and their bootstrap intervals.
 
     A draw takes as many runs as there are, with replacement, each with all its models; ties get mid-ranks. All draws are made
@@ -184,26 +158,32 @@ def correlate(x, y, runs, purpose: str, draws: int = DRAWS) -> Correlation:
 
     Args:
         x, y: (n,) numbers.
-        runs: (n,) a label a model; models of one label are drawn together.
-        purpose: keys the random numbers, so that one correlation doesn't depend on which others are computed.
+        runs: (n,) a label per model; models of one label are drawn together.
+        purpose: keys the random numbers, so that one correlation does not depend on which others are computed.
     """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    x = np.asarray(x, np.float64)
+    y = np.asarray(y, np.float64)
     labels = list(dict.fromkeys(runs))
     member = np.array([[label == run for run in runs] for label in labels], np.float64).reshape(len(labels), len(x))
-    found = Correlation(len(x), len(labels))
+    sizes = {"n": len(x), "runs": len(labels)}
     if len(x) < FEWEST or x.min() == x.max() or y.min() == y.max():
-        return found
+        return Correlation(**sizes)
 
     def both(counts: np.ndarray) -> list[np.ndarray]:
         return [_pearson(_ranks(x, counts), _ranks(y, counts), counts), _pearson(x[None], y[None], counts)]
 
     spearman, pearson = (float(r[0]) for r in both(np.ones((1, len(x)))))
-    found = dataclasses.replace(found, spearman=spearman, pearson=pearson)
     if len(labels) == 1:
-        return found
+        return Correlation(**sizes, spearman=spearman, pearson=pearson)
     rng = keyed_rng(SEED, f"bootstrap, {purpose}")
     counts = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=draws) @ member  # (draws, n)
     drawn = [r[~np.isnan(r)] for r in both(counts)]
-    intervals = [tuple(np.quantile(r, (1 - TAIL, TAIL)).tolist()) if len(r) else None for r in drawn]
-    share = 1 - min(map(len, drawn)) / draws
-    return dataclasses.replace(found, spearman_interval=intervals[0], pearson_interval=intervals[1], undefined_draws=share)
+    by_rank, linear = [tuple(np.quantile(r, (1 - TAIL, TAIL)).tolist()) if len(r) else None for r in drawn]
+    return Correlation(
+        **sizes,
+        spearman=spearman,
+        pearson=pearson,
+        spearman_interval=by_rank,
+        pearson_interval=linear,
+        undefined_draws=1 - min(map(len, drawn)) / draws,
+    )

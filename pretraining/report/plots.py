@@ -1,258 +1,423 @@
-"""The report's plots: PNG files drawn from the rows of `results.csv`, and from nothing else.
+"""The plots of the report, each as PNG and SVG, drawn from the analysis and from nothing else.
 
-A series is one pre-training job; its colour, marker and dashes are the same in every plot. Colours run from dark to light with
-the number of parameters (viridis: ordered by lightness, so also in grey and for colour-blind readers), and each series has a
-marker of its own. Error bars are one standard error.
+A group has one colour and one marker in all plots. The colours are those of Okabe and Ito, which colour-blind readers can
+distinguish, neighbours of different lightness; in grey the markers differ. Means over seeds have error bars of one standard error
+over seeds, single models those of their own measurement. Filled markers have one meaning: the same loss as the reference.
 """
 
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pretraining.model.enlarge import TIED_SCALES
-from pretraining.report.plotting import (
-    DASHES,
-    GREY,
-    LIGHTEST,
-    MARKERS,
-    compact,
-    draw_points,
-    make_figure,
-    save_png,
-    scale_axis,
-    size_axis,
-    steps_axis,
-)
-from pretraining.report.sizes import SizeComparison, across_sizes
+from pcfg.common.files import atomic_open, atomic_path
+from pretraining.report.analysis import Analysis, Line
+from pretraining.report.contract import ALGORITHMS, MODELS, SIZES, STEPS, Choice
+from pretraining.report.rows import COMMON_TRACES, LOOKUP_TABLE, TRACE, TRANSFORMER, accuracy_label, own_error, trace_names
 
-SATURATED = 0.05  # nats: models with a gap up to this are drawn filled where accuracies are compared
+COLOURS = ("#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
+MARKERS = "osD^vXP<>*p"
+DASHES = ("-", "--", "-.", ":")
+GREY = "0.45"
+PANEL = (4.6, 3.4)  # inches
+COLUMNS = 2
+DPI = 130
+FILLED = "filled: same loss as the reference"
+FRONTIER = "adversarial_frontier"
 
 
-class Series:
-    """The checkpoints of one job, by step, and how they are drawn."""
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """The appearance of a group."""
 
-    def __init__(self, job: str, rows: list[dict], index: int, number: int):
-        self.rows = sorted(rows, key=lambda row: row["step"] or 0)
-        parameters = rows[0].get("parameters")
-        self.label = job if parameters is None else f"{job} ({compact(parameters)} parameters)"
-        self.colour = matplotlib.colormaps["viridis"](LIGHTEST * index / max(1, number - 1))
-        self.marker, self.dash = MARKERS[index % len(MARKERS)], DASHES[index % len(DASHES)]
+    label: str
+    colour: str
+    marker: str
+    dash: str
 
-    def handle(self) -> Line2D:
-        """The series in a legend."""
-        return Line2D([], [], color=self.colour, marker=self.marker, linestyle=self.dash, label=self.label)
-
-
-def make_series(rows: list[dict]) -> list[Series]:
-    """The transformers among the rows, one series a job and size, from small to large."""
-    groups = {}
-    for row in rows:
-        if row["kind"] == "transformer":
-            groups.setdefault((row.get("parameters") or 0, row["job"]), []).append(row)
-    ordered = sorted(groups.items())
-    return [Series(job, of_job, index, len(ordered)) for index, ((_, job), of_job) in enumerate(ordered)]
+    def handle(self, line: bool) -> Line2D:
+        """The group in a legend, its markers joined by a line or not."""
+        dash = self.dash if line else "none"
+        return Line2D([], [], color=self.colour, marker=self.marker, linestyle=dash, label=self.label)
 
 
+def styles_of(groups: list[str]) -> dict[str, Style]:
+    """A style per group, by its place among the groups of all experiments."""
+    return {
+        group: Style(group, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
+        for i, group in enumerate(groups)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
 class Quantity:
-    """One measured column: its label, its error and its scale.
+    """A quantity and its axis: `scale` is the factor to the unit of the axis (100 for per cent)."""
 
-    Args:
-        name: column of the rows.
-        label: axis label with unit.
-        error: from a row to the standard error or None.
-        scale: factor from the column to the axis (100 for per cent).
+    name: str
+    label: str
+    scale: float = 1.0
+
+    def mean(self, line: Line) -> tuple[float, float] | None:
+        """Mean and error of a line, on the axis; None where it was not measured."""
+        value = line.values[self.name]
+        return None if value.mean is None else (value.mean * self.scale, (value.error or 0.0) * self.scale)
+
+
+def _quantity(name: str) -> Quantity:
+    if name == "gap":
+        return Quantity(name, "gap to the entropy (nats)")
+    if name == TRACE:
+        return Quantity(name, "trace of the Hessian (nats)")
+    if name in COMMON_TRACES.values():
+        return Quantity(name, f"trace in the largest model's\nparameters (nats), rule {name.removeprefix('trace_by_')}")
+    return Quantity(name, f"accuracy of {accuracy_label(name)} (%)", 100.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A plot of the page.
+
+    Attributes:
+        name: of its files, without `.png` and `.svg`.
+        panels: (description, PNG file) of each panel, and of the legend.
     """
 
-    def __init__(self, name: str, label: str, error, scale: float = 1.0):
-        self.name, self.label, self.error, self.scale = name, label, error, scale
-
-    def of(self, row: dict) -> tuple[float, float] | None:
-        """Value and error (0 where unknown) on the axis, or None where it was not measured."""
-        value = row.get(self.name)
-        return None if value is None else (value * self.scale, (self.error(row) or 0.0) * self.scale)
-
-    def values(self, rows: list[dict]) -> list[float]:
-        return [found[0] for row in rows if (found := self.of(row)) is not None]
+    name: str
+    title: str
+    caption: str
+    panels: list[tuple[str, bytes]]
 
 
-def _reference_lines(axes, rows: list[dict], quantity: Quantity) -> None:
-    """Horizontal lines of an accuracy: the lookup table's, and the majority class."""
-    tables = [row for row in rows if row["kind"] != "transformer" and quantity.of(row)]
-    for row in tables:
-        axes.axhline(quantity.of(row)[0], color="black", linestyle=(0, (6, 3)), linewidth=1.2)
-    majorities = {row.get(f"{quantity.name}_majority") for row in rows} - {None}
-    for share in sorted(majorities):
-        axes.axhline(share * quantity.scale, color=GREY, linestyle=":", linewidth=1.2)
+class ExperimentPlots:
+    """Draws the plots of one experiment.
+
+    Attributes:
+        quantities: gap, traces and accuracies of at least one model (of two groups where groups are compared).
+    """
+
+    def __init__(self, analysis: Analysis, name: str, styles: dict[str, Style]):
+        self.analysis, self.styles = analysis, styles
+        self.experiment = analysis.experiment(name)
+        self.models = analysis.of(name)
+        self.lines = analysis.tables[name]
+        traces = trace_names(self.experiment)
+        is_shape = self.experiment.rule == MODELS and self.experiment.has_common_traces
+        names = traces if is_shape else ["gap", *traces, *analysis.names]
+        # One group alone is nothing to compare; steps compare within a group.
+        fewest = 1 if self.experiment.rule in (STEPS, MODELS) else 2
+        lines = [line for line in self.lines if line.kind == TRANSFORMER]
+        measured = {name: {line.group for line in lines if line.values[name].n} for name in names}
+        self.quantities = [_quantity(name) for name, groups in measured.items() if len(groups) >= fewest]
+        self.accuracies = [quantity for quantity in self.quantities if quantity.scale != 1.0]
+        self.traces = [quantity for quantity in self.quantities if quantity.name.startswith(TRACE)]
+
+    def against_steps(self, axes: Axes, quantity: Quantity) -> None:
+        """Means against training steps, a line per group."""
+        steps, values = set(), []
+        for group in self.experiment.groups:
+            lines = [line for line in self.lines if line.group == group and line.step is not None and quantity.mean(line)]
+            points = [(line.step, *_apart(quantity.mean(line))) for line in lines]
+            hollow = {index for index, line in enumerate(lines) if not _is_same_loss(line)}
+            _draw_points(axes, self.styles[group], points, line=True, hollow=hollow)
+            steps |= {line.step for line in lines if line.step is not None}
+            values += [point[1] for point in points]
+        _steps_axis(axes, sorted(steps))
+        self._finish(axes, quantity, values)
+
+    def against_size(self, axes: Axes, quantity: Quantity) -> None:
+        """Means against the number of parameters, each group at its last measured step."""
+        last = {line.group: line for line in self.lines if quantity.mean(line) and line.parameters}
+        lines = sorted(last.values(), key=lambda line: line.parameters or 0)
+        points = [(line.parameters, *_apart(quantity.mean(line))) for line in lines]
+        for line, point in zip(lines, points, strict=True):
+            _draw_points(axes, self.styles[line.group], [point], line=False, hollow=() if _is_same_loss(line) else {0})
+        axes.plot([point[0] for point in points], [point[1] for point in points], color=GREY, linewidth=1, zorder=0)
+        _size_axis(axes, sorted({line.parameters for line in lines if line.parameters}))
+        self._finish(axes, quantity, [point[1] for point in points])
+
+    def by_group(self, axes: Axes, quantity: Quantity) -> None:
+        """Groups side by side: the mean with its error, and single models as small points next to it."""
+        values: list[float] = []
+        last = {line.group: line for line in self.lines if quantity.mean(line)}
+        groups = self.experiment.groups
+        for place, group in enumerate(groups):
+            if group not in last:
+                continue
+            style = self.styles[group]
+            point = (place, *_apart(quantity.mean(last[group])))
+            _draw_points(axes, style, [point], line=False, hollow=() if _is_same_loss(last[group]) else {0})
+            rows = self.models.rows
+            of_line = rows["group"].eq(group) & (rows["step"].eq(last[group].step).fillna(False) | rows["step"].isna())
+            single = (self.models.select(of_line).of(quantity.name)["value"].dropna() * quantity.scale).tolist()
+            if len(single) > 1:
+                look = {"marker": style.marker, "color": style.colour, "markersize": 3, "linestyle": "none"}
+                axes.plot([place + 0.2] * len(single), single, **look)
+            values += [point[1], *single]
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.set_xticks(range(len(groups)), groups, rotation=20 if len(groups) > 4 else 0)
+        self._finish(axes, quantity, values)
+
+    def against_trace(self, axes: Axes, accuracy: Quantity, trace: Quantity) -> None:
+        """An accuracy against a trace, one point per model."""
+        x_values: list[float] = []
+        for group in self.experiment.groups:
+            models = self.models.select(self.models.rows["group"].eq(group) & self.models.rows["kind"].eq(TRANSFORMER))
+            columns = {}
+            for axis, quantity in (("x", trace), ("y", accuracy)):
+                of_quantity = models.of(quantity.name)
+                columns[axis] = of_quantity["value"] * quantity.scale
+                columns[f"{axis}_error"] = own_error(of_quantity).fillna(0.0) * quantity.scale
+            points = pd.DataFrame(columns).dropna()
+            is_same = models.rows["same_loss"].reindex(points.index).fillna(False).astype(bool)
+            hollow = set(np.flatnonzero(~is_same))
+            _draw_points(axes, self.styles[group], points[["x", "y", "x_error", "y_error"]].values.tolist(), False, hollow)
+            x_values += points["x"].tolist()
+        axes.set_xlabel(trace.label)
+        _scale_axis(axes.xaxis, x_values)
+        self._finish(axes, accuracy, [])
+
+    def _finish(self, axes: Axes, quantity: Quantity, values: list[float]) -> None:
+        """Label, grid, scale and reference lines of the vertical axis."""
+        axes.set_ylabel(quantity.label)
+        axes.grid(True, color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
+        if quantity.name == "gap":
+            axes.axhline(self.analysis.experiments.saturated, color=GREY, linestyle=":", linewidth=1.2)
+        if quantity.scale == 1.0:
+            _scale_axis(axes.yaxis, values)
+            return
+        of_quantity = self.analysis.tree.measured[quantity.name]
+        for share in sorted(of_quantity["majority"].dropna().unique()):
+            axes.axhline(share * quantity.scale, color=GREY, linestyle=":", linewidth=1.2)
+        if self.experiment.rule != ALGORITHMS:  # where the table is a group itself
+            for value in of_quantity["value"][self.analysis.tree.models["kind"] == LOOKUP_TABLE].dropna():
+                axes.axhline(value * quantity.scale, color="black", linestyle=(0, (6, 3)), linewidth=1.2)
+
+    def legend(self, quantities: Collection[Quantity], lines: bool = False) -> list[Line2D]:
+        """The groups that have models, the meaning of filled markers, and reference lines where accuracies are shown."""
+        own = self.experiment.rule == ALGORITHMS
+        drawn = {line.group for line in self.lines if line.kind == TRANSFORMER or (own and line.kind)}
+        handles = [self.styles[group].handle(lines) for group in self.experiment.groups if group in drawn]
+        face: dict[str, Any] = {"markerfacecolor": GREY, "markeredgecolor": GREY, "linestyle": "none"}
+        handles.append(Line2D([], [], marker="o", **face, label=FILLED))
+        if any(quantity.scale != 1.0 for quantity in quantities):
+            handles.append(Line2D([], [], color=GREY, linestyle=":", label="majority class"))
+            if not own and (self.analysis.tree.models["kind"] == LOOKUP_TABLE).any():
+                handles.append(Line2D([], [], color="black", linestyle=(0, (6, 3)), label="lookup table"))
+        return handles
 
 
-def draw_against_steps(axes, rows: list[dict], quantity: Quantity) -> None:
-    """`quantity` against training steps, one line a series."""
-    for series in make_series(rows):
-        measured = [(row["step"], *quantity.of(row)) for row in series.rows if row["step"] is not None and quantity.of(row)]
-        draw_points(axes, series, [(step, value, 0, error) for step, value, error in measured], line=True)
-    steps_axis(axes, sorted({row["step"] for row in rows if row["step"] is not None}))
-    _finish(axes, rows, quantity)
+def _apart(mean: tuple[float, float] | None) -> tuple[float, float, float]:
+    """(value, error) as the last three entries of a point: y, error of x, error of y."""
+    assert mean is not None
+    return mean[0], 0.0, mean[1]
 
 
-def draw_against_size(axes, rows: list[dict], quantity: Quantity) -> None:
-    """`quantity` against the number of parameters: last checkpoints filled and joined, earlier ones hollow."""
-    last_points = []
-    for series in make_series(rows):
-        measured = [(row["parameters"], *quantity.of(row)) for row in series.rows if quantity.of(row)]
-        points = [(size, value, 0, error) for size, value, error in measured]
-        draw_points(axes, series, points, line=False, hollow=range(len(points) - 1))
-        last_points += points[-1:]
-    if last_points:
-        axes.plot([p[0] for p in last_points], [p[1] for p in last_points], color=GREY, linewidth=1, zorder=0)
-    size_axis(axes, sorted({point[0] for point in last_points}))
-    axes.set_xlabel("parameters (filled: last checkpoint)")
-    _finish(axes, rows, quantity)
+def _is_same_loss(line: Line) -> bool:
+    """Whether all models of a line have the same loss as the reference."""
+    number, known = line.same_loss
+    return number == known > 0
 
 
-def draw_against_trace(axes, rows: list[dict], quantity: Quantity, trace: Quantity) -> None:
-    """An accuracy against the trace; filled where the gap is at most `SATURATED`, since only there is the loss the same."""
-    x_values = []
-    for series in make_series(rows):
-        measured = [row for row in series.rows if trace.of(row) and quantity.of(row)]
-        points = [(trace.of(row)[0], quantity.of(row)[0], trace.of(row)[1], quantity.of(row)[1]) for row in measured]
-        gaps = [row.get("gap_sentences") for row in measured]
-        hollow = {index for index, gap in enumerate(gaps) if gap is None or gap > SATURATED}
-        draw_points(axes, series, points, line=False, hollow=hollow)
-        x_values += [point[0] for point in points]
-    scale_axis(axes.xaxis, x_values)
-    axes.set_xlabel(f"{trace.label}  (filled: gap ≤ {SATURATED} nats)")
-    _finish(axes, rows, quantity)
+SEEDS = "Means over seeds, ± one standard error over seeds; a single model has the error of its own measurement."
+AGAINST = {
+    STEPS: [("", "Gap, trace and accuracy against training steps", ExperimentPlots.against_steps)],
+    SIZES: [("", "Gap, trace and accuracy against the models' own sizes", ExperimentPlots.against_size)],
+    ALGORITHMS: [("", "Gap, trace and accuracy by algorithm, small points: single models", ExperimentPlots.by_group)],
+    MODELS: [
+        ("_against_steps", "Gap, trace and accuracy against training steps", ExperimentPlots.against_steps),
+        ("_against_size", "Last checkpoints: gap, trace and accuracy against size", ExperimentPlots.against_size),
+    ],
+}
 
 
-def _finish(axes, rows: list[dict], quantity: Quantity) -> None:
-    """Scale, label, grid and reference lines of the vertical axis."""
-    if f"{quantity.name}_majority" in {key for row in rows for key in row}:
-        _reference_lines(axes, rows, quantity)
-    else:
-        scale_axis(axes.yaxis, quantity.values([row for row in rows if row["kind"] == "transformer"]))
-    axes.set_ylabel(quantity.label)
+def write_plots(output: Path | str, analysis: Analysis) -> dict[str, list[Plot]]:
+    """Draw all plots that there are measurements for, each as NAME.png and NAME.svg.
+
+    Returns:
+        By experiment the plots, in the order in which they are shown.
+    """
+    styles = styles_of(analysis.experiments.groups)
+    plots: dict[str, list[Plot]] = {}
+
+    def add(experiment: str, name: str, title: str, caption: str, draw: list[Callable[[Axes], None]], legend: list) -> None:
+        figure, axes = _make_figure(len(draw))
+        panels = []
+        for panel, draw_panel in zip(axes, draw, strict=True):
+            draw_panel(panel)
+            # On a page each panel is a picture of its own, which narrow screens show below each other.
+            single, (alone,) = _make_figure(1)
+            draw_panel(alone)
+            label = f"{panel.get_ylabel()} against {panel.get_xlabel() or 'groups'}"
+            panels.append((" ".join(label.split()), _png(single)))
+        if legend:
+            options = {"handles": legend, "ncols": min(3, len(legend)), "frameon": False, "fontsize": 9}
+            figure.legend(loc="outside lower center", **options)
+            alone_legend = Figure(figsize=(2 * PANEL[0], 1))
+            alone_legend.legend(loc="center", **options)
+            panels.append(("legend", _png(alone_legend, bbox_inches="tight")))
+        with atomic_open(Path(output) / f"{name}.png", "wb") as file:
+            file.write(_png(figure))
+        _save_svg(figure, Path(output) / f"{name}.svg")
+        plots.setdefault(experiment, []).append(Plot(name, title, caption, panels))
+
+    def bind(function: Callable, *quantities: Quantity) -> Callable[[Axes], None]:
+        return lambda axes: function(axes, *quantities)
+
+    for name in analysis.tables:
+        own = ExperimentPlots(analysis, name, styles)
+        is_shape = own.experiment.rule == MODELS and own.experiment.has_common_traces
+        pairs = [] if is_shape else [(accuracy, trace) for accuracy in own.accuracies for trace in own.traces]
+        reading = f"{SEEDS} {FILLED.capitalize()}. Dotted: the limit of saturation (gap), the majority class (accuracy)."
+        if own.experiment.rule == MODELS and not is_shape and own.quantities:
+            shown = [q for q in own.quantities if q.scale == 1.0] + own.accuracies[:1]
+            draw = [bind(own.against_steps, quantity) for quantity in shown]
+            draw += [bind(own.against_trace, *pair) for pair in pairs[:1]]
+            title = "Gap, trace and accuracy during training, and accuracy against trace"
+            add(name, "overview", title, f"{title}. {reading}", draw, own.legend(shown, lines=True))
+        for suffix, title, function in AGAINST[own.experiment.rule]:
+            if own.quantities and not (is_shape and function is ExperimentPlots.against_steps):
+                draw = [bind(function.__get__(own), quantity) for quantity in own.quantities]
+                has_lines = function is ExperimentPlots.against_steps
+                if own.experiment.has_common_traces:
+                    title += "; traces in the parameters of the largest model, by both rules of enlarging"
+                add(name, name + suffix, title, f"{title}. {reading}", draw, own.legend(own.quantities, has_lines))
+        if pairs:
+            title = "Accuracy against trace, one point per model"
+            caption = f"{title}, ± the standard errors of its own measurements. {FILLED.capitalize()}. Dotted: the majority class."
+            draw = [bind(own.against_trace, *pair) for pair in pairs]
+            add(name, f"{name}_accuracy_against_trace", title, caption, draw, own.legend(own.accuracies))
+        if own.experiment.rule == ALGORITHMS and analysis.choice is not None:
+            groups = own.experiment.groups
+            choice, style = analysis.choice, styles[groups[min(1, len(groups) - 1)]]
+            caption = "What each weight (number at its point) of the adversarial term costs and does; filled: the chosen one. "
+            caption += "Dashed: the standard model's accuracy; dotted: the margin of the same loss."
+            title = "Gap increase against accuracy over adversarial weights"
+            add(name, FRONTIER, title, caption, [lambda axes: _draw_frontier(axes, choice, style)], [])
+    return plots
+
+
+def _draw_frontier(axes: Axes, choice: Choice, style: Style) -> None:
+    tried = sorted(choice.weights, key=lambda weight: weight.weight)
+    points = [
+        (weight.gap_increase, 100 * weight.accuracy, weight.gap_increase_se or 0, 100 * (weight.accuracy_se or 0))
+        for weight in tried
+    ]
+    hollow = {index for index, weight in enumerate(tried) if weight.weight != choice.chosen}
+    _draw_points(axes, style, points, line=True, hollow=hollow)
+    for index, (weight, point) in enumerate(zip(tried, points, strict=True)):
+        offset = (0, 9 if index % 2 == 0 else -15)
+        axes.annotate(f"{weight.weight:g}", point[:2], offset, textcoords="offset points", ha="center", fontsize=8)
+    for accuracy in sorted({weight.standard_accuracy for weight in tried}):
+        axes.axhline(100 * accuracy, color="black", linestyle=(0, (6, 3)), linewidth=1.2)
+    axes.axvline(choice.gap_allowed, color=GREY, linestyle=":", linewidth=1.2)
+    axes.margins(0.12)
+    axes.set_xlabel("gap increase over the standard model (nats)")
+    axes.set_ylabel("accuracy (%)")
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
 
 
-def _legend(figure: Figure, rows: list[dict], accuracies: list[Quantity]) -> None:
-    """One legend below all panels: the series, and the reference lines where accuracies are shown."""
-    handles = [series.handle() for series in make_series(rows)]
-    if any(quantity.of(row) for quantity in accuracies for row in rows if row["kind"] != "transformer"):
-        handles.append(Line2D([], [], color="black", linestyle=(0, (6, 3)), label="lookup table"))
-    if accuracies:
-        handles.append(Line2D([], [], color=GREY, linestyle=":", label="majority class"))
-    columns = 2 if len(handles) == 4 else 3
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), frameon=False, fontsize=9)
+def compact(number: float) -> str:
+    """A number of steps or parameters in at most a few characters.
 
-
-def _size_and_steps(path: Path, rows: list[dict], quantity: Quantity, accuracies: list[Quantity]) -> None:
-    """One figure: `quantity` against size and against steps."""
-    figure, axes = make_figure(2, 2)
-    draw_against_size(axes[0], rows, quantity)
-    draw_against_steps(axes[1], rows, quantity)
-    _legend(figure, rows, accuracies)
-    save_png(figure, path)
-
-
-def _overview(path: Path, rows: list[dict], gap: Quantity, trace: Quantity, accuracies: list[Quantity]) -> None:
-    """The one picture: gap, trace and an accuracy against steps, and the accuracy against the trace."""
-    quantities = [quantity for quantity in (gap, trace, *accuracies[:1]) if quantity.values(rows)]
-    against_trace = [accuracy for accuracy in accuracies[:1] if trace.values(rows)]
-    figure, axes = make_figure(len(quantities) + len(against_trace), 2)
-    for panel, quantity in zip(axes, quantities, strict=False):
-        draw_against_steps(panel, rows, quantity)
-    for panel, accuracy in zip(axes[len(quantities) :], against_trace, strict=True):
-        draw_against_trace(panel, rows, accuracy, trace)
-    _legend(figure, rows, accuracies[:1])
-    save_png(figure, path)
-
-
-def _across_sizes(path: Path, comparison: SizeComparison) -> None:
-    """Traces in the parameters of one model against the models' own sizes, a line a rule."""
-    figure, (axes,) = make_figure(1, 1)
-    for index, rule in enumerate(TIED_SCALES):
-        rows = [(model.size, model.traces[rule]) for model in comparison.models if rule in model.traces]
-        if not rows:
-            continue
-        colour, marker = matplotlib.colormaps["viridis"](LIGHTEST * index), MARKERS[index]
-        x, y, error = zip(*((size, row["trace"], row.get("trace_se") or 0.0) for size, row in rows), strict=True)
-        style = {"color": colour, "marker": marker, "linestyle": DASHES[index], "capsize": 2}
-        axes.errorbar(x, y, error, label=f"--tied-scale {rule}", **style)
-    axes.set_xscale("log")
-    sizes = sorted({model.size for model in comparison.models})
-    axes.set_xticks(sizes, map(compact, sizes))
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("parameters of the model that was enlarged")
-    axes.set_ylabel("trace of the Hessian (nats)")
-    axes.set_ylim(bottom=0)
-    axes.grid(True, color="0.9", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=9)
-    save_png(figure, path)
-
-
-def _accuracy_quantity(name: str, error_of) -> Quantity:
-    kind, task = name.split("_", 1)
-    words = {"probe": "linear probe", "finetune": "fine-tuning"}[kind]
-    return Quantity(name, f"accuracy of {words},\n{task} (%)", lambda row: error_of(row, name), 100.0)
-
-
-def write_plots(output, rows: list[dict], names: list[str], error_of) -> list[tuple[str, str, Path]]:
-    """Draw all plots that there are measurements for.
-
-    Args:
-        output: folder of the PNG files.
-        rows: rows of `results.csv` (see `pretraining.report.rows.collect`).
-        names: the accuracies, `probe_TASK` and `finetune_TASK`.
-        error_of: from a row and a name to the accuracy's error, or None.
-
-    Returns:
-        (title, caption, file) of each plot, the overview first.
+    >>> [compact(n) for n in (0, 250, 1500, 40000, 2000000)]
+    ['0', '250', '1.5k', '40k', '2M']
     """
-    comparisons = across_sizes(rows)
-    rows = [row for row in rows if row.get("enlarged_rule") is None]
-    output, models = Path(output), [row for row in rows if row["kind"] == "transformer"]
-    gap = Quantity("gap_sentences", "gap to the entropy (nats),\nmean over sentences", lambda row: row.get("gap_sentences_se"))
-    trace = Quantity("trace", "trace of the Hessian (nats)", lambda row: row.get("trace_se"))
-    accuracies = [q for q in (_accuracy_quantity(name, error_of) for name in names) if q.values(models)]
-    # Probes of hidden states first: what the overview shows of the accuracies.
-    accuracies.sort(key=lambda q: (not q.name.startswith("probe_"), q.name.startswith("probe_conditional_"), q.name))
-    plots = []
-
-    def add(file: str, title: str, caption: str, draw, *arguments) -> None:
-        draw(output / file, rows, *arguments)
-        plots.append((title, caption, output / file))
-
-    bars = "Error bars: one standard error."
-    if gap.values(models) or trace.values(models) or accuracies:
-        caption = f"Gap, trace and accuracy during training, and accuracy against trace. {bars}"
-        add("overview.png", "Overview", caption, _overview, gap, trace, accuracies)
-    for quantity, file, title in ((gap, "gap.png", "Gap to the entropy"), (trace, "trace.png", "Trace of the Hessian")):
-        if quantity.values(models):
-            add(file, title, f"Against size and against training steps. {bars}", _size_and_steps, quantity, [])
-    for number, comparison in enumerate(comparisons):
-        path = output / f"trace_across_sizes{number or ''}.png"
-        _across_sizes(path, comparison)
-        plots.append(
-            (comparison.title, f"Each model enlarged to the same shape, by both rules where both are there. {bars}", path)
-        )
-    for accuracy in accuracies:
-        caption = "Against size and against training steps. Error bars: one standard error over seeds, with one seed that of "
-        caption += "the validation sample."
-        title = accuracy.label.replace("\n", " ").removesuffix(" (%)").capitalize()
-        add(f"accuracy_{accuracy.name}.png", title, caption, _size_and_steps, accuracy, [accuracy])
-    if accuracies and trace.values(models):
-        caption = f"Filled markers: models whose gap is at most {SATURATED} nats, the ones with the same loss. {bars}"
-        add("accuracy_against_trace.png", "Accuracy against trace", caption, _all_against_trace, trace, accuracies)
-    return plots
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:g}"
 
 
-def _all_against_trace(path: Path, rows: list[dict], trace: Quantity, accuracies: list[Quantity]) -> None:
-    """Each accuracy against the trace, a panel each."""
-    figure, axes = make_figure(len(accuracies), 2)
-    for panel, accuracy in zip(axes, accuracies, strict=True):
-        draw_against_trace(panel, rows, accuracy, trace)
-    _legend(figure, rows, accuracies)
-    save_png(figure, path)
+def _scale_axis(axis: Axis, values: list[float]) -> None:
+    """A logarithmic axis for positive values that span more than a factor of 10; a symmetric one if some are not positive."""
+    positive = [value for value in values if value > 0]
+    if not positive or max(positive) / min(positive) <= 10:
+        return
+    owner = axis.axes
+    set_scale = owner.set_yscale if axis is owner.yaxis else owner.set_xscale
+    if len(positive) == len(values):
+        set_scale("log", nonpositive="clip")
+    else:
+        set_scale("symlog", linthresh=min(positive), linscale=0.4)
+    formatter = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}")
+    axis.set_major_formatter(formatter)
+    if max(positive) / min(positive) < 100:  # few decades: the tens alone would leave an axis with one number
+        axis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2.0, 5.0)))
+        axis.set_minor_formatter(formatter)
+    else:
+        axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+
+def _steps_axis(axes: Axes, steps: list[int]) -> None:
+    """The horizontal axis of training steps: `steps` are those that are shown, sorted."""
+    positive = [step for step in steps if step > 0]
+    if positive and max(positive) / min(positive) > 3:
+        axes.set_xscale("symlog", linthresh=min(positive), linscale=0.5)
+    if len(steps) <= 6:
+        axes.set_xticks(steps, [compact(step) for step in steps])
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel("training steps")
+
+
+def _size_axis(axes: Axes, sizes: list[int]) -> None:
+    """The horizontal axis of numbers of parameters: `sizes` are those that are shown, sorted."""
+    if len(sizes) > 1:
+        axes.set_xscale("log")
+        axes.margins(x=0.12)
+    if len(sizes) <= 6 and all(b / a > 1.25 for a, b in zip(sizes, sizes[1:], strict=False)):
+        axes.set_xticks(sizes, [compact(size) for size in sizes])
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel("parameters")
+
+
+def _draw_points(axes: Axes, style: Style, points: list, line: bool, hollow: Collection[int] = ()) -> None:
+    """Points (x, y, x error, y error) with error bars, joined by the group's line; those in `hollow` are not filled."""
+    if not points:
+        return
+    x, y, x_error, y_error = zip(*points, strict=True)
+    axes.errorbar(x, y, y_error, x_error, color=style.colour, linestyle="none", capsize=2, elinewidth=1)
+    if line:
+        axes.plot(x, y, color=style.colour, linestyle=style.dash, linewidth=1.3)
+    for index, point in enumerate(points):
+        face = "white" if index in hollow else style.colour
+        look = {"marker": style.marker, "markerfacecolor": face, "markeredgecolor": style.colour, "linestyle": "none"}
+        axes.plot(point[0], point[1], **look)
+
+
+def _make_figure(panels: int) -> tuple[Figure, list[Axes]]:
+    """A figure with `panels` axes in rows of `COLUMNS`."""
+    columns = min(COLUMNS, panels)
+    lines = math.ceil(panels / columns)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines + 0.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.09, h_pad=0.06)  # inches around each panel
+    axes = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
+    for unused in axes[panels:]:
+        unused.remove()
+    return figure, axes[:panels]
+
+
+def _save_svg(figure: Figure, path: Path) -> None:
+    """Write a figure that has been drawn before as a drawing for a paper; text as paths, which look the same everywhere."""
+    figure.set_layout_engine("none")  # it is laid out
+    # The names of what is drawn more than once are random unless there is a salt.
+    with atomic_path(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "report", "svg.fonttype": "path"}):
+        figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def _png(figure: Figure, **options: Any) -> bytes:
+    file = io.BytesIO()
+    # No software version in the file: the same numbers give the same picture.
+    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None}, **options)
+    return file.getvalue()

@@ -1,0 +1,107 @@
+"""The criterion of "the same loss", the only one of the project: report, plots, experiments and choices all use it.
+
+With g the gap to the entropy and d a paired difference of two gaps (both means over sentences, in nats), s the standard error
+of either over sentences, and z = 1.96:
+
+    saturated    g + z s <= max_gap      for each of the models
+    equal        |d| + z s <= margin     for the two models, or for the mean gaps of two groups
+
+Two models have the same loss if both are saturated and they are equal. Where a gap is not known (natural text has no exact
+entropy), saturation is not known, and nothing is concluded. The thresholds are settings of the analysis.
+
+Few pairs of models are compared directly. The difference of any two follows from their differences to a common reference, or
+from their gaps: the values subtract, and since sd(X - Y) <= sd(X) + sd(Y), the sum of the standard errors bounds the standard
+error of the paired difference. With such a bound two losses can be found equal, never different.
+"""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+LEVEL = 0.95
+Z = float(stats.norm.ppf((1 + LEVEL) / 2))
+MAX_GAP = 0.02  # nats
+MARGIN = 0.01  # nats
+
+
+@dataclasses.dataclass(frozen=True)
+class SameLoss:
+    """The criterion with its thresholds, in nats.
+
+    >>> criterion = SameLoss(max_gap=0.02, margin=0.01)
+    >>> criterion.is_saturated(0.015, 0.002), criterion.is_saturated(0.015, 0.003)
+    (True, False)
+    >>> criterion.is_equal(-0.005, 0.002), criterion.is_equal(-0.005, 0.003)
+    (True, False)
+    """
+
+    max_gap: float = MAX_GAP
+    margin: float = MARGIN
+
+    def is_saturated(self, gap: float, error: float) -> bool:
+        """Whether the 95% interval of a gap lies at or below `max_gap`."""
+        return gap + Z * error <= self.max_gap
+
+    def is_equal(self, difference: float, error: float) -> bool:
+        """Whether the 95% interval of a difference of two losses lies inside +-`margin`."""
+        return abs(difference) + Z * error <= self.margin
+
+    def statement(self) -> str:
+        """The criterion in words."""
+        return (
+            f"Two models have the same loss if (a) the gap of each plus {Z:.2f} standard errors over sentences is at most "
+            f"{self.max_gap:g} nats (saturated), and (b) the 95% interval of the paired mean difference of their gaps lies "
+            f"inside ±{self.margin:g} nats (equal)."
+        )
+
+    def judge(self, losses: pd.DataFrame, reference: str | None) -> pd.DataFrame:
+        """Columns `saturated`, `equal` and `same_loss` of models, as nullable booleans: missing where that is not known.
+
+        Args:
+            losses: one row per model with columns `gap`, `gap_se`, `gap_difference`, `gap_difference_se` (to the reference) and `paired`, whether the
+                difference was measured as one: its error is no bound then, and the losses can be found different.
+            reference: label of the model that the others are compared with.
+        """
+        saturated = pd.array([self.is_saturated(*pair) for pair in losses[["gap", "gap_se"]].to_numpy()], "boolean")
+        saturated[losses["gap"].isna().to_numpy()] = pd.NA
+        pairs = losses[["gap_difference", "gap_difference_se"]].to_numpy()
+        equal = pd.array([self.is_equal(*pair) for pair in pairs], "boolean")
+        equal[np.asarray(~equal & ~losses["paired"].to_numpy(bool) | losses["gap_difference"].isna().to_numpy(), bool)] = pd.NA
+        columns = pd.DataFrame({"saturated": saturated, "equal": equal}, index=losses.index)
+        of_reference = columns["saturated"].get(reference, pd.NA)
+        # Three-valued logic: False and unknown is False.
+        return columns.assign(same_loss=columns["saturated"] & columns["equal"] & of_reference)
+
+    def obstacle(self, before: pd.DataFrame, after: pd.DataFrame) -> str | None:
+        """Why two groups of models, or two models, are not known to be equal; None if they are.
+
+        Args:
+            before, after: as in `judge`; differences are to one reference.
+        """
+        difference = mean_difference(before, after)
+        if difference is None:
+            return "their difference of gaps is not known"
+        value, error = difference
+        if self.is_equal(value, error):
+            return None
+        return f"not the same loss, mean gaps differ by {value:+.4f} ± {error:.4f} nats, margin ±{self.margin:g}"
+
+
+def mean_difference(before: pd.DataFrame, after: pd.DataFrame) -> tuple[float, float] | None:
+    """Mean gap of `after` minus that of `before`, and a bound of its standard error over sentences; None if not known.
+
+    Args:
+        before, after: columns as in `SameLoss.judge`.
+    """
+    ways = []
+    for value, error in (("gap_difference", "gap_difference_se"), ("gap", "gap_se")):
+        means = [(float(side[value].mean(skipna=False)), float(side[error].mean(skipna=False))) for side in (before, after)]
+        (first, first_error), (second, second_error) = means
+        if not np.isnan(second - first):
+            ways.append((first_error + second_error, second - first))
+    if not ways:
+        return None
+    error, value = min(ways)
+    return value, error
