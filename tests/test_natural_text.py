@@ -20,7 +20,7 @@ from pcfg.common.text import read_texts, write_labelled
 from pretraining.data.samples import read_samples
 from pretraining.data.vocabulary import Vocabulary
 from pretraining.model.checkpoints import load_model
-from pretraining.report.command import main as report
+from pretraining.report.__main__ import main as report
 
 SMALL = (
     "--tokenizer_name bert-large-uncased --hidden_size 16 --num_hidden_layers 2 --num_attention_heads 2 "

@@ -1,5 +1,6 @@
 """run_lp.py's main() on tiny models: the README's flags, records, skipping, the lookup table, and the errors."""
 
+import csv
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from pcfg.common.files import InputError
 from pcfg.common.text import read_texts, write_labelled
 from pretraining.data.vocabulary import build_tokenizer
 from pretraining.model.checkpoints import load_model, load_vocabulary, read_facts, save_model
-from pretraining.report import command as report
+from pretraining.report import __main__ as report
 
 # The README's flags; the test adds sizes.
 README = """--tokenizer_name bert-large-uncased --max_seq_length 32 --do_train --do_eval --evaluation_strategy steps
@@ -109,8 +110,10 @@ def test_lookup_table_from_rules_and_from_tables(data, tiny_rules, tmp_path, cap
     assert (by_rules / "args.json").read_bytes() == (by_tables / "args.json").read_bytes()
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
     assert first["value"] > first["majority"]
-    rows, _ = report.collect(by_rules)
-    assert rows[0]["kind"] == "lookup table" and rows[0]["gap_sentences"] == 0.0
+    report.main([str(by_rules)])
+    with open(by_rules / "report" / "results.csv") as file:
+        [row] = csv.DictReader(file)
+    assert row["kind"] == "lookup table" and float(row["gap_sentences"]) == 0.0
     capsys.readouterr()
     run_lp.main([*flags, "--rule-path", str(tiny_rules), "--output_dir", str(by_rules)])
     assert "skipped" in capsys.readouterr().out

@@ -6,8 +6,8 @@
 
 The question is whether the accuracy of the probe can fall at the same loss. Among the weights whose model has the same loss as
 the standard one (`pretraining.report.same_loss`), the one with the lowest accuracy on --task is chosen, if that is below the
-standard model's. Reads the records of calculate_loss.py --compare-with and run_lp.py next to the weights. Writes choice.json (all
-weights, and the choice) and, if there is one, chosen.json, for --config of run_pretraining.py.
+standard model's. Reads the records of calculate_loss.py --compare-with and run_lp.py next to the weights. Writes choice.json
+(all weights, and the choice) and, if there is one, chosen.json, for --config of run_pretraining.py.
 """
 
 import argparse

@@ -377,7 +377,9 @@ class Planner:
         flags = ("--config", f"$OUT/{CHOSEN}")
         return [self._adversarial("adversarial", seed, needs, flags, requires=CHOSEN) for seed in self.seeds]
 
-    def _adversarial(self, folder: str, seed: int, needs: tuple[str, ...], flags: tuple[str, ...], requires: str | None = None) -> Run:
+    def _adversarial(
+        self, folder: str, seed: int, needs: tuple[str, ...], flags: tuple[str, ...], requires: str | None = None
+    ) -> Run:
         """A run with the adversarial term, of the standard one's length and order of sentences."""
         scale, plain = self.scale, self._adamw(self.scale.base, seed)
         text = f"--adversarial_file $OUT/data/adversarial/pcfg_{ADVERSARIAL_TASK}.csv"

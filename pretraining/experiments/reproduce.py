@@ -4,10 +4,10 @@
     bash scripts/reproduce_steps.sh --scale mini --out OUT --dry-run    (prints the commands, and which are done)
 
 steps: training on after the loss has converged, by AdamW and by SGD. sizes: models of growing size, traces in the parameters
-of the largest. algorithms: standard and adversarial pre-training, and the lookup table. All train with one mask per sentence, so
-that the minimum of the loss is exactly the entropy. It is safe to interrupt: rerun the same command to resume. Files that several
-experiments need in one OUT are made once. A command that fails does not stop the others, and the report marks its results as
-missing, with the reason. Exit code 1 if one failed.
+of the largest. algorithms: standard and adversarial pre-training, and the lookup table. All train with one mask per sentence,
+so that the minimum of the loss is exactly the entropy. It is safe to interrupt: rerun the same command to resume. Files that
+several experiments need in one OUT are made once. A command that fails does not stop the others, and the report marks its
+results as missing, with the reason. Exit code 1 if one failed.
 """
 
 import argparse

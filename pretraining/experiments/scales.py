@@ -158,8 +158,8 @@ SMALL = Scale(
 
 # Liu et al. 2023, appendix A: batches of 4096, over 30,000 steps, AdamW at 1e-3 with 6% warmup, SGD with 12% and a constant
 # rate of 1e-3; probes by AdamW at 1e-3 in 100 epochs, fine-tuning by AdamW at 1e-4 with 200 warmup steps in 10 epochs. Widths
-# are divisors of the largest, so that all sizes have a place in its parameters. Their grammar is not published, this one has its
-# shape; AdamW's half-life is ours, since the paper does not say how its rate changes after the warmup.
+# are divisors of the largest, so that all sizes have a place in its parameters. Their grammar is not published, this one has
+# its shape; AdamW's half-life is ours, since the paper does not say how its rate changes after the warmup.
 PAPER = Scale(
     name="paper",
     rules="rule_deeper_mlm.txt",

@@ -7,8 +7,8 @@ as a model), is one row of `results.csv`. The numbers come from the measurements
 `config.json` and `args.json`; nothing else is read. A measurement that does not exist is an empty cell.
 
 With an `experiments.json` in the folder (`pretraining.report.contract`) the report is about its experiments and the findings of
-Liu et al. (2023), as `pretraining.report.analysis` describes them. Without it all models are one experiment with a group per job, and models
-that enlarge.py put into the parameters of another are compared there.
+Liu et al. (2023), as `pretraining.report.analysis` describes them. Without it all models are one experiment with a group per
+job, and models that enlarge.py put into the parameters of another are compared there.
 
 Two models are compared only at the same loss; `pretraining.report.same_loss` has the criterion and --max-gap and --margin its
 thresholds. Gaps are means over sentences of the mean over positions of KL(P || f), in nats: the mean that training with

@@ -5,7 +5,7 @@ findings are those of Liu et al. (2023), as sentences computed from numbers:
 
 | experiment | compared | holds if, by 95% intervals |
 | --- | --- | --- |
-| steps, per group | the first checkpoint at the same loss as the last one of the run, with that one; paired over seeds | trace falls, accuracy rises |
+| steps, per group | the first checkpoint at the loss of the run's last one with that; paired | trace falls, accuracy rises |
 | sizes | smallest with largest group (Welch over seeds), by both rules of enlarging | trace falls, accuracy rises |
 | algorithms, per group | the first group with this one (Welch over seeds) | trace rises, accuracy falls |
 | algorithms, lookup table | the first group with it | accuracy falls |
@@ -21,9 +21,9 @@ The last checkpoint is the last one of the plan. Groups of models take two model
 number of comparisons. Models of an inferred contract are compared in pairs, each by the standard errors of its own
 measurements, and only their traces in the parameters of one shape: whether one is larger, by both rules.
 
-Means over seeds have standard errors over seeds, single models their measurement's own. Correlations of each accuracy with trace
-and gap are over the models of an experiment at the same loss as the reference (`pretraining.report.intervals`). Lookup tables are in no
-correlation: they have no trace, and their features are of another kind.
+Means over seeds have standard errors over seeds, single models their measurement's own. Correlations of each accuracy with
+trace and gap are over the models of an experiment at the same loss as the reference. Lookup tables are in no correlation: they
+have no trace, and their features are of another kind.
 """
 
 import dataclasses
@@ -171,8 +171,8 @@ class Counterpart(Schema):
     Attributes:
         where, what: table or figure, and the quantity in words.
         value: as published, or computed from published numbers, with the published error.
-        experiment, role, quantity: of the counterpart here; None where there is none. The quantity is a gap, a trace, or a task,
-            which stands for its probe.
+        experiment, role, quantity: of the counterpart here; None where there is none. The quantity is a gap, a trace, or a
+            task, which stands for its probe.
         comparable: whether the values are comparable, or why not.
         ours, error: in the published unit.
     """
@@ -698,7 +698,11 @@ def _published() -> list[Counterpart]:
                     experiment=experiment,
                     role=role,
                     quantity=quantity if experiment else None,
-                    comparable=NOT_PLANNED if not experiment else OTHER_RULE if quantity in COMMON_TRACES.values() else OTHER_GRAMMAR,
+                    comparable=NOT_PLANNED
+                    if not experiment
+                    else OTHER_RULE
+                    if quantity in COMMON_TRACES.values()
+                    else OTHER_GRAMMAR,
                 )
             )
     return rows

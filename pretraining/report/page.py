@@ -11,7 +11,7 @@ import pandas as pd
 
 from pcfg.common.files import atomic_open
 from pretraining.evaluation.records import ComparisonRecord
-from pretraining.report.analysis import HOLDS, HOLDS_NOT, Analysis, Finding, Line, Summary, decimals
+from pretraining.report.analysis import HOLDS, HOLDS_NOT, Analysis, Finding, Summary, decimals
 from pretraining.report.contract import ALGORITHMS, MODELS, SIZES, STEPS
 from pretraining.report.intervals import FEWEST, Correlation
 from pretraining.report.plots import Plot
@@ -66,7 +66,9 @@ class Table:
         return "\n".join([*texts, *self.notes])
 
 
-def _number(value: float | None, error: float | None = None, digits: int | None = None, scale: float = 1.0, mark: str = "") -> str:
+def _number(
+    value: float | None, error: float | None = None, digits: int | None = None, scale: float = 1.0, mark: str = ""
+) -> str:
     """`value ± error`, with a mark behind the error; empty where there is no value.
 
     Args:

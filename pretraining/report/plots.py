@@ -1,11 +1,12 @@
 """The plots of the report, each as PNG and SVG, drawn from the analysis and from nothing else.
 
 A group has one colour and one marker in all plots. The colours are those of Okabe and Ito, which colour-blind readers can
-distinguish, neighbours of different lightness; in grey the markers differ. Means over seeds have error bars of one standard error
-over seeds, single models those of their own measurement. Filled markers have one meaning: the same loss as the reference.
+distinguish, neighbours of different lightness; in grey the markers differ. Means over seeds have error bars of one standard
+error over seeds, single models those of their own measurement. Filled markers have one meaning: the same loss as the reference.
 """
 
 import dataclasses
+import functools
 import io
 import math
 from collections.abc import Callable, Collection
@@ -294,16 +295,18 @@ def write_plots(output: Path | str, analysis: Analysis) -> dict[str, list[Plot]]
                 add(name, name + suffix, title, f"{title}. {reading}", draw, own.legend(own.quantities, has_lines))
         if pairs:
             title = "Accuracy against trace, one point per model"
-            caption = f"{title}, ± the standard errors of its own measurements. {FILLED.capitalize()}. Dotted: the majority class."
+            caption = (
+                f"{title}, ± the standard errors of its own measurements. {FILLED.capitalize()}. Dotted: the majority class."
+            )
             draw = [bind(own.against_trace, *pair) for pair in pairs]
             add(name, f"{name}_accuracy_against_trace", title, caption, draw, own.legend(own.accuracies))
         if own.experiment.rule == ALGORITHMS and analysis.choice is not None:
             groups = own.experiment.groups
-            choice, style = analysis.choice, styles[groups[min(1, len(groups) - 1)]]
+            style = styles[groups[min(1, len(groups) - 1)]]
             caption = "What each weight (number at its point) of the adversarial term costs and does; filled: the chosen one. "
             caption += "Dashed: the standard model's accuracy; dotted: the margin of the same loss."
             title = "Gap increase against accuracy over adversarial weights"
-            add(name, FRONTIER, title, caption, [lambda axes: _draw_frontier(axes, choice, style)], [])
+            add(name, FRONTIER, title, caption, [functools.partial(_draw_frontier, choice=analysis.choice, style=style)], [])
     return plots
 
 

@@ -7,12 +7,13 @@ Two frames describe a tree. `models` has one row per model folder, or per folder
 | `kind` | "transformer" or "lookup table" |
 | `job`, `step` | name of the pre-training run, and step of the checkpoint |
 | `parameters`, `hidden_size`, `layers`, `heads`, `intermediate_size` | shape; missing without weights |
-| `enlarged_rule`, `enlarged_times`, `enlarged_heads`, `enlarged_from`, `enlarged_from_parameters` | of a model that enlarge.py wrote: rule, factors of width and heads, hash of the small model's weights, its size |
+| `enlarged_rule`, `enlarged_times`, `enlarged_heads` | of a model that enlarge.py wrote: rule, factors of width and heads |
+| `enlarged_from`, `enlarged_from_parameters` | SHA-256 of the small model's weights, and its size |
 
-`measured` has the same index and two levels of columns: a quantity and a part of it. Quantities are `gap_sentences`, `loss_pairs` and
-so on (nats), `trace`, `trace_hutchinson`, the parts of the trace (`trace_tables`, ...), and the accuracies by the names of their
-records (`probe_pcfg_B`; fractions). Parts are `value`, `se` (standard error: over sentences, for accuracies over seeds), and for
-accuracies `sampling_se` (of the validation sample), `seeds`, `best`, `n` and `majority`.
+`measured` has the same index and two levels of columns: a quantity and a part of it. Quantities are `gap_sentences`,
+`loss_pairs` and so on (nats), `trace`, `trace_hutchinson`, the parts of the trace (`trace_tables`, ...), and the accuracies by
+the names of their records (`probe_pcfg_B`; fractions). Parts are `value`, `se` (standard error: over sentences, for accuracies
+over seeds), and for accuracies `sampling_se` (of the validation sample), `seeds`, `best`, `n` and `majority`.
 
 The columns of `results.csv` are those of `models`, then QUANTITY and QUANTITY_PART, then those of `losses`. An empty cell is a
 measurement that does not exist.
@@ -190,8 +191,10 @@ def losses(tree: Tree, experiments: Experiments) -> pd.DataFrame:
     table["paired"] = is_table & ~math.isnan(gap)
     for model, (difference, se) in _comparisons_with(tree, experiments.reference).items():
         table.loc[model, ["gap_difference", "gap_difference_se", "paired"]] = difference, se, True
-    table["paired"] = table["paired"].astype(bool)
-    return table.join(experiments.criterion.judge(table, experiments.reference))[LOSS_COLUMNS]
+    table["paired"] = table["paired"].astype("boolean")
+    table = table.join(experiments.criterion.judge(table, experiments.reference))
+    table["paired"] = table["paired"].mask(table["gap_difference"].isna())
+    return table[LOSS_COLUMNS]
 
 
 def _comparisons_with(tree: Tree, reference: str | None) -> dict[str, tuple[float, float]]:
@@ -221,7 +224,9 @@ def infer_experiments(tree: Tree) -> Experiments:
     ]
     experiments = [Experiment(name=MODELS, entries=tuple(entries))] if entries else []
     digests = tree.digests()
-    others = [digests.get(r.inputs["other"]["sha256"]) for _, _, r in tree.records if isinstance(r, ComparisonRecord) and r.gap_a]
+    others = [
+        digests.get(r.inputs["other"]["sha256"]) for _, _, r in tree.records if isinstance(r, ComparisonRecord) and r.gap_a
+    ]
     known = own.index[tree.measured.loc[own.index, (GAP, "value")].notna()]
     counted = collections.Counter(model for model in others if model in known)
     reference = counted.most_common(1)[0][0] if counted else known[-1] if len(known) else None
@@ -369,7 +374,9 @@ def join(tree: Tree, experiments: Experiments, statuses: dict[str, Status]) -> J
     size = tree.models["enlarged_from_parameters"].fillna(tree.models["parameters"])
     rows["parameters"] = size.reindex(rows["folder"]).array
     rows = rows.join(of_losses.reindex(rows["folder"]).reset_index(drop=True))
-    by_rule = pd.DataFrame({(COMMON_TRACES[rule], part): [of[rule][part] for of in traces] for rule in TIED_SCALES for part in ("value", "se")})
+    by_rule = pd.DataFrame(
+        {(COMMON_TRACES[rule], part): [of[rule][part] for of in traces] for rule in TIED_SCALES for part in ("value", "se")}
+    )
     columns = [TRACE, *names]
     empty = pd.MultiIndex.from_product([[name for name in names if name not in tree.accuracies], ACCURACY_PARTS])
     known = tree.measured[[name for name in columns if name in tree.measured.columns.unique(0)]]
@@ -424,7 +431,7 @@ def _missing(
         if row.kind == TRANSFORMER:
             if pd.isna(row.gap):
                 wanted["gap"] = f"{entry.folder}/loss.json"
-            if not row.paired:
+            if pd.isna(row.paired) or not row.paired:
                 wanted["comparison with the reference"] = f"{entry.folder}/{COMPARISON}"
             for name in trace_names(experiment):
                 if pd.isna(values.loc[row.Index, (name, "value")]):

@@ -60,8 +60,8 @@ class SameLoss:
         """Columns `saturated`, `equal` and `same_loss` of models, as nullable booleans: missing where that is not known.
 
         Args:
-            losses: one row per model with columns `gap`, `gap_se`, `gap_difference`, `gap_difference_se` (to the reference) and `paired`, whether the
-                difference was measured as one: its error is no bound then, and the losses can be found different.
+            losses: one row per model with columns `gap`, `gap_se`, `gap_difference`, `gap_difference_se` (to the reference) and
+                `paired`, whether the difference was measured as one: its error is no bound then, and losses can be different.
             reference: label of the model that the others are compared with.
         """
         saturated = pd.array([self.is_saturated(*pair) for pair in losses[["gap", "gap_se"]].to_numpy()], "boolean")
@@ -72,7 +72,8 @@ class SameLoss:
         columns = pd.DataFrame({"saturated": saturated, "equal": equal}, index=losses.index)
         of_reference = columns["saturated"].get(reference, pd.NA)
         # Three-valued logic: False and unknown is False.
-        return columns.assign(same_loss=columns["saturated"] & columns["equal"] & of_reference)
+        same_loss = columns["saturated"] & columns["equal"] & of_reference
+        return columns.assign(same_loss=same_loss.mask(losses["gap"].isna()))
 
     def obstacle(self, before: pd.DataFrame, after: pd.DataFrame) -> str | None:
         """Why two groups of models, or two models, are not known to be equal; None if they are.

@@ -18,7 +18,7 @@ def means(value, error):
 def model(tmp_path):
     """Writes a model folder with a probe's record, and a comparison with the standard model."""
 
-    def write(name, accuracy, increase=None, error=0.001):
+    def write(name, accuracy, increase=None, error=0.001, gap=0.001):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "model.safetensors").write_text(name)
@@ -30,6 +30,8 @@ def model(tmp_path):
             inputs["other"] = {"sha256": sha256(tmp_path / "standard/model.safetensors")}
             kinds = {"value": increase, "standard_error": error, "n": 100, "unit": "nats", "models": ["a", "b"]}
             rest = {**COMMON, "inputs": inputs}
+            if gap is not None:
+                kinds |= {"gap_a": means(gap + increase, 1e-4), "gap_b": means(gap, 1e-4)}
             record = ComparisonRecord(difference=means(increase, error), **kinds, **rest)
             write_record(folder, "comparison_0.json", record)
         return str(folder)
@@ -37,8 +39,8 @@ def model(tmp_path):
     return write
 
 
-def run(tmp_path, standard, candidates):
-    words = ["--standard", standard, "--task", "pcfg_B", "--gap-allowed", "0.02", "--output", str(tmp_path / "out")]
+def run(tmp_path, standard, candidates, *flags):
+    words = ["--standard", standard, "--task", "pcfg_B", "--gap-allowed", "0.02", "--output", str(tmp_path / "out"), *flags]
     for weight, folder in candidates.items():
         words += ["--candidate", weight, folder]
     choose.main(words)
@@ -53,7 +55,8 @@ def test_the_lowest_accuracy_among_the_weights_that_keep_the_gap(tmp_path, model
         "0.3": model("w0.3", 0.6, 0.017),
         "0.1": model("w0.1", 0.8, 0.001),
     }
-    choice = run(tmp_path, standard, candidates)
+    choice = run(tmp_path, standard, candidates, "--max-gap", "1")
+    assert [tried.same_loss for tried in choice.weights] == [True, True, False, False]
     assert choice.chosen == 0.3 and "chosen: 0.3" in capsys.readouterr().out
     assert [tried.weight for tried in choice.weights] == [0.1, 0.3, 1.0, 3.0]
     assert (choice.weights[1].gap_increase, choice.weights[1].accuracy, choice.weights[1].standard_accuracy) == (
@@ -71,6 +74,17 @@ def test_none_where_the_gap_grows_or_the_accuracy_does(tmp_path, model, capsys):
     choice = run(tmp_path, standard, {"1": model("w1", 0.5, 0.3), "0.1": model("w0.1", 0.91, 0.0)})
     assert choice.chosen is None and not (tmp_path / "out/chosen.json").exists()
     assert "none is chosen" in capsys.readouterr().out
+
+
+def test_both_models_must_be_saturated(tmp_path, model):
+    standard = model("standard", 0.9)
+    candidates = {"1": model("w1", 0.5, 0.004, gap=0.017), "0.1": model("w0.1", 0.8, 0.001, gap=0.017)}
+    assert run(tmp_path, standard, candidates).chosen == 0.1
+    assert run(tmp_path, standard, candidates, "--max-gap", "0.01").chosen is None
+    assert run(tmp_path, standard, candidates, "--max-gap", "0.03").chosen == 1.0
+    unknown = {"1": model("natural", 0.5, 0.0, gap=None)}
+    with pytest.raises(InputError, match="natural: .* no gaps.*--condprobfile or --rule-path"):
+        run(tmp_path, standard, unknown)
 
 
 def test_missing_measurements(tmp_path, model):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pcfg.common.files import write_json
+from pretraining.experiments.plan import Step
 from pretraining.experiments.runner import Runner, is_done, lock
-from pretraining.experiments.steps import Step
 from pretraining.report.contract import read_statuses
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,9 @@ def test_in_order_and_nothing_twice(tmp_path, capsys):
     assert set(states(tmp_path).values()) == {"done"}
     status = read_statuses(tmp_path)["c"]
     assert (tmp_path / status.log).read_text().startswith(f"$ OUT={tmp_path}; python -c ") and status.seconds > 0
-    capsys.readouterr()
+    assert re.search(
+        r"\[  4/4\] d: done in \d+ s  \(0:00:\d\d elapsed, [\d.e+]+ commands per minute\)\n", capsys.readouterr().out
+    )
     assert run(steps, tmp_path)
     assert (tmp_path / "order").read_text() == "a b c d "
     assert capsys.readouterr().out.count("done already") == 4
@@ -145,7 +148,7 @@ def driver(tmp_path):
         "(out / 'result').touch()\n"
     )
     (tmp_path / "tests_steps.py").write_text(
-        "from pretraining.experiments.steps import Step\n"
+        "from pretraining.experiments.plan import Step\n"
         f"steps = [Step(name='slow', words=('python', '-c', {code!r}), makes=('result',))]\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}

@@ -1,7 +1,6 @@
 """The analysis of a made-up laboratory, in files; its numbers computed again from the CSV files by code of their own."""
 
 import csv
-import dataclasses
 import hashlib
 import html
 import json
@@ -16,9 +15,10 @@ from pcfg.common.files import InputError, write_json
 from pretraining.evaluation import records
 from pretraining.evaluation.records import RECORDS, write_record
 from pretraining.model.config import ModelConfig
-from pretraining.report import analysis_plots, contract, experiment_rows
-from pretraining.report import command as report
+from pretraining.report import __main__ as report
+from pretraining.report import contract, plots
 from pretraining.report.contract import Choice, Command, Entry, Experiment, Experiments, Status, Weight
+from pretraining.report.rows import runs_of
 
 TASKS, SEEDS, STEPS = ("A", "B"), (0, 1, 2), (500, 1000, 2000)
 REFERENCE = "models/medium/seed0/step0002000"
@@ -78,7 +78,7 @@ def measured(root, folder, rng, gap, trace, accuracy, finetune=True):
 
 
 def parameters(hidden):
-    """As tests/evaluation/test_report.py counts them."""
+    """As tests/report/test_report.py counts them."""
     layer = 4 * (hidden * hidden + hidden) + 2 * (2 * hidden * hidden) + 3 * hidden + 4 * hidden
     return 62 * hidden + 2 * layer + 2 * 3 * hidden + hidden * hidden + hidden + 50
 
@@ -219,7 +219,7 @@ def test_criteria_from_the_csv(numbers):
             assert row["saturated"] == (stats.norm(row["gap"], row["gap_se"]).ppf(0.975) <= 0.02)
             low, high = stats.norm(row["gap_difference"], max(row["gap_difference_se"], 1e-12)).interval(0.95)
             assert row["equal"] == (-0.015 <= low and high <= 0.015)
-            assert row["not_told_apart"] == (abs(row["gap_difference"]) <= 2 * row["gap_difference_se"])
+            assert row["same_loss"] == (row["saturated"] and row["equal"]) and row["paired"]
     [table] = of(rows, "algorithms", "lookup table")
     reference = next(row for row in rows if row["folder"] == REFERENCE)
     assert (table["gap"], table["gap_difference"], table["gap_difference_se"]) == (0, -reference["gap"], reference["gap_se"])
@@ -244,7 +244,7 @@ def test_correlations_from_the_csv(numbers):
         models = {
             row["folder"]: row
             for row in of(rows, found["experiment"])
-            if row[found["among"]] and row["kind"] == "transformer" and None not in map(row.get, wanted)
+            if row["same_loss"] and row["kind"] == "transformer" and None not in map(row.get, wanted)
         }.values()
         y, x = ([row[name] for row in models] for name in wanted)
         correlation = found["found"]
@@ -258,9 +258,7 @@ def test_correlations_from_the_csv(numbers):
             assert correlation[name] == pytest.approx(theirs) and -1 <= low <= high <= 1
     assert told >= 10
     [steps] = [
-        found["found"]
-        for found in results["correlations"]
-        if list(found.values())[:4] == ["steps", "probe_pcfg_A", "trace", "equal"]
+        found["found"] for found in results["correlations"] if list(found.values())[:3] == ["steps", "probe_pcfg_A", "trace"]
     ]
     assert (steps["n"], steps["runs"]) == (6, 3) and steps["pearson_interval"][1] < 0
 
@@ -270,7 +268,7 @@ def test_groups_that_share_a_model_are_one_run(numbers):
     assert len({row["run"] for row in of(numbers[0], "algorithms")}) == 7
     chain = [("a", "1"), ("b", "2"), ("c", "3"), ("c", "2"), ("b", "1"), ("d", "4")]  # c and b share 2, b and a share 1
     entries = tuple(Entry(group=group, seed=None, step=index, folder=folder) for index, (group, folder) in enumerate(chain))
-    runs = experiment_rows.runs_of(Experiment(name="steps", entries=entries))
+    runs = runs_of(Experiment(name="steps", entries=entries))
     assert runs == {("a", None): "a", ("b", None): "a", ("c", None): "a", ("d", None): "d"}
 
 
@@ -283,7 +281,7 @@ def test_changes_from_the_csv(numbers):
         theirs = stats.ttest_rel(after, before).confidence_interval()
         assert [steps["changes"][name][end] for end in ("low", "high")] == pytest.approx(list(theirs))
     for finding, groups, names in (
-        (sizes, ("small", "large"), ("trace_tables", "trace_head", "probe_pcfg_B")),
+        (sizes, ("small", "large"), ("trace_by_tables", "trace_by_head", "probe_pcfg_B")),
         (adversarial, ("standard", "adversarial"), ("trace", "probe_pcfg_A", "probe_pcfg_B", "finetune_pcfg_B")),
     ):
         for name in names:
@@ -335,7 +333,7 @@ def test_the_page_opens_with_the_findings(laboratory, numbers):
 
 
 def test_correlations_in_words(laboratory, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(analysis_plots, "write_plots", lambda *_: {})
+    monkeypatch.setattr(plots, "write_plots", lambda *_: {})
     report.main([str(laboratory), "--output", str(tmp_path)])
     printed, page = capsys.readouterr().out, html.unescape((tmp_path / "report.html").read_text())
     for trace, side in (("tables", "as in"), ("head", "against")):
@@ -356,7 +354,7 @@ def test_plots_are_there_in_both_formats(laboratory):
 
 
 def test_a_group_looks_the_same_everywhere_and_like_no_other():
-    styles = analysis_plots.styles_of([f"group {i}" for i in range(11)])
+    styles = plots.styles_of([f"group {i}" for i in range(11)])
     assert len({(style.colour, style.marker) for style in styles.values()}) == 11
     assert len({style.marker for style in styles.values()}) >= 10
 
@@ -365,7 +363,7 @@ def test_same_tree_gives_same_bytes_wherever_it_lies(laboratory, tmp_path):
     """One experiment, one task: what else there is is drawn by the same code."""
     shutil.copytree(laboratory, tmp_path / "one", ignore=shutil.ignore_patterns("report"))
     plan = contract.read_experiments(tmp_path / "one")
-    plan = dataclasses.replace(plan, tasks=("A",), finetune_tasks=(), experiments=plan.experiments[2:])
+    plan = plan.model_copy(update={"tasks": ("A",), "finetune_tasks": (), "experiments": plan.experiments[2:]})
     contract.write_experiments(tmp_path / "one", plan)
     report.main([str(tmp_path / "one"), "--output", str(tmp_path / "out1")])
     (tmp_path / "one").rename(tmp_path / "two")
@@ -377,7 +375,7 @@ def test_same_tree_gives_same_bytes_wherever_it_lies(laboratory, tmp_path):
 
 
 def test_an_enlarged_model_must_be_the_one(laboratory, tmp_path, monkeypatch):
-    monkeypatch.setattr(analysis_plots, "write_plots", lambda *_: {})
+    monkeypatch.setattr(plots, "write_plots", lambda *_: {})
     shutil.copytree(laboratory, tmp_path / "lab", ignore=shutil.ignore_patterns("report"))
     facts = tmp_path / "lab/enlarged/head/small/seed0/args.json"
     content = json.loads(facts.read_text())

@@ -2,6 +2,7 @@
 
 import json
 
+import pydantic
 import pytest
 
 from pcfg.common.files import InputError
@@ -61,20 +62,20 @@ def test_the_command_that_makes_a_file_is_found():
 @pytest.mark.parametrize(
     "path, value, message",
     [
-        (["schema"], 2, "'schema' is not 1"),
-        (["saturated"], 0, "'saturated' is 0, not a positive number"),
-        (["seeds"], [0, 0], "'seeds' is .*different integers"),
-        (["reference"], "/models", "'reference' is '/models', not a folder below"),
-        (["finetune_tasks"], ["C"], "'finetune_tasks' has 'C'"),
-        (["extra"], 1, "unknown field 'extra'"),
-        (["experiments", 0, "name"], "colours", "experiments number 1: 'name' is 'colours'"),
-        (["experiments", 0, "name"], "algorithms", "experiment 'algorithms' is there more than once"),
-        (["experiments", 0, "entries"], [], "'entries' is .*one at least"),
-        (["experiments", 1, "entries", 1, "folder"], "../up", "entries number 2: 'folder' is '../up'"),
-        (["experiments", 0, "entries", 0, "common"], {"both": "x"}, "'common' is .*tables, head"),
-        (["experiments", 0, "entries", 0, "seed"], 5, "seed 5, which 'seeds' has not"),
-        (["commands", 1, "name"], "train", "command 'train' is there more than once"),
-        (["commands", 0, "makes"], "models", "commands number 1: 'makes' is 'models'"),
+        (["schema"], 2, "'schema' is 2, not 1"),
+        (["saturated"], 0, "'saturated': Input should be greater than 0, not 0"),
+        (["seeds"], [0, 0], r"'seeds': .*must not list an entry twice, not \[0, 0\]"),
+        (["reference"], "/models", "'reference': .*must be a path below the folder of the file, not '/models'"),
+        (["finetune_tasks"], ["C"], "finetune_tasks has 'C', which tasks lacks"),
+        (["extra"], 1, "'extra': Extra inputs are not permitted, not 1"),
+        (["experiments", 0, "name"], "colours", "'experiments.0': .*name 'colours' is none of steps, sizes, algorithms"),
+        (["experiments", 0, "name"], "algorithms", "experiment 'algorithms' occurs more than once"),
+        (["experiments", 0, "entries"], [], "'experiments.0.entries': .*at least 1 item"),
+        (["experiments", 1, "entries", 1, "folder"], "../up", "'experiments.1.entries.1.folder': .*not '../up'"),
+        (["experiments", 0, "entries", 0, "common"], {"both": "x"}, "0.common': .*'both', which is not a rule .*tables, head"),
+        (["experiments", 0, "entries", 0, "seed"], 5, "seed 5, which seeds lacks"),
+        (["commands", 1, "name"], "train", "command 'train' occurs more than once"),
+        (["commands", 0, "makes"], "models", "'commands.0.makes': Input should be a valid array, not 'models'"),
     ],
 )
 def test_errors_name_the_field(tmp_path, path, value, message):
@@ -86,7 +87,7 @@ def test_errors_name_the_field(tmp_path, path, value, message):
         part = part[step]
     part[last] = value
     (tmp_path / "experiments.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"experiments.json: .*{message}.*; correct the file"):
         experiments.read_experiments(tmp_path)
 
 
@@ -95,22 +96,27 @@ def test_missing_fields_and_damaged_files(tmp_path):
     content = json.loads((tmp_path / "experiments.json").read_text())
     del content["margin"]
     (tmp_path / "experiments.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="has no 'margin'; it needs a positive number of nats"):
+    with pytest.raises(InputError, match="'margin': Field required"):
         experiments.read_experiments(tmp_path)
     (tmp_path / "experiments.json").write_text("{")
     with pytest.raises(InputError, match="not a JSON file"):
         experiments.read_experiments(tmp_path)
     (tmp_path / "status.json").write_text('{"train": {"state": "lost"}}')
-    with pytest.raises(InputError, match="command 'train': 'state' is 'lost', not one of done, failed"):
+    with pytest.raises(InputError, match="command 'train': 'state': Input should be 'done', 'failed', .*, not 'lost'"):
         experiments.read_statuses(tmp_path)
     with pytest.raises(InputError, match="no such file"):
         experiments.read_choice(tmp_path / "choice.json")
 
 
-def test_nothing_wrong_is_written(tmp_path):
-    wrong = Experiments(**{**vars(whole()), "margin": -1.0})
-    with pytest.raises(InputError, match="'margin' is -1.0"):
-        experiments.write_experiments(tmp_path, wrong)
-    with pytest.raises(InputError, match="'log' is '/x'"):
-        experiments.write_statuses(tmp_path, {"train": Status(state="done", log="/x")})
-    assert not list(tmp_path.iterdir())
+def test_nothing_wrong_can_be_built():
+    with pytest.raises(pydantic.ValidationError, match="margin"):
+        Experiments(**{**dict(whole()), "margin": -1.0})
+    with pytest.raises(pydantic.ValidationError, match="log"):
+        Status(state="done", log="/x")
+
+
+def test_files_from_before_the_criterion_are_read(tmp_path):
+    tried = {"weight": 0.1, "gap_increase": 0.01, "gap_increase_se": None, "accuracy": 0.5, "accuracy_se": None}
+    choice = {"schema": 1, "criterion": "lowest", "gap_allowed": 0.02, "weights": [{**tried, "standard_accuracy": 0.6}]}
+    (tmp_path / "choice.json").write_text(json.dumps({**choice, "chosen": None}))
+    assert experiments.read_choice(tmp_path / "choice.json").weights[0].same_loss is None

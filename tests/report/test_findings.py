@@ -1,10 +1,14 @@
 """The findings' sentences for made-up rows: what holds, what does not, what can't be told, what depends on the rule."""
 
+import pandas as pd
 import pytest
 
+from pretraining.report.analysis import Finding, findings_of
 from pretraining.report.contract import Entry, Experiment
-from pretraining.report.findings import Finding, findings_of
+from pretraining.report.rows import IDENTITY, LOSS_COLUMNS, Joined
+from pretraining.report.same_loss import SameLoss
 
+TRACES = ["trace", "trace_by_tables", "trace_by_head"]
 NAMES = ["probe_pcfg_A", "probe_pcfg_B"]
 WOBBLE = (-0.1, 0.0, 0.1)  # of seeds 0, 1, 2, around a mean
 
@@ -19,18 +23,30 @@ def model(group, seed, step=100, gap=0.01, equal=True, parameters=1000, **values
     return row
 
 
-def made(name, rows) -> list[Finding]:
+def joined(rows) -> Joined:
+    """The rows as data frames: identity and loss in one, quantities and their parts in the other."""
+    frame = pd.DataFrame(rows, columns=[*IDENTITY, *LOSS_COLUMNS])
+    frame = frame.astype(dict.fromkeys(("saturated", "equal"), "boolean") | dict.fromkeys(("seed", "step"), "Int64"))
+    frame["paired"] = frame["equal"].notna()
+    frame["same_loss"] = frame["saturated"] & frame["equal"]
+    columns = {(name, "value"): [row.get(name) for row in rows] for name in (*TRACES, *NAMES)}
+    for name in NAMES:
+        columns |= {(name, part): [row.get(f"{name}_{part}") for row in rows] for part in ("se", "sampling_se", "seeds")}
+    return Joined(frame, pd.DataFrame(columns).astype(float))
+
+
+def findings(name, rows, criterion=SameLoss()) -> list[Finding]:  # noqa: B008
     entries = tuple(
         Entry(group=row["group"], seed=row["seed"], step=row["step"], folder=f"models/{index}")
         for index, row in enumerate(rows)
     )
-    return findings_of(Experiment(name=name, entries=entries), rows, NAMES)
+    return findings_of(Experiment(name=name, entries=entries), joined(rows), NAMES, criterion)
 
 
 def group(name, wobble=1.0, seeds=(0, 1, 2), **values):
     rows = [model(name, seed, **values) for seed in seeds]
     for row in rows:
-        for column in values.keys() & {"trace", "trace_tables", "trace_head", *NAMES}:
+        for column in values.keys() & {*TRACES, *NAMES}:
             row[column] = values[column] + wobble * (row[column] - values[column])
     return rows
 
@@ -45,13 +61,13 @@ def run(traces, accuracies, gaps=(0.05, 0.015, 0.01), seeds=(0, 1, 2)):
 
 
 def test_steps_holds_for_one_task_only():
-    [finding] = made("steps", run((50, 40, 30), (0.5, 0.6, 0.65)))
+    [finding] = findings("steps", run((50, 40, 30), (0.5, 0.6, 0.65)))
     assert finding.verdicts == {"probe_pcfg_A": "holds", "probe_pcfg_B": "can't be told"}
-    assert finding.sentence() == (
+    assert finding.sentence == (
         "Training on after the loss has converged lowers the trace and raises the accuracy (AdamW): holds for probe A; "
-        "can't be told for probe B. From the first saturated checkpoint (step 100) to the last (step 200), 3 seeds: "
+        "can't be told for probe B. From the first checkpoint at the same loss (step 100) to the last (step 200), 3 seeds: "
         "trace -10.000 [-10.248, -9.752], as in the paper; gap -0.005 nats (no interval: no spread over seeds, or one only); "
-        "probe A +5.00 [+4.75, +5.25] points, as in the paper; probe B +0.00 [-0.25, +0.25] points, not told from 0."
+        "probe A +5.00 [+4.75, +5.25] points, as in the paper; probe B +0.00 [-0.25, +0.25] points, not distinguishable from 0."
     )
 
 
@@ -65,28 +81,28 @@ def test_steps_holds_for_one_task_only():
     ],
 )
 def test_steps_otherwise(traces, accuracies, verdict):
-    [finding] = made("steps", run(traces, accuracies))
-    assert finding.verdicts["probe_pcfg_A"] == verdict and f"{verdict} for probe A" in finding.headline()
-    assert verdict != "does not hold" or ", against the paper" in finding.sentence()
+    [finding] = findings("steps", run(traces, accuracies))
+    assert finding.verdicts["probe_pcfg_A"] == verdict and f"{verdict} for probe A" in finding.headline
+    assert verdict != "does not hold" or ", against the paper" in finding.sentence
 
 
 def test_steps_that_can_not_be_compared():
-    [one] = made("steps", run((50, 40, 30), (0.5, 0.6, 0.65), seeds=(0,)))
-    assert "can't be told, 1 of 1 runs can be compared, an interval takes 2." in one.sentence()
-    [late] = made("steps", run((50, 40, 30), (0.5, 0.6, 0.65), gaps=(0.05, 0.03, 0.01)))
-    assert "0 of 3 runs" in late.sentence() and "AdamW seed 2 (no earlier checkpoint is saturated)" in late.sentence()
-    [never] = made("steps", run((50, 40, 30), (0.5, 0.6, 0.65), gaps=(0.05, 0.01, 0.03)))
-    assert "AdamW seed 1 (last checkpoint not saturated, gap 0.0300 ± 0.0000 nats)" in never.sentence()
+    [one] = findings("steps", run((50, 40, 30), (0.5, 0.6, 0.65), seeds=(0,)))
+    assert "can't be told, 1 of 1 runs can be compared, an interval takes 2." in one.sentence
+    [late] = findings("steps", run((50, 40, 30), (0.5, 0.6, 0.65), gaps=(0.05, 0.03, 0.01)))
+    assert "0 of 3 runs" in late.sentence and "AdamW seed 2 (no earlier checkpoint is saturated)" in late.sentence
+    [never] = findings("steps", run((50, 40, 30), (0.5, 0.6, 0.65), gaps=(0.05, 0.01, 0.03)))
+    assert "AdamW seed 1 (last checkpoint not saturated, gap 0.0300 ± 0.0000 nats)" in never.sentence
     rows = run((50, 40, 30), (0.5, 0.6, 0.65))
     rows[-1] = {name: rows[-1][name] for name in ("group", "seed", "step")}  # seed 2's last checkpoint is not there
-    [gone] = made("steps", rows)
-    assert "AdamW seed 2 (last checkpoint missing)" in gone.sentence() and "2 seeds" in gone.basis
+    [gone] = findings("steps", rows)
+    assert "AdamW seed 2 (last checkpoint missing)" in gone.sentence and "2 seeds" in gone.basis
 
 
 def sizes(head, tables=30, accuracy=0.7, gap=0.01, equal=True):
-    small = group("small", parameters=10, trace_tables=50, trace_head=50, probe_pcfg_A=0.6)
-    middle = group("middle", parameters=20, gap=0.03, trace_tables=45, trace_head=45, probe_pcfg_A=0.65)
-    large = {"parameters": 30, "gap": gap, "equal": equal, "trace_tables": tables, "trace_head": head}
+    small = group("small", parameters=10, trace_by_tables=50, trace_by_head=50, probe_pcfg_A=0.6)
+    middle = group("middle", parameters=20, gap=0.03, trace_by_tables=45, trace_by_head=45, probe_pcfg_A=0.65)
+    large = {"parameters": 30, "gap": gap, "equal": equal, "trace_by_tables": tables, "trace_by_head": head}
     return [*middle, *group("large", **large, probe_pcfg_A=accuracy), *small]
 
 
@@ -102,27 +118,24 @@ def sizes(head, tables=30, accuracy=0.7, gap=0.01, equal=True):
     ],
 )
 def test_sizes(head, tables, accuracy, verdict):
-    [finding] = made("sizes", sizes(head, tables, accuracy))
+    [finding] = findings("sizes", sizes(head, tables, accuracy))
     assert (
-        finding.verdicts == {"probe_pcfg_A": verdict} and f"(large against small): {verdict} for probe A." in finding.sentence()
+        finding.verdicts == {"probe_pcfg_A": verdict} and f"(large against small): {verdict} for probe A." in finding.sentence
     )
-    assert (
-        f"trace (head) {head - 50:+.3f} [" in finding.sentence()
-        and f"trace (tables) {tables - 50:+.3f} [" in finding.sentence()
-    )
-    assert "From small (10 parameters, 3 seeds) to large (30, 3 seeds)" in finding.sentence()
-    assert "middle seed 1 (not saturated, gap 0.0300 ± 0.0000 nats)" in finding.sentence()
+    assert f"trace (head) {head - 50:+.3f} [" in finding.sentence and f"trace (tables) {tables - 50:+.3f} [" in finding.sentence
+    assert "From small (10 parameters, 3 seeds) to large (30, 3 seeds)" in finding.sentence
+    assert "middle seed 1 (not saturated, gap 0.0300 ± 0.0000 nats)" in finding.sentence
 
 
 def test_sizes_that_can_not_be_compared():
     rows = sizes(30)
     for row in rows:
-        row.pop("trace_head")
-    [finding] = made("sizes", rows)
-    assert finding.verdicts == {"probe_pcfg_A": "can't be told"} and "no trace (head)" in finding.sentence()
-    [finding] = made("sizes", sizes(30, gap=0.019, equal=False))
-    assert "can't be told, no two sizes have 2 models at the same loss each." in finding.sentence()
-    assert "large seed 0 (not equal to the reference within the margin, +0.0090 ± 0.0000 nats)" in finding.sentence()
+        row.pop("trace_by_head")
+    [finding] = findings("sizes", rows)
+    assert finding.verdicts == {"probe_pcfg_A": "can't be told"} and "no trace (head)" in finding.sentence
+    [finding] = findings("sizes", sizes(30, gap=0.019, equal=False))
+    assert "can't be told, no two sizes have 2 models at the same loss each." in finding.sentence
+    assert "large seed 0 (not equal to the reference within the margin, +0.0090 ± 0.0000 nats)" in finding.sentence
 
 
 def lookup_table(accuracy, error=0.001, equal=True):
@@ -132,26 +145,43 @@ def lookup_table(accuracy, error=0.001, equal=True):
 
 
 def test_algorithms():
-    standard = group("standard", trace=30, probe_pcfg_A=0.7)
+    standard = group("standard", gap=0.008, trace=30, probe_pcfg_A=0.7)
     adversarial = group("adversarial", trace=60, probe_pcfg_A=0.6)
-    first, table = made("algorithms", [*standard, *adversarial, lookup_table(0.5)])
+    first, table = findings("algorithms", [*standard, *adversarial, lookup_table(0.5)])
     assert (
         "(adversarial against standard): holds for probe A. From standard (3 seeds) to adversarial (3 seeds): trace +30.000"
-        in (first.sentence())
+        in (first.sentence)
     )
-    assert "The lookup table, at the same loss, has a lower accuracy (lookup table against standard): holds" in table.sentence()
-    assert "trace" not in table.sentence() and "probe A -20.00 [" in table.sentence()
-    _, higher = made("algorithms", [*standard, *adversarial, lookup_table(0.8)])
+    assert "The lookup table, at the same loss, has a lower accuracy (lookup table against standard): holds" in table.sentence
+    assert "trace" not in table.sentence and "probe A -20.00 [" in table.sentence
+    _, higher = findings("algorithms", [*standard, *adversarial, lookup_table(0.8)])
     assert higher.verdicts == {"probe_pcfg_A": "does not hold"}
-    first, far = made("algorithms", [*standard, *group("adversarial", gap=0.05, trace=60), lookup_table(0.5, equal=False)])
+    first, far = findings("algorithms", [*standard, *group("adversarial", gap=0.05, trace=60), lookup_table(0.5, equal=False)])
     assert (
-        "can't be told, models at the same loss are too few: adversarial has 0. Left out: adversarial seed 0"
-        in first.sentence()
+        "can't be told, models at the same loss are too few: adversarial has 0. Left out: adversarial seed 0" in first.sentence
     )
-    assert "lookup table has 0" in far.sentence() and "lookup table (not equal to the reference" in far.sentence()
+    assert "lookup table has 0" in far.sentence and "lookup table (not equal to the reference" in far.sentence
 
 
 def test_a_missing_comparison_is_named():
     rows = group("standard", trace=30, probe_pcfg_A=0.7) + group("adversarial", equal=None, trace=60, probe_pcfg_A=0.6)
-    [finding] = made("algorithms", rows)
-    assert "adversarial seed 0 (not compared with the reference)" in finding.sentence()
+    [finding] = findings("algorithms", rows)
+    assert "adversarial seed 0 (not compared with the reference)" in finding.sentence
+
+
+def test_no_verdict_on_groups_that_have_the_reference_s_loss_but_not_each_other_s():
+    standard = group("standard", gap=0.002, trace=30, probe_pcfg_A=0.7)
+    adversarial = group("adversarial", gap=0.0185, trace=60, probe_pcfg_A=0.6)
+    [finding] = findings("algorithms", [*standard, *adversarial])
+    assert finding.verdicts == {"probe_pcfg_A": "can't be told"} and not finding.changes
+    assert "not the same loss, mean gaps differ by +0.0165 ± 0.0000 nats, margin ±0.01" in finding.sentence
+    [finding] = findings("algorithms", [*standard, *adversarial], SameLoss(margin=0.02))
+    assert finding.verdicts == {"probe_pcfg_A": "holds"}
+
+
+def test_steps_compare_with_the_first_checkpoint_at_the_loss_of_the_last():
+    rows = run((50, 40, 30, 20), (0.5, 0.6, 0.65, 0.7), gaps=(0.05, 0.0195, 0.0145, 0.005))
+    [finding] = findings("steps", rows)
+    assert "From the first checkpoint at the same loss (step 200) to the last (step 300), 3 seeds" in finding.basis
+    [finding] = findings("steps", rows, SameLoss(margin=0.001))
+    assert finding.reason and "AdamW seed 0 (no earlier checkpoint has the same loss as the last)" in finding.left_out

@@ -37,13 +37,6 @@ def test_no_interval_without_spread_or_with_one_value():
     assert normal.high == pytest.approx(1 + stats.norm.ppf(0.975) * 2**0.5)
 
 
-def test_criteria():
-    assert intervals.is_saturated(0.016, 0.002, 0.02) and not intervals.is_saturated(0.0161, 0.002, 0.02)
-    assert intervals.is_equal(-0.01, 0.005, 0.02) and not intervals.is_equal(-0.01, 0.0052, 0.02)
-    assert not intervals.told_apart(0.01, 0.005) and intervals.told_apart(-0.011, 0.005)
-    assert not intervals.told_apart(5e-7, 0.0)
-
-
 def naive_bootstrap(x, y, runs, draws, purpose):
     """Each draw as a sample of its own, through scipy."""
     labels = list(dict.fromkeys(runs))

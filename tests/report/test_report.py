@@ -13,8 +13,7 @@ from pcfg.common.files import InputError, write_json
 from pretraining.evaluation.records import RECORDS
 from pretraining.evaluation.records import write_record as write_any_record
 from pretraining.model.config import ModelConfig
-from pretraining.report import command as report
-from pretraining.report import sizes as report_sizes
+from pretraining.report import __main__ as report
 
 COMMON = {"inputs": {"data": {"sha256": "ab" * 32}}, "arguments": {"seed": 0}, "seconds": 1.0, "device": "cpu"}
 
@@ -126,7 +125,7 @@ def test_csv_agrees_with_the_json_files(tree, tmp_path):
 
 
 def test_missing_measurements_are_empty_cells(tree, tmp_path):
-    report.write_csv(tmp_path / "results.csv", report.collect(tree[0])[0])
+    report.main([str(tree[0]), "--output", str(tmp_path)])
     rows = read_csv(tmp_path / "results.csv")
     known = {key for key, value in rows[0].items() if value}
     assert known == {"model", "kind", "job", "step", "parameters", "hidden_size", "layers", "heads", "intermediate_size"}
@@ -139,14 +138,14 @@ def test_same_tree_gives_same_bytes_wherever_it_lies(tree, tmp_path):
     moved = tree[0].rename(tmp_path / "moved")
     report.main([str(moved), "--output", str(tmp_path / "out2")])
     names = sorted(path.name for path in (tmp_path / "out1").iterdir())
-    assert {"results.csv", "report.html", "overview.png", "gap.png", "trace.png"} < set(names)
+    assert {"results.csv", "experiments.csv", "results.json", "report.html", "overview.png", "overview.svg"} < set(names)
     for name in names:
         assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes(), name
     assert str(tmp_path) not in (tmp_path / "out2" / "results.csv").read_text()
 
 
 def test_terminal_table(tree, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report.report_plots, "write_plots", lambda *_: [])  # only the text is of interest
+    monkeypatch.setattr(report.report_plots, "write_plots", lambda *_: {})  # only the text is of interest
     report.main([str(tree[0]), "--output", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("lookup_table"))
@@ -165,7 +164,8 @@ def test_html_is_self_contained(tree, tmp_path):
     write_json(record, {**json.loads(record.read_text()), "arguments": {"note": "<script>alert(1)</script>"}})
     report.main([str(tree[0]), "--output", str(tmp_path / "out")])
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<script" not in page and "&lt;script" in page
+    assert page.count("<script") == 1 and "<script>alert" not in page  # its own, which sorts tables
+    assert "&lt;script&gt;alert" in page
     sources = re.findall(r'src="([^"]{0,30})', page)
     assert len(sources) >= 5 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r'(href|src)="(?!data:)', page)
@@ -178,12 +178,13 @@ def test_partial_trees_are_reported(tmp_path):
         (tmp_path / name).mkdir()
     write_json(tmp_path / "table" / "args.json", {"model": "lookup table"})
     write_accuracy(tmp_path / "table", "probe_pcfg_A", [0.5])
-    rows, *_ = report.make_report(tmp_path / "table", tmp_path / "out1")
-    assert [row["model"] for row in rows] == ["table"]
+    report.make_report(tmp_path / "table", tmp_path / "out1")
+    assert [row["model"] for row in read_csv(tmp_path / "out1" / "results.csv")] == ["table"]
     write_model(tmp_path / "model", 8, "job", 0)
     (tmp_path / "model" / "args.json").unlink()
-    rows, *_ = report.make_report(tmp_path / "model", tmp_path / "out2")
-    assert rows[0]["step"] is None and rows[0]["job"] == "model"
+    report.make_report(tmp_path / "model", tmp_path / "out2")
+    [row] = read_csv(tmp_path / "out2" / "results.csv")
+    assert row["step"] == "" and row["job"] == "model"
     assert not list((tmp_path / "out2").glob("*.png"))
 
 
@@ -195,7 +196,8 @@ def test_one_model_with_accuracy_only(tmp_path):
     report.make_report(folder, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
         "overview.png",
-        "accuracy_probe_conditional_pcfg_A.png",
+        "models_against_steps.png",
+        "models_against_size.png",
     }
 
 
@@ -207,7 +209,13 @@ def write_trace(folder, value, error, parts=None):
     write_record(folder, "hessian.json", measurement="hessian", estimator="fisher", **sizes, **COMMON)
 
 
-def enlarged_model(folder, source, rule, times, trace, error=0.1, added=()):
+def write_gap(folder, gap, error=1e-4):
+    sizes = {"value": 3 + gap, "standard_error": 0.1, "n": 100, "unit": "nats"}
+    parts = {"sampled_loss": both_means(3 + gap, 0.2), "gap": both_means(gap, error), "entropy": both_means(3.0, 0.1)}
+    write_record(folder, "loss.json", measurement="loss", **parts, **sizes, **COMMON)
+
+
+def enlarged_model(folder, source, rule, times, trace, error=0.1, added=(), gap=0.01):
     """A model of width 16 with two layers that was enlarged, and its trace, of which tables and added layers have 1 each."""
     folder.mkdir(parents=True)
     write_model(folder, 16, source, 1000)
@@ -217,14 +225,17 @@ def enlarged_model(folder, source, rule, times, trace, error=0.1, added=()):
     write_json(folder / "args.json", {"step": 1000, "job_name": source, "enlarged": facts})
     groups = {"word_table": 0.75, "position_table": 0.25, "encoder_matrices": trace - 3, "vectors": 2, "head": 0}
     write_trace(folder, trace, error, {"groups": groups, "layers": {"layer_0": trace - 1, "layer_1": 1}})
+    if gap is not None:
+        write_gap(folder, gap)
 
 
 @pytest.fixture
 def grown(tmp_path):
-    """A model of width 16 with trace 10, and smaller ones enlarged to it."""
+    """A model of width 16 with trace 10, and smaller ones enlarged to it, all at the same loss."""
     (tmp_path / "wide").mkdir()
     write_model(tmp_path / "wide", 16, "wide", 1000)
     write_trace(tmp_path / "wide", 10.0, 0.1, {"groups": {"word_table": 4, "encoder_matrices": 6}, "layers": {"layer_0": 10}})
+    write_gap(tmp_path / "wide", 0.012)
     enlarged_model(tmp_path / "narrow_tables", "narrow", "tables", 2, 12.0, added=[1])
     enlarged_model(tmp_path / "narrow_head", "narrow", "head", 2, 8.0, added=[1])
     return tmp_path
@@ -236,27 +247,54 @@ def test_sizes_are_compared_under_both_rules(grown, capsys):
     enlarged_model(grown / "odd_tables", "odd", "tables", 8, 10.1)
     report.main([str(grown), "--output", str(grown / "out")])
     page, printed = (grown / "out" / "report.html").read_text(), capsys.readouterr().out
+    title = "The trace in the parameters of one shape"
     for finding in (
-        "narrow x 2, step 1,000 against wide, step 1,000: THE FINDING DEPENDS ON THE RULE, "
-        "trace larger with --tied-scale tables, smaller with --tied-scale head.",
-        "tiny x 4, step 1,000: trace larger than that of wide, step 1,000 with both rules.",
-        "odd x 8, step 1,000: trace not told apart from that of wide, step 1,000 with --tied-scale tables. "
-        "Whether that depends on the rule is open: no trace with --tied-scale head.",
+        f"{title}, narrow x 2, step 1,000 against wide, step 1,000: depends on the rule of enlarging",
+        f"{title}, tiny x 4, step 1,000 against wide, step 1,000: is larger with both rules of enlarging",
+        f"{title}, odd x 8, step 1,000 against wide, step 1,000: can't be told",
     ):
         assert finding in printed and finding in html.unescape(page)
+    assert "against wide, step 1,000: can't be told: trace (tables) +0.10 [-0.18, +0.38]; no trace (head)." in printed
     table = printed[printed.index("own parameters") :]
-    assert re.search(r"narrow x 2, step 1,000 +200 +tables +12.00 ± 0.10 +1.00 +9.00 +2.00 +0.00 +1.00\n", table)
-    assert re.search(r"narrow x 2, step 1,000 +200 +head +8.00 ± 0.10 +1.00 +5.00 +2.00 +0.00 +1.00\n", table)
-    assert len(re.findall(r"wide, step 1,000 +[\d,]+ +of this shape itself +10.00 ± 0.10 +4.00 +6.00", table)) == 1
-    assert (grown / "out" / "trace_across_sizes.png").exists()
+    assert re.search(r"narrow x 2 +200 .* 12.00 ± 0.10\* +8.00 ± 0.10\*", table)
+    assert re.search(r"wide +[\d,]+ .* 10.00 ± 0.10\* +10.00 ± 0.10\*", table)
+    table = printed[printed.index("trace: tables") :]
+    assert re.search(r"narrow_tables .* 12.00 ± 0.10 +1.00 +9.00 +2.00 +0.00 +1.00\n", table)
+    assert re.search(r"narrow_head .* 8.00 ± 0.10 +1.00 +5.00 +2.00 +0.00 +1.00\n", table)
+    assert re.search(r"wide .* 10.00 ± 0.10 +4.00 +6.00", table)
+    assert len(list((grown / "out").glob("models_of_*_parameters_against_size.png"))) == 1
     rows = {row["model"]: row for row in read_csv(grown / "out" / "results.csv")}
     assert rows["narrow_head"]["enlarged_rule"] == "head" and rows["narrow_head"]["trace_added_layers"] == "1.0"
-    assert rows["wide"]["enlarged_rule"] == ""
+    assert rows["narrow_head"]["job"] == "narrow x 2, head" and rows["wide"]["enlarged_rule"] == ""
 
 
-def test_no_comparison_without_an_enlarged_model(tree):
-    rows, records = report.collect(tree[0])
-    assert report.sections(rows, records) == []
+@pytest.mark.parametrize(
+    "gap, reason",
+    [
+        (0.03, "narrow x 2, step 1,000 not saturated, gap 0.0300 ± 0.0001 nats"),
+        (0.001, "not the same loss, mean gaps differ by -0.0110 ± 0.0001 nats, margin ±0.01"),
+        (None, "narrow x 2, step 1,000 of unknown gap"),
+    ],
+)
+def test_no_verdict_without_the_same_loss(grown, gap, reason, capsys):
+    for rule in ("tables", "head"):
+        path = grown / f"narrow_{rule}" / "loss.json"
+        path.unlink()
+        if gap is not None:
+            write_gap(path.parent, gap)
+    report.main([str(grown)])
+    printed = capsys.readouterr().out
+    assert f"(narrow x 2, step 1,000 against wide, step 1,000): can't be told, {reason}." in printed
+    assert "depends on the rule" not in printed
+    report.main([str(grown), "--max-gap", "0.04", "--margin", "0.05"])
+    assert ("depends on the rule" in capsys.readouterr().out) == (gap is not None)
+    criteria = json.loads((grown / "report" / "results.json").read_text())["criteria"]
+    assert (criteria["saturated_nats"], criteria["margin_nats"], criteria["reference"]) == (0.04, 0.05, "wide")
+
+
+def test_no_comparison_without_an_enlarged_model(tree, tmp_path):
+    analysis = report.make_report(tree[0], tmp_path / "out")
+    assert analysis.findings == [] and list(analysis.tables) == ["models"]
 
 
 def test_only_the_last_step_is_compared(grown):
@@ -265,13 +303,23 @@ def test_only_the_last_step_is_compared(grown):
         folder.mkdir()
         write_model(folder, 16, "wide", step)
         write_trace(folder, trace, 0.1)
-    [comparison] = report_sizes.across_sizes(report.collect(grown)[0])
-    assert [model.label for model in comparison.models] == ["narrow x 2, step 1,000", "wide, step 2,000"]
-    assert comparison.findings == ["narrow x 2, step 1,000: trace smaller than that of wide, step 2,000 with both rules."]
+        write_gap(folder, 0.01)
+    [finding] = report.make_report(grown, grown / "out").findings
+    assert finding.subject == "narrow x 2, step 1,000 against wide, step 2,000"
+    assert finding.headline.endswith("is smaller with both rules of enlarging")
+
+
+def test_jobs_of_one_name_are_groups_of_their_own(tmp_path):
+    for run in ("a", "b"):
+        folder = tmp_path / run / "seed0" / "step0000010"
+        folder.mkdir(parents=True)
+        write_model(folder, 8, "seed0", 10)
+    analysis = report.make_report(tmp_path, tmp_path / "out")
+    assert [line.group for line in analysis.tables["models"]] == ["a/seed0", "b/seed0"]
 
 
 def test_paired_comparisons_are_shown(tree, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report.report_plots, "write_plots", lambda *_: [])  # only the tables are of interest
+    monkeypatch.setattr(report.report_plots, "write_plots", lambda *_: {})  # only the tables are of interest
     folder, other = tree[0] / "wide" / "step0001000", tree[0] / "narrow" / "step0001000"
     hashes = {"model": {"sha256": "1" * 64}, "other": {"sha256": "2" * 64}}
     for number, (difference, error) in enumerate(((0.01, 0.001), (0.001, 0.001), (-4e-8, 1e-9))):
@@ -285,9 +333,9 @@ def test_paired_comparisons_are_shown(tree, tmp_path, monkeypatch, capsys):
     write_json(path, {**record, "inputs": {"model": {"sha256": "2" * 64}}})
     report.main([str(tree[0]), "--output", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert re.search(r"wide/step0001000 +b step 2 +0.010000 ± 0.001000 +0.010000 ± 0.001000 +yes\n", printed)
-    assert re.search(r"wide/step0001000 +narrow/step0001000 +0.001000 ± 0.001000 .* +no\n", printed)
-    assert re.search(r"-0.000000 ± 0.000000 +no\n", printed)  # rounding
+    assert re.search(r"wide/step0001000 +b step 2 +0.010000 ± 0.001000 +0.010000 ± 0.001000 +no\n", printed)
+    assert re.search(r"wide/step0001000 +narrow/step0001000 +0.001000 ± 0.001000 .* +yes\n", printed)
+    assert re.search(r"-0.000000 ± 0.000000 +yes\n", printed)  # rounding
     assert "compared in pairs" in (tmp_path / "out" / "report.html").read_text()
 
 
