@@ -82,22 +82,14 @@ PROBLEMS = {
 
 @dataclasses.dataclass
 class Samples:
-    """Masked samples in memory, with T = max_seq_length tokens and at most P masks per sample.
+    """Masked samples in memory, with T = max_seq_length tokens and at most P masks per sample."""
 
-    Attributes:
-        input_ids: (n, T) int32.
-        input_mask: (n, T) int8.
-        segment_ids: (n, T) int8.
-        masked_lm_positions: (n, P) int32, 0 where there is no mask (column 0 is [CLS], never masked).
-        masked_lm_ids: (n, P) int32.
-        attributes: how the samples were made: strings, integers, floats and booleans by name.
-    """
-
-    input_ids: np.ndarray
-    input_mask: np.ndarray
-    segment_ids: np.ndarray
-    masked_lm_positions: np.ndarray
-    masked_lm_ids: np.ndarray
+    input_ids: np.ndarray  # (n, T) int32
+    input_mask: np.ndarray  # (n, T) int8
+    segment_ids: np.ndarray  # (n, T) int8
+    masked_lm_positions: np.ndarray  # (n, P) int32, 0 where there is no mask (column 0 is [CLS], never masked)
+    masked_lm_ids: np.ndarray  # (n, P) int32
+    # attributes: how the samples were made: strings, integers, floats and booleans by name
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -125,24 +125,16 @@ def whole(values: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
 
 @dataclasses.dataclass
 class Estimate:
-    """An estimate of the trace.
+    """An estimate of the trace."""
 
-    Attributes:
-        partitions: meaning of the columns.
-        values: (n, columns) float64, mean over each unit's sentences; a unit is a sentence (fisher) or a block (hutchinson).
-        sizes: (n,) int64, sentences of each unit.
-        contexts: number of masked positions.
-        draws: number of labels or probes.
-        target: the relative error to stop at, or None.
-        true_values: as `values`, with labels by the true conditionals; None where they are unknown, or for hutchinson.
-    """
-
-    partitions: Partitions
+    partitions: Partitions  # meaning of the columns
+    # values: (n, columns) float64, mean over each unit's sentences; a unit is a sentence (fisher) or a block (hutchinson)
     values: np.ndarray
-    sizes: np.ndarray
-    contexts: int
-    draws: int
-    target: float | None
+    sizes: np.ndarray  # (n,) int64, sentences of each unit
+    contexts: int  # number of masked positions
+    draws: int  # number of labels or probes
+    target: float | None  # the relative error to stop at, or None
+    # true_values: as `values`, with labels by the true conditionals; None where they are unknown, or for hutchinson
     true_values: np.ndarray | None = None
 
     @property

@@ -68,24 +68,16 @@ def add_input_arguments(parser: argparse.ArgumentParser, pairs: bool = False) ->
 
 @dataclasses.dataclass
 class Inputs:
-    """Sentences as contexts, with the true conditionals if they are known.
+    """Sentences as contexts, with the true conditionals if they are known."""
 
-    Attributes:
-        source: the data file.
-        vocabulary, vocabulary_path: of the models.
-        contexts: the sentences.
-        table: true conditionals of the same sentences, or None.
-        columns: (words,) int64, the vocabulary id of each word of the table; None without a table.
-        described: hashes of these files, for records.
-    """
-
-    source: Path
+    source: Path  # the data file
+    # vocabulary, vocabulary_path: of the models
     vocabulary: Vocabulary
     vocabulary_path: Path
-    contexts: Contexts
-    table: LookupTable | None
-    columns: np.ndarray | None
-    described: dict[str, dict]
+    contexts: Contexts  # the sentences
+    table: LookupTable | None  # true conditionals of the same sentences, or None
+    columns: np.ndarray | None  # (words,) int64, the vocabulary id of each word of the table; None without a table
+    described: dict[str, dict]  # hashes of these files, for records
 
     def check(self, folder: Path) -> None:
         """Refuse a model with another vocabulary."""

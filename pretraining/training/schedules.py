@@ -18,22 +18,16 @@ class Schedule:
     decay_rate^((p - W) / decay_step) for "exp", 1 for "const". At p = 0 with a warmup the learning rate is 0, as in the
     released code and in transformers' schedules.
 
-    Args:
-        peak: highest learning rate.
-        total: end of training, in steps or hours.
-        warmup: end of the warmup W, in the same unit.
-        curve: "linear", "exp" or "const".
-        decay_rate, decay_step: of "exp"; `decay_step` in the same unit.
-
     >>> schedule = Schedule(peak=1.0, total=100, warmup=20, curve="linear")
     >>> schedule(0), schedule(10), schedule(20), schedule(60), schedule(100), schedule(200)
     (0.0, 0.5, 1.0, 0.5, 0.0, 0.0)
     """
 
-    peak: float
-    total: float
-    warmup: float
-    curve: str
+    peak: float  # highest learning rate
+    total: float  # end of training, in steps or hours
+    warmup: float  # end of the warmup W, in the same unit
+    curve: str  # "linear", "exp" or "const"
+    # decay_rate, decay_step: of "exp"; `decay_step` in the same unit
     decay_rate: float = 0.99
     decay_step: float = 1000
 

@@ -46,38 +46,25 @@ class DamagedError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of the corpus that one job reads: a file, a range of its bytes, or a shard of a hub data set.
+    """A part of the corpus that one job reads: a file, a range of its bytes, or a shard of a hub data set."""
 
-    Args:
-        path: of the file, or the name of the hub data set.
-        kind: a value of `KINDS`, or "hub".
-        compression: a member of `COMPRESSIONS`, or "".
-        start, stop: bytes of the file; the documents that begin in this range belong to the piece. For the hub: number of the
-            shard, number of shards.
-        size: bytes to read, for the progress bar; 0 if unknown.
-    """
-
-    path: str
-    kind: str
-    compression: str
+    path: str  # of the file, or the name of the hub data set
+    kind: str  # a value of `KINDS`, or "hub"
+    compression: str  # a member of `COMPRESSIONS`, or ""
+    # start, stop: bytes of the file; the documents that begin in this range belong to the piece. For the hub: number of the
+    # shard, number of shards.
     start: int
     stop: int
-    size: int
+    size: int  # bytes to read, for the progress bar; 0 if unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How files become documents.
+    """How files become documents."""
 
-    Args:
-        column: the text's column in JSON lines, parquet, Arrow and the hub.
-        txt_documents: of .txt files, a member of `TXT_DOCUMENTS`.
-        config, split, revision: of a hub data set.
-    """
-
-    column: str = "text"
-    txt_documents: str = "blank-line"
-    config: str | None = None
+    column: str = "text"  # the text's column in JSON lines, parquet, Arrow and the hub
+    txt_documents: str = "blank-line"  # of .txt files, a member of `TXT_DOCUMENTS`
+    config: str | None = None  # of a hub data set, as are the next two
     split: str = "train"
     revision: str | None = None
 

@@ -24,17 +24,11 @@ PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*")
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """How a text is changed before and after it is split.
+    """How a text is changed before and after it is split."""
 
-    Args:
-        unicode: a member of `UNICODE_FORMS`: the normal form.
-        min_words: sentences of fewer words are dropped.
-        language: ISO 639-1 code, for the splitter's abbreviations.
-    """
-
-    unicode: str = "NFC"
-    min_words: int = 1
-    language: str = "en"
+    unicode: str = "NFC"  # a member of `UNICODE_FORMS`: the normal form
+    min_words: int = 1  # sentences of fewer words are dropped
+    language: str = "en"  # ISO 639-1 code, for the splitter's abbreviations
 
     def __post_init__(self):
         if not re.fullmatch("[a-z]{2,3}", self.language):

@@ -143,30 +143,21 @@ def model_sha256(model: "PreTrainedModel") -> str:
 
 
 class Restriction(Schema):
-    """The content of top_tokens.json: the tokens that a model is restricted to, and their origin.
-
-    Args:
-        model_name: as given on the command line; for people.
-        model_sha256: see `model_sha256`.
-        kept: (V,) ids of the kept tokens in the model's vocabulary, the most frequent first.
-        pieces: (V,) the same as words of the text (`pretraining.sources.opt.escaped_tokens`); kept[i] has the id i + 5 in
-            vocab.txt.
-        counts: (V,) occurrences of each in the sample.
-        start_id, end_id: ids of the start and the end token in the model's vocabulary.
-        max_tokens: maximum number of tokens per sentence (M above), without start and end token.
-        estimated: origin of the counts: seed, sentences, tokens, device, dtype.
-    """
+    """The content of top_tokens.json: the tokens that a model is restricted to, and their origin."""
 
     format: Literal["top tokens, 1"]
-    model_name: str
-    model_sha256: str
-    kept: list[pydantic.NonNegativeInt]
+    model_name: str  # as given on the command line; for people
+    model_sha256: str  # see `model_sha256`
+    kept: list[pydantic.NonNegativeInt]  # (V,) ids of the kept tokens in the model's vocabulary, the most frequent first
+    # pieces: (V,) the same as words of the text (`pretraining.sources.opt.escaped_tokens`); kept[i] has the id i + 5 in
+    # vocab.txt
     pieces: list[str]
-    counts: list[pydantic.NonNegativeInt]
+    counts: list[pydantic.NonNegativeInt]  # (V,) occurrences of each in the sample
+    # start_id, end_id: ids of the start and the end token in the model's vocabulary
     start_id: pydantic.NonNegativeInt
     end_id: pydantic.NonNegativeInt
-    max_tokens: pydantic.PositiveInt
-    estimated: dict[str, Any]
+    max_tokens: pydantic.PositiveInt  # maximum number of tokens per sentence (M above), without start and end token
+    estimated: dict[str, Any]  # origin of the counts: seed, sentences, tokens, device, dtype
 
     @pydantic.model_validator(mode="after")
     def _check_lists(self) -> "Restriction":

@@ -37,17 +37,11 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 65_536}
 
 @dataclasses.dataclass(frozen=True)
 class MaskedTexts:
-    """The different contexts x_-t of some sentences, sorted by T, t and tokens.
+    """The different contexts x_-t of some sentences, sorted by T, t and tokens."""
 
-    Args:
-        tokens: (U, longest) int64 columns of a `RestrictedLM`, 0 at the masked position and beyond the end.
-        lengths: (U,) int64, T.
-        positions: (U,) int64, t, from 0.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    positions: np.ndarray
+    tokens: np.ndarray  # (U, longest) int64 columns of a `RestrictedLM`, 0 at the masked position and beyond the end
+    lengths: np.ndarray  # (U,) int64, T
+    positions: np.ndarray  # (U,) int64, t, from 0
 
     def __len__(self) -> int:
         return len(self.lengths)

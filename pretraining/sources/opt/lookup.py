@@ -133,20 +133,14 @@ class PartialArray:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Sentences and M of their positions.
+    """Sentences and M of their positions."""
 
-    Args:
-        flat: (N,) int32 columns of all tokens, one sentence after the other; lengths: (n,) int64.
-        counts: (n,) int64, selected positions per sentence; sentence, position: (M,) int64, each of them, ascending.
-        rule: how positions were chosen, for the table's attribute `chosen`; None for all.
-    """
-
-    flat: np.ndarray
+    flat: np.ndarray  # (N,) int32 columns of all tokens, one sentence after the other; lengths: (n,) int64
     lengths: np.ndarray
-    counts: np.ndarray
+    counts: np.ndarray  # (n,) int64, selected positions per sentence; sentence, position: (M,) int64, each of them, ascending
     sentence: np.ndarray
     position: np.ndarray
-    rule: dict | None
+    rule: dict | None  # how positions were chosen, for the table's attribute `chosen`; None for all
 
 
 def select(options: argparse.Namespace, restriction: Restriction) -> Selection:
