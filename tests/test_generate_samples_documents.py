@@ -162,7 +162,7 @@ def test_text_without_a_token(documents, tmp_path):
     text.mkdir()
     shutil.copy(documents / "vocab.txt", text)
     (text / "training0.txt").write_text("\u200b\n")
-    with pytest.raises(InputError, match="training0.txt: no token in it"):
+    with pytest.raises(InputError, match="training0.txt: the tokenizer makes no token of it"):
         run(text, tmp_path / "out", "--text", "documents")
 
 

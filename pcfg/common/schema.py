@@ -1,15 +1,15 @@
 """JSON files with a schema: pydantic models whose errors name the file, the field, the value and what to do."""
 
-from pathlib import Path
+import json
 from typing import TypeVar
 
 import pydantic
 
-from pcfg.common.files import InputError, read_json, write_json
+from pcfg.common.files import AnyPath, InputError, read_json, write_json
 
 
 class Schema(pydantic.BaseModel):
-    """What every JSON schema of the project has in common: no NaN or infinity, no silent conversion of types."""
+    """Base of all JSON schemas of the project: no NaN or infinity, no silent conversion of types."""
 
     model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="forbid", frozen=True)
 
@@ -18,17 +18,15 @@ AnySchema = TypeVar("AnySchema", bound=Schema)
 
 
 def parse_schema(schema: type[AnySchema], content: dict, source: object, advice: str) -> AnySchema:
-    """The object of a schema that `content` describes.
+    """The object of a schema in the content of a JSON file.
 
     Args:
-        schema: a subclass of `Schema`.
-        content: of a JSON file.
         source: the file, for messages.
-        advice: what the user can do about a file that is damaged.
+        advice: what the user can do about a damaged file.
     """
     try:
-        # From JSON: in strict mode a list in Python is no tuple, but a JSON array is.
-        return schema.model_validate_json(pydantic.TypeAdapter(dict).dump_json(content))
+        # As JSON again: in strict mode a Python list is no tuple, but a JSON array is.
+        return schema.model_validate_json(json.dumps(content))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "the whole object"
@@ -38,11 +36,11 @@ def parse_schema(schema: type[AnySchema], content: dict, source: object, advice:
         raise InputError(f"{source}: {field!r}: {first['msg']}{value}{others}; {advice}") from None
 
 
-def read_schema(schema: type[AnySchema], path: Path | str, advice: str) -> AnySchema:
+def read_schema(schema: type[AnySchema], path: AnyPath, advice: str) -> AnySchema:
     """The object of a schema in a JSON file; arguments as in `parse_schema`."""
     return parse_schema(schema, read_json(path), path, advice)
 
 
-def write_schema(path: Path | str, value: Schema) -> None:
+def write_schema(path: AnyPath, value: Schema) -> None:
     """Write an object of a schema as JSON, atomically, its fields in the order of their definition."""
     write_json(path, value.model_dump(mode="json"))

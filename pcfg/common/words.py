@@ -1,4 +1,8 @@
-"""Text as word indices, straight from its bytes: a hash table over the words, and no Python object a word."""
+"""Text as word indices, straight from its bytes: a hash table over the words, and no Python object per word.
+
+The table is an open one: `slots` has the numbers of words, -1 where it is free, and word v is at the first slot at or after its
+hash that was free. `pretraining.data.piece_encoder` has another reader of text on the same table.
+"""
 
 from collections.abc import Callable
 
@@ -10,7 +14,7 @@ from pcfg.common.text import decode_block, shown
 
 
 def not_in_grammar(word: str) -> str:  # noqa: ARG001 (the reason is the same for every word)
-    """Why a word of a text is refused, if the words are a grammar's."""
+    """The end of the error about an unknown word, for the words of a grammar."""
     return "is not in the grammar; use the grammar that the text was made from"
 
 
@@ -19,7 +23,7 @@ class WordIndex:
 
     Args:
         words: distinct words, none with white space in it; the position is the index.
-        why_unknown: for a word that is not among them, the end of the error that names it (`not_in_grammar`).
+        why_unknown: gives the end of the error that names an unknown word.
 
     >>> index = WordIndex(["a", "dog", "runs"])
     >>> flat, lengths = index.encode(b"a dog\\n\\nruns\\n", "example")
@@ -32,48 +36,42 @@ class WordIndex:
             raise ValueError("the words are not distinct")
         self._why_unknown = why_unknown
         encoded = [word.encode() for word in words]
-        # a copy, since numba compiles once more for the read-only array that frombuffer gives
+        # A copy, since numba compiles once more for the read-only array of frombuffer.
         letters = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
         ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)  # (V + 1,)
         hashes = np.empty(len(words), dtype=np.uint64)
-        # a quarter full at most, so that a look-up seldom meets a second word
+        # A quarter full at most, so that a look-up seldom meets a second word.
         slots = np.full(1 << (4 * len(words)).bit_length(), -1, dtype=np.int32)
-        _fill_slots(letters, ends, hashes, slots)
+        _hash_words(letters, ends, hashes)
+        fill_slots(hashes, slots)
         self._table = letters, ends, hashes, slots
 
-    def encode(self, text: bytes, source, first_sentence: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Word indices of the sentences of a text: a sentence a line, words separated by white space (as `str.split`
-        understands it, Unicode's included); lines without words are skipped.
+    def encode(self, text: bytes, source: object, first_sentence: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Word indices of the sentences of a text.
 
         Args:
-            text: UTF-8.
-            source: the file that it is from, for messages.
-            first_sentence: sentences of the file that came before this text, for messages.
+            text: UTF-8, one sentence per line, words separated by the white space of `str.split` (Unicode's included); lines
+                without words are skipped.
+            source: its file, for messages.
+            first_sentence: number of sentences of the file before this text, for messages.
 
         Returns:
             flat (M,) int32, the indices of all words, sentence after sentence; lengths (n,) int32, words of each sentence.
-
-        Raises:
-            InputError: a word that is not in the list, with the sentence's number from 1; not UTF-8, with the line.
         """
         flat, lengths = np.empty((2, (len(text) + 1) // 2), dtype=np.int32)
         letters = np.frombuffer(text, dtype=np.uint8)
         words, sentences, start, end = _encode(letters, *self._table, flat, lengths)
         if end:
-            # no word of the list holds bytes that are not UTF-8, so a text that does always comes here
+            # No word of the list holds bytes that are not UTF-8, so a text with such bytes always comes here.
             decode_block(text, source)
             word = text[start:end].decode()
             number = first_sentence + sentences + 1
             raise InputError(f"{source}: sentence {number}: word {shown(word)} {self._why_unknown(word)}")
         return flat[:words].copy(), lengths[:sentences].copy()
 
-    def encode_texts(self, texts: list[str], source) -> tuple[np.ndarray, np.ndarray]:
-        """As `encode`, for a list of sentences, each of which must have a word.
-
-        Raises:
-            InputError: as `encode`; a sentence without words, with its number.
-        """
-        # a line end inside a sentence is white space between words like any other
+    def encode_texts(self, texts: list[str], source: object) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode`, for a list of sentences, each of which must have a word."""
+        # A line end inside a sentence is white space between words like any other.
         flat, lengths = self.encode("\n".join(text.replace("\n", " ") for text in texts).encode(), source)
         if len(lengths) != len(texts):
             number = next(number for number, text in enumerate(texts, 1) if not text.strip())
@@ -95,21 +93,47 @@ def padded(flat: np.ndarray, lengths: np.ndarray, padding: int) -> np.ndarray:
 
 @numba.njit
 def mixed(hashed, eight):
-    """A hash with eight more bytes; for given `hashed` no two values of `eight` give the same."""
+    """A hash with eight more bytes; for the same `hashed`, two values of `eight` never give the same result."""
     product = (hashed ^ eight) * np.uint64(0x9E3779B97F4A7C15)  # odd, so that the product can be undone
     return product ^ (product >> np.uint64(32))
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill_slots(letters, ends, hashes, slots):
-    """Put word v into the first free slot at or after its hash; `slots` has -1 where it is free."""
+def _hash_words(letters, ends, hashes):
+    """Fill `hashes`; word v is letters[ends[v]:ends[v + 1]]."""
     for word in range(len(ends) - 1):
-        _, hashed = _scan(letters[: ends[word + 1]], ends[word])
-        slot = np.int64(hashed & np.uint64(len(slots) - 1))
+        _, hashes[word] = _scan(letters[: ends[word + 1]], ends[word])
+
+
+@numba.njit(cache=True, nogil=True)
+def fill_slots(hashes, slots):
+    """Put all words into a table that is free."""
+    for word in range(len(hashes)):
+        slot = np.int64(hashes[word] & np.uint64(len(slots) - 1))
         while slots[slot] >= 0:
             slot = (slot + 1) & (len(slots) - 1)
         slots[slot] = word
-        hashes[word] = hashed
+
+
+@numba.njit
+def find_slot(text, start, end, hashed, letters, ends, hashes, slots):
+    """The slot of the word text[start:end] with the hash `hashed`, or, for an unknown word, the free slot where it belongs."""
+    slot = np.int64(hashed & np.uint64(len(slots) - 1))
+    while slots[slot] >= 0 and not _is_word(text, start, end, hashed, slots[slot], letters, ends, hashes):
+        slot = (slot + 1) & (len(slots) - 1)
+    return slot
+
+
+@numba.njit
+def _is_word(text, start, end, hashed, word, letters, ends, hashes):
+    """Whether text[start:end] is the word with the number `word`."""
+    if hashes[word] != hashed or ends[word + 1] - ends[word] != end - start:
+        return False
+    if end - start > 8:  # up to eight bytes the hash can be undone, so that nothing remains to be compared
+        for offset in range(end - start):
+            if text[start + offset] != letters[ends[word] + offset]:
+                return False
+    return True
 
 
 @numba.njit
@@ -152,18 +176,6 @@ def _wide_space(text, place):
     return 0
 
 
-@numba.njit
-def is_word(text, start, end, hashed, word, letters, ends, hashes):
-    """Whether the bytes from `start` to `end`, whose hash is `hashed`, are the word number `word`."""
-    if hashes[word] != hashed or ends[word + 1] - ends[word] != end - start:
-        return False
-    if end - start > 8:  # up to eight bytes the hash can be undone, so that nothing remains to be compared
-        for offset in range(end - start):
-            if text[start + offset] != letters[ends[word] + offset]:
-                return False
-    return True
-
-
 @numba.njit(cache=True, nogil=True)
 def _encode(text, letters, ends, hashes, slots, flat, lengths):
     """Fill `flat` and `lengths`.
@@ -185,11 +197,7 @@ def _encode(text, letters, ends, hashes, slots, flat, lengths):
             continue
         start = place
         place, hashed = _scan(text, start)
-        slot = np.int64(hashed & np.uint64(len(slots) - 1))
-        word = slots[slot]
-        while word >= 0 and not is_word(text, start, place, hashed, word, letters, ends, hashes):
-            slot = (slot + 1) & (len(slots) - 1)
-            word = slots[slot]
+        word = slots[find_slot(text, start, place, hashed, letters, ends, hashes, slots)]
         if word < 0:
             return words, sentences, start, place
         flat[words] = word

@@ -1,4 +1,4 @@
-"""The contexts that a masked language model is measured in: each sentence with one position masked, for every position."""
+"""The contexts in which a masked language model is measured: each sentence with one position masked, for every position."""
 
 import dataclasses
 
@@ -6,30 +6,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pcfg.common.files import InputError
-from pcfg.lookup import MAKERS
+from pcfg.common.files import AnyPath, InputError
+from pcfg.lookup import MAKERS, LookupTable
 from pretraining.data.sample_shards import DOCUMENTS, TEXT_ATTRIBUTE
 from pretraining.data.samples import read_samples
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.model.config import ModelConfig
 
-MOST_PAIRS = 1 << 21  # of positions that look at each other, in a batch: 512 contexts of 64 tokens, 8 of 512
+MAX_PAIRS = 1 << 21  # of positions that attend to each other, per batch: 512 contexts of 64 tokens, 8 of 512
 
 
 @dataclasses.dataclass
 class Contexts:
-    """Masked inputs, one masked position each, grouped by the sentence they come from.
+    """Masked inputs, one masked position each, grouped by sentence.
 
     Args:
-        input_ids: (sentences, length) int64, [CLS] words [SEP] and padding; not yet masked where `mask_id` is set.
+        input_ids: (sentences, length) int64, [CLS] words [SEP] and padding; not yet masked if `mask_id` is set.
         lengths: (sentences,) int64 tokens, [CLS] and [SEP] included.
         sentence: (M,) int64, the sentence of each context.
         position: (M,) int64, the position of its masked token in `input_ids`.
         label: (M,) int64, the id of the true word.
-        mask_id: the id put at `position`; None where the file has its masks in it already (all masks of a sample at once).
-        natural: whether they are of natural text, whose true conditionals nobody knows.
-        stands_for: (sentences,) int64, how many positions the contexts of each sentence are a random choice of; None if they
-            are all that there are.
+        mask_id: the id put at `position`; None if `input_ids` has its masks already (all masks of a sample at once).
+        natural: whether the text is natural, with unknown true conditionals.
+        stands_for: (sentences,) int64, number of positions from which the contexts of each sentence were drawn; None if they
+            are all positions.
     """
 
     input_ids: np.ndarray
@@ -46,21 +45,21 @@ class Contexts:
         """(sentences,) int64: contexts of each sentence."""
         return np.bincount(self.sentence, minlength=len(self.lengths))
 
-    def batch(self, chosen: np.ndarray, device) -> tuple:
-        """Model inputs for the contexts `chosen`, trimmed to the longest of them.
+    def batch(self, rows: np.ndarray, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Model inputs for the contexts `rows`, trimmed to the longest of them.
 
         Returns:
             input_ids (m, length) int64, input_mask (m, length) or None when nothing is padded, flat_positions (m,).
         """
-        lengths = self.lengths[self.sentence[chosen]]
+        lengths = self.lengths[self.sentence[rows]]
         longest = int(lengths.max())
-        ids = self.input_ids[self.sentence[chosen], :longest].copy()  # (m, length)
+        ids = self.input_ids[self.sentence[rows], :longest].copy()  # (m, length)
         if self.mask_id is not None:
-            ids[np.arange(len(chosen)), self.position[chosen]] = self.mask_id
+            ids[np.arange(len(rows)), self.position[rows]] = self.mask_id
         mask = None
         if lengths.min() < longest:
             mask = torch.from_numpy(np.arange(longest) < lengths[:, None]).to(device)
-        flat = torch.from_numpy(np.arange(len(chosen)) * longest + self.position[chosen]).to(device)
+        flat = torch.from_numpy(np.arange(len(rows)) * longest + self.position[rows]).to(device)
         return torch.from_numpy(ids).to(device), mask, flat
 
     @property
@@ -68,26 +67,26 @@ class Contexts:
         """(sentences + 1,) int64: the contexts of sentence i are offsets[i] .. offsets[i + 1] - 1."""
         return np.concatenate([[0], np.cumsum(self.counts)])
 
-    def batches(self, chosen: np.ndarray, size: int) -> list[np.ndarray]:
-        """The contexts `chosen`, in batches that are of one length each, so that nothing is padded.
+    def batches(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
+        """The contexts `rows` in batches of one length each, so that nothing is padded.
 
-        A batch has at most `size` of them; fewer where they are long, as attention takes memory by the square of the length.
+        A batch has at most `size` contexts; long ones fewer, as attention takes memory by the square of the length.
         """
-        lengths, batches = self.lengths[self.sentence[chosen]], []
+        lengths = self.lengths[self.sentence[rows]]
+        batches: list[np.ndarray] = []
         for length in np.unique(lengths).tolist():
-            same, step = chosen[lengths == length], max(1, min(size, MOST_PAIRS // length**2))
+            same = rows[lengths == length]
+            step = max(1, min(size, MAX_PAIRS // length**2))
             batches += [same[start : start + step] for start in range(0, len(same), step)]
         return batches
 
 
-def from_texts(texts: list[str], vocabulary: Vocabulary, source, table=None) -> Contexts:
+def from_texts(texts: list[str], vocabulary: Vocabulary, source: object, table: LookupTable | None = None) -> Contexts:
     """Every position of every sentence, masked alone: x_-t for all t.
 
     Args:
-        table: a `pcfg.lookup.LookupTable` of the sentences; where it has some positions only, they are the contexts.
-
-    Raises:
-        InputError: the table is of other sentences.
+        source: the file of the sentences, for messages.
+        table: of the sentences; if it has some positions only, they are the contexts.
     """
     tokens, words = vocabulary.encode(texts, source)
     sentences, longest = tokens.shape
@@ -99,7 +98,8 @@ def from_texts(texts: list[str], vocabulary: Vocabulary, source, table=None) -> 
     if table is None or table.chosen is None:
         sentence, word = np.nonzero(np.arange(longest) < words[:, None])  # in the order of the text
     else:
-        _check_lengths(table, words)
+        if not np.array_equal(np.asarray(table.lengths[:sentences]), words):
+            raise _other_sentences(table.source)
         sentence = np.repeat(np.arange(sentences), table.counts[:sentences])
         word = table.places[: len(sentence)]
     label = tokens[sentence, word].astype(np.int64)
@@ -107,47 +107,36 @@ def from_texts(texts: list[str], vocabulary: Vocabulary, source, table=None) -> 
     return Contexts(input_ids, words + 2, sentence, word + 1, label, vocabulary.mask_id, stands_for=stands_for)
 
 
-def _check_lengths(table, words: np.ndarray) -> None:
-    if not np.array_equal(np.asarray(table.lengths[: len(words)]), words):
-        raise _others(table.source)
-
-
-def table_columns(table, vocabulary, source) -> np.ndarray:
+def table_columns(table: LookupTable, vocabulary: Vocabulary, source: object) -> np.ndarray:
     """(words,) int64: the vocabulary id of each word of a lookup table."""
     missing = [word for word in table.words if word not in vocabulary.ids]
     if missing:
-        raise InputError(f"{source}: word {missing[0]!r} is not in the vocabulary; it was made for another one")
+        raise InputError(f"{source}: word {missing[0]!r} is not in the vocabulary; give the vocabulary of the table")
     return np.array([vocabulary.ids[word] for word in table.words])
 
 
-def check_words(table, contexts: Contexts, columns: np.ndarray, source) -> None:
+def check_words(table: LookupTable, contexts: Contexts, columns: np.ndarray, source: object) -> None:
     """Refuse a lookup table that does not begin with the sentences of the contexts.
 
     Args:
         columns: (words,) the vocabulary id of each word of the table.
-
-    Raises:
-        InputError: names the table.
+        source: the table's file, for messages.
     """
     if table.chosen is None and not np.array_equal(table.lengths[: len(contexts.lengths)], contexts.counts):
-        raise _others(source)
+        raise _other_sentences(source)
     if not np.array_equal(columns[np.asarray(table.true_words[: len(contexts.label)])], contexts.label):
-        raise _others(source)
+        raise _other_sentences(source)
 
 
-def _others(source) -> InputError:
+def _other_sentences(source) -> InputError:
     return InputError(f"{source}: the lookup table is of other sentences; make one with {MAKERS}")
 
 
-def from_samples(path, vocabulary: Vocabulary, max_sentences: int | None = None) -> Contexts:
-    """The masked positions of (the first `max_sentences`) HDF5 samples, with the masks that are in the file.
-
-    Raises:
-        InputError: the samples were made with another vocabulary.
-    """
+def from_samples(path: AnyPath, vocabulary: Vocabulary, max_sentences: int | None = None) -> Contexts:
+    """The masked positions of (the first `max_sentences`) HDF5 samples, with the masks of the file."""
     samples = read_samples(path)
     if samples.attributes.get("vocab_sha256") != vocabulary.sha256:
-        raise InputError(f"{path}: was made with another vocabulary than the one given; make the samples again with it")
+        raise InputError(f"{path}: made with another vocabulary than --vocabfile; give its own, or make the samples again")
     positions = samples.masked_lm_positions[:max_sentences]
     sentence, slot = np.nonzero(positions)  # position 0 is [CLS] and stands for "none"
     return Contexts(
@@ -161,34 +150,30 @@ def from_samples(path, vocabulary: Vocabulary, max_sentences: int | None = None)
     )
 
 
-def check_length(contexts: Contexts, config: ModelConfig, source) -> None:
-    """Refuse sentences that the model has no positions for.
-
-    Raises:
-        InputError: names the length needed.
-    """
+def check_length(contexts: Contexts, positions: int, source: object) -> None:
+    """Refuse sentences that are longer than the positions of the model."""
     longest = int(contexts.lengths.max())
-    if longest > config.max_position_embeddings:
+    if longest > positions:
         raise InputError(
-            f"{source}: its longest sentence has {longest} tokens with [CLS] and [SEP], the model has "
-            f"{config.max_position_embeddings} positions; measure on shorter sentences"
+            f"{source}: its longest sentence has {longest} tokens with [CLS] and [SEP], the model has {positions} positions; "
+            "measure on shorter sentences"
         )
 
 
-def sentence_batch(contexts: Contexts, chosen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def sentence_batch(contexts: Contexts, sentences: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Model inputs of whole sentences: ids and mask, (batch, length) int64 and bool, trimmed to the longest."""
-    lengths = contexts.lengths[chosen]
+    lengths = contexts.lengths[sentences]
     longest = int(lengths.max())
     mask = np.arange(longest) < lengths[:, None]
-    return torch.from_numpy(contexts.input_ids[chosen, :longest]), torch.from_numpy(mask)
+    return torch.from_numpy(contexts.input_ids[sentences, :longest]), torch.from_numpy(mask)
 
 
 def concatenate(vectors: torch.Tensor, mask: torch.Tensor | None, positions: int) -> torch.Tensor:
-    """Rows of concatenated vectors.
+    """The vectors of each row, one after the other.
 
     Args:
         vectors: (batch, length, d).
-        mask: (batch, length), 0 at padding, whose vectors are replaced by zeros; None where nothing is padded.
+        mask: (batch, length), 0 at padding, whose vectors become zeros; None without padding.
         positions: width of the result in vectors, at least `length`.
 
     Returns:

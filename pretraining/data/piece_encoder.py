@@ -11,7 +11,7 @@ What looks like a special token in a text ("[MASK]") is text here, as it is for 
 import numba
 import numpy as np
 
-from pcfg.common.words import is_word, mixed
+from pcfg.common.words import fill_slots, find_slot, mixed
 from pretraining.data.vocabulary import Vocabulary
 from pretraining.data.wordpiece import wordpiece
 
@@ -78,7 +78,7 @@ class PieceEncoder:
         self._hashes = _at_least(self._hashes, words)
         if len(self._slots) < 2 * words:  # half full at most
             self._slots = np.full(1 << (2 * words).bit_length(), -1, dtype=np.int32)
-            _fill(self._hashes[: self._words], self._slots)
+            fill_slots(self._hashes[: self._words], self._slots)
 
     def _tokenise(self, known: int) -> None:
         """Add the pieces of the words from number `known` on."""
@@ -101,16 +101,6 @@ def _at_least(array: np.ndarray, size: int) -> np.ndarray:
     larger = np.empty(max(int(size), 2 * len(array)), dtype=array.dtype)
     larger[: len(array)] = array
     return larger
-
-
-@numba.njit(cache=True, nogil=True)
-def _fill(hashes, slots):
-    """Put word w into the first free slot at or after its hash; `slots` has -1 where it is free."""
-    for word in range(len(hashes)):
-        slot = np.int64(hashes[word] & np.uint64(len(slots) - 1))
-        while slots[slot] >= 0:
-            slot = (slot + 1) & (len(slots) - 1)
-        slots[slot] = word
 
 
 @numba.njit
@@ -156,9 +146,7 @@ def _find(text, letters, ends, hashes, slots, known, words, lines):
                 break
         if shift > np.uint64(0):
             hashed = mixed(hashed, eight)
-        slot = np.int64(hashed & np.uint64(len(slots) - 1))
-        while slots[slot] >= 0 and not is_word(text, start, place, hashed, slots[slot], letters, ends, hashes):
-            slot = (slot + 1) & (len(slots) - 1)
+        slot = find_slot(text, start, place, hashed, letters, ends, hashes, slots)
         if slots[slot] < 0:
             slots[slot] = known
             hashes[known] = hashed

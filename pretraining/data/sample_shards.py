@@ -1,46 +1,69 @@
-"""From text shards to shards of masked samples: what has to be made, and the making of one text shard's samples.
+"""From text shards to shards of masked samples, with the tokenizer that they were made with.
 
 Text shard i with `dup_factor` d gives the sample shards k = i * d + j, j = 0..d-1: the same sentences, other masks. A sample
 shard is a pure function of (text shard, vocabulary, masking rule, seed, split, k).
 
-A text is of one of two kinds. Sentences of a known language: each is a sample, a word is a token, and what doesn't fit is an
+A text is of one of two kinds. Sentences of a known language: each is a sample, a word is a token, and anything else is an
 error. Documents, natural text: the tokenizer splits words into pieces, and `pretraining.data.packing` packs a document's
-sentences into samples, for each k in a way of its own if there are short ones.
+sentences into samples, differently for each k if there are short ones.
 """
 
+import argparse
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from pcfg.common.files import InputError, Manifest, check_file, keyed_rng, read_json, sha256, versions
-from pcfg.common.text import TEXT_MANIFEST, shard_paths, text_blocks
+from pcfg.common.executors import executor_options, run_jobs
+from pcfg.common.files import (
+    AnyPath,
+    InputError,
+    Manifest,
+    atomic_folder,
+    check_file,
+    keyed_rng,
+    read_json,
+    sha256,
+    versions,
+)
+from pcfg.common.text import SPLITS, TEXT_MANIFEST, shard_paths, text_blocks
 from pretraining.data.masking import MaskingRule, check_lengths, mask_sentences
 from pretraining.data.packing import pack
 from pretraining.data.piece_encoder import BLOCK_BYTES, PieceEncoder
-from pretraining.data.samples import ROWS_PER_CHUNK, Samples, sample_name, sample_paths, write_samples
-from pretraining.data.vocabulary import Vocabulary
+from pretraining.data.samples import ROWS_PER_CHUNK, SAMPLES_MANIFEST, Samples, sample_name, sample_paths, write_samples
+from pretraining.data.vocabulary import TOKENIZER_FILES, Vocabulary, find_vocabulary
+from pretraining.data.wordpiece import (
+    check_same_tokenizer,
+    find_own_tokenizer,
+    ordinary_words_changed,
+    save_own_tokenizer,
+    save_wordpiece,
+    wordpiece,
+)
 
-SPLITS = {"training": "train", "test": "test"}  # of text files -> of sample files
-ROWS_PER_BLOCK = 4 * ROWS_PER_CHUNK  # samples that are in memory at once, uncompressed
-TEXT_ATTRIBUTE, DOCUMENTS = "text", "documents"  # an attribute of samples that were packed, and its value
+SAMPLE_SPLITS = {split: split.removesuffix("ing") for split in SPLITS}  # of text files -> of sample files: train, test
+ROWS_PER_BLOCK = 4 * ROWS_PER_CHUNK  # samples that are in memory at the same time, uncompressed
+TEXT_ATTRIBUTE = "text"  # an attribute of packed samples, with the value `DOCUMENTS`
+DOCUMENTS = "documents"
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What decides the bytes of all sample shards, the text aside.
+    """Everything apart from the text that decides the bytes of all sample shards.
 
     Attributes:
         vocabulary: words and ids.
         do_lower_case: whether the tokenizer lower-cases; it then must not change any word of the data.
-        max_seq_length: tokens of a sample, [CLS], [SEP] and padding included.
-        dup_factor: sample shards of each text shard.
+        max_seq_length: tokens per sample, [CLS], [SEP] and padding included.
+        dup_factor: sample shards per text shard.
         rule: how words are masked.
-        seed: of all that is drawn.
-        documents: whether the text is of documents; a line is a sentence, and an empty line ends one.
+        seed: of all random numbers.
+        documents: whether the text is of documents; a line is a sentence, and an empty line ends a document.
         short_seq_prob: share of short samples of documents.
     """
 
@@ -70,13 +93,13 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class TextShard:
-    """A text shard, its SHA-256 and the sample shards to be made of it.
+    """A text shard, its SHA-256 and its sample shards.
 
     Attributes:
         path: the text file.
         sha256: of its bytes.
         split: "train" or "test".
-        numbers: numbers k of the sample shards that are wanted.
+        numbers: numbers k of the sample shards.
     """
 
     path: Path
@@ -85,21 +108,17 @@ class TextShard:
     numbers: tuple[int, ...]
 
 
-def is_of_documents(folder) -> bool:
-    """Whether the text in `folder` is natural: documents of sentences, as its manifest says."""
+def is_of_documents(folder: AnyPath) -> bool:
+    """Whether the text in `folder` is natural, documents of sentences, according to its manifest."""
     path = Path(folder) / TEXT_MANIFEST
     made_from = read_json(path).get("made_from") if path.is_file() else None
     return isinstance(made_from, dict) and made_from.get("source") == "corpus"
 
 
-def find_text_shards(folder, dup_factor: int) -> list[TextShard]:
-    """All text shards of a folder, checked against the manifest of generate_pretraining.py if there is one.
-
-    Raises:
-        InputError: no text shards, or one that is not what the manifest says.
-    """
-    found = [(split, path) for split in SPLITS for path in shard_paths(folder, split)]
-    if not found:
+def find_text_shards(folder: AnyPath, dup_factor: int) -> list[TextShard]:
+    """All text shards of a folder, checked against the manifest of generate_pretraining.py if there is one."""
+    paths = [(split, path) for split in SPLITS for path in shard_paths(folder, split)]
+    if not paths:
         raise InputError(f"{folder}: no training{{i}}.txt or test{{i}}.txt; make text with generate_pretraining.py first")
     manifest_path = Path(folder) / TEXT_MANIFEST
     manifest = Manifest.read(manifest_path) if manifest_path.exists() else None
@@ -107,27 +126,24 @@ def find_text_shards(folder, dup_factor: int) -> list[TextShard]:
         print(f"{manifest_path}: not there, so the text is taken as it is")
 
     shards = []
-    for split, path in tqdm(found, desc="checking text", unit="file"):
+    for split, path in tqdm(paths, desc="checking text", unit="file"):
         if manifest is not None:
             check_file(path, manifest_path, manifest.content, "run generate_pretraining.py again")
         first = int(path.stem.removeprefix(split)) * dup_factor
         digest = sha256(path) if manifest is None else manifest.entry(path.name)["sha256"]
-        shards.append(TextShard(path, digest, SPLITS[split], tuple(range(first, first + dup_factor))))
+        shards.append(TextShard(path, digest, SAMPLE_SPLITS[split], tuple(range(first, first + dup_factor))))
     return shards
 
 
 def missing_shards(shards: list[TextShard], manifest: Manifest, overwrite: bool) -> list[TextShard]:
     """The text shards with those of their sample shards that are not on disk, complete and made from this very text.
 
-    With `overwrite`, sample files that no text shard asks for are removed: readers would take them for part of the set.
-
-    Raises:
-        InputError: without `overwrite`, a sample shard was made from other text, or a file is of another set.
+    Sample files of another set, which readers would take for part of this one, are removed with `overwrite`, else refused.
     """
     _handle_strangers(shards, manifest, overwrite)
     remaining = []
     for shard in tqdm(shards, desc="checking samples", unit="file"):
-        wanted = []
+        missing = []
         for number in shard.numbers:
             name = sample_name(shard.split, number)
             listed = manifest.entry(name)["source_sha256"] if name in manifest.names() else shard.sha256
@@ -137,16 +153,16 @@ def missing_shards(shards: list[TextShard], manifest: Manifest, overwrite: bool)
                     f"{shard.sha256[:12]}); give another folder, or --overwrite to replace it"
                 )
             if listed != shard.sha256 or not manifest.is_complete(name):
-                wanted.append(number)
-        if wanted:
-            remaining.append(dataclasses.replace(shard, numbers=tuple(wanted)))
+                missing.append(number)
+        if missing:
+            remaining.append(dataclasses.replace(shard, numbers=tuple(missing)))
     return remaining
 
 
 def _handle_strangers(shards: list[TextShard], manifest: Manifest, overwrite: bool) -> None:
     """Remove (`overwrite`) or refuse sample files in the folder that neither the text shards nor the manifest know."""
     known = {sample_name(shard.split, number) for shard in shards for number in shard.numbers} | set(manifest.names())
-    for path in (path for split in SPLITS.values() for path in sample_paths(manifest.path.parent, split)):
+    for path in (path for split in SAMPLE_SPLITS.values() for path in sample_paths(manifest.path.parent, split)):
         if path.name in known:
             continue
         if not overwrite:
@@ -161,9 +177,9 @@ class SampleJob:
 
     Attributes:
         shard: the text and the numbers of the sample shards.
-        recipe: how they are made.
+        recipe: how to make them.
         changed_words: the words of the vocabulary that the tokenizer would split or change.
-        folder: where the samples go.
+        folder: of the samples.
     """
 
     shard: TextShard
@@ -172,55 +188,53 @@ class SampleJob:
     folder: Path
 
 
-def make_samples(job: SampleJob) -> dict[str, dict]:
+def make_samples(job: SampleJob) -> dict[str, dict[str, int]]:
     """Write the sample shards of one text shard.
 
     Returns:
-        For each file written, by name: its number of "samples"; of documents also its "tokens", those that are "unknown" and
-        the "cut_sentences".
-
-    Raises:
-        InputError: the text can't be read; of sentences one is too long, or a word of one is not one token.
+        For each file, by name: its number of "samples"; of documents also its "tokens", those that are "unknown" and the
+        "cut_sentences".
     """
-    shard, recipe = job.shard, job.recipe
+    shard = job.shard
+    recipe = job.recipe
     flat, lines = (_encode_documents if recipe.documents else _encode_sentences)(job)
     counts = {}
     if recipe.documents:
-        unknown, cut = (flat == recipe.vocabulary.unk_id).sum(), (lines > recipe.max_seq_length - 2).sum()
-        counts = {"tokens": len(flat), "unknown": int(unknown), "cut_sentences": int(cut)}
+        counts["tokens"] = len(flat)
+        counts["unknown"] = int((flat == recipe.vocabulary.unk_id).sum())
+        counts["cut_sentences"] = int((lines > recipe.max_seq_length - 2).sum())
     else:
         check_lengths(lines, recipe.max_seq_length, shard.path)
-    made = {}
+    facts = {}
     for number in shard.numbers:
-        name, lengths = sample_name(shard.split, number), lines
+        name = sample_name(shard.split, number)
+        lengths = lines
         if recipe.documents:
             rng = keyed_rng(recipe.seed, f"packing-{shard.split}", number)
             lengths = pack(lines, recipe.max_seq_length - 2, recipe.short_seq_prob, rng)
         write_samples(job.folder / name, _masked_blocks(flat, lengths, shard, recipe, number))
-        made[name] = {"samples": len(lengths), **counts}
-    return made
+        facts[name] = {"samples": len(lengths), **counts}
+    return facts
 
 
 def _encode_documents(job: SampleJob) -> tuple[np.ndarray, np.ndarray]:
-    """The text as ids of pieces (M,) int32, line after line, and the pieces of each line, (n,) int32, `BLANK` for an empty one.
-
-    Raises:
-        InputError: the text can't be read, or has nothing that is a token.
-    """
-    path, recipe = job.shard.path, job.recipe
-    encoder = PieceEncoder(recipe.vocabulary, recipe.do_lower_case)
+    """The text as ids of pieces (M,) int32, line after line, and the pieces per line, (n,) int32, `BLANK` for an empty one."""
+    path = job.shard.path
+    encoder = PieceEncoder(job.recipe.vocabulary, job.recipe.do_lower_case)
     flat, lines = zip(*map(encoder.encode, text_blocks(path, BLOCK_BYTES)), strict=True)
     if not any(map(len, flat)):
-        raise InputError(f"{path}: no token in it for the tokenizer; remove the file")
+        raise InputError(f"{path}: the tokenizer makes no token of it; remove the file")
     return np.concatenate(flat), np.concatenate(lines)
 
 
 def _encode_sentences(job: SampleJob) -> tuple[np.ndarray, np.ndarray]:
-    """The text as ids (M,) int32, sentence after sentence, and the words of each sentence, (n,) int32."""
-    path, vocabulary = job.shard.path, job.recipe.vocabulary
-    flat, lengths, sentences = [], [], 0
+    """The text as ids (M,) int32, sentence after sentence, and the words per sentence, (n,) int32."""
+    path = job.shard.path
+    flat = []
+    lengths = []
+    sentences = 0
     for block in text_blocks(path):
-        ids, words = vocabulary.encode_text(block, path, sentences)
+        ids, words = job.recipe.vocabulary.encode_text(block, path, sentences)
         if job.changed_words:
             _refuse_changed(ids, job)
         flat.append(ids)
@@ -230,7 +244,7 @@ def _encode_sentences(job: SampleJob) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refuse_changed(flat: np.ndarray, job: SampleJob) -> None:
-    """Raise an `InputError` if a word of the text is one that the tokenizer would split or change."""
+    """Refuse words of the text that the tokenizer would split or change."""
     words = job.recipe.vocabulary.words
     changed = [words[index] for index in np.flatnonzero(np.bincount(flat)) if words[index] in job.changed_words]
     if changed:
@@ -261,3 +275,97 @@ def _masked_blocks(flat: np.ndarray, lengths: np.ndarray, shard: TextShard, reci
         samples = mask_sentences(ids, words, recipe.vocabulary, recipe.rule, recipe.max_seq_length, rng, shard.path)
         samples.attributes = attributes
         yield samples
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Make what is missing of the samples and the tokenizer that the flags of generate_samples.py ask for.
+
+    Text shards are worked on in parallel; the files do not depend on how. Prints counts.
+    """
+    name = options.model_name
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts or name.startswith("."):
+        raise InputError(f"--model_name: {name!r} can't be a folder in --output_dir; give a name like bert-large-uncased")
+    executor = executor_options(options, local="processes")
+    recipe, own = read_recipe(options)
+    text = find_text_shards(options.dir.absolute(), options.dup_factor)
+    manifest = Manifest(options.output_dir / SAMPLES_MANIFEST, recipe.facts(), options.overwrite)
+    remaining = missing_shards(text, manifest, options.overwrite)
+    total, missing = (sum(len(shard.numbers) for shard in shards) for shards in (text, remaining))
+    print(f"{len(text)} text shards, {total} sample shards: {total - missing} skipped (complete), {missing} to make")
+
+    _save_tokenizer(recipe, own, name, manifest)
+    changed: frozenset[str] = frozenset()
+    if remaining and not recipe.documents:
+        changed = ordinary_words_changed(recipe.vocabulary, own or wordpiece(recipe.vocabulary, recipe.do_lower_case))
+    # Absolute, as a Ray task may run in another working directory.
+    jobs = [SampleJob(shard, recipe, changed, options.output_dir.absolute()) for shard in remaining]
+    with contextlib.closing(run_jobs(make_samples, jobs, what="masking", **executor)) as results:
+        for job, facts in results:
+            for file, counts in facts.items():
+                manifest.add(file, **counts, source=job.shard.path.name, source_sha256=job.shard.sha256)
+    if recipe.documents:
+        print(_describe_documents(manifest))
+    print(f"samples: {options.output_dir}; tokenizer: {options.output_dir / name}")
+
+
+def read_recipe(options: argparse.Namespace) -> tuple[Recipe, Tokenizer | None]:
+    """The recipe that the flags of generate_samples.py ask for, and the tokenizer that the text came with, or None."""
+    documents = is_of_documents(options.dir) if options.text == "auto" else options.text == DOCUMENTS
+    if documents and options.max_seq_length < 3:
+        raise InputError(f"--max_seq_length: {options.max_seq_length} leaves no room between [CLS] and [SEP]; give 3 or more")
+    if options.short_seq_prob is not None and not documents:
+        raise InputError(
+            f"--short_seq_prob {options.short_seq_prob:g}: sentences aren't packed; leave it out or give --text documents"
+        )
+    max_predictions = options.max_predictions_per_seq
+    if max_predictions is None:
+        max_predictions = max(1, round(options.masked_lm_prob * options.max_seq_length)) if documents else 5
+    path = find_vocabulary(options.vocab_file, [options.dir])
+    vocabulary = Vocabulary.read(path)
+    if path.suffix == ".json":
+        check_same_tokenizer(path, vocabulary, bool(options.do_lower_case))
+    own = None if documents else find_own_tokenizer(options.dir, vocabulary)
+    rule = MaskingRule(
+        masked_lm_prob=options.masked_lm_prob,
+        max_predictions=max_predictions,
+        mask_token_prob=options.mask_token_prob,
+        random_token_prob=options.random_token_prob,
+        single_mask=options.single_mask,
+        pieces=documents,
+    )
+    recipe = Recipe(
+        vocabulary=vocabulary,
+        do_lower_case=bool(options.do_lower_case) and own is None,
+        max_seq_length=options.max_seq_length,
+        dup_factor=options.dup_factor,
+        rule=rule,
+        seed=options.seed,
+        documents=documents,
+        short_seq_prob=(0.1 if options.short_seq_prob is None else options.short_seq_prob) if documents else 0.0,
+    )
+    return recipe, own
+
+
+def _save_tokenizer(recipe: Recipe, own: Tokenizer | None, name: str, manifest: Manifest) -> None:
+    """Save the text's own tokenizer or, for None, the recipe's as a folder next to the manifest, unless it is complete."""
+    files = [f"{name}/{file}" for file in TOKENIZER_FILES]
+    if all(manifest.is_complete(file) for file in files):
+        return
+    with atomic_folder(manifest.path.parent / name) as folder:
+        if own is None:
+            save_wordpiece(folder, recipe.vocabulary, recipe.do_lower_case, recipe.max_seq_length, name)
+        else:
+            save_own_tokenizer(folder, own, recipe.vocabulary, recipe.max_seq_length, name)
+    for file in files:
+        manifest.add(file)
+
+
+def _describe_documents(manifest: Manifest) -> str:
+    """Counts of all samples of documents, in a line."""
+    entries = [manifest.entry(name) for name in manifest.names() if name.endswith(".hdf5")]
+    keys = ("samples", "tokens", "unknown", "cut_sentences")
+    samples, tokens, unknown, cut = (sum(entry[key] for entry in entries) for key in keys)
+    return (
+        f"documents: {samples:,} samples of {tokens:,} WordPieces; {unknown:,} ({unknown / tokens:.2%}) are [UNK]; "
+        f"{cut:,} sentences were split over samples"
+    )

@@ -209,7 +209,7 @@ def fisher_trace(
         ranks: the processes that share the sentences; None for this one alone.
         source: the data file, for errors.
     """
-    check_length(contexts, model.config, source)
+    check_length(contexts, model.config.max_position_embeddings, source)
     words = model.config.vocab_size
     if sampling.soft_labels and words > SOFT_WORDS:
         raise InputError(f"--soft-labels: a backward pass for each of {words} words; at most {SOFT_WORDS}, draw labels instead")
@@ -316,7 +316,7 @@ def hutchinson_trace(
     The spread of the blocks includes the error of the probes and that of the sentences. Arguments as in `fisher_trace`; without
     `truth` the labels are the words of the text.
     """
-    check_length(contexts, model.config, source)
+    check_length(contexts, model.config.max_position_embeddings, source)
     ranks = ranks or Ranks()
     partitions = Partitions(model)
     counts = sampling.counts(contexts)

@@ -173,7 +173,7 @@ def context_losses(
         gap: (M,) float64, KL(P || f), nats; log P(x_t | x_-t) - log f(x_-t)[x_t] for a table of entropies only; None
             without a table.
     """
-    check_length(contexts, model.config, source)
+    check_length(contexts, model.config.max_position_embeddings, source)
     device = next(model.parameters()).device
     columns = np.unique(contexts.label) if columns is None else columns
     column = np.full(model.config.vocab_size, -1)
