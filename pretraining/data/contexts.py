@@ -128,7 +128,7 @@ def check_words(table: LookupTable, contexts: Contexts, columns: np.ndarray, sou
         raise _other_sentences(source)
 
 
-def _other_sentences(source) -> InputError:
+def _other_sentences(source: object) -> InputError:
     return InputError(f"{source}: the lookup table is of other sentences; make one with {MAKERS}")
 
 

@@ -1,11 +1,11 @@
 """Masked-LM corruption of sentences, for whole arrays at once.
 
-BERT's rule (Devlin et al., arXiv 1810.04805, section 3.1) as academic-budget-bert applies it: a sentence of `words` words
-gets min(max_predictions, max(1, round(masked_lm_prob * (words + 2)))) masks, [CLS] and [SEP] counted, but never more than
-it has words. The masked positions are drawn uniformly without replacement; each becomes [MASK] with probability
-`mask_token_prob`, a uniformly drawn word with probability `random_token_prob`, and stays as it is otherwise.
+BERT's rule (Devlin et al., arXiv 1810.04805, section 3.1) as in academic-budget-bert: a sentence of `words` words gets
+min(max_predictions, max(1, round(masked_lm_prob * (words + 2)))) masks, [CLS] and [SEP] counted, but at most one per word. The
+masked positions are drawn uniformly without replacement; each becomes [MASK] with probability `mask_token_prob`, a uniformly
+drawn word with probability `random_token_prob`, and stays as it is otherwise.
 
-`mask_sentences` makes samples of text, `remask` gives samples other masks (dynamic masking, Liu et al., arXiv 1907.11692,
+`mask_sentences` turns text into samples, `remask` gives samples new masks (dynamic masking, Liu et al., arXiv 1907.11692,
 section 4.1).
 
 With `single_mask` one position, uniform over the words, is replaced by [MASK]: the objective of Liu et al. (arXiv
@@ -13,6 +13,7 @@ With `single_mask` one position, uniform over the words, is replaced by [MASK]: 
 """
 
 import dataclasses
+from typing import Any
 
 import numba
 import numpy as np
@@ -24,18 +25,15 @@ from pretraining.data.vocabulary import Vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class MaskingRule:
-    """How many words are masked and by what.
+    """How many words are masked, and what replaces them.
 
     Attributes:
         masked_lm_prob: share of the tokens of a sentence that is masked.
-        max_predictions: most masks a sentence.
+        max_predictions: maximum number of masks per sentence.
         mask_token_prob: probability that a masked word becomes [MASK].
         random_token_prob: probability that it becomes a word drawn uniformly from the vocabulary.
-        single_mask: one mask a sentence, always [MASK]; the other fields count for nothing then.
-        pieces: whether a random word may be a ##piece of one: in natural text they stand for themselves.
-
-    Raises:
-        InputError: a number is out of its range.
+        single_mask: one mask per sentence, always [MASK]; the other fields then have no effect.
+        pieces: whether a random word may be a ##piece: natural text consists of them.
     """
 
     masked_lm_prob: float = 0.15
@@ -56,12 +54,8 @@ class MaskingRule:
             raise InputError(f"--max_predictions_per_seq: {self.max_predictions} is not 1 or more; give at least 1")
 
     @classmethod
-    def from_attributes(cls, attributes: dict, source) -> "MaskingRule":
-        """The rule that a file of samples was made with.
-
-        Raises:
-            InputError: its attributes don't say, or say what can't be.
-        """
+    def from_attributes(cls, attributes: dict[str, Any], source: object) -> "MaskingRule":
+        """The rule in the attributes of a file of samples."""
         fields = {}
         for field in dataclasses.fields(cls):
             value = attributes.get(field.name, False if field.name == "pieces" else None)
@@ -78,13 +72,13 @@ class MaskingRule:
         except InputError as error:
             raise InputError(f"{source}: attributes that are no masking rule: {error}") from None
 
-    def facts(self) -> dict:
-        """The rule as plain values, for files; without `pieces` where there are none, as files have it that know of none."""
+    def facts(self) -> dict[str, Any]:
+        """The rule as plain values, for files; a false `pieces` is left out, as in files from before it existed."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "pieces" or value}
 
     @property
     def width(self) -> int:
-        """Most masks a sentence: the columns of masked_lm_positions."""
+        """Maximum number of masks per sentence: the columns of masked_lm_positions."""
         return 1 if self.single_mask else self.max_predictions
 
     def count_masks(self, lengths: np.ndarray) -> np.ndarray:
@@ -95,22 +89,18 @@ class MaskingRule:
         """
         if self.single_mask:
             return np.ones(len(lengths), dtype=np.int64)
-        wanted = np.rint(self.masked_lm_prob * (lengths + 2)).astype(np.int64)
-        return np.minimum(np.clip(wanted, 1, self.max_predictions), lengths)
+        share = np.rint(self.masked_lm_prob * (lengths + 2)).astype(np.int64)
+        return np.minimum(np.clip(share, 1, self.max_predictions), lengths)
 
     def thresholds(self) -> np.ndarray:
-        """A masked word becomes [MASK] if a uniform 32-bit number is below the first of these, else a random word if it is
-        below the second; (2,) uint64."""
+        """(2,) uint64: a masked word becomes [MASK] if a uniform 32-bit number is below the first, else a random word if it is
+        below the second."""
         sums = (1.0, 1.0) if self.single_mask else np.cumsum([self.mask_token_prob, self.random_token_prob])
         return np.rint(np.minimum(sums, 1.0) * 2.0**32).astype(np.uint64)
 
 
-def check_lengths(lengths: np.ndarray, max_seq_length: int, source) -> None:
-    """Check that every sentence fits between [CLS] and [SEP].
-
-    Raises:
-        InputError: a sentence has more than `max_seq_length` - 2 words; sentences are never cut.
-    """
+def check_lengths(lengths: np.ndarray, max_seq_length: int, source: object) -> None:
+    """Refuse sentences that don't fit between [CLS] and [SEP]: they are never cut."""
     longest = int(lengths.max(initial=0))
     if longest + 2 > max_seq_length:
         raise InputError(
@@ -126,27 +116,24 @@ def mask_sentences(
     rule: MaskingRule,
     max_seq_length: int,
     rng: np.random.Generator,
-    source="sentences",
+    source: object = "sentences",
 ) -> Samples:
     """Masked samples of sentences, one each, in the same order.
 
-    Sentences handed in block by block with the same generator give the samples that they give at once.
+    Blocks of sentences with the same generator give the same samples as all sentences in one call.
 
     Args:
-        flat: (M,) int32 word ids, sentence after sentence, without [CLS] and [SEP], as `Vocabulary.encode_text` gives them.
-        lengths: (n,) int32 words of each sentence, 1 or more.
-        max_seq_length: tokens of a sample, [CLS], [SEP] and padding included.
-        source: named in errors.
+        flat: (M,) int32 word ids, sentence after sentence, without [CLS] and [SEP], as from `Vocabulary.encode_text`.
+        lengths: (n,) int32 words per sentence, 1 or more.
+        max_seq_length: tokens per sample, [CLS], [SEP] and padding included.
+        source: the file of the sentences, for messages.
 
     Returns:
         Samples with `max_seq_length` and `rule.width` columns and no attributes.
-
-    Raises:
-        InputError: a sentence is too long.
     """
     check_lengths(lengths, max_seq_length, source)
     numbers = rule.count_masks(lengths)
-    # two 64-bit numbers a mask; of full width, so that no rest of one block's draws is left for the next
+    # Two 64-bit numbers per mask; of full width, so that no rest of one block's draws is left for the next.
     bits = rng.integers(0, 2**64, size=(int(numbers.sum()), 2), dtype=np.uint64)
     tokens = (len(lengths), max_seq_length)
     samples = Samples(
@@ -167,16 +154,16 @@ def mask_sentences(
 def remask(
     samples: Samples, rule: MaskingRule, vocabulary: Vocabulary, rng: np.random.Generator, in_place: bool = False
 ) -> Samples:
-    """The same sentences with new masks; the masks that `samples` has are undone first and have no effect.
+    """The same sentences with new masks; the old masks of `samples` are undone first and have no effect.
 
-    Row r takes the numbers of `rng` from 2 * most * r on, with `most` the most masks that a sentence of T - 2 words gets: its
+    Row r takes the numbers of `rng` from 2 * m * r on, with m the maximum number of masks of a sentence of T - 2 words: its
     masks are a function of the generator's key, r and the sentence, whatever the other rows are.
 
     Args:
-        samples: that `Samples.check` accepts.
+        samples: accepted by `Samples.check`.
         vocabulary: of the samples.
         rng: a new generator.
-        in_place: whether the array `samples.input_ids` may be taken for the result; else `samples` is not changed.
+        in_place: whether the result may reuse the array `samples.input_ids`; else `samples` is not changed.
 
     Returns:
         Samples with `rule.width` columns of masks; `input_mask`, `segment_ids` and `attributes` are those of `samples`.
@@ -187,10 +174,11 @@ def remask(
         np.empty((rows, rule.width), dtype=np.int32),
         np.empty((rows, rule.width), dtype=np.int32),
     )
-    count_masks = rule.count_masks(np.arange(1, width - 1))
-    most = int(count_masks.max())
-    thresholds, words = rule.thresholds(), vocabulary.ordinary_ids(rule.pieces)
-    for first in range(0, rows, ROWS_PER_CHUNK):  # of a size that the caches hold
+    mask_counts = rule.count_masks(np.arange(1, width - 1))
+    max_masks = int(mask_counts.max())
+    thresholds = rule.thresholds()
+    words = vocabulary.ordinary_ids(rule.pieces)
+    for first in range(0, rows, ROWS_PER_CHUNK):  # blocks that fit into the caches
         block = slice(first, min(first + ROWS_PER_CHUNK, rows))
         input_ids, positions, ids = (array[block] for array in corrupted)
         lengths = _restore(
@@ -200,16 +188,16 @@ def remask(
             samples.masked_lm_ids[block],
             input_ids,
         )
-        places = np.arange(0, most * len(lengths), most)
-        bits = rng.integers(0, 2**64, size=(most * len(lengths), 2), dtype=np.uint64)
-        numbers = count_masks[lengths - 1]
+        places = np.arange(0, max_masks * len(lengths), max_masks)
+        bits = rng.integers(0, 2**64, size=(max_masks * len(lengths), 2), dtype=np.uint64)
+        numbers = mask_counts[lengths - 1]
         _mask(lengths, numbers, places, bits, thresholds, words, vocabulary.mask_id, input_ids, positions, ids)
     return Samples(corrupted[0], samples.input_mask, samples.segment_ids, *corrupted[1:], samples.attributes)
 
 
 @numba.njit(cache=True, nogil=True)
 def _restore(input_ids, input_mask, masked_lm_positions, masked_lm_ids, restored):
-    """Fill `restored` with `input_ids`, the true words at the masked positions; returns the words of each row, (n,) int32."""
+    """Fill `restored` with `input_ids` and the true words at the masked positions; returns the words per row, (n,) int32."""
     lengths = np.empty(len(input_ids), dtype=np.int32)
     for row in range(len(input_ids)):
         tokens = 0
@@ -226,8 +214,10 @@ def _restore(input_ids, input_mask, masked_lm_positions, masked_lm_ids, restored
 
 @numba.njit(cache=True, nogil=True)
 def _lay_out(flat, lengths, special_ids, input_ids, input_mask):
-    """Fill `input_ids` with [CLS] words [SEP] [PAD]... and `input_mask` with 1 where no padding is."""
-    pad_id, cls_id, sep_id = special_ids[0], special_ids[2], special_ids[3]
+    """Fill `input_ids` with [CLS] words [SEP] [PAD]... and `input_mask` with 0 at padding, else 1."""
+    pad_id = special_ids[0]
+    cls_id = special_ids[2]
+    sep_id = special_ids[3]
     place = 0
     for row in range(len(lengths)):
         length = lengths[row]
@@ -247,12 +237,14 @@ def _mask(lengths, numbers, places, bits, thresholds, words, mask_id, input_ids,
 
     The positions are drawn by Floyd's algorithm (Bentley and Floyd 1987): each set of them is equally likely. A row's masks
     take the rows of `bits` from `places` on: the high halves of bits[m] for the position and for the random word, the low
-    half of bits[m, 0] for what it becomes.
+    half of bits[m, 0] for the kind of replacement.
     """
-    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    half = np.uint64(32)
+    low = np.uint64(0xFFFFFFFF)
     is_masked = np.zeros(input_ids.shape[1], dtype=np.bool_)
     for row in range(len(lengths)):
-        first, length = places[row], lengths[row]
+        first = places[row]
+        length = lengths[row]
         mask = first
         for last in range(length - numbers[row], length):
             drawn = np.int64(((bits[mask, 0] >> half) * np.uint64(last + 1)) >> half)  # 0..last

@@ -1,11 +1,11 @@
 """Natural text as ids of BERT's WordPieces, straight from its bytes: each different word is tokenised once, in Rust.
 
-BERT's tokenizer cuts a text at white space and before and after each punctuation mark, and nothing that it does depends on
-what stands on the other side of a cut: cleaning, lower-casing, accents and pieces are matters of one word alone. So the ids of
-a text are those of its words and marks, one after the other, and one that was met before is looked up in a hash table.
-`tests/data/test_pieces.py` compares the ids with those of transformers' tokenizer on whole sentences.
+BERT's tokenizer cuts a text at white space and before and after each punctuation mark. Cleaning, lower-casing, accents and
+pieces then concern one word alone, so the ids of a text are those of its words and marks, one after the other; a known word
+is looked up in the hash table of `pcfg.common.words`. `tests/data/test_piece_encoder.py` compares the ids with those of
+transformers' tokenizer on whole sentences.
 
-What looks like a special token in a text ("[MASK]") is text here, as it is for transformers with `split_special_tokens=True`.
+A special token in a text ("[MASK]") is plain text here, as for transformers with `split_special_tokens=True`.
 """
 
 import numba
@@ -15,13 +15,14 @@ from pcfg.common.words import fill_slots, find_slot, mixed
 from pretraining.data.vocabulary import Vocabulary
 from pretraining.data.wordpiece import wordpiece
 
-BLOCK_BYTES = 1 << 20  # of text that is encoded at once
-MOST_WORDS, MOST_LETTERS = 1 << 20, 1 << 26  # remembered, in number and in bytes; then all are forgotten
+BLOCK_BYTES = 1 << 20  # of text per call
+MAX_WORDS = 1 << 20  # in the table; then it starts empty again
+MAX_LETTERS = 1 << 26  # bytes of these words
 BLANK = -1  # the length of a line without words
 
 
 class PieceEncoder:
-    """The ids of texts, by a table of all words met so far.
+    """The ids of texts, by a table of all known words.
 
     Args:
         vocabulary: of WordPieces.
@@ -56,22 +57,23 @@ class PieceEncoder:
 
         Returns:
             ids: (M,) int32, line after line, without [CLS] and [SEP].
-            lengths: (lines,) int32, ids of each line; `BLANK` for a line of nothing but white space.
+            lengths: (lines,) int32, ids per line; `BLANK` for a line of white space only.
         """
-        if self._words > MOST_WORDS or self._ends[self._words] > MOST_LETTERS:
+        if self._words > MAX_WORDS or self._ends[self._words] > MAX_LETTERS:
             self._forget()
         letters = np.frombuffer(text, dtype=np.uint8)
         self._make_room(len(letters))
         words = np.empty(len(letters), dtype=np.int32)
         lines = np.empty(text.count(b"\n") + 1, dtype=np.int32)
         table = self._letters, self._ends, self._hashes, self._slots
-        known, found, self._words = self._words, *_find(letters, *table, self._words, words, lines)
+        known = self._words
+        number, self._words = _find(letters, *table, known, words, lines)
         self._tokenise(known)
         lines = lines[: len(lines) - text.endswith(b"\n")] if text else lines[:0]
-        return _expand(words[:found], lines, self._pieces, self._piece_ends)
+        return _expand(words[:number], lines, self._pieces, self._piece_ends)
 
     def _make_room(self, size: int) -> None:
-        """Make room in the table for what `size` bytes of text can bring."""
+        """Make room in the table for the words of `size` bytes of text."""
         words = self._words + (size + 1) // 2 + 32  # the marks of ASCII
         self._letters = _at_least(self._letters, self._ends[self._words] + size)
         self._ends = _at_least(self._ends, words + 1)
@@ -105,42 +107,50 @@ def _at_least(array: np.ndarray, size: int) -> np.ndarray:
 
 @numba.njit
 def _is_space(byte):
-    # What BERT's tokenizer takes for white space in ASCII; other spaces stay inside a word, and are its tokenizer's business.
+    # White space of BERT's tokenizer in ASCII; other spaces stay inside a word, and are left to the tokenizer.
     return byte == 32 or byte == 9 or byte == 10 or byte == 13
 
 
 @numba.njit
 def _is_mark(byte):
-    # punctuation in ASCII; for other marks the same holds as for spaces
+    # Punctuation in ASCII; other marks stay inside a word too.
     return 33 <= byte <= 47 or 58 <= byte <= 64 or 91 <= byte <= 96 or 123 <= byte <= 126
 
 
 @numba.njit(cache=True, nogil=True)
 def _find(text, letters, ends, hashes, slots, known, words, lines):
-    """Fill `words` with the numbers of the text's words and `lines` with the words of each line (BLANK for none).
+    """Fill `words` with the numbers of the text's words and `lines` with the words per line (BLANK for none).
 
-    Words that the table doesn't have are added to it.
+    Unknown words are added to the table.
 
     Returns:
-        How many words the text has, and how many the table has then.
+        The number of words of the text, and of the table.
     """
-    place, found, line, first = 0, 0, 0, 0
+    place = 0
+    number = 0
+    line = 0
+    first = 0
     while place < len(text):
         if _is_space(text[place]):
             if text[place] == 10:
-                lines[line] = found - first if found > first else BLANK
-                line, first = line + 1, found
+                lines[line] = number - first if number > first else BLANK
+                line += 1
+                first = number
             place += 1
             continue
         start = place
-        hashed, eight, shift = np.uint64(0), np.uint64(0), np.uint64(0)
+        hashed = np.uint64(0)
+        eight = np.uint64(0)
+        shift = np.uint64(0)
         while place < len(text) and not _is_space(text[place]):
             if _is_mark(text[place]) and place > start:
                 break
             eight |= np.uint64(text[place]) << shift
             shift += np.uint64(8)
             if shift == np.uint64(64):
-                hashed, eight, shift = mixed(hashed, eight), np.uint64(0), np.uint64(0)
+                hashed = mixed(hashed, eight)
+                eight = np.uint64(0)
+                shift = np.uint64(0)
             place += 1
             if _is_mark(text[start]):
                 break
@@ -153,21 +163,23 @@ def _find(text, letters, ends, hashes, slots, known, words, lines):
             letters[ends[known] : ends[known] + place - start] = text[start:place]
             ends[known + 1] = ends[known] + place - start
             known += 1
-        words[found] = slots[slot]
-        found += 1
+        words[number] = slots[slot]
+        number += 1
     if line < len(lines):
-        lines[line] = found - first if found > first else BLANK
-    return found, known
+        lines[line] = number - first if number > first else BLANK
+    return number, known
 
 
 @numba.njit(cache=True, nogil=True)
 def _expand(words, lines, pieces, piece_ends):
-    """The ids of `words` and, for each line, their number; arguments as in `PieceEncoder` and `_find`."""
+    """The ids of `words` and their number per line; arguments as in `PieceEncoder` and `_find`."""
     total = 0
     for word in words:
         total += piece_ends[word + 1] - piece_ends[word]
-    ids, lengths = np.empty(total, dtype=np.int32), np.empty(len(lines), dtype=np.int32)
-    place, first = 0, 0
+    ids = np.empty(total, dtype=np.int32)
+    lengths = np.empty(len(lines), dtype=np.int32)
+    place = 0
+    first = 0
     for line in range(len(lines)):
         start = place
         for word in words[first : first + max(lines[line], 0)]:

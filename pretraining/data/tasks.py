@@ -1,27 +1,29 @@
-"""Downstream tasks: labelled sentences from CSV files or GLUE, what is wrong with them, and their encoding for a model.
+"""Downstream tasks: labelled sentences from CSV files or GLUE, their checks, and their encoding for a model.
 
 A CSV file has the columns `text,label`, one word of the data is one token, and a word that the model does not know is an error:
 these are sentences of a known language. A GLUE task (Wang et al. 2019) is natural text, of single sentences or of pairs, in
-the columns and labels of the hub's nyu-mll/glue: the tokenizer splits its words, unknown ones become [UNK], and what is too
-long is cut; all of these are counted. The two sentences of a pair are told apart by [SEP] alone, [CLS] a [SEP] b [SEP]: the
+the columns and labels of the hub's nyu-mll/glue. The tokenizer splits its words, unknown ones become [UNK], and sentences that
+are too long are cut; all of these are counted. Only [SEP] separates the two sentences of a pair, [CLS] a [SEP] b [SEP]: the
 models' pre-training data is one segment.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pcfg.common.files import InputError, describe_file, read_json
 from pcfg.common.text import csv_rows, read_labelled, read_texts
 from pretraining.data.contexts import Contexts, check_length, from_texts
-from pretraining.data.vocabulary import check_single_tokens, hub_is_off, resolve_tokenizer
+from pretraining.data.vocabulary import Vocabulary, check_single_tokens, hub_is_off, resolve_tokenizer
 from pretraining.model.checkpoints import load_vocabulary
 from pretraining.model.config import ModelConfig
 
 GLUE_REPOSITORY = "nyu-mll/glue"
-# Task -> its columns of text, and the names of the labels 0, 1, ...
-GLUE = {
+GlueFormat = tuple[tuple[str, ...], tuple[str, ...]]  # columns of text, names of the labels 0, 1, ...
+GLUE: dict[str, GlueFormat] = {
     "cola": (("sentence",), ("unacceptable", "acceptable")),
     "mnli": (("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
     "mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
@@ -40,11 +42,11 @@ class Part:
     """The sentences of one file.
 
     Args:
-        file: where they are from.
+        file: their source.
         texts: sentences, or the first ones of pairs.
-        pairs: the second ones of pairs; None where there are none.
-        labels: (sentences,) int64 as in the file, indices into `Task.classes` in a task (-1: none of them); None where the
-            file has none.
+        pairs: the second ones of pairs; None for single sentences.
+        labels: (sentences,) int64 as in the file, indices into `Task.classes` in a task (-1: none of them); None for a file
+            without labels.
     """
 
     file: Path
@@ -57,24 +59,26 @@ class Part:
 
     def first(self, number: int | None) -> "Part":
         """Its first `number` sentences; all for None."""
-        cut = (None if column is None else column[:number] for column in (self.texts, self.pairs, self.labels))
-        return Part(self.file, *cut)
+        pairs = None if self.pairs is None else self.pairs[:number]
+        labels = None if self.labels is None else self.labels[:number]
+        return Part(self.file, self.texts[:number], pairs, labels)
 
-    def rows(self) -> list[tuple]:
-        """What identifies a sentence, or a pair of them."""
-        return list(zip(self.texts, self.pairs or [None] * len(self.texts), strict=True))
+    def rows(self) -> list[tuple[str, str | None]]:
+        """The sentences, or pairs of them, as keys."""
+        pairs: Sequence[str | None] = self.pairs or [None] * len(self.texts)
+        return list(zip(self.texts, pairs, strict=True))
 
 
 @dataclasses.dataclass
 class Task:
-    """Labelled sentences to train on and to measure on.
+    """Labelled sentences for training and measuring.
 
     Args:
         name: of GLUE's task, else the stem of the training file.
         train, validation: their labels are indices into `classes`.
-        test: sentences to predict the labels of, labelled or not; None where there are none.
+        test: sentences to predict the labels of, labelled or not; or None.
         classes: the labels that occur in training or validation, sorted; all labels of a GLUE task.
-        majority: share of validation sentences with the most frequent training label: what no features give.
+        majority: share of validation sentences with the most frequent training label: the accuracy without features.
         overlap: number of validation sentences that are also training sentences.
         pieces: whether the tokenizer may split words (natural text), instead of one token a word.
     """
@@ -92,22 +96,18 @@ class Task:
         """Training, validation and, if there is one, test."""
         return [part for part in (self.train, self.validation, self.test) if part is not None]
 
-    def inputs(self) -> dict:
+    def inputs(self) -> dict[str, dict[str, str]]:
         """The files, for a record."""
         names = ("train", "validation", "test")
         return {name: describe_file(part.file) for name, part in zip(names, self.parts(), strict=False)}
 
 
-def read_task(options, with_test: bool = False) -> Task:
-    """Read and check the files of a task; prints a counted warning for what is odd and not wrong.
+def read_task(options: Any, with_test: bool = False) -> Task:
+    """Read and check the files of a task; odd data that are no error are counted in a printed warning.
 
     Args:
         options: `DownstreamArguments`.
         with_test: read `options.test_file` (of GLUE without files, its test split) too.
-
-    Raises:
-        InputError: a file or a column is missing, a row or a label is malformed, a label is not in the label JSON beside the
-            training file, or the training part has one class only; or the GLUE task can't be had.
     """
     if options.task_name not in (None, *GLUE):
         raise InputError(f"--task_name {options.task_name}: is none of GLUE's classifications, {', '.join(GLUE)}")
@@ -115,56 +115,62 @@ def read_task(options, with_test: bool = False) -> Task:
     files = {split: getattr(options, f"{split}_file", None) for split in GLUE_SPLITS}
     if glue is not None and files["train"] is None:
         files = {**_hub_files(options.task_name), **{split: file for split, file in files.items() if file is not None}}
-    wanted = [split for split in files if split != "test" or with_test]
-    if missing := [split for split in wanted if files[split] is None]:
-        raise InputError(f"--{missing[0]}_file: give the file, or --task_name for GLUE's data from the hub")
-    parts = [_read_part(Path(files[split]), glue, split == "test") for split in wanted]
-    name = options.task_name or Path(files["train"]).stem
+    paths = {}
+    for split, file in files.items():
+        if split == "test" and not with_test:
+            continue
+        if file is None:
+            raise InputError(f"--{split}_file: give the file, or --task_name for GLUE's data from the hub")
+        paths[split] = Path(file)
+    parts = [_read_part(path, glue, split == "test") for split, path in paths.items()]
     if glue is None:
         _check_label_names(parts)
     train, validation, *test = parts
-    for part in parts[:2]:
-        if part.labels is None or (part.labels < 0).any():
-            raise InputError(f"{part.file}: not labelled; take a training and a validation file that are")
+    for part in (train, validation):
+        _labels(part)
     train = train.first(options.max_train_samples)
-    _check_classes(train)
-    classes = list(range(len(glue[1]))) if glue else sorted({*train.labels.tolist(), *validation.labels.tolist()})
+    labels = _check_classes(train) + _labels(validation)
+    classes = list(range(len(glue[1]))) if glue else sorted(set(labels))
     overlap = _warn_of_odd_parts(train, validation)
     for part in (train, validation, *test):
         _index_labels(part, classes)
-    majority = float((validation.labels == np.bincount(train.labels).argmax()).mean())
+    majority = float(np.mean(validation.labels == np.bincount(np.asarray(train.labels)).argmax()))
     pieces = options.tokenization == "pieces" or (options.tokenization == "auto" and glue is not None)
     if train.pairs is not None and not pieces:
         raise InputError("--tokenization words: is for single sentences; pairs are encoded as pieces")
+    name = options.task_name or paths["train"].stem
     return Task(name, train, validation, test[0] if test else None, classes, majority, overlap, pieces)
 
 
 def read_labelled_part(path: Path) -> tuple[Part, list[int]]:
-    """The sentences of a CSV file `text,label`, labelled by indices into its classes, and these: the labels that occur, sorted.
-
-    Raises:
-        InputError: the file or a column is missing, a row or a label is malformed, a label is not in the label JSON beside the
-            file, or there is one class only.
-    """
+    """The sentences of a CSV file `text,label`, labelled by indices into its classes, and the classes: its labels, sorted."""
     part = _read_part(path, None, is_test=False)
     _check_label_names([part])
-    _check_classes(part)
-    classes = sorted(set(part.labels.tolist()))
+    classes = sorted(set(_check_classes(part)))
     _index_labels(part, classes)
     return part, classes
 
 
-def _check_classes(part: Part) -> None:
-    """Refuse a part to train on that has one class only."""
-    if len(set(part.labels.tolist())) < 2:
-        raise InputError(f"{part.file}: all labels are {part.labels[0]}; a task needs at least 2 classes")
+def _labels(part: Part) -> list[int]:
+    """The labels of a part; refuses one without labels."""
+    if part.labels is None or (part.labels < 0).any():
+        raise InputError(f"{part.file}: not labelled; give a training and a validation file with labels")
+    return part.labels.tolist()
 
 
-def _read_part(path: Path, glue, is_test: bool) -> Part:
-    """The sentences of one file, with its labels as numbers; of a test file they may be missing."""
+def _check_classes(part: Part) -> list[int]:
+    """The labels of a part for training; refuses one with a single class."""
+    labels = _labels(part)
+    if len(set(labels)) < 2:
+        raise InputError(f"{part.file}: all labels are {labels[0]}; a task needs at least 2 classes")
+    return labels
+
+
+def _read_part(path: Path, glue: GlueFormat | None, is_test: bool) -> Part:
+    """The sentences of one file, with its labels as numbers; a test file may have none."""
     if glue is not None:
         return _read_glue(path, *glue)
-    # A test file may have no labels; of any other its absence is an error, which read_labelled words.
+    # In any other file than a test file, missing labels are an error of read_labelled.
     if is_test and "label" not in csv_rows(path, ("text",))[1][0]:
         return Part(path, read_texts(path), None, None)
     texts, labels = read_labelled(path)
@@ -172,13 +178,11 @@ def _read_part(path: Path, glue, is_test: bool) -> Part:
 
 
 def _hub_files(task: str) -> dict[str, Path]:
-    """The files of a GLUE task from the hub (its local cache, unless HF_HUB_OFFLINE=0), by split.
+    """The files of a GLUE task from the hub (its local cache, unless HF_HUB_OFFLINE=0), by split; refused without delay."""
+    from huggingface_hub import snapshot_download  # slow to import
 
-    Raises:
-        InputError: not to be had, at once.
-    """
-    from huggingface_hub import snapshot_download  # only where it is asked for
-
+    files: dict[str, Path | None] = {}
+    reason = "files are missing"
     try:
         folder = snapshot_download(
             GLUE_REPOSITORY, repo_type="dataset", allow_patterns=f"{task}/*", local_files_only=hub_is_off()
@@ -186,15 +190,16 @@ def _hub_files(task: str) -> dict[str, Path]:
         splits = (MNLI_SPLITS if task == "mnli" else GLUE_SPLITS).items()
         files = {split: next(Path(folder, task).glob(f"{name}-*.parquet"), None) for split, name in splits}
     except (OSError, ValueError) as error:
-        files, reason = {}, str(error).splitlines()[0]
-    if not files or None in files.values():
-        why = "the hub is off; HF_HUB_OFFLINE=0 turns it on" if hub_is_off() else (reason if not files else "files are missing")
+        reason = str(error).splitlines()[0]
+    paths = {split: path for split, path in files.items() if path is not None}
+    if len(paths) < len(GLUE_SPLITS):
+        why = "the hub is off; HF_HUB_OFFLINE=0 turns it on" if hub_is_off() else reason
         columns = ",".join((*GLUE[task][0], "label"))
         raise InputError(
             f"--task_name {task}: {GLUE_REPOSITORY} is not in the hub's local cache ({why}); or give --train_file and "
             f"--validation_file with the columns {columns} (.csv, .tsv or the hub's .parquet)"
         )
-    return files
+    return paths
 
 
 def _read_glue(path: Path, columns: tuple[str, ...], names: tuple[str, ...]) -> Part:
@@ -221,9 +226,9 @@ def _read_glue(path: Path, columns: tuple[str, ...], names: tuple[str, ...]) -> 
 
 
 def _parquet_columns(path: Path, columns: tuple[str, ...]) -> tuple[list[int], dict]:
-    """Row numbers from 1, and the wanted columns (label too, if it is there) of a parquet file."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import read_table  # only where it is asked for
+    """Row numbers from 1, and `columns` (and label, if there is one) of a parquet file."""
+    from pyarrow import ArrowException  # slow to import
+    from pyarrow.parquet import read_table
 
     try:
         table = read_table(path)
@@ -233,12 +238,12 @@ def _parquet_columns(path: Path, columns: tuple[str, ...]) -> tuple[list[int], d
         raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(table.column_names)}")
     if not len(table):
         raise InputError(f"{path}: no sentences; the file is empty")
-    wanted = [column for column in (*columns, "label") if column in table.column_names]
-    return list(range(1, len(table) + 1)), table.select(wanted).to_pydict()
+    present = [column for column in (*columns, "label") if column in table.column_names]
+    return list(range(1, len(table) + 1)), table.select(present).to_pydict()
 
 
 def _check_label_names(parts: list[Part]) -> None:
-    """Refuse labels that the JSON of label names beside the training file, if there is one, does not have."""
+    """Refuse labels that are missing from the JSON of label names next to the training file, if there is one."""
     path = parts[0].file.with_name(f"{parts[0].file.stem}_labels.json")
     if not path.exists():
         return
@@ -255,8 +260,9 @@ def _check_label_names(parts: list[Part]) -> None:
 
 
 def _warn_of_odd_parts(train: Part, validation: Part) -> int:
-    """Print what makes an accuracy say less than it seems to; returns how many validation sentences are training sentences."""
-    labels, seen = validation.labels.tolist(), set(train.labels.tolist())
+    """Print reasons why an accuracy may mislead; returns the number of validation sentences that are training sentences."""
+    labels = _labels(validation)
+    seen = set(_labels(train))
     if unseen := sum(label not in seen for label in labels):
         print(f"warning: {unseen} of {len(labels)} sentences of {validation.file} have a label that no training sentence has")
     if len(set(labels)) < 2:
@@ -268,7 +274,7 @@ def _warn_of_odd_parts(train: Part, validation: Part) -> int:
 
 
 def _index_labels(part: Part, classes: list[int]) -> None:
-    """Labels as indices into `classes`; -1, with a warning, for those of a test file that are none of them."""
+    """Turn labels into indices into `classes`; -1, with a warning, for other labels of a test file."""
     if part.labels is None:
         return
     index = {label: number for number, label in enumerate(classes)}
@@ -277,15 +283,12 @@ def _index_labels(part: Part, classes: list[int]) -> None:
         print(f"warning: {unknown} of {len(part)} sentences of {part.file} have a label that is none of the task's")
 
 
-def check_max_seq_length(words: np.ndarray, max_seq_length: int, source, needed: str = "--max_seq_length") -> None:
-    """Refuse sentences that need more positions than there are.
+def check_max_seq_length(words: np.ndarray, max_seq_length: int, source: object, needed: str = "--max_seq_length") -> None:
+    """Refuse sentences that are longer than `max_seq_length` tokens.
 
     Args:
-        words: (sentences,) words of each sentence.
-        needed: what decides the number of positions, for the message.
-
-    Raises:
-        InputError: names the sentence and the length needed.
+        words: (sentences,) words per sentence.
+        needed: the setting behind `max_seq_length`, for the message.
     """
     longest = int(np.argmax(words))
     if words[longest] + 2 > max_seq_length:
@@ -295,12 +298,8 @@ def check_max_seq_length(words: np.ndarray, max_seq_length: int, source, needed:
         )
 
 
-def encode_task(task: Task, folder: Path, config: ModelConfig, options) -> list[Contexts]:
-    """The sentences of each of `task.parts()` as inputs of the model in `folder`.
-
-    Raises:
-        InputError: the tokenizer is another one; and of CSV files a word is unknown or split, or a sentence is too long.
-    """
+def encode_task(task: Task, folder: Path, config: ModelConfig, options: Any) -> list[Contexts]:
+    """The sentences of each of `task.parts()` as inputs of the model in `folder`; `options`: `DownstreamArguments`."""
     vocabulary = load_vocabulary(folder)
     tokenizer = None
     if options.tokenizer_name is not None or task.pieces:
@@ -320,13 +319,13 @@ def encode_task(task: Task, folder: Path, config: ModelConfig, options) -> list[
     for part in task.parts():
         contexts = from_texts(part.texts, vocabulary, part.file)
         check_max_seq_length(contexts.lengths - 2, options.max_seq_length, part.file)
-        check_length(contexts, config, part.file)
+        check_length(contexts, config.max_position_embeddings, part.file)
         encoded.append(contexts)
     return encoded
 
 
-def _encode_pieces(part: Part, tokenizer, vocabulary, positions: int) -> Contexts:
-    """Sentences or pairs as the tokenizer's pieces, cut to `positions` tokens; what is lost is counted and printed."""
+def _encode_pieces(part: Part, tokenizer: Any, vocabulary: Vocabulary, positions: int) -> Contexts:
+    """Sentences or pairs as the tokenizer's pieces, cut to `positions` tokens; losses are counted and printed."""
     columns = [part.texts] if part.pairs is None else [part.texts, part.pairs]
     flags = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     ids = tokenizer(*columns, **flags)["input_ids"]

@@ -81,7 +81,7 @@ def test_blank_lines_and_lines_that_have_no_token(encoders):
 
 def test_many_words_and_a_memory_that_is_too_small(monkeypatch):
     """The table grows, and is given up when it is full; neither changes an id."""
-    monkeypatch.setattr(piece_encoder, "MOST_WORDS", 2000)
+    monkeypatch.setattr(piece_encoder, "MAX_WORDS", 2000)
     encoder, tokenizer = PieceEncoder(VOCABULARY, True), build_tokenizer(VOCABULARY, True, 512)
     rng = np.random.default_rng(0)
     sizes = []
