@@ -6,22 +6,28 @@ import re
 import sys
 from pathlib import Path
 
+# Whether the kernels use numpy arrays in place of vector registers: PCFG_LANES=plain (`pcfg.engine.plain_lanes`).
+PLAIN_LANES = os.environ.get("PCFG_LANES") == "plain"
+
 
 def kernel_cache(folder: Path) -> Path:
-    """The cache folder of the kernels in `folder` and the folders in it, named by a hash of the files that have some."""
+    """The cache folder of the kernels below `folder`, named by a hash of the files that have some."""
     contents = (path.read_bytes() for path in sorted(folder.rglob("*.py")))
     kernels = hashlib.sha256(b"".join(content for content in contents if re.search(rb"^(from|import) numba", content, re.M)))
     return folder / "__pycache__" / f"kernels-{kernels.hexdigest()[:16]}"
 
 
 def _keep_kernels_with_their_sources(folder: Path) -> None:
-    """Give numba a cache folder of its own for this state of the files that have kernels.
+    """Give numba a cache folder for this state of the files that have kernels, and another one for plain lanes.
 
     Numba compiles a cached kernel again when its own file changes, but not when a kernel that it calls, in another file, does;
-    old machine code would then be run with the new sources. A user's own NUMBA_CACHE_DIR is left alone.
+    the old machine code would run with the new sources. A user's own NUMBA_CACHE_DIR stays, but for the plain lanes' suffix.
     """
-    if os.access(folder, os.W_OK):  # else numba looks for another place by itself
-        os.environ.setdefault("NUMBA_CACHE_DIR", str(kernel_cache(folder)))
+    place = os.environ.get("NUMBA_CACHE_DIR")
+    if not place and os.access(folder, os.W_OK):  # else numba looks for another place by itself
+        place = str(kernel_cache(folder))
+    if place:
+        os.environ["NUMBA_CACHE_DIR"] = place.removesuffix("-plain") + ("-plain" if PLAIN_LANES else "")
     if "numba" in sys.modules:  # which has read its environment
         sys.modules["numba"].config.reload_config()
 

@@ -16,54 +16,61 @@ parse is the inside sweep with maxima in place of sums.
 
 Numbers are probabilities and never logarithms. Each word's emission column is divided by its maximum and multiplied by a factor
 c(T) = 2^(RANGE / T), which multiplies all values of a cell by the same number, so conditionals and labels need no correction.
-An inside value over w words is then at most c^w, an outside value at most c^(T - w), and nothing overflows. What is lost to
-underflow, at most 2^-149 a term in float32, counts at most c^(T - 1) <= 2^96 times in a total; so where the total is 1 or more
-(one unit for each of the 2^29 terms of a large chart included), the loss is below 2^-24 of it. Any other sentence is done again
-in float64, which serves down to totals of 2^-1036 before scaling (1e-5 a word at 64 words).
+An inside value over w words is then at most c^w, an outside value at most c^(T - w), and nothing overflows. Underflow loses at
+most 2^-149 per term in float32, which counts at most c^(T - 1) <= 2^96 times in a total. Where the total is 1 or more (one unit
+for each of the 2^29 terms of a large chart included), the loss is below 2^-24 of it. Other sentences are repeated in float64,
+which is exact enough down to totals of 2^-1036 before scaling (1e-5 per word at 64 words).
 """
 
 import concurrent.futures
 import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pcfg.common.files import InputError
-from pcfg.engine.chart_plan import MAX_WORDS, Planner, offsets
-from pcfg.engine.parses import best_sweep, tree
-from pcfg.engine.sweeps import chart_sweep, score_sweep, word_sweep
+from pcfg.engine.chart_plan import MAX_WORDS, ChartPlans, offsets
+from pcfg.engine.sweeps import best_sweep, chart_sweep, score_sweep, word_sweep
+from pcfg.grammar import Grammar
 
-# The exponent of c(T)^T: values of a whole sentence are at most 2^RANGE. The factor is never above 2^64 a word.
+if TYPE_CHECKING:
+    from nltk.tree import ProbabilisticTree
+
+# The exponent of c(T)^T: values of a whole sentence are at most 2^RANGE. The factor is never above 2^64 per word.
 RANGE = {"float32": 96, "float64": 960}
-# Sentences of one length that a thread takes at once: long enough to pay for the call, short enough to share the work.
-SENTENCES_A_TASK = 1024
+# Sentences of one length per task of a thread: long enough to pay for the call, short enough to share the work.
+SENTENCES_PER_TASK = 1024
 # float32 sums of a chart differ from exact ones by less than this; closer scores are compared in float64.
 NEAR_TIE = 1e-4
-# Scores that are equal in exact arithmetic differ by rounding (1e-16 a sum); they must tie all the same.
+# Scores that are equal in exact arithmetic differ by rounding (1e-16 per sum); they must tie all the same.
 TIE = 1e-12
+# The words start .. stop - 1, counted from 0; stop None: to the sentence's end. None: the whole sentence.
+Span = tuple[int, int | None] | None
 
 
 class Chart:
     """The charts of a grammar's sentences; see the module docstring for the equations.
 
     Args:
-        grammar: a `pcfg.grammar.Grammar`; N nonterminals, V words.
+        grammar: N nonterminals, V words.
         threads: over groups of sentences (the kernels release the GIL); default: the cores this process may use.
             Results do not depend on it.
-        dtype: float32, where whatever float32 can't do is done again in float64, or float64 for everything.
+        dtype: float32, with sentences beyond its range repeated in float64, or float64 for everything.
 
     Attributes:
-        redone: how many sentences were done again in float64.
+        redone: how many sentences were repeated in float64.
 
-    Sentences are given as `tokens`, (n, T) integers, indices into `grammar.words`, anything beyond a sentence's end,
-    and `lengths`, (n,), in words. All methods raise InputError for a sentence of no word or of more than 64.
+    Sentences are `tokens`, (n, T) integers, indices into `grammar.words`, anything beyond a sentence's end, and `lengths`,
+    (n,), in words. All methods refuse a sentence of no word or of more than 64.
     """
 
-    def __init__(self, grammar, threads: int | None = None, dtype="float32"):
+    def __init__(self, grammar: Grammar, threads: int | None = None, dtype: str = "float32"):
         self.grammar = grammar
         self.threads = threads or len(os.sched_getaffinity(0))
         self.dtype = np.dtype(dtype).name
         self.redone = 0
-        self._planner = Planner(grammar)
+        self._plans = ChartPlans(grammar)
         emission = np.asarray(grammar.emission, np.float64)
         self._column_scale = emission.max(axis=0)  # (V,), positive: a grammar has only words that it emits
         columns = np.ascontiguousarray((emission / self._column_scale).T)  # (V, N)
@@ -72,18 +79,18 @@ class Chart:
         self._columns = {name: columns.astype(name) for name in RANGE}
         self._emission = {name: (word_start, symbol, emission[symbol, word].astype(name)) for name in RANGE}
 
-    def inside(self, sentence) -> np.ndarray:
+    def inside(self, sentence: np.ndarray) -> np.ndarray:
         """inside(i, j, A) of one sentence (T,): (T, T + 1, N) float64 probabilities, not scaled; zeros where j <= i."""
         return self._whole_chart(sentence)[0]
 
-    def outside(self, sentence) -> np.ndarray:
+    def outside(self, sentence: np.ndarray) -> np.ndarray:
         """outside(i, j, A) of one sentence (T,): (T, T + 1, N) float64 probabilities, not scaled.
 
-        Zero, too, where A can't have a yield of j - i words, whatever the words.
+        Also zero where A cannot have a yield of j - i words.
         """
         return self._whole_chart(sentence)[1]
 
-    def posteriors(self, sentence) -> np.ndarray:
+    def posteriors(self, sentence: np.ndarray) -> np.ndarray:
         """P(A derives x_i .. x_{j-1} | x) = inside(i, j, A) outside(i, j, A) / inside(0, T, start): (T, T + 1, N) float64."""
         inside, outside = self._whole_chart(sentence)
         total = inside[0, -1, 0]
@@ -91,8 +98,8 @@ class Chart:
             raise self._underivable(np.asarray(sentence), "sentence", 1)
         return inside * outside / total
 
-    def log_probability(self, tokens, lengths) -> np.ndarray:
-        """log P(sentence), (n,) float64, in nats; -inf for a sentence that the grammar can't derive."""
+    def log_probability(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """log P(sentence), (n,) float64, in nats; -inf for a sentence that the grammar cannot derive."""
         tokens, lengths = self._checked(tokens, lengths)
         scores, _ = self._scores(tokens, lengths, np.arange(1), None, False, "float64")
         words = np.arange(tokens.shape[1]) < lengths[:, None]
@@ -101,44 +108,42 @@ class Chart:
         with np.errstate(divide="ignore"):
             return np.log(scores[:, 0]) + scale - lengths * factor[lengths - 1]
 
-    def conditionals(self, tokens, lengths, source="sentences", first_sentence: int = 0):
-        """P(x_t = w | x_-t) for every position of every sentence.
+    def conditionals(
+        self, tokens: np.ndarray, lengths: np.ndarray, source: Any = "sentences", first_sentence: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """P(x_t = w | x_-t) for every position of every sentence; one that the grammar cannot derive is refused.
 
         Args:
-            source: what the sentences are called in an error.
-            first_sentence: the index there of the first of them.
+            source: the name of the sentences in an error.
+            first_sentence: how many sentences of the source come before; an error counts from 1.
 
         Returns:
             (sum of lengths, V) probabilities in the chart's dtype, each row summing to 1, and offsets, (n + 1,) int64: the
             rows of sentence s are offsets[s] .. offsets[s + 1].
-
-        Raises:
-            InputError: the grammar can't derive a sentence; its number is named, counting from 1.
         """
-        results = self._word_results(tokens, lengths, source, first_sentence, distributions=True, reductions=False)
-        conditionals, _, _, first_row = results
+        conditionals, _, _, first_row = self._word_results(tokens, lengths, source, first_sentence, reductions=False)
         return conditionals, first_row
 
-    def reductions(self, tokens, lengths, source="sentences", first_sentence: int = 0):
-        """The conditionals reduced to two numbers a position; arguments and errors as in `conditionals`.
+    def reductions(
+        self, tokens: np.ndarray, lengths: np.ndarray, source: Any = "sentences", first_sentence: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The conditionals reduced to two numbers per position; arguments as in `conditionals`.
 
         Returns:
             entropy -sum_w P(w | x_-t) log P(w | x_-t) and log P(x_t | x_-t), (sum of lengths,) float64, nats, and offsets.
         """
-        results = self._word_results(tokens, lengths, source, first_sentence, distributions=False, reductions=True)
-        _, entropy, log_true, first_row = results
-        return entropy, log_true, first_row
+        return self._word_results(tokens, lengths, source, first_sentence, distributions=False)[1:]
 
-    def conditionals_and_reductions(self, tokens, lengths, source="sentences", first_sentence: int = 0):
+    def conditionals_and_reductions(
+        self, tokens: np.ndarray, lengths: np.ndarray, source: Any = "sentences", first_sentence: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """All of `conditionals` and `reductions` in one sweep: conditionals, entropy, log P(x_t | x_-t), offsets."""
-        return self._word_results(tokens, lengths, source, first_sentence, distributions=True, reductions=True)
+        return self._word_results(tokens, lengths, source, first_sentence)
 
-    def span_scores(self, tokens, lengths, span=None, rule: str = "likelihood") -> np.ndarray:
+    def span_scores(self, tokens: np.ndarray, lengths: np.ndarray, span: Span = None, rule: str = "likelihood") -> np.ndarray:
         """Scores of all nonterminals over a span of each sentence.
 
         Args:
-            span: (start, stop), the words start .. stop - 1 counted from 0, stop None for the sentence's end; None: the whole
-                sentence.
             rule: "likelihood": inside(start, stop, A); "posterior": inside(start, stop, A) outside(start, stop, A).
 
         Returns:
@@ -149,7 +154,9 @@ class Chart:
         symbols = np.arange(len(self.grammar.names))
         return self._scores(tokens, lengths, symbols, span, rule == "posterior", "float64")[0]
 
-    def labels(self, tokens, lengths, symbols, span=None, rule: str = "likelihood") -> np.ndarray:
+    def labels(
+        self, tokens: np.ndarray, lengths: np.ndarray, symbols: np.ndarray, span: Span = None, rule: str = "likelihood"
+    ) -> np.ndarray:
         """The best of some nonterminals over a span of each sentence, by `span_scores`.
 
         Args:
@@ -160,7 +167,8 @@ class Chart:
             span, or the sentence ends before it does.
         """
         tokens, lengths = self._checked(tokens, lengths)
-        symbols, posterior = np.asarray(symbols), rule == "posterior"
+        symbols = np.asarray(symbols)
+        posterior = rule == "posterior"
         if self.dtype == "float64":
             return _best(self._scores(tokens, lengths, symbols, span, posterior, "float64")[0])
         scores, covered = self._scores(tokens, lengths, symbols, span, posterior, "float32")
@@ -176,17 +184,18 @@ class Chart:
             labels[doubtful] = _best(again)
         return labels
 
-    def parses(self, tokens, lengths) -> list:
-        """The best parse of each sentence as an `nltk.Tree` whose root carries its probability (`prob()`, `logprob()`).
+    def parses(self, tokens: np.ndarray, lengths: np.ndarray) -> list:
+        """The best parse of each sentence as an `nltk.Tree` whose root has its probability (`prob()`, `logprob()`).
 
-        Ties take the rule and the split that come first. None for a sentence that the grammar can't derive.
+        Ties take the rule and the split that come first. None for a sentence that the grammar cannot derive.
         """
         tokens, lengths = self._checked(tokens, lengths)
-        trees = [None] * len(lengths)
-        scale, words = np.log2(self._column_scale), np.array(self.grammar.words, dtype=object)
+        trees: list = [None] * len(lengths)
+        scale = np.log2(self._column_scale)
+        words = np.array(self.grammar.words, dtype=object)
 
-        def parse(length, rows):
-            plan = self._planner.plan(length, (0,), "float64")
+        def parse(length: int, rows: np.ndarray) -> None:
+            plan = self._plans.of(length, (0,), "float64")
             if plan is None:
                 return
             factor = _factor(length, "float64")
@@ -197,13 +206,16 @@ class Chart:
                 if value > 0:
                     sentence = tokens[row, :length]
                     probability = np.log2(value) - length * np.log2(factor) + scale[sentence].sum()
-                    trees[row] = tree(nodes[start:end], words[sentence], self.grammar.names, float(probability))
+                    trees[row] = _tree(nodes[start:end], words[sentence], self.grammar.names, float(probability))
 
         self._in_groups(parse, lengths, np.arange(len(lengths)))
         return trees
 
-    def _checked(self, tokens, lengths, source="sentences", first_sentence=0):
-        tokens, lengths = np.ascontiguousarray(tokens, np.int32), np.asarray(lengths, np.int64)
+    def _checked(
+        self, tokens: Any, lengths: Any, source: Any = "sentences", first_sentence: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        lengths = np.asarray(lengths, np.int64)
         for bad in np.flatnonzero((lengths > MAX_WORDS) | (lengths < 1))[:1]:
             raise InputError(
                 f"{source}: sentence {first_sentence + bad + 1} has {lengths[bad]} words; "
@@ -211,21 +223,21 @@ class Chart:
             )
         return tokens, lengths
 
-    def _underivable(self, sentence, source, number) -> InputError:
+    def _underivable(self, sentence: Iterable[int], source: Any, number: int) -> InputError:
         text = " ".join(self.grammar.words[word] for word in sentence)
         return InputError(
             f"{source}: the grammar can't derive sentence {number} ({text!r}); "
             "give the grammar that the text was made from, or remove the sentence"
         )
 
-    def _in_groups(self, function, lengths, rows) -> None:
-        """Call function(length, rows) on groups of `rows` of one length, in threads; an exception of the first is raised."""
+    def _in_groups(self, function: Callable[[int, np.ndarray], None], lengths: np.ndarray, rows: np.ndarray) -> None:
+        """Call function(length, rows) on groups of `rows` of one length, in threads; raises the first group's exception."""
         rows = rows[np.argsort(lengths[rows], kind="stable")]
         bounds = offsets(np.bincount(lengths[rows], minlength=MAX_WORDS + 1))
         groups = [
-            (length, rows[start : min(start + SENTENCES_A_TASK, bounds[length + 1])])
+            (length, rows[start : min(start + SENTENCES_PER_TASK, bounds[length + 1])])
             for length in range(MAX_WORDS + 1)
-            for start in range(bounds[length], bounds[length + 1], SENTENCES_A_TASK)
+            for start in range(bounds[length], bounds[length + 1], SENTENCES_PER_TASK)
         ]
         workers = max(1, min(self.threads, len(groups)))
         if workers == 1:
@@ -236,7 +248,9 @@ class Chart:
             for _ in executor.map(lambda group: function(*group), groups):
                 pass
 
-    def _scores(self, tokens, lengths, symbols, span, with_outside: bool, dtype: str):
+    def _scores(
+        self, tokens: np.ndarray, lengths: np.ndarray, symbols: np.ndarray, span: Span, with_outside: bool, dtype: str
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Scores (n, S) of a span in `dtype`, and which sentences reach to its end, (n,) bool."""
         start, stop = span or (0, None)
         if not 0 <= start < (MAX_WORDS if stop is None else stop) <= MAX_WORDS:
@@ -246,8 +260,8 @@ class Chart:
         # Without the outside, nothing beyond the span is read.
         used = lengths if with_outside else (lengths if stop is None else np.full_like(lengths, stop)) - start
 
-        def score(length, rows):
-            plan = self._planner.plan(length, (0,) if with_outside else symbols, dtype)
+        def score(length: int, rows: np.ndarray) -> None:
+            plan = self._plans.of(length, (0,) if with_outside else symbols, dtype)
             if plan is None:
                 return
             cell = len(plan.cell_begin) - 1
@@ -267,7 +281,15 @@ class Chart:
         self._in_groups(score, used, np.flatnonzero(covered))
         return scores, covered
 
-    def _word_results(self, tokens, lengths, source, first_sentence, distributions: bool, reductions: bool):
+    def _word_results(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        source: Any,
+        first_sentence: int,
+        distributions: bool = True,
+        reductions: bool = True,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         tokens, lengths = self._checked(tokens, lengths, source, first_sentence)
         first_row = offsets(lengths)
         positions = int(first_row[-1])
@@ -275,11 +297,12 @@ class Chart:
         entropy, log_true = np.empty((2, positions if reductions else 0))
         totals = np.zeros(len(lengths))
 
-        def sweep(dtype, rows):
-            def fill(length, group):
-                plan = self._planner.plan(length, (0,), dtype)
+        def sweep(dtype: str, rows: np.ndarray) -> None:
+            def fill(length: int, group: np.ndarray) -> None:
+                plan = self._plans.of(length, (0,), dtype)
                 if plan is not None:
-                    factor, emission = _factor(length, dtype), self._emission[dtype]
+                    factor = _factor(length, dtype)
+                    emission = self._emission[dtype]
                     results = (conditionals, entropy, log_true, totals)
                     word_sweep(tokens, group, first_row, plan, self._columns[dtype], factor, emission, *results)
 
@@ -294,12 +317,13 @@ class Chart:
             raise self._underivable(tokens[bad, : lengths[bad]], source, first_sentence + int(bad) + 1)
         return conditionals, entropy, log_true, first_row
 
-    def _whole_chart(self, sentence):
+    def _whole_chart(self, sentence: np.ndarray) -> np.ndarray:
         """inside and outside of all cells of a sentence, reachable or not, (T, T + 1, N) each."""
         tokens, lengths = self._checked(np.asarray(sentence)[None], [len(sentence)])
-        length, number = int(lengths[0]), len(self.grammar.names)
+        length = int(lengths[0])
+        number = len(self.grammar.names)
         result = np.zeros((2, length, length + 1, number))
-        plan = self._planner.plan(length, None, "float64")
+        plan = self._plans.of(length, None, "float64")
         if plan is not None:
             columns = np.ascontiguousarray(self.grammar.emission.T, np.float64)
             for values, chart in zip(chart_sweep(tokens[0], plan, columns), result, strict=True):
@@ -308,13 +332,27 @@ class Chart:
         return result
 
 
-def _factor(length: int, dtype: str):
+def _factor(length: int, dtype: str) -> Any:
     """c(T), in the chart's dtype."""
     return np.dtype(dtype).type(2.0 ** (RANGE[dtype] / length))
 
 
-def _best(scores) -> np.ndarray:
+def _best(scores: np.ndarray) -> np.ndarray:
     """The first of the best scores of each row, up to rounding; -1 where all are 0."""
     best = scores.max(axis=1, initial=0)
     labels = np.argmax(scores >= (best * (1 - TIE))[:, None], axis=1)
     return np.where(best > 0, labels, -1)
+
+
+def _tree(nodes: list, words: list[str], names: list[str], log2_probability: float) -> "ProbabilisticTree":
+    """The `nltk.Tree` of a derivation from its nodes in pre-order, [nonterminal, number of children], and its words."""
+    # nltk takes a second to import, which only trees are worth.
+    from nltk.tree import ProbabilisticTree, Tree
+
+    # Backwards through the pre-order, the children of a node are the last trees that were finished, the first one on top.
+    finished: list[Tree] = []
+    leaves = list(words)
+    for symbol, children in reversed(nodes):
+        parts = [finished.pop() for _ in range(children)] if children else [leaves.pop()]
+        finished.append(Tree(names[symbol], parts))
+    return ProbabilisticTree(names[nodes[0][0]], list(finished[0]), logprob=log2_probability)

@@ -54,7 +54,8 @@ class Grammar:
         if not len(rules.left):
             raise InputError(f"{rules.source}:1: no rules; the file is empty")
         symbols, first_rule = np.unique(rules.left, return_index=True)
-        symbols, first_rule = symbols[np.argsort(first_rule)], np.sort(first_rule)  # (N,), by first appearance
+        symbols = symbols[np.argsort(first_rule)]
+        first_rule = np.sort(first_rule)  # (N,), by first appearance
         self.names = [rules.symbols[symbol] for symbol in symbols]
         # symbol -> nonterminal; -1 for words, and at the end for -1, no symbol
         number = np.full(len(rules.symbols) + 1, -1)
@@ -63,8 +64,10 @@ class Grammar:
         _refuse_words_in_binary_rules(rules, sides)
 
         kept, probability = _merged(rules, sides[:, 0], first_rule)
-        sides, is_binary = sides[kept], rules.second[kept] >= 0
-        is_unary, emits = ~is_binary & (sides[:, 1] >= 0), ~is_binary & (sides[:, 1] < 0)
+        sides = sides[kept]
+        is_binary = rules.second[kept] >= 0
+        is_unary = ~is_binary & (sides[:, 1] >= 0)
+        emits = ~is_binary & (sides[:, 1] < 0)
         self.unary = sides[is_unary, :2].astype(np.int32)
         self.unary_probability = probability[is_unary]
         by_children = np.flatnonzero(is_binary)[np.lexsort(sides[is_binary].T[[0, 2, 1]])]

@@ -65,7 +65,8 @@ class RuleCollector:
         self.source = source
         self._number = defaultdict(itertools.count().__next__, {None: -1})
         self._columns = [[], [], []]
-        self._probability, self._line = array("d"), array("i")
+        self._probability = array("d")
+        self._line = array("i")
 
     def extend(self, left: list[str], first: list[str], second: list[str | None], probability: list[float], line: list[int]):
         """Add rules, given by columns; `second` is None where the right side has one symbol."""
@@ -81,7 +82,8 @@ class RuleCollector:
             InputError: a probability is not a number in [0, 1 + 1e-9].
         """
         columns = [np.concatenate([np.empty(0, np.int32), *column]) for column in self._columns]
-        probability, line = np.array(self._probability, np.float64), np.array(self._line, np.int32)
+        probability = np.array(self._probability, np.float64)
+        line = np.array(self._line, np.int32)
         rules = WeightedRules(self.source, list(self._number)[1:], *columns, probability, line)
         # A comparison with nan is false.
         for rule in np.flatnonzero(~((probability >= 0.0) & (probability <= 1.0 + 1e-9)))[:1]:
@@ -175,7 +177,9 @@ def parse_nltk(lines: list[str], source: str) -> WeightedRules:
         InputError: a line that is not in the format; a rule with no symbols, or more than 64, on the right; a word with a
             space in it; a word that is the name of a nonterminal too.
     """
-    start, productions, pending = None, [], []
+    start = None
+    productions = []
+    pending = []
     for number, line in enumerate(lines, 1):
         line = line.strip()
         if not pending and (not line or line.startswith("#")):
@@ -183,7 +187,8 @@ def parse_nltk(lines: list[str], source: str) -> WeightedRules:
         if line.endswith("\\"):
             pending.append(line[:-1].rstrip() + " ")
             continue
-        line, pending = "".join([*pending, line]), []
+        line = "".join([*pending, line])
+        pending = []
         if line.startswith("%"):
             found = START.fullmatch(line)
             if not found:
@@ -215,7 +220,9 @@ def _productions(line: str, source: str, number: int) -> list[_Production]:
     arrow = left and ARROW.match(line, left.end())
     if not arrow:
         raise InputError(f"{source}:{number}: {shown(line)} is no rule; a rule is like `S -> NP VP [0.6] | 'word' [0.4]`")
-    right_sides, probabilities, position = [[]], ["0"], arrow.end()
+    right_sides = [[]]
+    probabilities = ["0"]
+    position = arrow.end()
     while position < len(line):
         found = RIGHT_SIDE.match(line, position)
         if not found:
@@ -223,7 +230,8 @@ def _productions(line: str, source: str, number: int) -> list[_Production]:
                 f"{source}:{number}: can't read {shown(line[position:])}; there should be a symbol, a word in quotes, "
                 "a number in brackets or |"
             )
-        position, value = found.end(), found[found.lastgroup]
+        position = found.end()
+        value = found[found.lastgroup]
         if found.lastgroup == "bar":
             right_sides.append([])
             probabilities.append("0")
@@ -252,9 +260,12 @@ def _binarised(productions: list[_Production], source: str) -> WeightedRules:
     A word in a longer rule gets the symbol `word:...`, the symbols after the first get their names joined by `+`; neither
     `:` nor `+` can be in the name of a nonterminal in nltk's format.
     """
-    rules, introduced = [], {}
+    rules = []
+    introduced = {}
     for production in productions:
-        left, probability, line = production.left, production.probability, production.line
+        left = production.left
+        probability = production.probability
+        line = production.line
         if len(production.right) == 1:
             rules.append((left, production.right[0][0], None, probability, line))
             continue

@@ -98,10 +98,13 @@ def _chances_of_ending(end, length, number: int) -> np.ndarray:
 def _rules(initial, transition, emission, ends, named, states, words) -> list[WeightedRule]:
     """`ends` (positions, K) and `named`, the names by position; of one position: the rules lead back to it."""
     rules = [(START, (named[0][state],), float(initial[state])) for state in np.flatnonzero(initial)]
-    reached, emits = initial > 0, np.zeros(len(states), dtype=bool)
-    position, done = 0, np.zeros((len(named), len(states)), dtype=bool)
+    reached = initial > 0
+    emits = np.zeros(len(states), dtype=bool)
+    position = 0
+    done = np.zeros((len(named), len(states)), dtype=bool)
     while reached.any():
-        names, following = named[position], min(position + 1, len(named) - 1)
+        names = named[position]
+        following = min(position + 1, len(named) - 1)
         going_on = (1.0 - ends[position])[:, None] * transition  # (K, K)
         for state in np.flatnonzero(reached):
             own = f"W_{states[state]}"
@@ -182,9 +185,11 @@ def build_parser() -> argparse.ArgumentParser:
 def _length_law(options: argparse.Namespace) -> dict:
     """The chance of ending, or the lengths' probabilities, as arguments of `hmm_rules`."""
     geometric = options.length_law == "geometric"
-    wanted, others = ("mean_length",), ("max_words", "min_words")
+    wanted = ("mean_length",)
+    others = ("max_words", "min_words")
     if not geometric:
-        wanted, others = ("max_words",), ("mean_length",)
+        wanted = ("max_words",)
+        others = ("mean_length",)
     for name in wanted:
         if getattr(options, name) is None:
             raise InputError(f"--length-law {options.length_law}: give --{name.replace('_', '-')} as well")

@@ -287,7 +287,8 @@ class LookupTable:
         """
         if self.stored == "none":
             raise InputError(f"{self.source}: has no distributions; make it again without --entropy-only")
-        first, last = self.offsets[first_sentence], self.offsets[last_sentence]
+        first = self.offsets[first_sentence]
+        last = self.offsets[last_sentence]
         rows = self._arrays["conditionals"][first:last].astype(np.float64)
         rows /= rows.sum(axis=1, keepdims=True)
         return rows

@@ -9,12 +9,17 @@ from collections.abc import Iterator
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba.extending import intrinsic
 
+from pcfg import PLAIN_LANES
 from pcfg.common.files import InputError
+from pcfg.engine.plain_lanes import CHUNK
 from pcfg.engine.rule_graph import reachable, strong_components
 from pcfg.grammar import Grammar
+
+if PLAIN_LANES:
+    from pcfg.engine.plain_lanes import move_chunk
+else:
+    from pcfg.engine.lanes import move_chunk
 
 # Part of what text is made from: another number whenever the same random generator would give other sentences.
 DRAWING = 2
@@ -22,8 +27,6 @@ DRAWING = 2
 LEAST_ACCEPTED = 1e-4
 # Bytes that are spelled before they are handed on: what stays in a core's cache until it is hashed and written.
 TEXT_BUFFER = 1 << 18
-# Bytes that are moved at once.
-CHUNK = 16
 
 
 class Sampler:
@@ -96,8 +99,10 @@ class Sampler:
             the text of the next sentences, some 256 KB, valid until the next block is asked for, without the
             empty line between two blocks; the number of its words.
         """
-        state, sentences = _random_state(rng), 0
-        limits, spelling = (self._shortest, self.width), (self._spelling, self._letters)
+        state = _random_state(rng)
+        sentences = 0
+        limits = (self._shortest, self.width)
+        spelling = (self._spelling, self._letters)
         # A sentence is begun if the longest one would fit, its two line feeds and what the last move writes too much.
         text = np.empty(TEXT_BUFFER + self.width * self._longest_word + 2 + CHUNK, dtype=np.uint8)
         while sentences < number:
@@ -134,7 +139,8 @@ def _refuse_infinite_length(grammar: Grammar) -> None:
     component, _ = strong_components(size, parent, child)
     within = (component[parent] == component[child]) & reachable(component, parent, child, 0)[parent]
     for block in np.unique(component[parent[within]]):
-        members, inside = np.flatnonzero(component == block), within & (component[parent] == block)
+        members = np.flatnonzero(component == block)
+        inside = within & (component[parent] == block)
         place = np.searchsorted(members, np.stack([parent[inside], child[inside]]))
         expected = np.zeros((len(members), len(members)))
         np.add.at(expected, tuple(place), probability[inside])
@@ -179,9 +185,11 @@ def _rule_tables(grammar: Grammar) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
     probability = np.concatenate([grammar.binary_probability, grammar.unary_probability, grammar.emission[left, word]])
     order = np.argsort(rules[:, 0], kind="stable")
-    rules, probability = rules[order], probability[order]
+    rules = rules[order]
+    probability = probability[order]
     first = np.searchsorted(rules[:, 0], np.arange(size + 1))
-    kept, other = np.empty(len(rules)), np.empty(len(rules), dtype=np.int64)
+    kept = np.empty(len(rules))
+    other = np.empty(len(rules), dtype=np.int64)
     for start, end in zip(first[:-1], first[1:], strict=True):
         kept[start:end], other[start:end] = _alias_table(probability[start:end])
         other[start:end] += start
@@ -216,12 +224,16 @@ def _random_state(rng: np.random.Generator) -> np.ndarray:
 def _alias_table(probability):
     """Vose's construction: column i keeps i with probability kept[i] and gives other[i] else, columns being uniform."""
     size = len(probability)
-    scaled, total = probability.copy(), 0.0
+    scaled = probability.copy()
+    total = 0.0
     for value in probability:
         total += value
-    kept, other = np.ones(size), np.arange(size)
+    kept = np.ones(size)
+    other = np.arange(size)
     # One stack from each end: columns below 1 from the front, the others from the back.
-    waiting, small, large = np.empty(size, dtype=np.int64), 0, size
+    waiting = np.empty(size, dtype=np.int64)
+    small = 0
+    large = size
     for i in range(size):
         scaled[i] *= size / total
         if scaled[i] < 1.0:
@@ -232,8 +244,10 @@ def _alias_table(probability):
             waiting[large] = i
     while small > 0 and large < size:
         small -= 1
-        poor, rich = waiting[small], waiting[large]
-        kept[poor], other[poor] = scaled[poor], rich
+        poor = waiting[small]
+        rich = waiting[large]
+        kept[poor] = scaled[poor]
+        other[poor] = rich
         scaled[rich] -= 1.0 - scaled[poor]
         if scaled[rich] < 1.0:
             large += 1
@@ -260,23 +274,6 @@ def _add_chains(unary, probability, once):
         once[unary[rule, 0]] += probability[rule] * once[unary[rule, 1]]
 
 
-@intrinsic
-def _move_chunk(_, target, place, source, begin):  # noqa: ARG001 (numba's protocol)
-    """target[place : place + CHUNK] = source[begin : begin + CHUNK] for arrays of bytes, as one load and one store."""
-
-    def generate(context, builder, signature, arguments):
-        chunk = ir.VectorType(ir.IntType(8), CHUNK).as_pointer()
-
-        def pointer(array, offset):
-            data = context.make_array(signature.args[array])(context, builder, arguments[array]).data
-            return builder.bitcast(builder.gep(data, [arguments[offset]]), chunk)
-
-        value = builder.load(pointer(2, 3), align=1)
-        builder.store(value, pointer(0, 1), align=1)
-
-    return numba.types.void(target, numba.types.intp, source, numba.types.intp), generate
-
-
 @numba.njit(inline="always")
 def _rotate(value, bits):
     return (value << np.uint64(bits)) | (value >> np.uint64(64 - bits))
@@ -292,8 +289,11 @@ def _derive(state, columns, threshold, outcomes, least, width, stack, row):
         least: the fewest words that the start symbol derives.
         stack: (width + 1,) int32; each symbol on it is at least one word to come.
     """
-    s0, s1, s2, s3 = state[0], state[1], state[2], state[3]
-    symbol, depth, words = 0, 0, 0
+    s0 = state[0]
+    s1 = state[1]
+    s2 = state[2]
+    s3 = state[3]
+    symbol = depth = words = 0
     while True:
         bits = _rotate(s0 + s3, 23) + s0
         shifted = s1 << np.uint64(17)
@@ -305,7 +305,8 @@ def _derive(state, columns, threshold, outcomes, least, width, stack, row):
         s3 = _rotate(s3, 45)
         column = columns[symbol, 0] + np.int64(((bits >> np.uint64(32)) * np.uint64(columns[symbol, 1])) >> np.uint64(32))
         outcome = 2 * column + np.int64((bits & np.uint64(0xFFFFFFFF)) >= threshold[column])
-        left, right = outcomes[outcome, 0], outcomes[outcome, 1]
+        left = outcomes[outcome, 0]
+        right = outcomes[outcome, 1]
         # The words so far and the fewest that the stack can still become.
         least += outcomes[outcome, 2]
         if least > width:
@@ -324,7 +325,10 @@ def _derive(state, columns, threshold, outcomes, least, width, stack, row):
                 break
             depth -= 1
             symbol = stack[depth]
-    state[0], state[1], state[2], state[3] = s0, s1, s2, s3
+    state[0] = s0
+    state[1] = s1
+    state[2] = s2
+    state[3] = s3
     return words
 
 
@@ -332,9 +336,10 @@ def _derive(state, columns, threshold, outcomes, least, width, stack, row):
 def _spell(row, words, spelling, letters, text, place):
     """Put a sentence and its line feed into `text` at `place`; returns where it ends; up to CHUNK bytes more are written."""
     for position in range(words):
-        begin, size = spelling[row[position], 0], spelling[row[position], 1]
+        begin = spelling[row[position], 0]
+        size = spelling[row[position], 1]
         for offset in range(0, size, CHUNK):
-            _move_chunk(text, place + offset, letters, begin + offset)
+            move_chunk(text, place + offset, letters, begin + offset)
         place += size
     text[place - 1] = 10
     return place
@@ -344,7 +349,8 @@ def _spell(row, words, spelling, letters, text, place):
 def _draw(state, columns, threshold, outcomes, least, min_words, tokens, lengths):
     """Fill `tokens` and `lengths` with sentences of min_words words or more."""
     width = tokens.shape[1]
-    stack, row = np.empty(width + 1, dtype=np.int32), np.empty(width, dtype=np.int32)
+    stack = np.empty(width + 1, dtype=np.int32)
+    row = np.empty(width, dtype=np.int32)
     sentence = 0
     while sentence < len(lengths):
         words = _derive(state, columns, threshold, outcomes, least, width, stack, row)
@@ -360,8 +366,9 @@ def _draw_text(state, columns, threshold, outcomes, least, width, spelling, lett
 
     Returns sentences, words and bytes.
     """
-    stack, row = np.empty(width + 1, dtype=np.int32), np.empty(width, dtype=np.int32)
-    sentence, total, place = 0, 0, 0
+    stack = np.empty(width + 1, dtype=np.int32)
+    row = np.empty(width, dtype=np.int32)
+    sentence = total = place = 0
     while sentence < number and place < size:
         words = _derive(state, columns, threshold, outcomes, least, width, stack, row)
         if words > 0:

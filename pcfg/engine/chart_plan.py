@@ -1,7 +1,7 @@
-"""What a chart of a given sentence length has to compute, worked out once a length and not once a sentence.
+"""What a chart of a given sentence length has to compute, worked out once per length and not once per sentence.
 
-Most of a chart is dead: a nonterminal can span only as many words as its yields can have, and only what is reachable from the
-roots at the top cell matters. A `Plan` lists the living cells by width and what to do in each; the kernels of
+Most of a chart is dead: a nonterminal can span only as many words as its yields can have, and only cells within reach of the
+roots at the top cell matter. A `ChartPlan` lists the living cells by width and the work in each; the kernels of
 `pcfg.engine.sweeps` read it as plain arrays.
 
 What happens in a cell depends only on its width w and on which nonterminals live there, since a child lives wherever both
@@ -14,19 +14,23 @@ and rules are (parent, slot, probability). Pairs of one left child with the same
 values are read once.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
 from pcfg.engine.rule_graph import carry
 
+if TYPE_CHECKING:
+    from pcfg.grammar import Grammar
+
 MAX_WORDS = 64
 QUAD = 4
 
 
 class Kind(NamedTuple):
-    """What is done in a cell of `width` words where the nonterminals `symbols` live. Products: quads first, then singles."""
+    """The work in a cell of `width` words where the nonterminals `symbols` live. Products: quads first, then singles."""
 
     width: int
     symbols: np.ndarray  # (S,) int32
@@ -40,7 +44,7 @@ class Kind(NamedTuple):
     right: np.ndarray  # (width - 1, N) bool: in the right part
 
 
-class Plan(NamedTuple):
+class ChartPlan(NamedTuple):
     """The plan of one sentence length and set of roots, K kinds and C cells; probabilities in the dtype of the chart.
 
     Entries `x_start` are offsets: kind k has entries x_start[k] .. x_start[k + 1]. Cells come by width, so that the last
@@ -75,12 +79,12 @@ class Plan(NamedTuple):
     most_slots: int
 
 
-def offsets(sizes) -> np.ndarray:
+def offsets(sizes: Any) -> np.ndarray:
     """Where groups of these sizes begin, and the end: one more than there are groups, int64."""
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
-def possible_widths(grammar) -> np.ndarray:
+def possible_widths(grammar: "Grammar") -> np.ndarray:
     """possible[A, w]: whether A derives some string of w words; (N, MAX_WORDS + 1) bool."""
     possible = np.zeros((len(grammar.names), MAX_WORDS + 1), dtype=bool)
     parent, child = grammar.unary[grammar.unary_order].T
@@ -103,43 +107,40 @@ def _mark_splits(possible, width, binary):
             possible[parent, width] = possible[first, words] and possible[second, width - words]
 
 
-class Planner:
-    """Makes the plans of a grammar and keeps them.
+class ChartPlans:
+    """The plans of a grammar, each made at its first use."""
 
-    Args:
-        grammar: a `pcfg.grammar.Grammar`.
-    """
-
-    def __init__(self, grammar):
+    def __init__(self, grammar: "Grammar"):
         self._number = len(grammar.names)
         self._possible = possible_widths(grammar)
         # The rules come sorted by (left child, right child, parent), which is the order of `unique` too.
         self._pairs, self._pair_of_rule = np.unique(grammar.binary[:, 1:], axis=0, return_inverse=True)
         self._pair_of_rule = self._pair_of_rule.reshape(-1)
-        self._parent, self._probability = grammar.binary[:, 0], grammar.binary_probability
+        self._parent = grammar.binary[:, 0]
+        self._probability = grammar.binary_probability
         self._unary = grammar.unary[grammar.unary_order]
         self._unary_probability = grammar.unary_probability[grammar.unary_order]
         self._kinds: dict[tuple, Kind] = {}
-        self._plans: dict[tuple, Plan] = {}
+        self._plans: dict[tuple, ChartPlan | None] = {}
 
-    def plan(self, length: int, roots, dtype) -> Plan | None:
+    def of(self, length: int, roots: Iterable[int] | None, dtype: str) -> ChartPlan | None:
         """The plan of sentences of `length` words; None where no root derives so many.
 
         Args:
-            roots: the nonterminals whose value over the whole sentence is wanted; None: every nonterminal in every cell.
+            roots: the nonterminals whose value over the whole sentence is needed; None: every nonterminal in every cell.
             dtype: float32 or float64, of the probabilities.
         """
-        key = (length, None if roots is None else tuple(roots), np.dtype(dtype).name)
+        key = (length, None if roots is None else tuple(roots), dtype)
         if key not in self._plans:
             living = self._living(length, roots)
             self._plans[key] = self._assemble(length, living, dtype) if living else None
         return self._plans[key]
 
-    def _living(self, length: int, roots) -> dict[tuple[int, int], Kind]:
+    def _living(self, length: int, roots: Iterable[int] | None) -> dict[tuple[int, int], Kind]:
         """The kind of each living cell (begin, width), the widest first."""
         alive = np.zeros((length, length + 1, self._number), dtype=bool)
         alive[0, length, slice(None) if roots is None else np.asarray(roots)] = True
-        found = {}
+        kinds: dict[tuple[int, int], Kind] = {}
         for width in range(length, 0, -1):
             for begin in range(length - width + 1):
                 end = begin + width
@@ -148,10 +149,10 @@ class Planner:
                 alive[begin, end] &= self._possible[:, width]
                 if not alive[begin, end].any():
                     continue
-                kind = found[begin, width] = self._kind(width, alive[begin, end])
+                kind = kinds[begin, width] = self._kind(width, alive[begin, end])
                 alive[begin, begin + 1 : end] |= kind.left
                 alive[begin + 1 : end, end] |= kind.right
-        return found
+        return kinds
 
     def _kind(self, width: int, alive: np.ndarray) -> Kind:
         key = (width, np.packbits(alive).tobytes())
@@ -162,7 +163,7 @@ class Planner:
     def _make_kind(self, width: int, alive: np.ndarray) -> Kind:
         alive = alive.copy()
         carry(alive, *self._unary[::-1].T)  # parents first
-        # What a child can't derive, its own children by unary rules can't either.
+        # What a child cannot derive, its own children by unary rules cannot either.
         alive &= self._possible[:, width]
         chained = alive[self._unary].all(axis=1)
         pairs = np.unique(self._pair_of_rule[alive[self._parent]])
@@ -182,7 +183,8 @@ class Planner:
         # A rule has as many entries as its pair has runs.
         runs = np.zeros(len(self._pairs) + 1, dtype=np.int64)
         np.add.at(runs, pairs[pair] + 1, 1)
-        run_start, run_number = np.cumsum(runs), runs[1:]
+        run_start = np.cumsum(runs)
+        run_number = runs[1:]
         rule = np.flatnonzero(alive[self._parent] & (run_number[self._pair_of_rule] > 0))
         rule = rule[np.argsort(self._parent[rule], kind="stable")]
         repeats = run_number[self._pair_of_rule[rule]]
@@ -203,14 +205,14 @@ class Planner:
             *lives,
         )
 
-    def _assemble(self, length: int, living: dict[tuple[int, int], Kind], dtype) -> Plan:
+    def _assemble(self, length: int, living: dict[tuple[int, int], Kind], dtype: str) -> ChartPlan:
         cells = list(living)[::-1]
         begin, width = np.array(cells, dtype=np.int32).reshape(-1, 2).T
         cell_of = np.full((length, length + 1), -1, dtype=np.int32)
         cell_of[begin, begin + width] = np.arange(len(cells))
         rows = np.maximum(cell_of, 0) * self._number
-        lefts = [rows[i, i + 1 : i + w] for i, w in cells]
-        rights = [rows[i + 1 : i + w, i + w] for i, w in cells]
+        lefts: list = [rows[i, i + 1 : i + w] for i, w in cells]
+        rights: list = [rows[i + 1 : i + w, i + w] for i, w in cells]
 
         kinds = list({id(kind): kind for kind in living.values()}.values())
         place = {id(kind): number for number, kind in enumerate(kinds)}
@@ -218,10 +220,10 @@ class Planner:
         slots = np.array([QUAD * len(kind.quads) + len(kind.singles) for kind in kinds])
         by_slot = [np.argsort(kind.rules[:, 1], kind="stable") for kind in kinds]
 
-        def joined(parts, kind=np.int32):
+        def joined(parts: list, kind: Any = np.int32) -> np.ndarray:
             return np.ascontiguousarray(np.concatenate(parts), dtype=kind)
 
-        return Plan(
+        return ChartPlan(
             length=length,
             number=self._number,
             cell_begin=np.ascontiguousarray(begin),
@@ -253,7 +255,9 @@ class Planner:
         )
 
 
-def _grouped(left, first, last, right):
+def _grouped(
+    left: np.ndarray, first: np.ndarray, last: np.ndarray, right: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Runs of splits in groups of four of one left child and the same splits; what is left over stays single.
 
     Returns:
@@ -268,7 +272,8 @@ def _grouped(left, first, last, right):
     within = np.arange(len(order)) - (np.cumsum(size) - size)[group]
     in_quad = within < (size // QUAD * QUAD)[group]
     slots = np.empty(len(order), dtype=np.int64)
-    quad_runs, single_runs = order[in_quad], order[~in_quad]
+    quad_runs = order[in_quad]
+    single_runs = order[~in_quad]
     slots[quad_runs] = np.arange(len(quad_runs))
     slots[single_runs] = len(quad_runs) + np.arange(len(single_runs))
     quads = np.column_stack([key[in_quad][::QUAD], right[quad_runs].reshape(-1, QUAD)])

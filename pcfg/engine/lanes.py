@@ -1,29 +1,27 @@
 """Vectors of a cache line in numba kernels: 16 float32 or 8 float64 numbers, one for each sentence of a block.
 
 Charts work on several sentences of one length in lockstep, so each of their numbers is such a vector. Numba's own loops over
-the lanes would keep the running sums of an inner loop in memory; a vector type keeps them in registers, which is several times
+the lanes would keep the running sums of an inner loop in memory. A vector type keeps them in registers, which is many times
 faster. LLVM splits the vectors into what the machine has (two AVX registers, four SSE or NEON ones, one AVX-512 one).
 
 An array of lanes is a C-contiguous array of shape (rows, lanes(dtype)); `load(array, row)` and `store(array, row, value)` move
-one row. All functions are for use in `numba.njit` code only.
+one row. All functions are for use in `numba.njit` code only. `pcfg.engine.plain_lanes` has the same functions without vectors.
 """
 
-import numpy as np
+from collections.abc import Callable
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-LANE_BYTES = 64
+from pcfg.engine.plain_lanes import CHUNK, LANE_BYTES
 
 
-def lanes(dtype) -> int:
-    """How many numbers of a dtype a vector has.
-
-    >>> lanes(np.float32), lanes(np.float64)
-    (16, 8)
-    """
-    return LANE_BYTES // np.dtype(dtype).itemsize
+def kernel(function: Callable) -> Any:
+    """`intrinsic`, whose first argument, numba's typing context, is none of a caller's (so mypy must not count it)."""
+    return intrinsic(function)
 
 
 class LanesType(types.Type):
@@ -50,7 +48,7 @@ def _row(context, builder, array_type, array, row):
     return builder.bitcast(builder.gep(data, [start]), vector.as_pointer()), array_type.dtype.bitwidth // 8
 
 
-@intrinsic
+@kernel
 def load(_, array, row):  # noqa: ARG001 (numba's protocol)
     """Row `row` of an array of lanes."""
     signature = LanesType(array.dtype)(array, types.intp)
@@ -64,7 +62,7 @@ def load(_, array, row):  # noqa: ARG001 (numba's protocol)
     return signature, generate
 
 
-@intrinsic
+@kernel
 def store(_, array, row, value):  # noqa: ARG001 (numba's protocol)
     """Make `value` the row `row` of an array of lanes."""
     signature = types.void(array, types.intp, value)
@@ -77,12 +75,13 @@ def store(_, array, row, value):  # noqa: ARG001 (numba's protocol)
 
 
 def _repeat(builder, vector, scalar):
-    undefined, index = ir.Constant(vector, ir.Undefined), ir.IntType(32)
+    undefined = ir.Constant(vector, ir.Undefined)
+    index = ir.IntType(32)
     first = builder.insert_element(undefined, scalar, index(0))
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(index, vector.count), None))
 
 
-@intrinsic
+@kernel
 def splat(_, scalar):
     """A vector of `scalar` (float32 or float64) in all lanes."""
 
@@ -100,7 +99,7 @@ def _call(builder, name, arguments):
     return builder.call(function, arguments)
 
 
-@intrinsic
+@kernel
 def multiply_add(_, first, second, third):
     """first * second + third, fused where the machine can."""
 
@@ -110,7 +109,7 @@ def multiply_add(_, first, second, third):
     return first(first, second, third), generate
 
 
-@intrinsic
+@kernel
 def multiply(_, first, second):
     """first * second."""
 
@@ -120,7 +119,7 @@ def multiply(_, first, second):
     return first(first, second), generate
 
 
-@intrinsic
+@kernel
 def divide(_, first, second):
     """first / second."""
 
@@ -130,7 +129,7 @@ def divide(_, first, second):
     return first(first, second), generate
 
 
-@intrinsic
+@kernel
 def maximum(_, first, second):
     """The larger of the two, lane by lane."""
 
@@ -163,12 +162,12 @@ _LOG = {
 }
 
 
-@intrinsic
+@kernel
 def log(_, value):
     """Natural logarithm of positive, normal numbers, to one unit in the last place; a finite number for 0.
 
-    x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), log x = k log 2 + log(1 + f). A call of the C library's logarithm
-    would take the lanes one by one.
+    x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), log x = k log 2 + log(1 + f). The C library's logarithm would take the
+    lanes one by one.
     """
 
     def generate(context, builder, signature, arguments):
@@ -202,3 +201,20 @@ def log(_, value):
         return builder.fadd(builder.fmul(k, real(high)), builder.fadd(builder.fsub(tail, half), f))
 
     return value(value), generate
+
+
+@kernel
+def move_chunk(_, target, place, source, begin):  # noqa: ARG001 (numba's protocol)
+    """target[place : place + CHUNK] = source[begin : begin + CHUNK] for arrays of bytes, as one load and one store."""
+
+    def generate(context, builder, signature, arguments):
+        chunk = ir.VectorType(ir.IntType(8), CHUNK).as_pointer()
+
+        def pointer(array, offset):
+            data = context.make_array(signature.args[array])(context, builder, arguments[array]).data
+            return builder.bitcast(builder.gep(data, [arguments[offset]]), chunk)
+
+        value = builder.load(pointer(2, 3), align=1)
+        builder.store(value, pointer(0, 1), align=1)
+
+    return types.void(target, types.intp, source, types.intp), generate

@@ -1,15 +1,26 @@
-"""The kernels of the charts: inside and outside sweeps over blocks of sentences of one length, in lockstep.
+"""The kernels of the charts: inside, outside and best-parse sweeps over blocks of sentences of one length, in lockstep.
 
 A block has `lanes(dtype)` sentences; its charts are arrays of lanes with row c N + A for cell c and nonterminal A of a
-`pcfg.engine.chart_plan.Plan`. `best` chooses the semiring: None sums over derivations, anything else takes the best one
+`pcfg.engine.chart_plan.ChartPlan`. `best` chooses the semiring: None sums over derivations, anything else takes the best one
 (numba compiles the two apart, so that the choice costs nothing).
 """
 
 import numpy as np
 from numba import njit
 
+from pcfg import PLAIN_LANES
 from pcfg.engine.chart_plan import QUAD
-from pcfg.engine.lanes import LANE_BYTES, divide, load, log, maximum, multiply, multiply_add, splat, store
+from pcfg.engine.plain_lanes import LANE_BYTES
+
+if PLAIN_LANES:
+    from pcfg.engine.plain_lanes import divide, load, log, maximum, multiply, multiply_add, splat, store
+else:
+    from pcfg.engine.lanes import divide, load, log, maximum, multiply, multiply_add, splat, store
+
+# How a node of a derivation is rewritten: the number of its children, or a word.
+WORD = 0
+UNARY = 1
+BINARY = 2
 
 
 @njit(inline="always")
@@ -24,12 +35,16 @@ def _add(first, second, total, best):
 def _products(cell, kind, plan, inside, products, best):
     """products[slot] of one cell: see `pcfg.engine.chart_plan`."""
     zero = splat(inside.dtype.type(0))
-    first_quad, last_quad = plan.quad_start[kind], plan.quad_start[kind + 1]
+    first_quad = plan.quad_start[kind]
+    last_quad = plan.quad_start[kind + 1]
     first_split = plan.split_start[cell] - 1
     for number in range(first_quad, last_quad):
-        left, c0, c1 = plan.quads[number, 0], plan.quads[number, 3], plan.quads[number, 4]
-        c2, c3 = plan.quads[number, 5], plan.quads[number, 6]
-        p0, p1, p2, p3 = zero, zero, zero, zero
+        left = plan.quads[number, 0]
+        c0 = plan.quads[number, 3]
+        c1 = plan.quads[number, 4]
+        c2 = plan.quads[number, 5]
+        c3 = plan.quads[number, 6]
+        p0 = p1 = p2 = p3 = zero
         for split in range(first_split + plan.quads[number, 1], first_split + plan.quads[number, 2]):
             value = load(inside, plan.split_left[split] + left)
             right = plan.split_right[split]
@@ -44,7 +59,8 @@ def _products(cell, kind, plan, inside, products, best):
         store(products, slot + 3, p3)
     slot = QUAD * (last_quad - first_quad)
     for number in range(plan.single_start[kind], plan.single_start[kind + 1]):
-        left, right = plan.singles[number, 0], plan.singles[number, 3]
+        left = plan.singles[number, 0]
+        right = plan.singles[number, 3]
         total = zero
         for split in range(first_split + plan.singles[number, 1], first_split + plan.singles[number, 2]):
             value = load(inside, plan.split_left[split] + left)
@@ -62,10 +78,13 @@ def inside_block(words, columns, factor, plan, inside, products, best):
         columns: (V, N), the emissions of each word; factor: what they are multiplied by.
         products: scratch of plan.most_slots rows.
     """
-    zero, number = splat(inside.dtype.type(0)), plan.number
+    zero = splat(inside.dtype.type(0))
+    number = plan.number
     for cell in range(plan.cell_begin.size):
-        kind, row = plan.cell_kind[cell], cell * number
-        first, last = plan.symbol_start[kind], plan.symbol_start[kind + 1]
+        kind = plan.cell_kind[cell]
+        row = cell * number
+        first = plan.symbol_start[kind]
+        last = plan.symbol_start[kind + 1]
         if plan.cell_width[cell] == 1:
             for lane in range(words.shape[1]):
                 column = columns[words[plan.cell_begin[cell], lane]]
@@ -80,7 +99,8 @@ def inside_block(words, columns, factor, plan, inside, products, best):
                     total = _add(product, splat(plan.rule_probability[rule]), total, best)
                 store(inside, row + plan.symbols[place], total)
         for chain in range(plan.chain_start[kind], plan.chain_start[kind + 1]):
-            parent, child = row + plan.chains[chain, 0], row + plan.chains[chain, 1]
+            parent = row + plan.chains[chain, 0]
+            child = row + plan.chains[chain, 1]
             probability = splat(plan.chain_probability[chain])
             store(inside, parent, _add(load(inside, child), probability, load(inside, parent), best))
 
@@ -88,16 +108,25 @@ def inside_block(words, columns, factor, plan, inside, products, best):
 @njit(nogil=True)
 def _spread(cell, kind, plan, inside, outside, weights):
     """Hand outside(i, j, .) of one cell, with the rules' probabilities in `weights`, down to its parts over all splits."""
-    first_quad, last_quad = plan.quad_start[kind], plan.quad_start[kind + 1]
+    first_quad = plan.quad_start[kind]
+    last_quad = plan.quad_start[kind + 1]
     first_split = plan.split_start[cell] - 1
     for number in range(first_quad, last_quad):
-        left, c0, c1 = plan.quads[number, 0], plan.quads[number, 3], plan.quads[number, 4]
-        c2, c3 = plan.quads[number, 5], plan.quads[number, 6]
+        left = plan.quads[number, 0]
+        c0 = plan.quads[number, 3]
+        c1 = plan.quads[number, 4]
+        c2 = plan.quads[number, 5]
+        c3 = plan.quads[number, 6]
         slot = QUAD * (number - first_quad)
-        w0, w1, w2, w3 = load(weights, slot), load(weights, slot + 1), load(weights, slot + 2), load(weights, slot + 3)
+        w0 = load(weights, slot)
+        w1 = load(weights, slot + 1)
+        w2 = load(weights, slot + 2)
+        w3 = load(weights, slot + 3)
         for split in range(first_split + plan.quads[number, 1], first_split + plan.quads[number, 2]):
-            place, right = plan.split_left[split] + left, plan.split_right[split]
-            value, total = load(inside, place), load(outside, place)
+            place = plan.split_left[split] + left
+            right = plan.split_right[split]
+            value = load(inside, place)
+            total = load(outside, place)
             total = multiply_add(w0, load(inside, right + c0), total)
             total = multiply_add(w1, load(inside, right + c1), total)
             total = multiply_add(w2, load(inside, right + c2), total)
@@ -108,9 +137,12 @@ def _spread(cell, kind, plan, inside, outside, weights):
             store(outside, right + c3, multiply_add(w3, value, load(outside, right + c3)))
     slot = QUAD * (last_quad - first_quad)
     for number in range(plan.single_start[kind], plan.single_start[kind + 1]):
-        left, right, weight = plan.singles[number, 0], plan.singles[number, 3], load(weights, slot)
+        left = plan.singles[number, 0]
+        right = plan.singles[number, 3]
+        weight = load(weights, slot)
         for split in range(first_split + plan.singles[number, 1], first_split + plan.singles[number, 2]):
-            place, other = plan.split_left[split] + left, plan.split_right[split] + right
+            place = plan.split_left[split] + left
+            other = plan.split_right[split] + right
             value = load(inside, place)
             store(outside, place, multiply_add(weight, load(inside, other), load(outside, place)))
             store(outside, other, multiply_add(weight, value, load(outside, other)))
@@ -123,9 +155,11 @@ def outside_block(plan, narrowest, inside, outside, weights):
 
     A child's outside value does not depend on its own words: the plan leaves out only what can't have their number.
     """
-    zero, number = splat(inside.dtype.type(0)), plan.number
+    zero = splat(inside.dtype.type(0))
+    number = plan.number
     for cell in range(plan.cell_begin.size):
-        kind, row = plan.cell_kind[cell], cell * number
+        kind = plan.cell_kind[cell]
+        row = cell * number
         if plan.cell_width[cell] == 1:
             for symbol in range(number):
                 store(outside, row + symbol, zero)
@@ -134,9 +168,11 @@ def outside_block(plan, narrowest, inside, outside, weights):
                 store(outside, row + plan.symbols[place], zero)
     store(outside, (plan.cell_begin.size - 1) * number, splat(inside.dtype.type(1)))
     for cell in range(plan.cell_begin.size - 1, -1, -1):
-        kind, row = plan.cell_kind[cell], cell * number
+        kind = plan.cell_kind[cell]
+        row = cell * number
         for chain in range(plan.chain_start[kind + 1] - 1, plan.chain_start[kind] - 1, -1):
-            parent, child = row + plan.chains[chain, 0], row + plan.chains[chain, 1]
+            parent = row + plan.chains[chain, 0]
+            child = row + plan.chains[chain, 1]
             probability = splat(plan.chain_probability[chain])
             store(outside, child, multiply_add(load(outside, parent), probability, load(outside, child)))
         if plan.cell_width[cell] <= narrowest or plan.cell_width[cell] == 1:
@@ -196,7 +232,8 @@ def chart_sweep(sentence, plan, columns):
     """inside and outside of one sentence (T,): arrays of lanes that are all the same."""
     count = LANE_BYTES // columns.itemsize
     size = plan.cell_begin.size * plan.number
-    inside, outside = np.zeros((size, count), columns.dtype), np.zeros((size, count), columns.dtype)
+    inside = np.zeros((size, count), columns.dtype)
+    outside = np.zeros((size, count), columns.dtype)
     products = np.empty((plan.most_slots, count), columns.dtype)
     words = np.empty((plan.length, count), np.int32)
     for t in range(plan.length):
@@ -244,7 +281,8 @@ def word_sweep(tokens, rows, first_row, plan, columns, factor, emission, conditi
     """
     count = LANE_BYTES // columns.itemsize
     word_start, word_symbol, word_probability = emission
-    size, vocabulary = plan.cell_begin.size * plan.number, columns.shape[0]
+    size = plan.cell_begin.size * plan.number
+    vocabulary = columns.shape[0]
     inside = np.empty((size, count), columns.dtype)
     outside = np.empty((size, count), columns.dtype)
     products = np.empty((plan.most_slots, count), columns.dtype)
@@ -275,3 +313,106 @@ def word_sweep(tokens, rows, first_row, plan, columns, factor, emission, conditi
                 if conditionals.size:
                     for word in range(vocabulary):
                         conditionals[row, word] = joint[word, lane]
+
+
+@njit(nogil=True)
+def _children_of_slot(slot, kind, plan):
+    """left child, first split, last split + 1 and right child of a product."""
+    quads = plan.quad_start[kind + 1] - plan.quad_start[kind]
+    if slot < QUAD * quads:
+        quad = plan.quads[plan.quad_start[kind] + slot // QUAD]
+        return quad[0], quad[1], quad[2], quad[3 + slot % QUAD]
+    single = plan.singles[plan.single_start[kind] + slot - QUAD * quads]
+    return single[0], single[1], single[2], single[3]
+
+
+@njit(nogil=True)
+def _best_rewrite(cell, symbol, lane, word_value, inside, plan):
+    """How the best derivation of a cell's symbol begins: (WORD, 0, 0), (UNARY, cell, child) or (BINARY, rows of both parts)."""
+    kind = plan.cell_kind[cell]
+    row = cell * plan.number
+    best = word_value
+    how = WORD
+    first = 0
+    second = 0
+    if plan.cell_width[cell] > 1:
+        place = plan.symbol_start[kind]
+        while plan.symbols[place] != symbol:
+            place += 1
+        for rule in range(plan.rule_start[place], plan.rule_start[place + 1]):
+            left, start, end, right = _children_of_slot(plan.rule_slot[rule], kind, plan)
+            for split in range(plan.split_start[cell] + start - 1, plan.split_start[cell] + end - 1):
+                left_row = plan.split_left[split] + left
+                right_row = plan.split_right[split] + right
+                value = inside[left_row, lane] * inside[right_row, lane] * plan.rule_probability[rule]
+                if value > best:
+                    best = value
+                    how = BINARY
+                    first = left_row
+                    second = right_row
+    for chain in range(plan.chain_start[kind], plan.chain_start[kind + 1]):
+        if plan.chains[chain, 0] == symbol:
+            child = row + plan.chains[chain, 1]
+            value = inside[child, lane] * plan.chain_probability[chain]
+            if value > best:
+                best = value
+                how = UNARY
+                first = child
+                second = 0
+    return how, first, second
+
+
+@njit(nogil=True, cache=True)
+def best_sweep(tokens, rows, plan, columns, factor):
+    """Best derivations of the start symbol over whole sentences.
+
+    Args:
+        tokens: (n, T or more) int32; rows: (m,) int64, the sentences to be taken.
+        columns: (V, N) scaled emissions, factor: their common factor.
+
+    Returns:
+        nodes: (all nodes, 2) int32, nonterminal and number of children (0: a word) of the derivations' nodes in pre-order;
+        ends: (m,) int64, where each sentence's nodes end; values: (m,), its scaled probability, 0 where there is no derivation.
+    """
+    count = LANE_BYTES // columns.itemsize
+    number = plan.number
+    inside = np.empty((plan.cell_begin.size * number, count), columns.dtype)
+    products = np.empty((plan.most_slots, count), columns.dtype)
+    words = np.empty((plan.length, count), np.int32)
+    nodes = np.empty((1024, 2), np.int32)
+    used = 0
+    ends = np.empty(rows.size, np.int64)
+    values = np.empty(rows.size)
+    # Each row on the stack is a word of its own still to come.
+    stack = np.empty(plan.length + 1, np.int64)
+    top = (plan.cell_begin.size - 1) * number
+    for block in range((rows.size + count - 1) // count):
+        gather(tokens, rows, block, words)
+        inside_block(words, columns, factor, plan, inside, products, True)
+        for lane in range(min(count, rows.size - block * count)):
+            values[block * count + lane] = inside[top, lane]
+            stack[0] = top
+            depth = 1 if inside[top, lane] > 0 else 0
+            while depth > 0:
+                depth -= 1
+                cell = stack[depth] // number
+                symbol = stack[depth] % number
+                word_value = columns.dtype.type(0)
+                if plan.cell_width[cell] == 1:
+                    word_value = factor * columns[words[plan.cell_begin[cell], lane], symbol]
+                how, first, second = _best_rewrite(cell, symbol, lane, word_value, inside, plan)
+                if how == BINARY:
+                    stack[depth] = second
+                    depth += 1
+                if how != WORD:
+                    stack[depth] = first
+                    depth += 1
+                if used == len(nodes):
+                    longer = np.empty((2 * used, 2), np.int32)
+                    longer[:used] = nodes
+                    nodes = longer
+                nodes[used, 0] = symbol
+                nodes[used, 1] = how
+                used += 1
+            ends[block * count + lane] = used
+    return nodes[:used], ends, values
