@@ -17,27 +17,17 @@ MAX_PAIRS = 1 << 21  # of positions that attend to each other, per batch: 512 co
 
 @dataclasses.dataclass
 class Contexts:
-    """Masked inputs, one masked position each, grouped by sentence.
+    """Masked inputs, one masked position each, grouped by sentence."""
 
-    Args:
-        input_ids: (sentences, length) int64, [CLS] words [SEP] and padding; not yet masked if `mask_id` is set.
-        lengths: (sentences,) int64 tokens, [CLS] and [SEP] included.
-        sentence: (M,) int64, the sentence of each context.
-        position: (M,) int64, the position of its masked token in `input_ids`.
-        label: (M,) int64, the id of the true word.
-        mask_id: the id put at `position`; None if `input_ids` has its masks already (all masks of a sample at once).
-        natural: whether the text is natural, with unknown true conditionals.
-        stands_for: (sentences,) int64, number of positions from which the contexts of each sentence were drawn; None if they
-            are all positions.
-    """
-
-    input_ids: np.ndarray
-    lengths: np.ndarray
-    sentence: np.ndarray
-    position: np.ndarray
-    label: np.ndarray
-    mask_id: int | None
-    natural: bool = False
+    input_ids: np.ndarray  # (sentences, length) int64, [CLS] words [SEP] and padding; not yet masked if `mask_id` is set
+    lengths: np.ndarray  # (sentences,) int64 tokens, [CLS] and [SEP] included
+    sentence: np.ndarray  # (M,) int64, the sentence of each context
+    position: np.ndarray  # (M,) int64, the position of its masked token in `input_ids`
+    label: np.ndarray  # (M,) int64, the id of the true word
+    mask_id: int | None  # the id put at `position`; None if `input_ids` has its masks already (all masks of a sample at once)
+    natural: bool = False  # whether the text is natural, with unknown true conditionals
+    # stands_for: (sentences,) int64, number of positions from which the contexts of each sentence were drawn; None if they are
+    # all positions
     stands_for: np.ndarray | None = None
 
     @property

@@ -54,27 +54,16 @@ DOCUMENTS = "documents"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything apart from the text that decides the bytes of all sample shards.
+    """Everything apart from the text that decides the bytes of all sample shards."""
 
-    Attributes:
-        vocabulary: words and ids.
-        do_lower_case: whether the tokenizer lower-cases; it then must not change any word of the data.
-        max_seq_length: tokens per sample, [CLS], [SEP] and padding included.
-        dup_factor: sample shards per text shard.
-        rule: how words are masked.
-        seed: of all random numbers.
-        documents: whether the text is of documents; a line is a sentence, and an empty line ends a document.
-        short_seq_prob: share of short samples of documents.
-    """
-
-    vocabulary: Vocabulary
-    do_lower_case: bool
-    max_seq_length: int
-    dup_factor: int
-    rule: MaskingRule
-    seed: int
-    documents: bool = False
-    short_seq_prob: float = 0.0
+    vocabulary: Vocabulary  # words and ids
+    do_lower_case: bool  # whether the tokenizer lower-cases; it then must not change any word of the data
+    max_seq_length: int  # tokens per sample, [CLS], [SEP] and padding included
+    dup_factor: int  # sample shards per text shard
+    rule: MaskingRule  # how words are masked
+    seed: int  # of all random numbers
+    documents: bool = False  # whether the text is of documents; a line is a sentence, and an empty line ends a document
+    short_seq_prob: float = 0.0  # share of short samples of documents
 
     def facts(self) -> dict:
         """The recipe as plain values, for manifests and file attributes."""
@@ -93,19 +82,12 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class TextShard:
-    """A text shard, its SHA-256 and its sample shards.
+    """A text shard, its SHA-256 and its sample shards."""
 
-    Attributes:
-        path: the text file.
-        sha256: of its bytes.
-        split: "train" or "test".
-        numbers: numbers k of the sample shards.
-    """
-
-    path: Path
-    sha256: str
-    split: str
-    numbers: tuple[int, ...]
+    path: Path  # the text file
+    sha256: str  # of its bytes
+    split: str  # "train" or "test"
+    numbers: tuple[int, ...]  # numbers k of the sample shards
 
 
 def is_of_documents(folder: AnyPath) -> bool:
@@ -173,19 +155,12 @@ def _handle_strangers(shards: list[TextShard], manifest: Manifest, overwrite: bo
 
 @dataclasses.dataclass(frozen=True)
 class SampleJob:
-    """The work of one process: the sample shards of one text shard.
+    """The work of one process: the sample shards of one text shard."""
 
-    Attributes:
-        shard: the text and the numbers of the sample shards.
-        recipe: how to make them.
-        changed_words: the words of the vocabulary that the tokenizer would split or change.
-        folder: of the samples.
-    """
-
-    shard: TextShard
-    recipe: Recipe
-    changed_words: frozenset[str]
-    folder: Path
+    shard: TextShard  # the text and the numbers of the sample shards
+    recipe: Recipe  # how to make them
+    changed_words: frozenset[str]  # the words of the vocabulary that the tokenizer would split or change
+    folder: Path  # of the samples
 
 
 def make_samples(job: SampleJob) -> dict[str, dict[str, int]]:

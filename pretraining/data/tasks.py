@@ -39,19 +39,13 @@ MNLI_SPLITS = {"train": "train", "validation": "validation_matched", "test": "te
 
 @dataclasses.dataclass
 class Part:
-    """The sentences of one file.
+    """The sentences of one file."""
 
-    Args:
-        file: their source.
-        texts: sentences, or the first ones of pairs.
-        pairs: the second ones of pairs; None for single sentences.
-        labels: (sentences,) int64 as in the file, indices into `Task.classes` in a task (-1: none of them); None for a file
-            without labels.
-    """
-
-    file: Path
-    texts: list[str]
-    pairs: list[str] | None
+    file: Path  # their source
+    texts: list[str]  # sentences, or the first ones of pairs
+    pairs: list[str] | None  # the second ones of pairs; None for single sentences
+    # labels: (sentences,) int64 as in the file, indices into `Task.classes` in a task (-1: none of them); None for a file
+    # without labels
     labels: np.ndarray | None
 
     def __len__(self) -> int:
@@ -71,26 +65,17 @@ class Part:
 
 @dataclasses.dataclass
 class Task:
-    """Labelled sentences for training and measuring.
+    """Labelled sentences for training and measuring."""
 
-    Args:
-        name: of GLUE's task, else the stem of the training file.
-        train, validation: their labels are indices into `classes`.
-        test: sentences to predict the labels of, labelled or not; or None.
-        classes: the labels that occur in training or validation, sorted; all labels of a GLUE task.
-        majority: share of validation sentences with the most frequent training label: the accuracy without features.
-        overlap: number of validation sentences that are also training sentences.
-        pieces: whether the tokenizer may split words (natural text), instead of one token a word.
-    """
-
-    name: str
+    name: str  # of GLUE's task, else the stem of the training file
+    # train, validation: their labels are indices into `classes`
     train: Part
     validation: Part
-    test: Part | None
-    classes: list[int]
-    majority: float
-    overlap: int
-    pieces: bool
+    test: Part | None  # sentences to predict the labels of, labelled or not; or None
+    classes: list[int]  # the labels that occur in training or validation, sorted; all labels of a GLUE task
+    majority: float  # share of validation sentences with the most frequent training label: the accuracy without features
+    overlap: int  # number of validation sentences that are also training sentences
+    pieces: bool  # whether the tokenizer may split words (natural text), instead of one token a word
 
     def parts(self) -> list[Part]:
         """Training, validation and, if there is one, test."""

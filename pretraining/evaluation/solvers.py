@@ -43,20 +43,16 @@ NO_CLASS = -1e4  # the bias of a class without training sentences: exp() of it i
 
 @dataclasses.dataclass
 class ProbeData:
-    """Features and labels of both parts.
+    """Features and labels of both parts."""
 
-    Args:
-        features, validation_features: (n, d) float32.
-        labels, validation_labels: (n,) int64 in 0 .. classes - 1.
-        width: of the features with all positions; they may be cut to the d columns that are not zero everywhere.
-    """
-
+    # features, validation_features: (n, d) float32
     features: Tensor
+    # labels, validation_labels: (n,) int64 in 0 .. classes - 1.
     labels: Tensor
     validation_features: Tensor
     validation_labels: Tensor
     classes: int
-    width: int
+    width: int  # of the features with all positions; they may be cut to the d columns that are not zero everywhere
 
 
 def linear_head(width: int, classes: int, seed: int) -> nn.Linear:

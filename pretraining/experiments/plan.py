@@ -23,24 +23,17 @@ LOOKUP = "lookup table"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """One command and its dependencies.
+    """One command and its dependencies."""
 
-    Attributes:
-        name: unique; of the command in status.json.
-        words: of the command line; `$OUT` in them is the folder of everything.
-        needs: commands that must be done before it.
-        after: commands that must have ended, at least one successfully: a measurement of several runs does not need all.
-        requires: a file that an earlier command makes or, for a reason that it prints, does not make.
-        makes: files and folders that exist when it is done; a command without `makes` and `records` always runs.
-        records: (model folder, file): measurements that exist when it is done, for those folders that are models.
-    """
-
-    name: str
-    words: tuple[str, ...]
-    needs: tuple[str, ...] = ()
+    name: str  # unique; of the command in status.json
+    words: tuple[str, ...]  # of the command line; `$OUT` in them is the folder of everything
+    needs: tuple[str, ...] = ()  # commands that must be done before it
+    # after: commands that must have ended, at least one successfully: a measurement of several runs does not need all
     after: tuple[str, ...] = ()
-    requires: str | None = None
+    requires: str | None = None  # a file that an earlier command makes or, for a reason that it prints, does not make
+    # makes: files and folders that exist when it is done; a command without `makes` and `records` always runs
     makes: tuple[str, ...] = ()
+    # records: (model folder, file): measurements that exist when it is done, for those folders that are models
     records: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -51,22 +44,15 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A pre-training run: `models/FOLDER/seedS`.
+    """A pre-training run: `models/FOLDER/seedS`."""
 
-    Attributes:
-        folder: below models/, of all seeds of one kind.
-        size: name in the scale.
-        last: its last step; `saved` are the earlier steps with a checkpoint.
-        flags: of run_pretraining.py, in addition to those of all runs.
-        needs, requires: as in `Step`.
-    """
-
-    folder: str
-    size: str
+    folder: str  # below models/, of all seeds of one kind
+    size: str  # name in the scale
     seed: int
-    last: int
+    last: int  # its last step; `saved` are the earlier steps with a checkpoint
     saved: tuple[int, ...]
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()  # of run_pretraining.py, in addition to those of all runs
+    # needs, requires: as in `Step`
     needs: tuple[str, ...] = ()
     requires: str | None = None
 

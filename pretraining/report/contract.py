@@ -55,36 +55,25 @@ Error = Annotated[float, Ge(0)]
 
 
 class Entry(Schema):
-    """One model of an experiment.
+    """One model of an experiment."""
 
-    Attributes:
-        group: the name of a row of tables and of a marker in plots; the order of groups is that of first entries.
-        seed, step: null where the model has none (a lookup table).
-        folder: of the model.
-        common: by rule of enlarging the folder of the same model in the parameters of the largest one; empty for models that
-            have that shape, and where traces of different shapes are not compared.
-    """
-
-    group: Text
+    group: Text  # the name of a row of tables and of a marker in plots; the order of groups is that of first entries
+    # seed, step: null where the model has none (a lookup table)
     seed: int | None
     step: int | None
-    folder: Inside
+    folder: Inside  # of the model
+    # common: by rule of enlarging the folder of the same model in the parameters of the largest one; empty for models that have
+    # that shape, and where traces of different shapes are not compared
     common: Annotated[dict[str, Inside], AfterValidator(_check_rules)] = {}
 
 
 class Experiment(Schema):
-    """Models that are compared with each other.
+    """Models that are compared with each other."""
 
-    Attributes:
-        name: unique; of its table and plots.
-        entries: its models. The first group of `algorithms` is the standard one.
-        choice: the file of `Choice`, if adversarial weights were tried.
-        kind: the rule of comparison, one of `NAMES` or "models"; left out if `name` is the kind.
-    """
-
-    name: Text
-    entries: Annotated[tuple[Entry, ...], MinLen(1)]
-    choice: Inside | None = None
+    name: Text  # unique; of its table and plots
+    entries: Annotated[tuple[Entry, ...], MinLen(1)]  # its models. The first group of `algorithms` is the standard one.
+    choice: Inside | None = None  # the file of `Choice`, if adversarial weights were tried
+    # kind: the rule of comparison, one of `NAMES` or "models"; left out if `name` is the kind
     kind: Literal["steps", "sizes", "algorithms", "models"] | None = None
 
     @model_validator(mode="after")
@@ -112,42 +101,29 @@ class Experiment(Schema):
 
 
 class Command(Schema):
-    """One command of a plan.
-
-    Attributes:
-        command: as typed, with `$OUT` for the folder.
-        makes: folders and files that exist after it.
-    """
+    """One command of a plan."""
 
     name: Text
-    command: Text
-    makes: Annotated[tuple[Inside, ...], AfterValidator(_check_distinct)] = ()
+    command: Text  # as typed, with `$OUT` for the folder
+    makes: Annotated[tuple[Inside, ...], AfterValidator(_check_distinct)] = ()  # folders and files that exist after it
 
 
 class Experiments(Schema):
-    """`experiments.json`.
+    """`experiments.json`."""
 
-    Attributes:
-        scale: name of the plan's size.
-        seeds: of pre-training.
-        tasks: downstream tasks that are probed; the records of task B are `probe_pcfg_B.json`.
-        finetune_tasks: those of them that are fine-tuned as well: `finetune_pcfg_B.json`.
-        probe: beginning of the names of the probes' records: `probe`, `probe_lbfgs`, ...
-        saturated, margin: thresholds of the same loss (nats), `max_gap` and `margin` of `SameLoss`.
-        reference: folder of the model that all others are compared with; null if no gap is known.
-        inferred: whether the file does not exist and the report made this up from the tree; then all accuracies count.
-    """
-
-    scale: Text
-    seeds: Annotated[tuple[int, ...], AfterValidator(_check_distinct)]
-    tasks: Texts
-    finetune_tasks: Texts = ()
+    scale: Text  # name of the plan's size
+    seeds: Annotated[tuple[int, ...], AfterValidator(_check_distinct)]  # of pre-training
+    tasks: Texts  # downstream tasks that are probed; the records of task B are `probe_pcfg_B.json`
+    finetune_tasks: Texts = ()  # those of them that are fine-tuned as well: `finetune_pcfg_B.json`
+    # probe: beginning of the names of the probes' records: `probe`, `probe_lbfgs`, ...
     probe: Annotated[str, AfterValidator(_check_probe)] = "probe"
+    # saturated, margin: thresholds of the same loss (nats), `max_gap` and `margin` of `SameLoss`
     saturated: Annotated[float, Gt(0)]
     margin: Annotated[float, Gt(0)]
-    reference: Inside | None
+    reference: Inside | None  # folder of the model that all others are compared with; null if no gap is known
     experiments: tuple[Experiment, ...]
     commands: tuple[Command, ...] = ()
+    # inferred: whether the file does not exist and the report made this up from the tree; then all accuracies count
     inferred: bool = False
 
     @model_validator(mode="after")
@@ -201,36 +177,24 @@ class Status(Schema):
 
 
 class Weight(Schema):
-    """One weight of the adversarial term, compared with the standard model (nats; accuracies as fractions).
-
-    Attributes:
-        gap_increase: paired difference of the losses; `gap_increase_se` is its standard error over sentences.
-        same_loss: whether it has the standard model's loss; null in files from before this criterion.
-    """
+    """One weight of the adversarial term, compared with the standard model (nats; accuracies as fractions)."""
 
     weight: Error
-    gap_increase: float
+    gap_increase: float  # paired difference of the losses; `gap_increase_se` is its standard error over sentences
     gap_increase_se: Error | None
     accuracy: float
     accuracy_se: Error | None
     standard_accuracy: float
-    same_loss: bool | None = None
+    same_loss: bool | None = None  # whether it has the standard model's loss; null in files from before this criterion
 
 
 class Choice(Schema):
-    """`choice.json`: how the weight of the adversarial term was chosen.
+    """`choice.json`: how the weight of the adversarial term was chosen."""
 
-    Attributes:
-        criterion: in words.
-        gap_allowed: margin of the same loss, nats.
-        weights: all that were tried.
-        chosen: one of them; null where none met the criterion.
-    """
-
-    criterion: Text
-    gap_allowed: Error
-    weights: Annotated[tuple[Weight, ...], MinLen(1)]
-    chosen: float | None = None
+    criterion: Text  # in words
+    gap_allowed: Error  # margin of the same loss, nats
+    weights: Annotated[tuple[Weight, ...], MinLen(1)]  # all that were tried
+    chosen: float | None = None  # one of them; null where none met the criterion
 
 
 def _check_unique(names: list, kind: str) -> None:

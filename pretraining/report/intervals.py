@@ -26,17 +26,12 @@ FEWEST = 4  # models of a correlation
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """A mean with its standard error; None and 0 degrees of freedom where a single value has none.
-
-    Attributes:
-        degrees: of freedom of the error; infinite for an error over sentences.
-        n: number of values.
-    """
+    """A mean with its standard error; None and 0 degrees of freedom where a single value has none."""
 
     value: float
     error: float | None
-    degrees: float
-    n: int
+    degrees: float  # of freedom of the error; infinite for an error over sentences
+    n: int  # number of values
 
 
 def mean_of(values: ArrayLike) -> Mean:
@@ -51,20 +46,15 @@ def mean_of(values: ArrayLike) -> Mean:
 
 
 class Change(Schema):
-    """A difference with its 95% interval.
+    """A difference with its 95% interval."""
 
-    Attributes:
-        value, error, low, high: in the unit of what was subtracted; the last three None where there is no interval.
-        degrees: of freedom of Student's t; None for the normal distribution, and where there is no interval.
-        n: number of values on either side, or of pairs.
-    """
-
+    # value, error, low, high: in the unit of what was subtracted; the last three None where there is no interval
     value: float
     error: float | None
     low: float | None
     high: float | None
-    degrees: float | None
-    n: tuple[int, ...]
+    degrees: float | None  # of freedom of Student's t; None for the normal distribution, and where there is no interval
+    n: tuple[int, ...]  # number of values on either side, or of pairs
 
     def sign(self) -> int:
         """1 or -1 where the interval lies above or below 0, else 0; also 0 where there is none."""
@@ -107,22 +97,18 @@ def change_of_means(before: Mean, after: Mean) -> Change:
 
 
 class Correlation(Schema):
-    """Rank and linear correlation of two columns over models.
+    """Rank and linear correlation of two columns over models."""
 
-    Attributes:
-        n, runs: numbers of models, and of the runs that they come from.
-        spearman, pearson: None where there are fewer than `FEWEST` models or one column has no spread.
-        spearman_interval, pearson_interval: None too where there is one run.
-        undefined_draws: share of bootstrap draws without spread, which are left out.
-    """
-
+    # n, runs: numbers of models, and of the runs that they come from
     n: int
     runs: int
+    # spearman, pearson: None where there are fewer than `FEWEST` models or one column has no spread
     spearman: float | None = None
     pearson: float | None = None
+    # spearman_interval, pearson_interval: None too where there is one run
     spearman_interval: tuple[float, float] | None = None
     pearson_interval: tuple[float, float] | None = None
-    undefined_draws: float | None = None
+    undefined_draws: float | None = None  # share of bootstrap draws without spread, which are left out
 
 
 def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:

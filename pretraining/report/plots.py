@@ -86,17 +86,12 @@ def _quantity(name: str) -> Quantity:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A plot of the page.
+    """A plot of the page."""
 
-    Attributes:
-        name: of its files, without `.png` and `.svg`.
-        panels: (description, PNG file) of each panel, and of the legend.
-    """
-
-    name: str
+    name: str  # of its files, without `.png` and `.svg`
     title: str
     caption: str
-    panels: list[tuple[str, bytes]]
+    panels: list[tuple[str, bytes]]  # (description, PNG file) of each panel, and of the legend
 
 
 class ExperimentPlots:

@@ -53,17 +53,12 @@ LOSS_COLUMNS = ["gap", "gap_se", "saturated", "gap_difference", "gap_difference_
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """Everything that is recorded at or below a folder; the frames are those of the module's text.
-
-    Attributes:
-        records: (model, file, record) of every record, in the order of the models.
-        paths: by model its folder.
-    """
+    """Everything that is recorded at or below a folder; the frames are those of the module's text."""
 
     models: pd.DataFrame
     measured: pd.DataFrame
-    records: list[tuple[str, Path, Record]]
-    paths: dict[str, Path]
+    records: list[tuple[str, Path, Record]]  # (model, file, record) of every record, in the order of the models
+    paths: dict[str, Path]  # by model its folder
 
     @property
     def accuracies(self) -> list[str]:
@@ -336,15 +331,11 @@ def trace_names(experiment: Experiment) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """The models of the experiments, joined with what was measured of them; one row per entry, in their order.
+    """The models of the experiments, joined with what was measured of them; one row per entry, in their order."""
 
-    Attributes:
-        rows: the columns `IDENTITY` and `LOSS_COLUMNS`, and `missing`, a list of texts. `kind` is missing if the model is.
-        values: same index; quantities (traces, accuracies) and their parts, as in `Tree.measured`.
-    """
-
+    # rows: the columns `IDENTITY` and `LOSS_COLUMNS`, and `missing`, a list of texts. `kind` is missing if the model is.
     rows: pd.DataFrame
-    values: pd.DataFrame
+    values: pd.DataFrame  # same index; quantities (traces, accuracies) and their parts, as in `Tree.measured`
 
     def of(self, quantity: str) -> pd.DataFrame:
         """The parts of a quantity, the gap and its difference to the reference among them."""
