@@ -131,10 +131,11 @@ def docstrings(*modules: str) -> list[list[str]]:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_data, tmp_path_factory):
     """A model folder with a random pre-LN model: hidden 16, 2 layers, 10 positions, the vocabulary of `tiny_data`."""
-    from pretraining.data.vocabulary import Vocabulary, build_tokenizer
+    from pretraining.data.vocabulary import Vocabulary
     from pretraining.model.bert import MaskedLM
     from pretraining.model.checkpoints import save_model
     from pretraining.model.config import ModelConfig
+    from tests.bert_tokenizer import build_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     vocabulary = Vocabulary.read(tiny_data / "vocab.txt")

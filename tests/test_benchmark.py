@@ -19,10 +19,11 @@ from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.labels import Labeller
 from pcfg.sampler import Sampler
 from pretraining.data.samples import DTYPES, read_samples
-from pretraining.data.vocabulary import Vocabulary, build_tokenizer
+from pretraining.data.vocabulary import Vocabulary
 from pretraining.model.checkpoints import load_model
 from pretraining.model.config import ModelConfig
 from pretraining.training.batches import masked_loss, micro_batch
+from tests.bert_tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

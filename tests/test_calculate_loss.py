@@ -9,10 +9,10 @@ import pcfg.lookup
 from pcfg.common.files import InputError
 from pcfg.common.text import read_texts
 from pretraining.data.samples import sample_paths
-from pretraining.data.vocabulary import build_tokenizer
 from pretraining.evaluation import loss
 from pretraining.evaluation.records import read_record
 from pretraining.model.checkpoints import describe_model, load_model, load_vocabulary, save_model
+from tests.bert_tokenizer import build_tokenizer
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import torch
 import calculate_loss
 import enlarge
 from pcfg.common.files import InputError
-from pretraining.data.vocabulary import build_tokenizer
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, load_vocabulary, save_model, weights_sha256
 from pretraining.model.config import ModelConfig
+from tests.bert_tokenizer import build_tokenizer
 
 
 def save_random(folder, tiny_model, *shape):

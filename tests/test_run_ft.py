@@ -7,8 +7,8 @@ import pytest
 import run_ft
 from pcfg.common.files import InputError
 from pcfg.common.text import read_texts, write_labelled
-from pretraining.data.vocabulary import build_tokenizer
 from pretraining.model.checkpoints import load_model, load_vocabulary, read_facts, save_model
+from tests.bert_tokenizer import build_tokenizer
 
 # The README's flags; the test adds fewer epochs.
 README = """--tokenizer_name bert-large-uncased --max_seq_length 32 --do_train --do_eval --evaluation_strategy steps

@@ -11,9 +11,9 @@ import run_lp
 from pcfg import lookup
 from pcfg.common.files import InputError
 from pcfg.common.text import read_texts, write_labelled
-from pretraining.data.vocabulary import build_tokenizer
 from pretraining.model.checkpoints import load_model, load_vocabulary, read_facts, save_model
 from pretraining.report import __main__ as report
+from tests.bert_tokenizer import build_tokenizer
 
 # The README's flags; the test adds sizes.
 README = """--tokenizer_name bert-large-uncased --max_seq_length 32 --do_train --do_eval --evaluation_strategy steps

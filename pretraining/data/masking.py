@@ -56,10 +56,10 @@ class MaskingRule:
     @classmethod
     def from_attributes(cls, attributes: dict[str, Any], source: object) -> "MaskingRule":
         """The rule in the attributes of a file of samples."""
-        fields = {}
+        fields: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             value = attributes.get(field.name, False if field.name == "pieces" else None)
-            kinds = int | float if field.type is float else field.type
+            kinds: Any = int | float if field.type is float else field.type
             if not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool):
                 raise InputError(
                     f"{source}: its attribute {field.name} is {'missing' if value is None else repr(value)}, so that "

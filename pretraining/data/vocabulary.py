@@ -1,11 +1,11 @@
-"""The vocabulary file (`vocab.txt`, one entry a line, the id is the line number from 0) and the tokenizer made from it.
+"""The vocabulary file (`vocab.txt`, one entry per line, the id is the line number from 0) and its tokenizer.
 
 One word of the data is one token: a word that is unknown, or that the tokenizer would split or change, is an error.
 
-`transformers` takes seconds to import and many users of this module need nothing but `Vocabulary`, so it is imported
-inside the functions that build or load tokenizers. The hub is off unless the user sets HF_HUB_OFFLINE=0: without a
-network huggingface_hub retries for 46 s before it gives up. The variable counts only when it is set before huggingface_hub is
-imported, hence the line below, and `local_files_only` for programs that imported it first.
+`transformers` takes seconds to import, and many users of this module need nothing but `Vocabulary`, so it is imported
+inside the functions that load tokenizers. The hub is off unless the user sets HF_HUB_OFFLINE=0: without a network
+huggingface_hub retries for 46 s before it gives up. The variable must be set before huggingface_hub is imported, hence the
+line below, and `local_files_only` for programs that imported it first.
 """
 
 import functools
@@ -13,10 +13,12 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pcfg.common.files import InputError, atomic_open, read_json, write_json
+from pcfg.common.files import AnyPath, InputError, atomic_open, read_json, write_json
+from pcfg.common.text import decode_block
 from pcfg.common.words import WordIndex, padded
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,8 +37,9 @@ class Vocabulary:
     """The entries of a vocabulary and their ids.
 
     Args:
-        words: the entries; the position is the id. [PAD] comes first, the other special tokens anywhere.
-        source: named in errors, usually the file.
+        words: the entries, distinct and without white space; the position is the id. [PAD] comes first, the other special
+            tokens anywhere.
+        source: the file, for messages.
 
     Attributes:
         words: list of all entries, special tokens included.
@@ -46,10 +49,6 @@ class Vocabulary:
         special_ids: (5,) int64, the same as an array.
         sha256: hexadecimal SHA-256 of the entries joined by line feeds.
 
-    Raises:
-        InputError: empty, an entry that is empty or has white space in it, duplicates, a special token missing, [PAD]
-            not first, no word but special tokens.
-
     >>> vocabulary = Vocabulary([*SPECIAL_TOKENS, "cat", "##s", "dog"])
     >>> vocabulary.size, vocabulary.mask_id, vocabulary.ordinary_ids().tolist()
     (8, 4, [5, 7])
@@ -58,7 +57,7 @@ class Vocabulary:
     ([[7, 0], [5, 7]], [1, 2])
     """
 
-    def __init__(self, words: list[str], source="vocabulary"):
+    def __init__(self, words: list[str], source: object = "vocabulary"):
         self.words = list(words)
         self.ids = {word: index for index, word in enumerate(self.words)}
         self._check(source)
@@ -69,72 +68,58 @@ class Vocabulary:
 
         self._word_ids = np.flatnonzero([_is_ordinary(word) for word in self.words]).astype(np.int32)
         if not len(self._word_ids):
-            raise InputError(f"{source}: no words but special tokens; add the words of the data, one a line")
+            raise InputError(f"{source}: no words but special tokens; add the words of the data, one per line")
 
-    def _check(self, source) -> None:
+    def _check(self, source: object) -> None:
         if not self.words:
-            raise InputError(f"{source}: empty; one entry a line is needed, first {SPECIAL_TOKENS[0]}")
+            raise InputError(f"{source}: empty; one entry per line is needed, first {SPECIAL_TOKENS[0]}")
         for index, word in enumerate(self.words):
             if word.split() != [word]:
                 raise InputError(f"{source}:{index + 1}: entry {word!r} is empty or has white space in it; remove it")
             if self.ids[word] != index:
                 last = self.ids[word] + 1
-                raise InputError(f"{source}:{last}: entry {word!r} stands on line {index + 1} too; remove one of them")
+                raise InputError(f"{source}:{last}: entry {word!r} is on line {index + 1} too; remove one of them")
         missing = [token for token in SPECIAL_TOKENS if token not in self.ids]
         if missing:
-            wanted = " ".join(SPECIAL_TOKENS)
-            raise InputError(f"{source}: special token {missing[0]} is missing; the file needs {wanted}")
+            raise InputError(f"{source}: special token {missing[0]} is missing; the file needs {' '.join(SPECIAL_TOKENS)}")
         if self.words[0] != SPECIAL_TOKENS[0]:
             raise InputError(f"{source}:1: the first entry is {self.words[0]!r}, not [PAD]; [PAD] must have the id 0")
 
     @classmethod
-    def read(cls, path) -> "Vocabulary":
-        """The vocabulary in a file: UTF-8, one entry a line, or a `tokenizer.json` of WordPieces.
-
-        Raises:
-            InputError: the file is missing or not UTF-8, or its content is refused by the class.
-        """
+    def read(cls, path: AnyPath) -> "Vocabulary":
+        """The vocabulary in a file: UTF-8, one entry per line, or a `tokenizer.json` of WordPieces."""
         if Path(path).suffix == ".json":
             return cls._from_json(path)
         try:
             content = Path(path).read_bytes()
         except FileNotFoundError:
-            raise InputError(f"{path}: no such file; give a vocabulary with one entry a line") from None
+            raise InputError(f"{path}: no such file; give a vocabulary with one entry per line") from None
         except IsADirectoryError:
             raise InputError(f"{path}: a folder; give the vocabulary file in it") from None
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            raise InputError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file") from None
-        # not splitlines(): it would also split at characters like U+2028, which are not line ends in this format
-        lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+        # Not splitlines(): it would also split at characters like U+2028, which are not line ends in this format.
+        lines = decode_block(content, path).replace("\r\n", "\n").removesuffix("\n").split("\n")
         return cls([] if lines == [""] else lines, path)
 
     @classmethod
-    def _from_json(cls, path) -> "Vocabulary":
+    def _from_json(cls, path: AnyPath) -> "Vocabulary":
         """The vocabulary of a `tokenizer.json`, the file of the library `tokenizers`."""
         content = read_json(path)
-        model, added = content.get("model"), content.get("added_tokens")
         try:
+            model = content["model"]
             if model["type"] != "WordPiece":
                 raise InputError(f"{path}: its tokenizer is a {model['type']}; only BERT's WordPiece can be read")
-            entries = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
+            entries = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
             return cls._by_id(entries, path)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: not a tokenizer of the library tokenizers ({error!r}); save it again") from None
 
     @classmethod
-    def from_tokenizer(cls, tokenizer) -> "Vocabulary":
-        """The vocabulary of a tokenizer, ordered by id.
-
-        Raises:
-            InputError: the ids have gaps, or the entries are refused by the class.
-        """
+    def from_tokenizer(cls, tokenizer: Any) -> "Vocabulary":
+        """The vocabulary of a tokenizer, ordered by id."""
         return cls._by_id(tokenizer.get_vocab(), f"tokenizer {tokenizer.name_or_path}")
 
     @classmethod
-    def _by_id(cls, ids: dict[str, int], name) -> "Vocabulary":
+    def _by_id(cls, ids: dict[str, int], name: object) -> "Vocabulary":
         """The vocabulary of entries by id; `name` is for messages."""
         entries = sorted(ids.items(), key=lambda entry: entry[1])
         if [index for _, index in entries] != list(range(len(entries))):
@@ -142,39 +127,32 @@ class Vocabulary:
         return cls([word for word, _ in entries], name)
 
     def ordinary_ids(self, pieces: bool = False) -> np.ndarray:
-        """Ids of the real words, ascending, (W,) int32: no special tokens, no [unusedN], and ##pieces only if asked for."""
+        """Ids of the words, ascending, (W,) int32: no special tokens, no [unusedN], and ##pieces only with `pieces`."""
         return self._ids_of_words_and_pieces if pieces else self._word_ids
 
     @functools.cached_property
     def _ids_of_words_and_pieces(self) -> np.ndarray:
-        is_wanted = [_is_ordinary(word) or word.startswith("##") for word in self.words]
-        return np.flatnonzero(is_wanted).astype(np.int32)
+        is_word_or_piece = [_is_ordinary(word) or word.startswith("##") for word in self.words]
+        return np.flatnonzero(is_word_or_piece).astype(np.int32)
 
-    def encode(self, texts: list[str], source) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: list[str], source: object) -> tuple[np.ndarray, np.ndarray]:
         """Sentences as ids.
 
         Args:
-            texts: sentences, words separated by white space, without [CLS] and [SEP].
-            source: named in errors, usually the file the sentences come from.
+            texts: sentences of one or more ordinary words separated by white space, without [CLS] and [SEP].
+            source: the file of the sentences, for messages.
 
         Returns:
             tokens (n, T) int32, padded with `pad_id` to T = words of the longest sentence; lengths (n,) int32 in words.
-
-        Raises:
-            InputError: a sentence without words, or a word that is no ordinary word of this vocabulary; names the
-                source, the sentence (from 1) and the word.
         """
         flat, lengths = self._index.encode_texts(texts, source)
         return padded(self._word_ids[flat], lengths, self.pad_id), lengths
 
-    def encode_text(self, text: bytes, source, first_sentence: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def encode_text(self, text: bytes, source: object, first_sentence: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """The sentences of a text as ids, one after the other: `pcfg.common.words.WordIndex.encode`, with ids for indices.
 
         Returns:
             flat (M,) int32, the ids of all words; lengths (n,) int32 in words.
-
-        Raises:
-            InputError: as `encode`, but lines without words are skipped; not UTF-8.
         """
         flat, lengths = self._index.encode(text, source, first_sentence)
         return self._word_ids[flat], lengths
@@ -190,26 +168,23 @@ class Vocabulary:
             return f"is not in the vocabulary, {word.lower()!r} is; write the text in lower case"
         return f"is not in the vocabulary ({self.size} entries); add it or take the vocabulary made for this text"
 
-    def write(self, path) -> None:
+    def write(self, path: AnyPath) -> None:
         """Write one entry a line; `read` gives the same vocabulary back."""
         with atomic_open(path) as file:
             file.write("\n".join(self.words) + "\n")
 
 
-def find_vocabulary(name, beside: list[Path]) -> Path:
-    """The vocabulary file a user means by `name`; prints what was taken and its size.
+def find_vocabulary(name: AnyPath, beside: list[Path]) -> Path:
+    """The vocabulary file that a user means by `name`; prints its path and size.
 
     Args:
-        name: a path with a folder in it is taken as it stands; a bare name is looked up in each folder of `beside`,
-            then in the working directory.
-        beside: folders, most wanted first.
-
-    Raises:
-        InputError: found nowhere (the message lists the places), or not a vocabulary.
+        name: a path with a folder in it is taken as it is; a bare name is looked up in each folder of `beside`, then in the
+            working directory.
+        beside: folders, in the order of preference.
     """
     name = os.fspath(name)
-    bare = not os.path.dirname(name)
-    places = list(dict.fromkeys([Path(folder) / name for folder in beside] + [Path(name)])) if bare else [Path(name)]
+    folders = [] if os.path.dirname(name) else beside
+    places = list(dict.fromkeys([*(Path(folder) / name for folder in folders), Path(name)]))
     for path in places:
         if path.is_file():
             print(f"vocabulary: {path}, {Vocabulary.read(path).size} entries")
@@ -217,25 +192,7 @@ def find_vocabulary(name, beside: list[Path]) -> Path:
     raise InputError(f"vocabulary {name}: no such file; looked for {', '.join(map(str, places))}; give its path")
 
 
-def build_tokenizer(vocabulary: Vocabulary, do_lower_case: bool, max_length: int):
-    """BERT's tokenizer for a vocabulary.
-
-    Args:
-        do_lower_case: whether text is lower-cased (and accents stripped) before it is looked up.
-        max_length: longest input in tokens, [CLS] and [SEP] included.
-
-    Raises:
-        InputError: transformers made another vocabulary of it.
-    """
-    from transformers import BertTokenizerFast
-
-    # vocab=, not vocab_file=: transformers 5 ignores vocab_file and silently builds a tokenizer of 5 entries
-    tokenizer = BertTokenizerFast(vocab=vocabulary.ids, do_lower_case=do_lower_case, model_max_length=max_length)
-    _check_same_entries(tokenizer, vocabulary, "the new tokenizer")
-    return tokenizer
-
-
-def _check_same_entries(tokenizer, vocabulary: Vocabulary, source) -> None:
+def _check_same_entries(tokenizer: Any, vocabulary: Vocabulary, source: object) -> None:
     if tokenizer.get_vocab() != vocabulary.ids:
         raise InputError(
             f"{source}: the tokenizer has {len(tokenizer)} entries that are not the {vocabulary.size} of its "
@@ -243,9 +200,8 @@ def _check_same_entries(tokenizer, vocabulary: Vocabulary, source) -> None:
         )
 
 
-def changed_words(tokenizer, words: list[str]) -> list[str]:
-    """Those of `words` that the tokenizer doesn't turn into one token that is the word: unknown, split, changed."""
-    words = list(words)
+def changed_words(tokenizer: Any, words: list[str]) -> list[str]:
+    """Those of `words` that the tokenizer doesn't turn into one token that is the word: unknown, split or changed ones."""
     if not words:
         return []
     ids = tokenizer.get_vocab()
@@ -253,12 +209,8 @@ def changed_words(tokenizer, words: list[str]) -> list[str]:
     return [word for word, pieces in zip(words, encoded, strict=True) if pieces != [ids.get(word)]]
 
 
-def check_single_tokens(tokenizer, words: list[str]) -> None:
-    """Check that each word is one token.
-
-    Raises:
-        InputError: a word is unknown to the tokenizer, or it would split or change it; names the first and its pieces.
-    """
+def check_single_tokens(tokenizer: Any, words: list[str]) -> None:
+    """Check that each word is one token."""
     changed = changed_words(tokenizer, words)
     if changed:
         raise InputError(
@@ -268,26 +220,23 @@ def check_single_tokens(tokenizer, words: list[str]) -> None:
         )
 
 
-def save_tokenizer(folder, tokenizer, vocabulary: Vocabulary) -> None:
-    """Write the tokenizer's files, its name (`tokenizer.name_or_path`) and vocab.txt into a folder that is being made.
+def save_tokenizer(folder: AnyPath, tokenizer: Any, vocabulary: Vocabulary) -> None:
+    """Write the tokenizer's files, its name (`tokenizer.name_or_path`) and vocab.txt into a folder.
 
-    The folder is made if it doesn't exist; callers that need all or nothing hand in one from `atomic_folder`.
-
-    Raises:
-        InputError: the tokenizer's entries are not the vocabulary's.
+    The folder is made if it doesn't exist; callers that need all or nothing pass one from `atomic_folder`.
     """
     folder = Path(folder)
     _check_same_entries(tokenizer, vocabulary, folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     vocabulary.write(folder / VOCABULARY_FILE)
-    # transformers leaves the name out; resolve_tokenizer needs it to recognise the tokenizer of a model folder
+    # transformers leaves the name out; resolve_tokenizer needs it to recognise the tokenizer of a model folder.
     config = read_json(folder / "tokenizer_config.json")
     write_json(folder / "tokenizer_config.json", {**config, "name_or_path": tokenizer.name_or_path})
 
 
 def _is_tokenizer_folder(folder: Path) -> bool:
-    # vocab.txt alone is no sign: folders of text have one too
+    # vocab.txt alone is no sign: folders of text have one too.
     return any((folder / name).is_file() for name in TOKENIZER_FILES if name != VOCABULARY_FILE)
 
 
@@ -306,14 +255,14 @@ def _has_name(folder: Path, name: str) -> bool:
     return any(name in (other, Path(other).name) for other in saved if other)
 
 
-def _load_tokenizer(folder: Path, name: str):
-    """The tokenizer in a local folder, checked against the vocab.txt there, if any."""
+def _load_tokenizer(folder: Path, name: str) -> Any:
+    """The tokenizer in a local folder, checked against its vocab.txt, if any."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:  # TypeError, ...: JSON of another shape
-        raise InputError(f"{folder}: the tokenizer there can't be loaded ({error}); make the folder again") from error
+        raise InputError(f"{folder}: its tokenizer can't be loaded ({error}); make the folder again") from error
     Vocabulary.from_tokenizer(tokenizer)  # without tokenizer.json transformers silently gives one of 5 entries: refused
     if (folder / VOCABULARY_FILE).is_file():
         _check_same_entries(tokenizer, Vocabulary.read(folder / VOCABULARY_FILE), folder)
@@ -321,44 +270,41 @@ def _load_tokenizer(folder: Path, name: str):
     return tokenizer
 
 
-def resolve_tokenizer(name: str, beside: list[Path]):
-    """The tokenizer a user means by `name`; prints where it was found.
+def resolve_tokenizer(name: str, beside: list[Path]) -> Any:
+    """The tokenizer that a user means by `name`; prints its place.
 
-    Looked up in this order: for each folder of `beside` its subfolder `name`, then the folder itself if the tokenizer
-    in it was saved under that name (model folders); then `name` as a local folder; then the hub (its local cache only,
-    unless the environment says HF_HUB_OFFLINE=0).
+    Looked up in this order: for each folder of `beside` its subfolder `name`, then the folder itself if its tokenizer was
+    saved under that name (model folders); then `name` as a local folder; then the hub (its local cache only, unless the
+    environment says HF_HUB_OFFLINE=0).
 
     Args:
         name: a folder or a name on the hub.
-        beside: sample folders or model folders, most wanted first.
+        beside: sample folders or model folders, in the order of preference.
 
     Returns:
         A fast tokenizer whose `name_or_path` is `name`.
-
-    Raises:
-        InputError: found nowhere (at once; the message lists the places), or broken.
     """
     candidates = []
     for folder in map(Path, beside):
         candidates.append((folder / name, _is_tokenizer_folder(folder / name)))
         candidates.append((folder, _has_name(folder, name)))
     candidates.append((Path(name), _is_tokenizer_folder(Path(name))))
-    found = next((place for place, is_wanted in candidates if is_wanted), None)
-    if found is None and Path(name).is_dir():  # transformers would make an empty tokenizer of it
+    for place, has_tokenizer in candidates:
+        if has_tokenizer:
+            tokenizer = _load_tokenizer(place, name)
+            print(f"tokenizer: {place}, {len(tokenizer)} entries")
+            return tokenizer
+    if Path(name).is_dir():  # transformers would make an empty tokenizer of it
         raise InputError(f"tokenizer {name}: the folder has no tokenizer.json or tokenizer_config.json; make it again")
-    if found is None:
-        return _load_from_hub(name, [place for place, _ in candidates])
-    tokenizer = _load_tokenizer(found, name)
-    print(f"tokenizer: {found}, {len(tokenizer)} entries")
-    return tokenizer
+    return _load_from_hub(name, [place for place, _ in candidates])
 
 
 def hub_is_off() -> bool:
-    """Whether only the hub's local cache may be looked at: unless the user set HF_HUB_OFFLINE=0."""
+    """Whether only the hub's local cache may be used: unless the user set HF_HUB_OFFLINE=0."""
     return os.environ.get("HF_HUB_OFFLINE", "1").lower() not in ("0", "false", "no", "off")
 
 
-def _load_from_hub(name: str, places: list[Path]):
+def _load_from_hub(name: str, places: list[Path]) -> Any:
     from transformers import AutoTokenizer
 
     offline = hub_is_off()
@@ -368,8 +314,8 @@ def _load_from_hub(name: str, places: list[Path]):
         hub = "the hub's local cache (the hub is off; HF_HUB_OFFLINE=0 turns it on)" if offline else f"the hub: {error}"
         looked = ", ".join([*map(str, places), hub])
         raise InputError(
-            f"tokenizer {name}: not found; looked in {looked}; give the --model_name that generate_samples.py was "
-            "given, or a folder with a tokenizer"
+            f"tokenizer {name}: not found; looked in {looked}; give the --model_name of generate_samples.py, "
+            "or a folder with a tokenizer"
         ) from error
     Vocabulary.from_tokenizer(tokenizer)
     print(f"tokenizer: {name} from the hub, {len(tokenizer)} entries")

@@ -1,6 +1,6 @@
 """BERT's tokenizer, its files and a check of words, by the library `tokenizers` alone: transformers takes seconds to import.
 
-The files are those that `vocabulary.save_tokenizer` writes of `vocabulary.build_tokenizer`, byte for byte.
+The files are those of `vocabulary.save_tokenizer` and transformers' BertTokenizerFast, byte for byte.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
-from pcfg.common.files import InputError, atomic_open, read_json, write_json
+from pcfg.common.files import AnyPath, InputError, atomic_open, read_json, write_json
 from pretraining.data.vocabulary import SPECIAL_TOKENS, VOCABULARY_FILE, Vocabulary
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS
@@ -29,7 +29,7 @@ def wordpiece(vocabulary: Vocabulary, do_lower_case: bool) -> Tokenizer:
 
 
 def add_special_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
-    """Let a tokenizer know its special tokens and put them around a text, [CLS] a [SEP], or a pair, [CLS] a [SEP] b [SEP]."""
+    """Add special tokens to a tokenizer, which puts them around a text, [CLS] a [SEP], or a pair, [CLS] a [SEP] b [SEP]."""
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{CLS}:0 $A:0 {SEP}:0",
@@ -46,12 +46,8 @@ def ordinary_words_changed(vocabulary: Vocabulary, tokenizer: Tokenizer) -> froz
     return frozenset(word for word, index, encoding in zip(words, ids, encodings, strict=True) if encoding.ids != [index])
 
 
-def find_own_tokenizer(folder, vocabulary: Vocabulary) -> Tokenizer | None:
-    """The tokenizer that a folder of text came with, in its subfolder `tokenizer`; None if there is none.
-
-    Raises:
-        InputError: it is damaged, or its entries are not the vocabulary's.
-    """
+def find_own_tokenizer(folder: AnyPath, vocabulary: Vocabulary) -> Tokenizer | None:
+    """The tokenizer that a folder of text came with, in its subfolder `tokenizer`; None if there is none."""
     path = Path(folder) / OWN_TOKENIZER / "tokenizer.json"
     if not path.is_file():
         return None
@@ -62,34 +58,32 @@ def find_own_tokenizer(folder, vocabulary: Vocabulary) -> Tokenizer | None:
     if tokenizer.get_vocab() != vocabulary.ids:
         raise InputError(
             f"{path}: the text's own tokenizer has {tokenizer.get_vocab_size()} entries that are not the {vocabulary.size} of "
-            "the vocabulary; leave --vocab_file out, to take the one beside the text"
+            "the vocabulary; leave --vocab_file out, to take the one next to the text"
         )
     return tokenizer
 
 
-def check_same_tokenizer(path, vocabulary: Vocabulary, do_lower_case: bool) -> None:
-    """Check that a `tokenizer.json` whose entries are `vocabulary` cuts a text as `wordpiece` does.
-
-    Raises:
-        InputError: it normalises, splits or looks up otherwise; names the first difference.
-    """
-    theirs, ours = read_json(path), json.loads(wordpiece(vocabulary, do_lower_case).to_str())
+def check_same_tokenizer(path: Path, vocabulary: Vocabulary, do_lower_case: bool) -> None:
+    """Check that a `tokenizer.json` with the entries of `vocabulary` normalises, splits and looks up as `wordpiece` does."""
+    theirs = read_json(path)
+    ours = json.loads(wordpiece(vocabulary, do_lower_case).to_str())
     for part in ("normalizer", "pre_tokenizer", "model"):
-        there = theirs.get(part) if isinstance(theirs.get(part), dict) else {"type": theirs.get(part)}
-        for key in ours[part]:
-            if key != "vocab" and there.get(key, ours[part][key]) != ours[part][key]:
-                flag = (
-                    f"give --do_lower_case {int(not do_lower_case)}" if key == "lowercase" else "only BERT's own can be taken"
-                )
-                raise InputError(f"{path}: {part} has {key} {there[key]!r}, BERT's here {ours[part][key]!r}; {flag}")
+        settings = theirs.get(part)
+        if not isinstance(settings, dict):
+            settings = {"type": settings}
+        for key, expected in ours[part].items():
+            if key != "vocab" and settings.get(key, expected) != expected:
+                lower = f"give --do_lower_case {int(not do_lower_case)}"
+                advice = lower if key == "lowercase" else "only BERT's own tokenizer can be used"
+                raise InputError(f"{path}: {part} has {key} {settings[key]!r}, BERT's here {expected!r}; {advice}")
 
 
-def save_wordpiece(folder, vocabulary: Vocabulary, do_lower_case: bool, max_length: int, name: str) -> None:
-    """Write the tokenizer, as AutoTokenizer and `vocabulary.resolve_tokenizer` find it, into a folder that is there.
+def save_wordpiece(folder: AnyPath, vocabulary: Vocabulary, do_lower_case: bool, max_length: int, name: str) -> None:
+    """Write the tokenizer into an existing folder, for AutoTokenizer and `vocabulary.resolve_tokenizer`.
 
     Args:
-        max_length: longest input in tokens, [CLS] and [SEP] included.
-        name: by which `resolve_tokenizer` recognises it.
+        max_length: of an input in tokens, [CLS] and [SEP] included.
+        name: for `resolve_tokenizer`.
     """
     configuration = {
         "tokenizer_class": "BertTokenizer",
@@ -100,8 +94,8 @@ def save_wordpiece(folder, vocabulary: Vocabulary, do_lower_case: bool, max_leng
     write_tokenizer(Path(folder), wordpiece(vocabulary, do_lower_case), vocabulary, configuration, max_length, name)
 
 
-def save_own_tokenizer(folder, tokenizer: Tokenizer, vocabulary: Vocabulary, max_length: int, name: str) -> None:
-    """As `save_wordpiece`, for a tokenizer that is all in its tokenizer.json."""
+def save_own_tokenizer(folder: AnyPath, tokenizer: Tokenizer, vocabulary: Vocabulary, max_length: int, name: str) -> None:
+    """As `save_wordpiece`, for a tokenizer that is complete in its tokenizer.json."""
     configuration = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     write_tokenizer(Path(folder), tokenizer, vocabulary, configuration, max_length, name)
 
@@ -112,7 +106,7 @@ def write_tokenizer(
     """Write the files of any tokenizer with our special tokens: tokenizer.json, tokenizer_config.json, vocab.txt.
 
     Args:
-        configuration: what tokenizer_config.json says of its class.
+        configuration: the entries of tokenizer_config.json about its class.
         max_length, name: as `save_wordpiece`.
     """
     with atomic_open(folder / "tokenizer.json") as file:  # tokenizers' own save() reports a full disk as a bare Exception

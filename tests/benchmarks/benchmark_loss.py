@@ -29,11 +29,12 @@ from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
 from pcfg.sampler import Sampler
 from pretraining.data.contexts import from_texts
-from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary, build_tokenizer
+from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from pretraining.evaluation.loss import context_losses
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, save_model
 from pretraining.model.config import ModelConfig
+from tests.bert_tokenizer import build_tokenizer
 
 GOAL = 20
 BERT_SIZE = 30_522  # entries of BERT's uncased vocabulary

@@ -45,7 +45,8 @@ from pcfg.common.files import keyed_rng
 from pcfg.grammar import Grammar, find_rules
 from pcfg.labels import Labeller
 from pcfg.sampler import Sampler
-from pretraining.data.vocabulary import Vocabulary, build_tokenizer
+from pretraining.data.vocabulary import Vocabulary
+from tests.bert_tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PRETRAINING, SAMPLES, DOWNSTREAM = (ROOT / f"generate_{name}.py" for name in ("pretraining", "samples", "downstream"))

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from pretraining.data import piece_encoder
 from pretraining.data.piece_encoder import BLANK, PieceEncoder
-from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary, build_tokenizer
+from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
+from tests.bert_tokenizer import build_tokenizer
 
 LETTERS = "abcdeilmnorstCAF"
 MARKS = [".", ",", "'", "[", "]", "MASK", "\u0301", "\u00df", "\u4e2d", "\u00e9", "x"]

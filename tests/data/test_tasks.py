@@ -9,8 +9,9 @@ import pytest
 
 from pcfg.common.files import InputError, write_json
 from pretraining.data.tasks import GLUE, encode_task, read_task
-from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary, build_tokenizer, save_tokenizer
+from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary, save_tokenizer
 from pretraining.model.config import ModelConfig
+from tests.bert_tokenizer import build_tokenizer
 
 QNLI = "question\tsentence\tlabel\n"
 

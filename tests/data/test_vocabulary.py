@@ -12,13 +12,13 @@ from pcfg.common.files import InputError, read_json, write_json
 from pretraining.data.vocabulary import (
     SPECIAL_TOKENS,
     Vocabulary,
-    build_tokenizer,
     changed_words,
     check_single_tokens,
     find_vocabulary,
     resolve_tokenizer,
     save_tokenizer,
 )
+from tests.bert_tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["cat", "dog", "##s", "[unused0]", "runs", "the"]
@@ -64,7 +64,7 @@ def test_ordinary_ids_leave_out_pieces_and_reserved_entries(vocabulary):
     ("content", "message"),
     [
         (b"", "vocab.txt: empty"),
-        ("\n".join([*SPECIAL_TOKENS, "cat", "dog", "cat"]).encode(), r"vocab.txt:8: entry 'cat' stands on line 6"),
+        ("\n".join([*SPECIAL_TOKENS, "cat", "dog", "cat"]).encode(), r"vocab.txt:8: entry 'cat' is on line 6"),
         ("\n".join([*SPECIAL_TOKENS[:4], "cat"]).encode(), r"special token \[MASK\] is missing"),
         ("\n".join(["cat", *SPECIAL_TOKENS]).encode(), r"vocab.txt:1: the first entry is 'cat'"),
         ("\n".join([*SPECIAL_TOKENS, "", "cat"]).encode(), r"vocab.txt:6: entry '' is empty"),
@@ -243,7 +243,7 @@ def test_a_tokenizer_configuration_of_another_shape_is_refused(tmp_path, vocabul
 def test_a_damaged_tokenizer_json_is_refused(tmp_path, vocabulary):
     save(tmp_path / "a", vocabulary, "a")
     (tmp_path / "a" / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="a: the tokenizer there can't be loaded"):
+    with pytest.raises(InputError, match="a: its tokenizer can't be loaded"):
         resolve_tokenizer("a", [tmp_path])
 
 

@@ -10,12 +10,12 @@ from pretraining.data.vocabulary import (
     SPECIAL_TOKENS,
     TOKENIZER_FILES,
     Vocabulary,
-    build_tokenizer,
     changed_words,
     resolve_tokenizer,
     save_tokenizer,
 )
 from pretraining.data.wordpiece import ordinary_words_changed, save_wordpiece, wordpiece
+from tests.bert_tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
 WORDS = [

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertForPreTraining, BertTokenizerFast
 
 from pcfg.common.files import InputError, read_json, sha256, write_json, write_sealed
-from pretraining.data.vocabulary import Vocabulary, build_tokenizer
+from pretraining.data.vocabulary import Vocabulary
 from pretraining.data.wordpiece import check_same_tokenizer
 from pretraining.model import checkpoints
 from pretraining.model.bert import MaskedLM
@@ -24,6 +24,7 @@ from pretraining.model.checkpoints import (
     save_model,
 )
 from pretraining.model.config import ModelConfig
+from tests.bert_tokenizer import build_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
 

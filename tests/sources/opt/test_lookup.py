@@ -22,7 +22,7 @@ from pcfg.common.means import mean_by_pairs, mean_by_sentences
 from pcfg.common.text import read_texts
 from pcfg.lookup import LookupTable
 from pretraining.data.contexts import from_texts
-from pretraining.data.vocabulary import Vocabulary, build_tokenizer
+from pretraining.data.vocabulary import Vocabulary
 from pretraining.evaluation.loss import context_losses
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, save_model
@@ -30,6 +30,7 @@ from pretraining.model.config import ModelConfig
 from pretraining.report.rows import collect
 from pretraining.sources.opt import lookup
 from pretraining.sources.opt.causal_lm import TOP_TOKENS, load_causal_lm, read_restriction
+from tests.bert_tokenizer import build_tokenizer
 
 SENTENCES, LIMIT = 24, 6
 
