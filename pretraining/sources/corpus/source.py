@@ -51,20 +51,14 @@ from pretraining.sources.text_shards import Shard, TextFolder, add_folder_argume
 PARTS = "parts"
 PARTS_MANIFEST = "manifest_parts.json"
 COUNTS = "corpus_counts.json"
+PART_NAME = "part{:06d}.txt"
+INDEX_NAME = "part{:06d}.npy"
 # Per document of a part: its hash in two numbers, the bytes of its lines.
 INDEX = np.dtype([("hash", "<u8", 2), ("size", "<i8")])
 SENTENCES_PER_DOCUMENT = {"bookcorpus": 256}  # its rows are sentences, and nothing marks the beginning of a book
 VOCABULARY_BYTES = 1 << 28  # of training text that a vocabulary is trained on
 MAX_LETTERS = 1000  # different characters that get an entry, as for BERT
 MIN_PAIRS = 2  # occurrences of a pair of pieces that is merged
-
-
-def part_name(number: int) -> str:
-    return f"part{number:06d}.txt"
-
-
-def index_name(number: int) -> str:
-    return f"part{number:06d}.npy"
 
 
 def _documents(texts: Iterator[str], rows: int, rules: Normalisation, counts: Counter) -> Iterator[list[str]]:
@@ -105,8 +99,8 @@ def make_part(folder: Path, reading: Reading, rules: Normalisation, rows: int, j
         except DamagedError as error:
             damage = str(error) or type(error.__cause__).__name__
 
-    part = write_shard(folder / part_name(number), texts())
-    index_path = folder / index_name(number)
+    part = write_shard(folder / PART_NAME.format(number), texts())
+    index_path = folder / INDEX_NAME.format(number)
     with atomic_path(index_path) as temporary, open(temporary, "wb") as file:
         np.save(file, np.array(index, dtype=INDEX))
     index_entry = {"size": index_path.stat().st_size, "sha256": sha256(index_path)}
@@ -130,9 +124,11 @@ def make_parts(
     weight = (lambda job: job[1].size) if has_sizes else None
     with contextlib.closing(run_jobs(write, jobs, what="reading", weight=weight, **executor)) as results:
         for (number, piece), facts in results:
-            manifest.add(index_name(number), **facts["index"])
-            manifest.add(part_name(number), **facts["part"], counts=facts["counts"], damaged=facts["damaged"], path=piece.path)
-    entries = [manifest.entry(part_name(number)) for number in range(len(pieces))]
+            manifest.add(INDEX_NAME.format(number), **facts["index"])
+            manifest.add(
+                PART_NAME.format(number), **facts["part"], counts=facts["counts"], damaged=facts["damaged"], path=piece.path
+            )
+    entries = [manifest.entry(PART_NAME.format(number)) for number in range(len(pieces))]
     damaged = {entry["path"]: entry["damaged"] for entry in entries if entry["damaged"]}
     for path, reason in damaged.items():
         print(f"{path}: cut short or damaged ({reason})")
@@ -150,7 +146,7 @@ def make_parts(
 
 def _is_complete(manifest: Manifest, number: int) -> bool:
     """Whether a part is complete; that of a damaged file is written again, as the file may have been replaced."""
-    names = (part_name(number), index_name(number))
+    names = (PART_NAME.format(number), INDEX_NAME.format(number))
     return all(map(manifest.is_complete, names)) and not manifest.entry(names[0])["damaged"]
 
 
@@ -196,7 +192,7 @@ def make_shard(folder: Path, layout: Layout, shards_per_split: dict[str, int], s
     def texts() -> Iterator[bytes]:
         nonlocal sentences
         for part, group in itertools.groupby(documents, key=layout.part.__getitem__):
-            with open(folder / PARTS / part_name(int(part)), "rb") as file:
+            with open(folder / PARTS / PART_NAME.format(int(part)), "rb") as file:
                 for document in group:
                     end_if_asked()
                     file.seek(layout.offset[document])
@@ -379,7 +375,7 @@ def generate(options: argparse.Namespace) -> None:
     if text.missing_shards:
         write_part = functools.partial(make_part, parts.absolute(), reading, rules, rows)
         counts = make_parts(parts, pieces, read_from, write_part, options.skip_damaged, executor)
-        layout = Layout([np.load(parts / index_name(number)) for number in range(len(pieces))], options.test_fraction)
+        layout = Layout([np.load(parts / INDEX_NAME.format(number)) for number in range(len(pieces))], options.test_fraction)
         count_documents(counts, layout, options)
         # Before the shards, so that none of them ever lacks a manifest.
         write_json(folder / COUNTS, dict(counts))
