@@ -11,7 +11,7 @@
         --validation_end_proportion 0.01 --validation_micro_batch 16 --deepspeed --data_loader_type dist \\
         --do_validation --fp16
 
-On a laptop, in a minute (plain python starts the same engine):
+On a laptop, in one minute (plain python starts the same engine):
 
     python run_pretraining.py --dataset_path pcfg_dataset/pretraining --tokenizer_name bert-large-uncased \\
         --hidden_size 64 --num_hidden_layers 3 --num_attention_heads 4 --intermediate_size 256 --lr 1e-3 \\
@@ -19,8 +19,8 @@ On a laptop, in a minute (plain python starts the same engine):
         --output_dir OUT --job_name small --save_steps 0,100
 
 Model folders (OUT/JOB/step0000100: plain Hugging Face folders), metrics.jsonl and the training state go to OUT/JOB. An
-epoch is one shard. The same command again goes on after an interruption, and says so when all is there. A model folder's
-args.json gives its run again, with what is to be different behind it:
+epoch is one shard. Safe to interrupt: the same command resumes the run, or reports that it is complete. To repeat a run with
+other settings, give the args.json of one of its model folders and the flags that change:
 
     python run_pretraining.py --config OUT/small/step0000100/args.json --job_name faster --lr 2e-3
 """

@@ -62,7 +62,8 @@ class ModelConfig:
     @property
     def parameters(self) -> int:
         """How many trainable numbers a model of this shape has, the tied table counted once."""
-        width, inner = self.hidden_size, self.intermediate_size
+        width = self.hidden_size
+        inner = self.intermediate_size
         norm = width if self.layer_norm_type == "rms_norm" else 2 * width
         tables = (self.vocab_size + self.max_position_embeddings + self.type_vocab_size) * width
         dense = width * width + width

@@ -37,7 +37,7 @@ class MicroBatch:
     input_ids: torch.Tensor  # (batch, length) int64
     input_mask: torch.Tensor | None  # (batch, length) bool, False at padding; None without padding
     flat_positions: torch.Tensor  # (masked,) int64, masked positions as indices into batch * length
-    labels: torch.Tensor  # (masked,) int64, the original words there
+    labels: torch.Tensor  # (masked,) int64, the original words
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
@@ -58,7 +58,7 @@ def micro_batch(samples: Samples, rows: np.ndarray) -> MicroBatch:
     mask = samples.input_mask[rows] != 0  # (batch, T)
     lengths = mask.sum(1)
     length = int(lengths.max())
-    positions = samples.masked_lm_positions[rows]  # (batch, P), 0 where there is no mask
+    positions = samples.masked_lm_positions[rows]  # (batch, P), 0 without a mask
     row, column = np.nonzero(positions)
     return MicroBatch(
         input_ids=torch.from_numpy(samples.input_ids[rows, :length].astype(np.int64)),
