@@ -128,14 +128,12 @@ class Estimate:
     """An estimate of the trace."""
 
     partitions: Partitions  # meaning of the columns
-    # values: (n, columns) float64, mean over each unit's sentences; a unit is a sentence (fisher) or a block (hutchinson)
-    values: np.ndarray
+    values: np.ndarray  # (n, columns) float64, mean over the sentences of a unit: a sentence (fisher), a block (hutchinson)
     sizes: np.ndarray  # (n,) int64, sentences of each unit
     contexts: int  # number of masked positions
     draws: int  # number of labels or probes
     target: float | None  # the relative error to stop at, or None
-    # true_values: as `values`, with labels by the true conditionals; None where they are unknown, or for hutchinson
-    true_values: np.ndarray | None = None
+    true_values: np.ndarray | None = None  # fisher with labels from the true conditionals, if they are known
 
     @property
     def sentences(self) -> int:

@@ -60,32 +60,19 @@ Distribution = Callable[[np.ndarray], torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The choices that decide an estimate of a model on some text.
+    """The choices that decide an estimate of a model on some text."""
 
-    Attributes:
-        nsamples: sentences at most, the first ones; None for all.
-        positions: masked positions of each sentence, drawn without replacement; None for all.
-        seed: of every random number.
-        target_relative_error: stop at this relative standard error; None to use all sentences.
-        min_draws: labels or probes before that; None for `MIN_DRAWS`.
-        draws: labels drawn at each position, for fisher.
-        plain_labels: draw them from f itself; otherwise with probability proportional to f_w || e_w - f ||^2, and weighted.
-        soft_labels: sum over all words instead of drawing.
-        probe, probe_num: kind and number of each block's probes, for hutchinson.
-        block_size: sentences that share their probes.
-    """
-
-    nsamples: int | None = None
-    positions: int | None = None
-    seed: int = 0
-    target_relative_error: float | None = None
-    min_draws: int | None = None
-    draws: int = 1
-    plain_labels: bool = False
-    soft_labels: bool = False
-    probe: str = "rademacher"
-    probe_num: int = 4
-    block_size: int = 16
+    nsamples: int | None = None  # sentences at most, the first ones; None for all
+    positions: int | None = None  # masked positions of each sentence, drawn without replacement; None for all
+    seed: int = 0  # of every random number
+    target_relative_error: float | None = None  # stop at this relative standard error; None to use all sentences
+    min_draws: int | None = None  # labels or probes before that; None for `MIN_DRAWS`
+    draws: int = 1  # fisher: labels at each position
+    plain_labels: bool = False  # fisher: draw them from f itself, without weights
+    soft_labels: bool = False  # fisher: sum over all words instead of drawing
+    probe: str = "rademacher"  # hutchinson: kind of the probes
+    probe_num: int = 4  # hutchinson: probes of each block
+    block_size: int = 16  # hutchinson: sentences that share their probes
 
     def counts(self, contexts: Contexts) -> np.ndarray:
         """(sentences,) int64: number of positions of each sentence that are measured."""
@@ -99,15 +86,10 @@ class Sampling:
 
 @dataclasses.dataclass
 class Truth:
-    """True conditionals of the sentences.
-
-    Attributes:
-        table: of the sentences.
-        columns: (words,) int64, the vocabulary id of each word of the table.
-    """
+    """True conditionals of the sentences."""
 
     table: LookupTable
-    columns: np.ndarray
+    columns: np.ndarray  # (words,) int64, the vocabulary id of each word of the table
 
     def window(self, contexts: Contexts, low: int, high: int, model: MaskedLM) -> Distribution:
         """P at contexts (m,) of the sentences low .. high - 1: (m, vocab_size) float64 on the model's device."""
@@ -433,15 +415,7 @@ def measure_models(
         if not ranks.is_main:
             continue
         for name, fields in results.items():
-            record = HessianRecord(
-                estimator=name,
-                unit="nats",
-                seeds=[sampling.seed],
-                inputs=described,
-                arguments=settings,
-                device=device,
-                **fields,
-            )
-            write_record(output, names[name], record, number_file=True)
+            fields = {**fields, "seeds": [sampling.seed], "inputs": described, "arguments": settings, "device": device}
+            write_record(output, names[name], HessianRecord(estimator=name, unit="nats", **fields), number_file=True)
         print_traces(output, results)
     ranks.close()

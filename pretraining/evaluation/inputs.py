@@ -71,8 +71,7 @@ class Inputs:
     """Sentences as contexts, with the true conditionals if they are known."""
 
     source: Path  # the data file
-    # vocabulary, vocabulary_path: of the models
-    vocabulary: Vocabulary
+    vocabulary: Vocabulary  # of the models
     vocabulary_path: Path
     contexts: Contexts  # the sentences
     table: LookupTable | None  # true conditionals of the same sentences, or None

@@ -64,14 +64,10 @@ def _both_means(values: np.ndarray, contexts: Contexts) -> dict[str, dict[str, f
 
 
 class Decoder:
-    """log f of the words that can occur: the tied decoder and the softmax over the whole vocabulary.
-
-    Args:
-        model: a `MaskedLM`.
-        columns: (n,) int64, the ids of the words that can occur.
-    """
+    """log f of the words that can occur: the tied decoder and the softmax over the whole vocabulary."""
 
     def __init__(self, model: MaskedLM, columns: np.ndarray):
+        """`columns` (n,) int64 are the ids of the words that can occur."""
         weight = model.embeddings.words.weight
         bias = model.decoder_bias
         occurring = torch.from_numpy(columns).to(weight.device)
@@ -280,6 +276,12 @@ def describe_loss(record: LossRecord, is_natural: bool = False) -> str:
     )
 
 
+def _common_fields(means: dict, inputs: Inputs, described: dict, device: str) -> dict[str, Any]:
+    """Fields that the records of a loss and of a comparison share."""
+    value = {"value": means["pairs"]["mean"], "standard_error": means["pairs"]["standard_error"], "unit": "nats"}
+    return {**value, "n": len(inputs.contexts.lengths), "inputs": described, "arguments": {}, "device": device}
+
+
 def measure_models(folders: list[Path], inputs: Inputs, device: str, batch_size: int, overwrite: bool) -> None:
     """Measure the loss of each model: write loss.json and loss.txt into its folder, and print a line.
 
@@ -294,17 +296,8 @@ def measure_models(folders: list[Path], inputs: Inputs, device: str, batch_size:
             continue
         model = load_model(folder, device)
         fields = measure_loss(model, inputs.contexts, inputs.table, inputs.columns, batch_size, inputs.source)
-        mean = fields.get("loss", fields["sampled_loss"])["pairs"]
-        record = LossRecord(
-            value=mean["mean"],
-            standard_error=mean["standard_error"],
-            unit="nats",
-            n=fields["sentences"],
-            inputs=described,
-            arguments={},
-            device=device,
-            **fields,
-        )
+        means = fields.get("loss", fields["sampled_loss"])
+        record = LossRecord(**fields, **_common_fields(means, inputs, described, device))
         write_record(folder, RECORD, record, number_file=True)
         print(f"{folder}: {describe_loss(record, inputs.contexts.natural)}")
 
@@ -336,19 +329,9 @@ def compare_models(folders: list[Path], reference: Path, inputs: Inputs, device:
         reference_losses = losses(reference) if reference_losses is None else reference_losses
         started = time.monotonic()
         fields = compare_losses(losses(folder), reference_losses, inputs.contexts)
-        difference = fields["difference"]["pairs"]
-        record = ComparisonRecord(
-            value=difference["mean"],
-            standard_error=difference["standard_error"],
-            unit="nats",
-            n=fields["sentences"],
-            inputs=described,
-            arguments={},
-            device=device,
-            models=[model_label(folder), model_label(reference)],
-            seconds=time.monotonic() - started,
-            **fields,
-        )
+        fields["seconds"] = time.monotonic() - started
+        fields["models"] = [model_label(folder), model_label(reference)]
+        record = ComparisonRecord(**fields, **_common_fields(fields["difference"], inputs, described, device))
         write_record(folder, name, record)
         quantity = "gap" if record.gap_a else "loss"
         for model, means in ((folder, record.gap_a or record.loss_a), (reference, record.gap_b or record.loss_b)):

@@ -36,6 +36,7 @@ def _check_hashes(entry: dict) -> dict:
 
 Text = Annotated[str, MinLen(1)]
 Error = Annotated[float, pydantic.AfterValidator(_check_error)]
+Versions = Annotated[dict[str, Text], MinLen(1)]
 Input = Annotated[dict[str, Any], pydantic.AfterValidator(_check_hashes)]
 Seconds = Annotated[Error, pydantic.AfterValidator(lambda seconds: round(seconds, 2))]
 
@@ -57,10 +58,10 @@ class Mean(_Part):
 
 
 class Means(_Part):
-    """Two means of one quantity: over (sentence, position) pairs, and over sentences of the mean over positions."""
+    """Two means of one quantity."""
 
-    pairs: Mean
-    sentences: Mean
+    pairs: Mean  # over all (sentence, position) pairs
+    sentences: Mean  # over sentences of the mean over positions
 
 
 class TracePart(_Part):
@@ -77,103 +78,6 @@ class TraceParts(_Part):
     layers: dict[str, TracePart]
 
 
-class Record(_Part):
-    """What all records have in common.
-
-    Attributes:
-        schema: 2, the number of this format.
-        measurement: the quantity: loss, comparison (of two losses), hessian, probe, finetune.
-        value: the result.
-        standard_error: of the value; null where one run cannot have one.
-        unit: of both.
-        n: number of independent units, mostly sentences; 1 or more.
-        seeds: of everything that is drawn at random; empty where nothing is.
-        inputs: each file or model by its SHA-256 (`sha256`, `grammar_sha256`), files by their `name` too.
-        arguments: the flags that the value depends on.
-        versions: of Python and the libraries.
-        seconds: duration of the measurement.
-        device: `cpu`, `cuda`, ...
-    """
-
-    schema_number: Literal[2] = pydantic.Field(2, alias="schema")
-    measurement: str
-    value: float
-    standard_error: Error | None
-    unit: Text
-    n: int = pydantic.Field(ge=1)
-    seeds: list[int] = []
-    inputs: dict[str, Input]
-    arguments: dict[str, Any]
-    versions: Annotated[dict[str, Text], MinLen(1)] = pydantic.Field(
-        default_factory=lambda: versions("torch", "numpy", "transformers")
-    )
-    seconds: Seconds
-    device: Text
-
-
-class LossRecord(Record):
-    """The loss, as `pretraining.evaluation.loss` defines it, in nats.
-
-    Attributes:
-        sampled_loss: mean of -log f[w] over the words w of the text.
-        loss, entropy, gap: exact; only with true conditionals.
-    """
-
-    measurement: Literal["loss"] = "loss"
-    sampled_loss: Means
-    loss: Means | None = None
-    entropy: Means | None = None
-    gap: Means | None = None
-
-
-class ComparisonRecord(Record):
-    """The paired difference of two models' losses, in nats.
-
-    Attributes:
-        difference: of model A minus model B.
-        models: A and B, each by job and step.
-        gap_a, gap_b: of each model, with true conditionals.
-        loss_a, loss_b: of each model, without.
-    """
-
-    measurement: Literal["comparison"] = "comparison"
-    difference: Means
-    models: Annotated[list[Text], Len(2, 2)]
-    gap_a: Means | None = None
-    gap_b: Means | None = None
-    loss_a: Means | None = None
-    loss_b: Means | None = None
-
-
-class HessianRecord(Record):
-    """The trace of the Hessian of the loss, as `pretraining.evaluation.hessian` defines it.
-
-    Attributes:
-        estimator: fisher or hutchinson.
-        parts: shares of groups of parameters, and of layers.
-    """
-
-    measurement: Literal["hessian"] = "hessian"
-    estimator: Text | None = None
-    parts: TraceParts | None = None
-
-
-class AccuracyRecord(Record):
-    """The accuracy on a downstream task; value and standard error are over seeds.
-
-    Attributes:
-        accuracies: one per seed.
-        best_accuracy: mean over seeds of the best accuracy during training.
-        sampling_standard_error: of the accuracy on another validation sample of the same size.
-        majority: share of the majority class.
-    """
-
-    accuracies: Annotated[list[float], MinLen(1)]
-    best_accuracy: float
-    sampling_standard_error: Error
-    majority: float
-
-
 class Bootstrap(_Part):
     """The standard error of an accuracy over resampled training and validation sentences."""
 
@@ -181,15 +85,67 @@ class Bootstrap(_Part):
     standard_error: Error
 
 
-class ProbeRecord(AccuracyRecord):
-    """The accuracy of a linear probe.
+class Record(_Part):
+    """The fields of all records."""
 
-    Attributes:
-        bootstrap: with --bootstrap only.
-    """
+    schema_number: Literal[2] = pydantic.Field(2, alias="schema")  # number of this format
+    measurement: str  # the quantity: loss, comparison (of two losses), hessian, probe, finetune
+    value: float  # the result
+    standard_error: Error | None  # of the value; null where one run cannot have one
+    unit: Text  # of both
+    n: int = pydantic.Field(ge=1)  # number of independent units, mostly sentences
+    seeds: list[int] = []  # of everything that is drawn at random
+    inputs: dict[str, Input]  # each file or model by its SHA-256 (`sha256`, `grammar_sha256`), files by their `name` too
+    arguments: dict[str, Any]  # the flags that the value depends on
+    versions: Versions = pydantic.Field(default_factory=lambda: versions("torch", "numpy", "transformers"))  # with Python's
+    seconds: Seconds  # duration of the measurement
+    device: Text  # `cpu`, `cuda`, ...
+
+
+class LossRecord(Record):
+    """The loss in nats, as `pretraining.evaluation.loss` defines it. Without true conditionals: `sampled_loss` only."""
+
+    measurement: Literal["loss"] = "loss"
+    sampled_loss: Means  # mean of -log f[w] over the words w of the text
+    loss: Means | None = None  # exact
+    entropy: Means | None = None  # exact
+    gap: Means | None = None  # loss minus entropy
+
+
+class ComparisonRecord(Record):
+    """The paired difference of the losses of models A and B, in nats."""
+
+    measurement: Literal["comparison"] = "comparison"
+    difference: Means  # A minus B
+    models: Annotated[list[Text], Len(2, 2)]  # A and B, by job and step
+    gap_a: Means | None = None  # of A, with true conditionals
+    gap_b: Means | None = None  # of B
+    loss_a: Means | None = None  # of A, without true conditionals
+    loss_b: Means | None = None  # of B
+
+
+class HessianRecord(Record):
+    """The trace of the Hessian of the loss, as `pretraining.evaluation.hessian` defines it."""
+
+    measurement: Literal["hessian"] = "hessian"
+    estimator: Text | None = None  # fisher or hutchinson
+    parts: TraceParts | None = None  # by groups of parameters, and by layers
+
+
+class AccuracyRecord(Record):
+    """The accuracy on a downstream task; value and standard error are over seeds."""
+
+    accuracies: Annotated[list[float], MinLen(1)]  # one per seed
+    best_accuracy: float  # mean over seeds of the best accuracy during training
+    sampling_standard_error: Error  # of the accuracy on another validation sample of the same size
+    majority: float  # share of the majority class
+
+
+class ProbeRecord(AccuracyRecord):
+    """The accuracy of a linear probe."""
 
     measurement: Literal["probe"] = "probe"
-    bootstrap: Bootstrap | None = None
+    bootstrap: Bootstrap | None = None  # with --bootstrap
 
 
 class FinetuneRecord(AccuracyRecord):
@@ -198,13 +154,8 @@ class FinetuneRecord(AccuracyRecord):
     measurement: Literal["finetune"] = "finetune"
 
 
-RECORDS: dict[str, type[Record]] = {
-    "loss": LossRecord,
-    "comparison": ComparisonRecord,
-    "hessian": HessianRecord,
-    "probe": ProbeRecord,
-    "finetune": FinetuneRecord,
-}
+_KINDS = (LossRecord, ComparisonRecord, HessianRecord, ProbeRecord, FinetuneRecord)
+RECORDS: dict[str, type[Record]] = {kind.model_fields["measurement"].default: kind for kind in _KINDS}
 
 
 def is_measured(folder: Path | str, name: str, inputs: dict, arguments: dict, overwrite: bool) -> bool:

@@ -45,12 +45,10 @@ NO_CLASS = -1e4  # the bias of a class without training sentences: exp() of it i
 class ProbeData:
     """Features and labels of both parts."""
 
-    # features, validation_features: (n, d) float32
-    features: Tensor
-    # labels, validation_labels: (n,) int64 in 0 .. classes - 1.
-    labels: Tensor
-    validation_features: Tensor
-    validation_labels: Tensor
+    features: Tensor  # (n, d) float32
+    labels: Tensor  # (n,) int64 in 0 .. classes - 1
+    validation_features: Tensor  # (m, d) float32
+    validation_labels: Tensor  # (m,) int64
     classes: int
     width: int  # of the features with all positions; they may be cut to the d columns that are not zero everywhere
 
@@ -178,10 +176,10 @@ def standardise(data: ProbeData) -> None:
 
 @dataclasses.dataclass
 class Optimum:
-    """A fit by L-BFGS: the head, and a bound on J above its minimum (nats, see `fit_lbfgs`)."""
+    """A fit by L-BFGS."""
 
     head: nn.Linear
-    excess: float
+    excess: float  # bound on J above its minimum, nats; see `fit_lbfgs`
 
 
 def fit_lbfgs(
