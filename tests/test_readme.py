@@ -93,9 +93,9 @@ COMMANDS = [words for page in PAGES for words in commands(page)]
 
 
 def module_of(name: str):
-    """A module that is a program; a package's own program is its command.py, which __main__.py starts."""
+    """A module that is a program, or the __main__.py of a package."""
     module = importlib.import_module(name)
-    return importlib.import_module(f"{name}.command") if hasattr(module, "__path__") else module
+    return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
 
 
 def program(words: tuple[str, ...]) -> tuple:
@@ -198,7 +198,7 @@ def programs() -> dict[str, set[str]]:
     names = [path.removesuffix(".py") for path in tracked() if path.endswith(".py") and not path.startswith("tests/")]
     with_parser = [name for name in names if "def build_parser()" in (ROOT / f"{name}.py").read_text()]
     modules = {name.replace("/", "."): importlib.import_module(name.replace("/", ".")) for name in with_parser}
-    known = {name.removesuffix(".command"): flags(module.build_parser()) for name, module in modules.items()}
+    known = {name.removesuffix(".__main__"): flags(module.build_parser()) for name, module in modules.items()}
     generate = importlib.import_module("generate_pretraining")
     known["generate_pretraining"] = set.union(*(flags(generate.build_parser(source)) for source in SOURCES))
     return known
