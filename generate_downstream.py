@@ -8,9 +8,9 @@ A version for a laptop:
         --validation-num 200
 
 Writes into --save-path, for task B: pcfg_B.csv and pcfg_B_validation.csv (columns text,label), pcfg_B_labels.json (the
-nonterminal of each label id) and manifest_downstream_B.json; for the sixth state of a hidden Markov model (--task-type state
---position 6, a grammar of python -m pcfg.hmm): pcfg_state6.csv and so on. What a label means is told in pcfg/labels.py. A
-rerun of the same command skips what is complete. Memory: about 60 bytes a row and 200 MB.
+nonterminal of each label id) and manifest_downstream_B.json. For the sixth state of a hidden Markov model (--task-type state
+--position 6, a grammar of python -m pcfg.hmm): pcfg_state6.csv and so on. pcfg/labels.py defines the labels. A rerun of the
+same command skips complete files. Memory: about 60 bytes per row and 200 MB.
 """
 
 import argparse
@@ -42,10 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     rows.add_argument("--length-limit", type=positive_int, default=32, help="sentences have fewer words than this; default 32")
     rows.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     labels = parser.add_argument_group("labels")
-    labels.add_argument("--task-type", choices=[*TASK_SPANS, STATE_TASK], required=True, help="which label, see above")
-    labels.add_argument(
-        "--label-rule", choices=LABEL_RULES, help="what is maximised; default: posterior for states, else likelihood"
-    )
+    labels.add_argument("--task-type", choices=[*TASK_SPANS, STATE_TASK], required=True, help="the task, see above")
+    labels.add_argument("--label-rule", choices=LABEL_RULES, help="the score; default: posterior for states, else likelihood")
     labels.add_argument(
         "--span", type=positive_int, help="words that the label of B or C is taken from; default 4 for B, 2 for C"
     )
@@ -53,14 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shortest(options) -> int:
-    """Words of the shortest sentence that is drawn, checked against the longest."""
-    least, what = options.min_words, f"--min-words {options.min_words}"
-    if options.position is not None and options.position > least:
-        least, what = options.position, f"--position {options.position}"
+def shortest_sentence(options: argparse.Namespace) -> int:
+    """Words of the shortest sentence, checked against the longest."""
+    least = max(options.min_words, options.position or 0)
+    flag = "--min-words" if least == options.min_words else "--position"
     if least >= options.length_limit:
         raise InputError(
-            f"{what}: no sentence has that many words and fewer than --length-limit {options.length_limit}; change one of them"
+            f"{flag} {least}: no sentence has that many words and fewer than --length-limit {options.length_limit}; "
+            "change one of them"
         )
     if options.length_limit > MAX_WORDS + 1:
         raise InputError(f"--length-limit {options.length_limit}: must be {MAX_WORDS + 1} or less")
@@ -69,7 +67,7 @@ def _shortest(options) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    min_words = _shortest(options)
+    min_words = shortest_sentence(options)
     folder = Path(options.save_path)
     grammar = Grammar.read(find_rules(options.rule_path))
     labeller = Labeller(grammar, options.task_type, options.span, options.label_rule, options.position)
@@ -89,12 +87,12 @@ def main(arguments: list[str] | None = None) -> None:
     manifest = Manifest(folder / f"manifest_downstream_{task}.json", made_from, options.overwrite)
     names = {"training": f"pcfg_{task}.csv", "validation": f"pcfg_{task}_validation.csv"}
     label_file = f"pcfg_{task}_labels.json"
-    todo = [split for split, name in names.items() if not manifest.is_complete(name)]
-    for split in (split for split in names if split not in todo):
+    missing = [split for split, name in names.items() if not manifest.is_complete(name)]
+    for split in (split for split in names if split not in missing):
         print(f"{folder / names[split]}: skipped, complete already")
     sentences = LabelledSentences(Sampler(grammar, options.length_limit - 1), labeller, numbers, options.seed, min_words)
     # Both are drawn before either is written: a grammar that can't fill one leaves no file behind.
-    for split, rows in {split: sentences.draw(split) for split in todo}.items():
+    for split, rows in {split: sentences.draw(split) for split in missing}.items():
         write_labelled(folder / names[split], rows.texts(), rows.labels)
         counts = np.bincount(rows.labels)
         facts = {"rows": len(rows.labels), "distinct": rows.distinct, "classes": int(np.count_nonzero(counts))}

@@ -1,6 +1,6 @@
 """Probabilistic context-free grammars as index arrays: reading, checks, nltk in and out.
 
-A rules file has a rule a line, `LHS RHS prob` or `LHS RHS1 RHS2 prob`. A right side of one symbol is a unary rule if the
+A rules file has one rule per line, `LHS RHS prob` or `LHS RHS1 RHS2 prob`. A right side of one symbol is a unary rule if the
 symbol is a left side somewhere, else a word (terminal). The first left side is the start symbol. nltk's PCFG format (any
 line with `->`) is read too.
 """
@@ -31,7 +31,7 @@ RULES_FOLDER = Path(__file__).parent / "rules"
 
 
 class Grammar:
-    """A grammar whose rules have been checked, merged and normalised. Make one with `read` or `from_rules`.
+    """A grammar of checked, merged and normalised rules. Make one with `read` or `from_rules`.
 
     Sizes: N nonterminals, V words, R binary and U unary rules (unary: nonterminal -> nonterminal).
 
@@ -50,7 +50,7 @@ class Grammar:
     """
 
     def __init__(self, rules: WeightedRules):
-        """Check, merge and normalise the rules of a file; `from_rules` tells how, and what is raised."""
+        """Check, merge and normalise the rules of a file, as `from_rules` describes."""
         if not len(rules.left):
             raise InputError(f"{rules.source}:1: no rules; the file is empty")
         symbols, first_rule = np.unique(rules.left, return_index=True)
@@ -85,14 +85,14 @@ class Grammar:
         self.unary_order = np.argsort(component[self.unary[:, 0]], kind="stable")
         self._set_yields(rules, first_rule, np.bincount(sides[emits, 0], minlength=len(symbols)) > 0)
 
-    def _set_emission(self, rules: WeightedRules, left, symbol, probability) -> None:
+    def _set_emission(self, rules: WeightedRules, left: np.ndarray, symbol: np.ndarray, probability: np.ndarray) -> None:
         used = np.unique(symbol)
         self.words = sorted(rules.symbols[number] for number in used)
         word_index = {word: number for number, word in enumerate(self.words)}
         if len(self.names) * len(self.words) > MAX_EMISSIONS:
             raise InputError(
                 f"{rules.source}: {len(self.names):,} nonterminals times {len(self.words):,} words are more than "
-                f"{MAX_EMISSIONS:,}, the most that is supported; use fewer of them"
+                f"{MAX_EMISSIONS:,}, the maximum; use fewer of them"
             )
         word = np.empty(len(rules.symbols), dtype=np.int64)
         word[used] = [word_index[rules.symbols[number]] for number in used]
@@ -100,7 +100,7 @@ class Grammar:
         self.emission[left, word[symbol]] = probability
 
     def _set_yields(self, rules: WeightedRules, first_rule: np.ndarray, emits: np.ndarray) -> None:
-        """Set `shortest` and `longest`; refuse nonterminals without a sentence, and warn of those without a use."""
+        """Set `shortest` and `longest`; refuse nonterminals that derive no sentence, and warn of unreachable ones."""
         left, first, second = np.concatenate([np.insert(self.unary, 2, -1, axis=1), self.binary]).T.astype(np.int64)
         self.shortest = shortest_yields(left, first, second, emits)
         for symbol in np.flatnonzero(self.shortest < 0)[:1]:
@@ -121,12 +121,8 @@ class Grammar:
             )
 
     @classmethod
-    def read(cls, path) -> "Grammar":
-        """The grammar in a file in the rules format, or in nltk's PCFG format if a line that is no comment has `->`.
-
-        Raises:
-            InputError: the file is missing, not UTF-8, empty, or in neither format; or as `from_rules`, with file and line.
-        """
+    def read(cls, path: Path | str) -> "Grammar":
+        """The grammar in a file in the rules format, or in nltk's PCFG format if a line that is no comment has `->`."""
         return cls(parse_grammar(decoded(Path(path)), str(path)))
 
     @classmethod
@@ -135,13 +131,11 @@ class Grammar:
 
         Repeated rules add up; each left side is normalised to 1; rules of probability 0 are dropped.
 
+        A right side has one or two symbols, and a binary rule has no word. The probabilities are in [0, 1] and sum to 1 per
+        left side, within 0.01. Unary rules form no cycle, and every nonterminal derives a sentence.
+
         Args:
             source: how messages name the list; its first rule is line 1.
-
-        Raises:
-            InputError: no rules; a right side of other length; a probability that is not a number in [0, 1]; a binary rule
-                with a word; a left side whose sum is off by more than 1e-2; a unary cycle; a nonterminal that derives
-                no sentence; more than 2e8 nonterminals times words.
 
         >>> grammar = Grammar.from_rules([("S", ("A", "A"), 1.0), ("A", ("a",), 0.5), ("A", ("b",), 0.5)])
         >>> grammar.names, grammar.words, grammar.emission[1].tolist(), int(grammar.longest[0])
@@ -180,15 +174,15 @@ class Grammar:
             ]
         return hashlib.sha256("\n".join([names[0], *sorted(lines)]).encode()).hexdigest()
 
-    def listed(self, chosen: np.ndarray) -> str:
-        """The first ten of the nonterminals in `chosen`, (N,) bool, for a message."""
-        names = [self.names[symbol] for symbol in np.flatnonzero(chosen)]
+    def listed(self, mask: np.ndarray) -> str:
+        """The first ten of some nonterminals, `mask` (N,) bool, for a message."""
+        names = [self.names[symbol] for symbol in np.flatnonzero(mask)]
         listed = ", ".join(name if len(name) <= 60 else shown(name) for name in names[:10])
         return listed if len(names) <= 10 else f"{listed} and {len(names) - 10:,} more"
 
     def to_nltk(self) -> "nltk.PCFG":
         """The same grammar as an `nltk.PCFG`."""
-        # nltk takes a second to import, which scripts that don't need it should not pay.
+        # nltk takes a second to import, which only its users should pay.
         from nltk.grammar import PCFG, Nonterminal, ProbabilisticProduction
 
         symbols = [Nonterminal(name) for name in self.names]
@@ -210,15 +204,12 @@ class Grammar:
         """Word indices of sentences.
 
         Args:
-            texts: n sentences, words separated by spaces.
-            source: the file that they are from, for messages.
+            texts: n sentences, words separated by spaces; an empty one or an unknown word is refused.
+            source: their file, for messages.
 
         Returns:
             tokens (n, T) int32, indices into `words`, -1 beyond the end of a sentence; T is the longest length.
             lengths (n,) int32, words.
-
-        Raises:
-            InputError: an empty sentence or a word that the grammar does not have, with the sentence's number from 1.
 
         >>> grammar = Grammar.from_rules([("S", ("S", "S"), 0.3), ("S", ("a",), 0.3), ("S", ("b",), 0.4)])
         >>> grammar.encode(["b a", "a"], "text")[0].tolist()
@@ -246,7 +237,7 @@ def _merged(rules: WeightedRules, left: np.ndarray, first_rule: np.ndarray) -> t
         first_rule: (N,), the first rule of each left side.
 
     Returns:
-        kept (K,) ascending, the first of the rules that each merged rule was made of; probability (K,) float64.
+        kept (K,) ascending, the first of the rules behind each merged rule; probability (K,) float64.
     """
     order = np.lexsort((rules.second, rules.first, left))
     keys = np.column_stack([left, rules.first, rules.second])[order]
@@ -272,13 +263,10 @@ def _merged(rules: WeightedRules, left: np.ndarray, first_rule: np.ndarray) -> t
     return kept[by_file], merged[by_file]
 
 
-def find_rules(name) -> Path:
-    """The rules file that `name` means: a path as it is; a bare name also in `pcfg/rules/`. Prints what was taken.
+def find_rules(name: Path | str) -> Path:
+    """The rules file that `name` means: a path as it is; a bare name also in `pcfg/rules/`.
 
-    A shipped grammar is announced as such, with the entropy that its header states.
-
-    Raises:
-        InputError: there is no such file; the message lists the shipped ones.
+    Prints the file, with the entropy that the header of a shipped grammar states.
     """
     path = Path(name)
     if not path.is_file() and path.name == str(name) and (RULES_FOLDER / name).is_file():

@@ -6,6 +6,8 @@ import itertools
 import re
 from array import array
 from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -59,32 +61,37 @@ class WeightedRules:
 
 
 class RuleCollector:
-    """Rules that are being read; `collected` gives them as `WeightedRules`."""
+    """Collects rules from the blocks of a file; `collected` returns them as `WeightedRules`."""
 
     def __init__(self, source: str):
         self.source = source
-        self._number = defaultdict(itertools.count().__next__, {None: -1})
-        self._columns = [[], [], []]
+        self._number: dict[str | None, int] = defaultdict(itertools.count().__next__, {None: -1})
+        self._columns: list[list[np.ndarray]] = [[], [], []]
         self._probability = array("d")
         self._line = array("i")
 
-    def extend(self, left: list[str], first: list[str], second: list[str | None], probability: list[float], line: list[int]):
-        """Add rules, given by columns; `second` is None where the right side has one symbol."""
-        for column, symbols in zip(self._columns, (left, first, second), strict=True):
+    def extend(
+        self,
+        left: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str | None],
+        probability: Sequence[float],
+        line: Sequence[int],
+    ) -> None:
+        """Add rules by columns; `second` is None where the right side has one symbol."""
+        sides: tuple[Sequence[str | None], ...] = (left, first, second)
+        for column, symbols in zip(self._columns, sides, strict=True):
             column.append(np.fromiter(map(self._number.__getitem__, symbols), np.int32, len(symbols)))
         self._probability.extend(probability)
         self._line.extend(line)
 
     def collected(self) -> WeightedRules:
-        """All rules so far.
-
-        Raises:
-            InputError: a probability is not a number in [0, 1 + 1e-9].
-        """
-        columns = [np.concatenate([np.empty(0, np.int32), *column]) for column in self._columns]
+        """All rules so far; refuses a probability that is not a number in [0, 1 + 1e-9]."""
+        left, first, second = (np.concatenate([np.empty(0, np.int32), *column]) for column in self._columns)
         probability = np.array(self._probability, np.float64)
         line = np.array(self._line, np.int32)
-        rules = WeightedRules(self.source, list(self._number)[1:], *columns, probability, line)
+        symbols = [symbol for symbol in self._number if symbol is not None]
+        rules = WeightedRules(self.source, symbols, left, first, second, probability, line)
         # A comparison with nan is false.
         for rule in np.flatnonzero(~((probability >= 0.0) & (probability <= 1.0 + 1e-9)))[:1]:
             raise InputError(f"{rules.place(rule)}: probability {probability[rule]}; it must be a number from 0 to 1")
@@ -92,14 +99,10 @@ class RuleCollector:
 
 
 def parse_probabilities(texts: list[str], source: str, lines: list[int]) -> list[float]:
-    """The numbers in `texts`; Python's underscores and digits of other scripts are no numbers here.
-
-    Raises:
-        InputError: one is no number; its line, from `lines`, is named.
-    """
+    """The numbers in `texts`, of `lines`; Python's underscores and digits of other scripts are no numbers here."""
     together = "".join(texts)
     if together.isascii() and "_" not in together:
-        # The usual case, at the speed of `map`; what is wrong is looked for below.
+        # The usual case, at the speed of `map`; the loop below finds the error.
         with contextlib.suppress(ValueError):
             return list(map(float, texts))
     for text, line in zip(texts, lines, strict=True):
@@ -117,15 +120,11 @@ def _is_float(text: str) -> bool:
 
 
 def parse_grammar(text: str, source: str) -> WeightedRules:
-    """The rules of a text in nltk's PCFG format if a line that is no comment has `->`, else in the rules format.
-
-    Raises:
-        InputError: a control character; or as `parse_rules` or `parse_nltk`.
-    """
-    found = CONTROL_CHARACTER.search(text)
-    if found:
-        line = text.count("\n", 0, found.start()) + 1
-        raise InputError(f"{source}:{line}: the control character {found[0]!r}; a grammar is plain text in UTF-8")
+    """The rules of a text in nltk's PCFG format if a line that is no comment has `->`, else in the rules format."""
+    control = CONTROL_CHARACTER.search(text)
+    if control:
+        line = text.count("\n", 0, control.start()) + 1
+        raise InputError(f"{source}:{line}: the control character {control[0]!r}; a grammar is plain text in UTF-8")
     lines = text.split("\n")
     if "->" in text and any("->" in line for line in lines if not line.lstrip().startswith("#")):
         return parse_nltk(lines, source)
@@ -133,10 +132,7 @@ def parse_grammar(text: str, source: str) -> WeightedRules:
 
 
 def parse_rules(lines: list[str], source: str) -> WeightedRules:
-    """The rules of lines in the rules format: `LHS RHS prob` or `LHS RHS1 RHS2 prob` a line, `#` opens a comment line.
-
-    Raises:
-        InputError: wrong number of fields; a probability that is not a number from 0 to 1.
+    """The rules of lines in the rules format: `LHS RHS prob` or `LHS RHS1 RHS2 prob` per line, `#` opens a comment line.
 
     >>> rules = parse_rules(["# toy", "S A A 1.0", "A word 1.0"], "toy.txt")
     >>> rules.symbols, rules.left.tolist(), rules.second.tolist(), rules.place(1)
@@ -172,14 +168,10 @@ def parse_nltk(lines: list[str], source: str) -> WeightedRules:
     Binarising is done here, as nltk's own `CFG.binarize` forgets the probabilities and gives `A -> B C D` and `A -> B E F`
     the same new symbol, which would change the language. A new symbol is named by the symbols it stands for, so its one
     rule has probability 1 and every sentence keeps its probability.
-
-    Raises:
-        InputError: a line that is not in the format; a rule with no symbols, or more than 64, on the right; a word with a
-            space in it; a word that is the name of a nonterminal too.
     """
     start = None
-    productions = []
-    pending = []
+    productions: list[_Production] = []
+    pending: list[str] = []
     for number, line in enumerate(lines, 1):
         line = line.strip()
         if not pending and (not line or line.startswith("#")):
@@ -190,10 +182,10 @@ def parse_nltk(lines: list[str], source: str) -> WeightedRules:
         line = "".join([*pending, line])
         pending = []
         if line.startswith("%"):
-            found = START.fullmatch(line)
-            if not found:
+            directive = START.fullmatch(line)
+            if not directive:
                 raise InputError(f"{source}:{number}: {shown(line)} is no directive of nltk's format; it has `%start S` alone")
-            start = found[1]
+            start = directive[1]
         else:
             productions += _productions(line, source, number)
     if pending:
@@ -218,31 +210,30 @@ def _productions(line: str, source: str, number: int) -> list[_Production]:
     """The alternatives of one line, read as nltk does: the last number of an alternative is its probability, 0 without."""
     left = NONTERMINAL.match(line)
     arrow = left and ARROW.match(line, left.end())
-    if not arrow:
+    if not left or not arrow:
         raise InputError(f"{source}:{number}: {shown(line)} is no rule; a rule is like `S -> NP VP [0.6] | 'word' [0.4]`")
-    right_sides = [[]]
+    right_sides: list[list[tuple[str, bool]]] = [[]]
     probabilities = ["0"]
     position = arrow.end()
     while position < len(line):
-        found = RIGHT_SIDE.match(line, position)
-        if not found:
+        part = RIGHT_SIDE.match(line, position)
+        if not part:
             raise InputError(
                 f"{source}:{number}: can't read {shown(line[position:])}; there should be a symbol, a word in quotes, "
                 "a number in brackets or |"
             )
-        position = found.end()
-        value = found[found.lastgroup]
-        if found.lastgroup == "bar":
+        position = part.end()
+        if part["bar"]:
             right_sides.append([])
             probabilities.append("0")
-        elif found.lastgroup == "probability":
-            probabilities[-1] = value
-        elif found.lastgroup == "symbol":
-            right_sides[-1].append((value, False))
+        elif part["probability"] is not None:
+            probabilities[-1] = part["probability"]
+        elif part["symbol"]:
+            right_sides[-1].append((part["symbol"], False))
         else:
-            right_sides[-1].append((value[1:-1], True))
+            right_sides[-1].append((part["word"][1:-1], True))
     numbers = parse_probabilities(probabilities, source, [number] * len(probabilities))
-    productions = [_Production(left[1], right, *rest, number) for right, *rest in zip(right_sides, numbers, strict=True)]
+    productions = [_Production(left[1], right, value, number) for right, value in zip(right_sides, numbers, strict=True)]
     for right in right_sides:
         if not right:
             raise InputError(f"{source}:{number}: a right side of {shown(line)} is empty, which is not supported")
@@ -260,8 +251,8 @@ def _binarised(productions: list[_Production], source: str) -> WeightedRules:
     A word in a longer rule gets the symbol `word:...`, the symbols after the first get their names joined by `+`; neither
     `:` nor `+` can be in the name of a nonterminal in nltk's format.
     """
-    rules = []
-    introduced = {}
+    rules: list[tuple[str, str, str | None, float, int]] = []
+    introduced: dict[str, tuple[str, str, str | None, float, int]] = {}
     for production in productions:
         left = production.left
         probability = production.probability
@@ -273,8 +264,8 @@ def _binarised(productions: list[_Production], source: str) -> WeightedRules:
         pairs = [(left, names[0], "+".join(names[1:]))]
         pairs += [("+".join(names[i:]), names[i], "+".join(names[i + 1 :])) for i in range(1, len(names) - 1)]
         rules.append((*pairs[0], probability, line))
-        for helper, *children in pairs[1:]:
-            introduced.setdefault(helper, (helper, *children, 1.0, line))
+        for pair in pairs[1:]:
+            introduced.setdefault(pair[0], (*pair, 1.0, line))
         for name, (word, is_word) in zip(names, production.right, strict=True):
             if is_word:
                 introduced.setdefault(name, (name, word, None, 1.0, line))
@@ -289,19 +280,20 @@ def _binarised(productions: list[_Production], source: str) -> WeightedRules:
                 raise InputError(f"{source}:{production.line}: {shown(name)} has no rule; a word would stand in quotes")
     collector = RuleCollector(source)
     if rules:
-        collector.extend(*map(list, zip(*rules, strict=True)))
+        lefts_column, firsts, seconds, probabilities, numbers = map(list, zip(*rules, strict=True))
+        collector.extend(lefts_column, firsts, seconds, probabilities, numbers)
     return collector.collected()
 
 
 def as_written(rules: list[WeightedRule]) -> list[WeightedRule]:
     """The rules with the probabilities that `write_rules` writes.
 
-    Nine digits: more would show how the logarithm of the machine at hand rounds.
+    Nine digits: more would depend on how the machine's logarithm rounds.
     """
     return [(left, right, float(f"{probability:.9g}")) for left, right, probability in rules]
 
 
-def write_rules(path, rules: list[WeightedRule], header: list[str]) -> None:
+def write_rules(path: Path | str, rules: list[WeightedRule], header: list[str]) -> None:
     """Write a rules file with `header` as comment lines, atomically."""
     with atomic_open(path) as file:
         file.writelines(f"# {line}\n" for line in header)

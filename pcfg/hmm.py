@@ -15,15 +15,18 @@ becomes, with a nonterminal W_q for the words of state q,
     S -> q [initial[q]]     q -> W_q r [(1 - end) transition[q, r]]     q -> W_q [end]     W_q -> w [emission[q, w]]
 
 so that the nonterminal over the words t .. T - 1 is the state at the position t + 1. The length law "geometric" ends with the
-same chance everywhere, and the length has the mean 1 / end. The law "fixed" has a maximum: states carry their position,
+same chance everywhere; the mean length is 1 / end. The law "fixed" has a maximum: states carry their position,
 q@1, q@2, .., the chance of ending depends on it, and each length from --min-words to --max-words is equally likely.
 """
 
 import argparse
 import collections
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError, keyed_rng
@@ -37,96 +40,108 @@ START = "S"
 ROW_TOLERANCE = 1e-6
 
 
-def hmm_rules(initial, transition, emission, *, end=None, length=None, states=None, words=None) -> list[WeightedRule]:
+def hmm_rules(
+    initial: npt.ArrayLike,
+    transition: npt.ArrayLike,
+    emission: npt.ArrayLike,
+    *,
+    end: float | np.ndarray | None = None,
+    length: npt.ArrayLike | None = None,
+    states: Sequence[str] | None = None,
+    words: Sequence[str] | None = None,
+) -> list[WeightedRule]:
     """The rules of a hidden Markov model of K states and V words; the module docstring has the equations.
+
+    Probabilities add up to 1 (within 1e-6); names are distinct and fit into a rules file.
 
     Args:
         initial: (K,) P(first state).
-        transition: (K, K) P(next state | state), given that the sentence goes on.
+        transition: (K, K) P(next state | state), if the sentence goes on.
         emission: (K, V) P(word | state).
-        end: the chance that a sentence ends after a word, a number or (K,), by state. One of `end` and `length` is given.
+        end: the chance that a sentence ends after a word, a number or (K,), by state; exclusive with `length`.
         length: (L,) P(a sentence has 1 .. L words); states carry their position then.
         states: names of the states; None: q0, q1, ...
         words: the words; None: w0, w1, ...
 
     Returns:
-        rules without probabilities of 0 and without states that can't be reached, the start symbol's first.
-
-    Raises:
-        InputError: shapes that do not fit; numbers that are no probabilities, or don't add up to 1 (within 1e-6); names that
-            are not distinct or that a rules file can't hold.
+        rules without probabilities of 0 and without unreachable states, the start symbol's first.
 
     >>> hmm_rules([1.0], [[1.0]], [[0.5, 0.5]], length=[0.25, 0.75])
     ... # doctest: +NORMALIZE_WHITESPACE
     [('S', ('q0@1',), 1.0), ('q0@1', ('W_q0', 'q0@2'), 0.75), ('q0@1', ('W_q0',), 0.25), ('q0@2', ('W_q0',), 1.0),
      ('W_q0', ('w0',), 0.5), ('W_q0', ('w1',), 0.5)]
     """
-    initial, transition, emission = (np.asarray(array, np.float64) for array in (initial, transition, emission))
-    number = len(initial)
-    if transition.shape != (number, number) or emission.ndim != 2 or len(emission) != number:
-        raise InputError(f"shapes {initial.shape}, {transition.shape} and {emission.shape}; should be (K,), (K, K) and (K, V)")
-    for what, rows in (("initial", initial[None]), ("transition", transition), ("emission", emission)):
+    first, following, emitted = (np.asarray(array, np.float64) for array in (initial, transition, emission))
+    number = len(first)
+    if following.shape != (number, number) or emitted.ndim != 2 or len(emitted) != number:
+        raise InputError(f"shapes {first.shape}, {following.shape} and {emitted.shape}; should be (K,), (K, K) and (K, V)")
+    for what, rows in (("initial", first[None]), ("transition", following), ("emission", emitted)):
         _check_distributions(what, rows)
     if (end is None) == (length is None):
         raise InputError("give one of `end` and `length`")
     ends = _chances_of_ending(end, length, number)
-    states = [f"q{state}" for state in range(number)] if states is None else list(states)
-    words = [f"w{word}" for word in range(emission.shape[1])] if words is None else list(words)
-    if (len(states), len(words)) != emission.shape:
-        raise InputError(f"{len(states)} names of states and {len(words)} words for emissions of shape {emission.shape}")
-    named = [states]
+    state_names = [f"q{state}" for state in range(number)] if states is None else list(states)
+    word_names = [f"w{word}" for word in range(emitted.shape[1])] if words is None else list(words)
+    if (len(state_names), len(word_names)) != emitted.shape:
+        sizes = f"{len(state_names)} names of states and {len(word_names)} words"
+        raise InputError(f"{sizes} for emissions of shape {emitted.shape}")
+    names = [state_names]
     if length is not None:
-        named = [[f"{state}@{position}" for state in states] for position in range(1, len(ends) + 1)]
-    _check_names(states, words, [START, *itertools.chain(*named), *map("W_{}".format, states), *words])
-    return _rules(initial, transition, emission, ends, named, states, words)
+        names = [[f"{state}@{position}" for state in state_names] for position in range(1, len(ends) + 1)]
+    emitters = [f"W_{state}" for state in state_names]
+    _check_names(state_names, word_names, [START, *itertools.chain(*names), *emitters, *word_names])
+    return _rules(first, following, emitted, ends, names, emitters, word_names)
 
 
-def _chances_of_ending(end, length, number: int) -> np.ndarray:
+def _chances_of_ending(end: float | np.ndarray | None, length: npt.ArrayLike | None, number: int) -> np.ndarray:
     """(1, K) if they do not depend on the position, else (L, K)."""
     if length is None:
         ends = np.broadcast_to(np.asarray(end, np.float64), number)[None]
         if not ((ends >= 0) & (ends <= 1)).all():
             raise InputError(f"end {end}: must be from 0 to 1")
         return ends
-    length = np.asarray(length, np.float64)
-    _check_distributions("length", length[None])
-    length = np.trim_zeros(length, "b")
+    lengths = np.asarray(length, np.float64)
+    _check_distributions("length", lengths[None])
+    lengths = np.trim_zeros(lengths, "b")
     # P(T = t) / P(T >= t); exactly 1 at the last position
-    return np.broadcast_to((length / np.cumsum(length[::-1])[::-1])[:, None], (len(length), number))
+    return np.broadcast_to((lengths / np.cumsum(lengths[::-1])[::-1])[:, None], (len(lengths), number))
 
 
-def _rules(initial, transition, emission, ends, named, states, words) -> list[WeightedRule]:
-    """`ends` (positions, K) and `named`, the names by position; of one position: the rules lead back to it."""
-    rules = [(START, (named[0][state],), float(initial[state])) for state in np.flatnonzero(initial)]
+def _rules(
+    initial: np.ndarray,
+    transition: np.ndarray,
+    emission: np.ndarray,
+    ends: np.ndarray,
+    names: list[list[str]],
+    emitters: list[str],
+    words: list[str],
+) -> list[WeightedRule]:
+    """`ends` (positions, K) and `names`, by position; with one position, the rules lead back to it."""
+    rules: list[WeightedRule] = [(START, (names[0][state],), float(initial[state])) for state in np.flatnonzero(initial)]
     reached = initial > 0
-    emits = np.zeros(len(states), dtype=bool)
+    emits = np.zeros(len(emitters), dtype=bool)
     position = 0
-    done = np.zeros((len(named), len(states)), dtype=bool)
+    done = np.zeros((len(names), len(emitters)), dtype=bool)
     while reached.any():
-        names = named[position]
-        following = min(position + 1, len(named) - 1)
+        following = min(position + 1, len(names) - 1)
         going_on = (1.0 - ends[position])[:, None] * transition  # (K, K)
         for state in np.flatnonzero(reached):
-            own = f"W_{states[state]}"
-            further = np.flatnonzero(going_on[state])
-            shares = going_on[state, further].tolist()
-            rules += [
-                (names[state], (own, named[following][other]), share) for other, share in zip(further, shares, strict=True)
-            ]
+            left = names[position][state]
+            for other in np.flatnonzero(going_on[state]):
+                rules.append((left, (emitters[state], names[following][other]), float(going_on[state, other])))
             if ends[position, state] > 0:
-                rules.append((names[state], (own,), float(ends[position, state])))
+                rules.append((left, (emitters[state],), float(ends[position, state])))
         emits |= reached
         done[position] |= reached
         reached = (going_on[reached] > 0).any(axis=0) & ~done[following]
         position = following
     for state in np.flatnonzero(emits):
-        shares = emission[state].tolist()
-        rules += [(f"W_{states[state]}", (words[word],), shares[word]) for word in np.flatnonzero(emission[state])]
+        rules += [(emitters[state], (words[word],), float(emission[state, word])) for word in np.flatnonzero(emission[state])]
     return rules
 
 
-def hmm_grammar(initial, transition, emission, **options) -> Grammar:
-    """The grammar of a hidden Markov model; arguments and errors are those of `hmm_rules`.
+def hmm_grammar(initial: npt.ArrayLike, transition: npt.ArrayLike, emission: npt.ArrayLike, **options: Any) -> Grammar:
+    """The grammar of a hidden Markov model; the arguments are those of `hmm_rules`.
 
     >>> hmm_grammar([0.5, 0.5], [[0.9, 0.1], [0.2, 0.8]], [[1.0, 0.0], [0.0, 1.0]], end=0.25).names
     ['S', 'q0', 'q1', 'W_q0', 'W_q1']
@@ -163,8 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     shape.add_argument("--words", type=positive_int, default=200, help="words; default 200")
     shape.add_argument(
         "--words-file",
-        help="vocabulary file, one word a line, of which the lines of two or more letters a-z are used; default: made-up "
-        "words w0, w1, ...",
+        help="vocabulary file, one word per line; lines of two or more letters a-z are used; default: words w0, w1, ...",
     )
     lengths = parser.add_argument_group("lengths")
     lengths.add_argument("--length-law", choices=LENGTH_LAWS, required=True, help="see above")
@@ -185,15 +199,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _length_law(options: argparse.Namespace) -> dict:
     """The chance of ending, or the lengths' probabilities, as arguments of `hmm_rules`."""
     geometric = options.length_law == "geometric"
-    wanted = ("mean_length",)
-    others = ("max_words", "min_words")
-    if not geometric:
-        wanted = ("max_words",)
-        others = ("mean_length",)
-    for name in wanted:
-        if getattr(options, name) is None:
-            raise InputError(f"--length-law {options.length_law}: give --{name.replace('_', '-')} as well")
-    for name in others:
+    required = "mean_length" if geometric else "max_words"
+    if getattr(options, required) is None:
+        raise InputError(f"--length-law {options.length_law}: give --{required.replace('_', '-')} as well")
+    for name in ("max_words", "min_words") if geometric else ("mean_length",):
         if getattr(options, name) is not None:
             flag = f"--{name.replace('_', '-')} {getattr(options, name)}"
             raise InputError(f"{flag}: has no meaning with --length-law {options.length_law}; leave it out")

@@ -1,8 +1,8 @@
-"""Sentences drawn from a grammar, and their text, at millions a second.
+"""Sentences drawn from a grammar, and their text, at millions per second.
 
 Each nonterminal has an alias table (Walker 1977, Vose 1991) over its rules, so that a rewriting step costs one 64-bit
 random number: the high half chooses a column of the table, the low half one of the column's two rules. Text is spelled word
-by word into a buffer, in moves of 16 bytes, while the next sentence is being drawn; no word is ever a Python object.
+by word into a buffer, in moves of 16 bytes; no word is ever a Python object.
 """
 
 from collections.abc import Iterator
@@ -21,31 +21,30 @@ if PLAIN_LANES:
 else:
     from pcfg.engine.lanes import move_chunk
 
-# Part of what text is made from: another number whenever the same random generator would give other sentences.
+# Part of a text's origin: another number whenever the same random generator would give other sentences.
 DRAWING = 2
-# Fewer sentences than this share within the wanted lengths: a mistake in the limits, not a wish to wait.
+# Fewer sentences than this share within the limits of length: a mistake in the limits, not a wish to wait.
 LEAST_ACCEPTED = 1e-4
-# Bytes that are spelled before they are handed on: what stays in a core's cache until it is hashed and written.
+# Bytes per block of text: it stays in a core's cache until it is hashed and written.
 TEXT_BUFFER = 1 << 18
 
 
 class Sampler:
     """Draws sentences of a grammar that have at most `max_words` words: P(x | number of words <= max_words).
 
-    A longer sentence is dropped and drawn again, and its derivation is left as soon as it must be longer, so recursion
-    needs no depth limit. A sampler can be used by several threads at once.
+    A longer sentence is dropped and drawn again, and its derivation ends as soon as it must be longer, so recursion needs no
+    depth limit. A sampler can be used by several threads at once.
+
+    A grammar is refused if the expected length is infinite (the expected children of a recursive set of nonterminals have a
+    spectral radius of 1 or more), or if less than 1e-4 of the sentences are short enough.
 
     Args:
         grammar: the grammar.
         max_words: words, 1 or more.
 
     Attributes:
-        width: the columns of `sample`'s tokens: the least of max_words and the longest sentence.
+        width: the columns of `sample`'s tokens: max_words, or the longest sentence if that is shorter.
         length_probability: (width + 1,) float64, P(number of words = l) in the grammar.
-
-    Raises:
-        InputError: the expected length is infinite (the expected children of a recursive set of nonterminals have a
-            spectral radius of 1 or more), or less than 1e-4 of the sentences are short enough.
 
     >>> sampler = Sampler(Grammar.from_rules([("S", ("S", "S"), 0.4), ("S", ("a",), 0.6)]), 3)
     >>> tokens, lengths = sampler.sample(5, np.random.default_rng(0))
@@ -73,16 +72,13 @@ class Sampler:
             )
 
     def sample(self, number: int, rng: np.random.Generator, min_words: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Draw `number` sentences of min_words to max_words words.
+        """Draw `number` sentences of min_words to max_words words; at least 1e-4 of the sentences must have such a length.
 
         Args:
             rng: gives the 256 bits that seed the draws; the same generator state gives the same sentences.
 
         Returns:
             tokens (number, width) int32, indices into `words`, -1 beyond the end; lengths (number,) int32, words.
-
-        Raises:
-            InputError: less than 1e-4 of the sentences have such a length.
         """
         self._refuse_hopeless(min_words)
         tokens = np.full((number, self.width), -1, dtype=np.int32)
@@ -91,19 +87,19 @@ class Sampler:
         return tokens, lengths
 
     def draw_text(self, number: int, rng: np.random.Generator) -> Iterator[tuple[memoryview, int]]:
-        """Draw the sentences of `sample` as UTF-8 text, one a line with an empty line between two, a block at a time.
+        """Draw the sentences of `sample` as UTF-8 text, one per line with an empty line between two, block by block.
 
         Memory does not grow with `number`, and numba's code runs without Python's global lock.
 
         Yields:
-            the text of the next sentences, some 256 KB, valid until the next block is asked for, without the
-            empty line between two blocks; the number of its words.
+            the text of the next sentences, some 256 KB, valid until the next block, without the empty line between two
+            blocks; the number of its words.
         """
         state = _random_state(rng)
         sentences = 0
         limits = (self._shortest, self.width)
         spelling = (self._spelling, self._letters)
-        # A sentence is begun if the longest one would fit, its two line feeds and what the last move writes too much.
+        # Room for the longest sentence, its two line feeds and the excess of the last move after a full buffer.
         text = np.empty(TEXT_BUFFER + self.width * self._longest_word + 2 + CHUNK, dtype=np.uint8)
         while sentences < number:
             left = number - sentences
@@ -113,7 +109,7 @@ class Sampler:
             yield text.data[: size - 1], words
 
     def to_text(self, tokens: np.ndarray, lengths: np.ndarray, blank_line: bool) -> bytes:
-        """The sentences as UTF-8 text, one a line, with an empty line between two if `blank_line`."""
+        """The sentences as UTF-8 text, one per line, with an empty line between two if `blank_line`."""
         words = tokens[tokens >= 0]
         size = int(self._spelling[words, 1].sum()) + blank_line * len(lengths)
         text = np.empty(size + CHUNK, dtype=np.uint8)
@@ -126,7 +122,7 @@ class Sampler:
 
 
 def _refuse_infinite_length(grammar: Grammar) -> None:
-    """Raise an `InputError` unless the expected number of nonterminals in a derivation is finite.
+    """Refuse a grammar whose derivations have an infinite expected number of nonterminals.
 
     It is finite if and only if the matrix M[A, B] = expected number of B on the right of A has a spectral radius below 1;
     M is block triangular, and only a block of nonterminals that can reach each other has eigenvalues other than 0. Taking
@@ -174,7 +170,7 @@ def _rule_tables(grammar: Grammar) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         columns (N, 2) int64: the first column of each nonterminal's table, and how many it has.
         threshold (columns,) uint32: the first outcome's probability in units of 2^-32; 1 is one unit less, which does no
             harm as the second outcome is the first one's rule again.
-        outcomes (2 * columns, 3) int32: two rules a column, each the left child (word w as -1 - w), the right child or -1,
+        outcomes (2 * columns, 3) int32: two rules per column, each the left child (word w as -1 - w), the right child or -1,
             and by how many words the rule raises the least length of the sentence.
     """
     size = len(grammar.names)
@@ -188,12 +184,12 @@ def _rule_tables(grammar: Grammar) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rules = rules[order]
     probability = probability[order]
     first = np.searchsorted(rules[:, 0], np.arange(size + 1))
-    kept = np.empty(len(rules))
+    own_share = np.empty(len(rules))
     other = np.empty(len(rules), dtype=np.int64)
     for start, end in zip(first[:-1], first[1:], strict=True):
-        kept[start:end], other[start:end] = _alias_table(probability[start:end])
+        own_share[start:end], other[start:end] = _alias_table(probability[start:end])
         other[start:end] += start
-    threshold = np.minimum(np.rint(kept * 2.0**32), 2.0**32 - 1).astype(np.uint32)
+    threshold = np.minimum(np.rint(own_share * 2.0**32), 2.0**32 - 1).astype(np.uint32)
 
     left_words = np.where(rules[:, 1] < 0, 1, grammar.shortest[np.maximum(rules[:, 1], 0)])
     right_words = np.where(rules[:, 2] < 0, 0, grammar.shortest[np.maximum(rules[:, 2], 0)])
@@ -204,7 +200,7 @@ def _rule_tables(grammar: Grammar) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _spelling_tables(words: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The words in UTF-8, each with a space behind it and filled up to whole chunks, so that it is moved without a remainder.
+    """The words in UTF-8, each followed by a space and filled up to whole chunks, so that it is moved without a remainder.
 
     Returns:
         spelling (V, 2) int64: where a word begins, and its bytes with the space; letters (bytes,) uint8.
@@ -222,13 +218,13 @@ def _random_state(rng: np.random.Generator) -> np.ndarray:
 
 @numba.njit(cache=True)
 def _alias_table(probability):
-    """Vose's construction: column i keeps i with probability kept[i] and gives other[i] else, columns being uniform."""
+    """Vose's construction: column i gives i with probability own_share[i], else other[i]; columns are uniform."""
     size = len(probability)
     scaled = probability.copy()
     total = 0.0
     for value in probability:
         total += value
-    kept = np.ones(size)
+    own_share = np.ones(size)
     other = np.arange(size)
     # One stack from each end: columns below 1 from the front, the others from the back.
     waiting = np.empty(size, dtype=np.int64)
@@ -246,14 +242,14 @@ def _alias_table(probability):
         small -= 1
         poor = waiting[small]
         rich = waiting[large]
-        kept[poor] = scaled[poor]
+        own_share[poor] = scaled[poor]
         other[poor] = rich
         scaled[rich] -= 1.0 - scaled[poor]
         if scaled[rich] < 1.0:
             large += 1
             waiting[small] = rich
             small += 1
-    return kept, other
+    return own_share, other
 
 
 @numba.njit(cache=True)
@@ -334,7 +330,7 @@ def _derive(state, columns, threshold, outcomes, least, width, stack, row):
 
 @numba.njit(inline="always")
 def _spell(row, words, spelling, letters, text, place):
-    """Put a sentence and its line feed into `text` at `place`; returns where it ends; up to CHUNK bytes more are written."""
+    """Put a sentence and its line feed into `text` at `place`; returns its end; up to CHUNK bytes more are written."""
     for position in range(words):
         begin = spelling[row[position], 0]
         size = spelling[row[position], 1]
@@ -382,7 +378,7 @@ def _draw_text(state, columns, threshold, outcomes, least, width, spelling, lett
 
 @numba.njit(cache=True)
 def _spell_all(tokens, lengths, spelling, letters, blank_line, text):
-    """Spell sentences that are drawn already, with an empty line after each if `blank_line`."""
+    """Spell sentences, with an empty line after each if `blank_line`."""
     place = 0
     for sentence in range(len(lengths)):
         place = _spell(tokens[sentence], lengths[sentence], spelling, letters, text, place)
