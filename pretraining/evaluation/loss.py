@@ -126,9 +126,9 @@ def _batches(contexts: Contexts, inside: np.ndarray, size: int) -> Iterator[tupl
     lengths = contexts.lengths[contexts.sentence[inside]]
     for length in np.unique(lengths):
         of_length = inside[lengths == length]
-        ids, _, flat = contexts.batch(of_length, "cpu")  # no mask: nothing is padded
-        ids = ids.numpy()
-        position = flat.numpy() % length
+        inputs, _, masked = contexts.batch(of_length, "cpu")  # no mask: nothing is padded
+        ids = inputs.numpy()
+        position = masked.numpy() % length
         as_bytes = np.ascontiguousarray(ids).view(np.dtype((np.void, ids.itemsize * int(length))))[:, 0]
         _, first, row = np.unique(as_bytes, return_index=True, return_inverse=True)
         order = np.argsort(row, kind="stable")

@@ -139,8 +139,8 @@ class Runner:
         if missing:
             # A step that waits for one that is not due is not due either.
             states = {self._state(name) for name in missing}
-            state = "not due" if states == {"not due"} else "blocked"
-            self._note(step, Status(state=state, why=f"{missing[0]}: {self._state(missing[0])}"))
+            why = f"{missing[0]}: {self._state(missing[0])}"
+            self._note(step, Status(state="not due" if states == {"not due"} else "blocked", why=why))
         elif step.requires and not (self.out / step.requires).exists():
             self._note(step, Status(state="not due", why=f"{step.requires} was not made"))
         elif is_done(step, self.out):
@@ -178,21 +178,23 @@ class Runner:
             if process.poll() is None:
                 continue
             del self._running[step.name]
-            facts = {"seconds": round(time.monotonic() - begun, 1), "log": self._log(step).as_posix()}
+            seconds = round(time.monotonic() - begun, 1)
+            log = self._log(step).as_posix()
             makes_nothing = not step.makes and not step.records
             if process.returncode == 0 and (makes_nothing or is_done(step, self.out)):
-                self._note(step, Status(state="done", **facts))
+                self._note(step, Status(state="done", seconds=seconds, log=log))
             else:
                 why = "it did not make everything that it should" if process.returncode == 0 else None
-                self._note(step, Status(state="failed", exit_code=process.returncode, why=why, **facts))
+                failure = Status(state="failed", exit_code=process.returncode, why=why, seconds=seconds, log=log)
+                self._note(step, failure)
 
     def _note(self, step: Step, status: Status, skipped: bool = False) -> None:
         """Record how a step ended, on the disk and on the screen."""
         self.statuses[step.name] = status
         write_statuses(self.out, {**self._of_others, **self.statuses})
-        text = "done already" if skipped else status.state
+        text: str = "done already" if skipped else status.state
         if status.state == "failed":
-            text += f" with exit code {status.exit_code}; see {self.out / status.log}"
+            text += f" with exit code {status.exit_code}; see {self.out}/{status.log}"
         elif status.why:
             text += f" ({status.why})"
         elif not skipped and status.seconds is not None:
