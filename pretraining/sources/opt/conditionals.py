@@ -1,7 +1,7 @@
 """Exact masked conditionals of a restricted causal language model.
 
-With P the joint probability of `pretraining.sources.opt.causal_lm`, s its start token, T the tokens of a sentence x and M
-the maximum, the conditional at position t is, over all kept tokens w,
+P is the joint probability of `pretraining.sources.opt.causal_lm`, s its start token, T the number of tokens of a sentence x,
+and M the maximum. The conditional at position t is, over all kept tokens w,
 
     P(x_t = w | x_-t) = P(x with w at t) / sum_v P(x with v at t)
 
