@@ -259,8 +259,8 @@ def test_text_that_is_not_the_manifests_is_refused(text, tmp_path, capsys):
     [
         ("cat\n\nthe bird runs\n", [], "training0.txt: sentence 2: word 'bird' is not in the vocabulary"),
         ("cat\n\nThe cat\n", [], "sentence 2: word 'The' .* write the text in lower case"),
-        ("cat\n\na " + "big " * 30 + "dog\n", [], "training0.txt: sentence 2: 32 words.*give 34 or more"),
-        ("cat\n\na cat runs\n", ["--max_seq_length", 4], "sentence 2: 3 words.*--max_seq_length is 4, give 5"),
+        ("cat\n\na " + "big " * 30 + "dog\n", [], "training0.txt: sentence 2 has 32 words.*--max_seq_length 34 or more"),
+        ("cat\n\na cat runs\n", ["--max_seq_length", 4], "sentence 2 has 3 words.*--max_seq_length 5 or more, not 4"),
         ("", [], "training0.txt: no sentences"),
         ("cat\n", ["--mask_token_prob", 0.8, "--random_token_prob", 0.3], "their sum 1.1"),
         ("cat\n", ["--model_name", "../up"], "--model_name: '../up'"),

@@ -181,29 +181,6 @@ def describe_file(path: AnyPath) -> dict[str, str]:
     return {"name": Path(path).name, "sha256": sha256(path)}
 
 
-class HashedFile:
-    """A binary file that is written once from start to end, and hashed on the way.
-
-    Args:
-        file: an object with `write`, which takes bytes.
-    """
-
-    def __init__(self, file: Any):
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._size = 0
-
-    def write(self, block: Any) -> None:
-        """Write bytes, or an object with their buffer; hashing and writing let other threads run."""
-        self._digest.update(block)
-        self._file.write(block)
-        self._size += len(block)
-
-    def facts(self) -> dict[str, Any]:
-        """Size and SHA-256 of what was written, as `Manifest.add` takes them."""
-        return {"size": self._size, "sha256": self._digest.hexdigest()}
-
-
 # A manifest is a JSON file that lists files of its folder, under "files", by name. An entry is the file's SHA-256, alone or
 # with other facts; `Manifest` writes the long form, `write_sealed` the short one and the SHA-256 of its own content:
 #     {..., "files": {"training0.txt": {"size": 9, "sha256": "...", "sentences": 2}, "vocab.txt": "...", "args.json": "..."}}
@@ -289,7 +266,7 @@ class Manifest:
     def add(self, name: str, **facts: Any) -> None:
         """Record the finished file `name`, with further facts (counts), and write the manifest.
 
-        Its size and SHA-256 are read from the file, unless they are among the facts: those of `HashedFile`.
+        Its size and SHA-256 are read from the file, unless they are among the facts, as from `pcfg.common.text.write_shard`.
         """
         if "sha256" not in facts:
             file = self.path.parent / name

@@ -7,6 +7,7 @@ two; a CSV file has a column `text` and, where labels are needed, an integer col
 import codecs
 import contextlib
 import csv
+import hashlib
 import io
 import os
 import re
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pcfg.common.files import AnyPath, HashedFile, InputError, atomic_open, atomic_path
+from pcfg.common.files import AnyPath, InputError, atomic_open, atomic_path
 
 SPLITS = ("training", "test")
 TEXT_MANIFEST = "manifest_pretraining.json"  # of generate_pretraining.py, next to the shards
@@ -194,21 +195,22 @@ def write_shard(path: AnyPath, blocks: Iterable[bytes | memoryview]) -> dict[str
     Returns:
         size and sha256 of the file, as `Manifest.add` takes them.
     """
+    digest = hashlib.sha256()
+    size = 0
+    cached = 0
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        hashed = HashedFile(file)
-        cached = 0
         for number, block in enumerate(blocks):
-            if number:
-                hashed.write(b"\n")
-            hashed.write(block)
-            cached += len(block)
-            if cached > CACHE_BYTES:
+            for part in (b"\n", block) if number else (block,):
+                digest.update(part)  # like writing, it lets other threads run
+                file.write(part)
+                size += len(part)
+            if size - cached > CACHE_BYTES:
                 _leave_cache(file)
-                cached = 0
+                cached = size
         file.flush()
         os.fsync(file.fileno())
         _leave_cache(file)
-    return hashed.facts()
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 def _leave_cache(file: io.BufferedWriter) -> None:

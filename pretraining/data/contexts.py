@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from pcfg.common.files import AnyPath, InputError
 from pcfg.lookup import MAKERS, LookupTable
+from pretraining.data.masking import check_lengths
 from pretraining.data.sample_shards import DOCUMENTS, TEXT_ATTRIBUTE
 from pretraining.data.samples import read_samples
 from pretraining.data.vocabulary import Vocabulary
@@ -142,12 +143,7 @@ def from_samples(path: AnyPath, vocabulary: Vocabulary, max_sentences: int | Non
 
 def check_length(contexts: Contexts, positions: int, source: object) -> None:
     """Refuse sentences that are longer than the positions of the model."""
-    longest = int(contexts.lengths.max())
-    if longest > positions:
-        raise InputError(
-            f"{source}: its longest sentence has {longest} tokens with [CLS] and [SEP], the model has {positions} positions; "
-            "measure on shorter sentences"
-        )
+    check_lengths(contexts.lengths - 2, positions, source, "max_position_embeddings")
 
 
 def sentence_batch(contexts: Contexts, sentences: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,23 +25,14 @@ from pretraining.data.vocabulary import Vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class MaskingRule:
-    """How many words are masked, and what replaces them.
+    """How many words are masked, and what replaces them."""
 
-    Attributes:
-        masked_lm_prob: share of the tokens of a sentence that is masked.
-        max_predictions: maximum number of masks per sentence.
-        mask_token_prob: probability that a masked word becomes [MASK].
-        random_token_prob: probability that it becomes a word drawn uniformly from the vocabulary.
-        single_mask: one mask per sentence, always [MASK]; the other fields then have no effect.
-        pieces: whether a random word may be a ##piece: natural text consists of them.
-    """
-
-    masked_lm_prob: float = 0.15
-    max_predictions: int = 5
-    mask_token_prob: float = 0.8
-    random_token_prob: float = 0.1
-    single_mask: bool = False
-    pieces: bool = False
+    masked_lm_prob: float = 0.15  # share of the tokens of a sentence that is masked
+    max_predictions: int = 5  # maximum number of masks per sentence
+    mask_token_prob: float = 0.8  # probability that a masked word becomes [MASK]
+    random_token_prob: float = 0.1  # probability that it becomes a word drawn uniformly from the vocabulary
+    single_mask: bool = False  # one mask per sentence, always [MASK]; the other fields then have no effect
+    pieces: bool = False  # whether a random word may be a ##piece: natural text consists of them
 
     def __post_init__(self):
         for name in ("masked_lm_prob", "mask_token_prob", "random_token_prob"):
@@ -99,13 +90,19 @@ class MaskingRule:
         return np.rint(np.minimum(sums, 1.0) * 2.0**32).astype(np.uint64)
 
 
-def check_lengths(lengths: np.ndarray, max_seq_length: int, source: object) -> None:
-    """Refuse sentences that don't fit between [CLS] and [SEP]: they are never cut."""
-    longest = int(lengths.max(initial=0))
-    if longest + 2 > max_seq_length:
+def check_lengths(words: np.ndarray, max_tokens: int, source: object, limit: str = "--max_seq_length") -> None:
+    """Refuse sentences that are too long: they are never cut.
+
+    Args:
+        words: (n,) words per sentence.
+        max_tokens: per sentence, [CLS] and [SEP] included.
+        limit: the setting behind `max_tokens`, for the message.
+    """
+    longest = int(words.max(initial=0))
+    if longest + 2 > max_tokens:
         raise InputError(
-            f"{source}: sentence {int(lengths.argmax()) + 1}: {longest} words, with [CLS] and [SEP] {longest + 2} tokens; "
-            f"--max_seq_length is {max_seq_length}, give {longest + 2} or more (sentences are never cut)"
+            f"{source}: sentence {int(words.argmax()) + 1} has {longest} words; with [CLS] and [SEP] it needs {limit} "
+            f"{longest + 2} or more, not {max_tokens} (sentences are never cut)"
         )
 
 

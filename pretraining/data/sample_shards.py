@@ -11,6 +11,7 @@ sentences into samples, differently for each k if there are short ones.
 import argparse
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,32 +154,25 @@ def _handle_strangers(shards: list[TextShard], manifest: Manifest, overwrite: bo
         print(f"{path}: removed, it belonged to another set")
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleJob:
-    """The work of one process: the sample shards of one text shard."""
-
-    shard: TextShard  # the text and the numbers of the sample shards
-    recipe: Recipe  # how to make them
-    changed_words: frozenset[str]  # the words of the vocabulary that the tokenizer would split or change
-    folder: Path  # of the samples
-
-
-def make_samples(job: SampleJob) -> dict[str, dict[str, int]]:
+def make_samples(shard: TextShard, recipe: Recipe, changed_words: frozenset[str], folder: Path) -> dict[str, dict[str, int]]:
     """Write the sample shards of one text shard.
+
+    Args:
+        changed_words: the words of the vocabulary that the tokenizer would split or change.
+        folder: of the samples.
 
     Returns:
         For each file, by name: its number of "samples"; of documents also its "tokens", those that are "unknown" and the
         "cut_sentences".
     """
-    shard = job.shard
-    recipe = job.recipe
-    flat, lines = (_encode_documents if recipe.documents else _encode_sentences)(job)
     counts = {}
     if recipe.documents:
+        flat, lines = _encode_documents(shard.path, recipe)
         counts["tokens"] = len(flat)
         counts["unknown"] = int((flat == recipe.vocabulary.unk_id).sum())
         counts["cut_sentences"] = int((lines > recipe.max_seq_length - 2).sum())
     else:
+        flat, lines = _encode_sentences(shard.path, recipe, changed_words)
         check_lengths(lines, recipe.max_seq_length, shard.path)
     facts = {}
     for number in shard.numbers:
@@ -187,47 +181,39 @@ def make_samples(job: SampleJob) -> dict[str, dict[str, int]]:
         if recipe.documents:
             rng = keyed_rng(recipe.seed, f"packing-{shard.split}", number)
             lengths = pack(lines, recipe.max_seq_length - 2, recipe.short_seq_prob, rng)
-        write_samples(job.folder / name, _masked_blocks(flat, lengths, shard, recipe, number))
+        write_samples(folder / name, _masked_blocks(flat, lengths, shard, recipe, number))
         facts[name] = {"samples": len(lengths), **counts}
     return facts
 
 
-def _encode_documents(job: SampleJob) -> tuple[np.ndarray, np.ndarray]:
+def _encode_documents(path: Path, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """The text as ids of pieces (M,) int32, line after line, and the pieces per line, (n,) int32, `BLANK` for an empty one."""
-    path = job.shard.path
-    encoder = PieceEncoder(job.recipe.vocabulary, job.recipe.do_lower_case)
+    encoder = PieceEncoder(recipe.vocabulary, recipe.do_lower_case)
     flat, lines = zip(*map(encoder.encode, text_blocks(path, BLOCK_BYTES)), strict=True)
     if not any(map(len, flat)):
         raise InputError(f"{path}: the tokenizer makes no token of it; remove the file")
     return np.concatenate(flat), np.concatenate(lines)
 
 
-def _encode_sentences(job: SampleJob) -> tuple[np.ndarray, np.ndarray]:
+def _encode_sentences(path: Path, recipe: Recipe, changed_words: frozenset[str]) -> tuple[np.ndarray, np.ndarray]:
     """The text as ids (M,) int32, sentence after sentence, and the words per sentence, (n,) int32."""
-    path = job.shard.path
     flat = []
     lengths = []
     sentences = 0
     for block in text_blocks(path):
-        ids, words = job.recipe.vocabulary.encode_text(block, path, sentences)
-        if job.changed_words:
-            _refuse_changed(ids, job)
+        ids, words = recipe.vocabulary.encode_text(block, path, sentences)
+        if changed_words:
+            used = (recipe.vocabulary.words[index] for index in np.flatnonzero(np.bincount(ids)))
+            changed = [word for word in used if word in changed_words]
+            if changed:
+                raise InputError(
+                    f"{path}: word {changed[0]!r} is not one token: the tokenizer would split or change it (--do_lower_case "
+                    f"{int(recipe.do_lower_case)}); {len(changed)} such words; replace them or use another --do_lower_case"
+                )
         flat.append(ids)
         lengths.append(words)
         sentences += len(words)
     return np.concatenate(flat), np.concatenate(lengths)
-
-
-def _refuse_changed(flat: np.ndarray, job: SampleJob) -> None:
-    """Refuse words of the text that the tokenizer would split or change."""
-    words = job.recipe.vocabulary.words
-    changed = [words[index] for index in np.flatnonzero(np.bincount(flat)) if words[index] in job.changed_words]
-    if changed:
-        raise InputError(
-            f"{job.shard.path}: word {changed[0]!r} is not one token: the tokenizer would split or change it "
-            f"(--do_lower_case {int(job.recipe.do_lower_case)}); {len(changed)} such words; replace them or use another "
-            "--do_lower_case"
-        )
 
 
 def _masked_blocks(flat: np.ndarray, lengths: np.ndarray, shard: TextShard, recipe: Recipe, number: int) -> Iterator[Samples]:
@@ -273,11 +259,11 @@ def generate(options: argparse.Namespace) -> None:
     if remaining and not recipe.documents:
         changed = ordinary_words_changed(recipe.vocabulary, own or wordpiece(recipe.vocabulary, recipe.do_lower_case))
     # Absolute, as a Ray task may run in another working directory.
-    jobs = [SampleJob(shard, recipe, changed, options.output_dir.absolute()) for shard in remaining]
-    with contextlib.closing(run_jobs(make_samples, jobs, what="masking", **executor)) as results:
-        for job, facts in results:
+    make = functools.partial(make_samples, recipe=recipe, changed_words=changed, folder=options.output_dir.absolute())
+    with contextlib.closing(run_jobs(make, remaining, what="masking", **executor)) as results:
+        for shard, facts in results:
             for file, counts in facts.items():
-                manifest.add(file, **counts, source=job.shard.path.name, source_sha256=job.shard.sha256)
+                manifest.add(file, **counts, source=shard.path.name, source_sha256=shard.sha256)
     if recipe.documents:
         print(_describe_documents(manifest))
     print(f"samples: {options.output_dir}; tokenizer: {options.output_dir / name}")

@@ -17,6 +17,7 @@ import numpy as np
 from pcfg.common.files import InputError, describe_file, read_json
 from pcfg.common.text import csv_rows, read_labelled, read_texts
 from pretraining.data.contexts import Contexts, check_length, from_texts
+from pretraining.data.masking import check_lengths
 from pretraining.data.vocabulary import Vocabulary, check_single_tokens, hub_is_off, resolve_tokenizer
 from pretraining.model.checkpoints import load_vocabulary
 from pretraining.model.config import ModelConfig
@@ -268,21 +269,6 @@ def _index_labels(part: Part, classes: list[int]) -> None:
         print(f"warning: {unknown} of {len(part)} sentences of {part.file} have a label that is none of the task's")
 
 
-def check_max_seq_length(words: np.ndarray, max_seq_length: int, source: object, needed: str = "--max_seq_length") -> None:
-    """Refuse sentences that are longer than `max_seq_length` tokens.
-
-    Args:
-        words: (sentences,) words per sentence.
-        needed: the setting behind `max_seq_length`, for the message.
-    """
-    longest = int(np.argmax(words))
-    if words[longest] + 2 > max_seq_length:
-        raise InputError(
-            f"{source}: sentence {longest + 1} has {words[longest]} words; with [CLS] and [SEP] it needs "
-            f"{needed} {words[longest] + 2} or more, not {max_seq_length}"
-        )
-
-
 def encode_task(task: Task, folder: Path, config: ModelConfig, options: Any) -> list[Contexts]:
     """The sentences of each of `task.parts()` as inputs of the model in `folder`; `options`: `DownstreamArguments`."""
     vocabulary = load_vocabulary(folder)
@@ -303,7 +289,7 @@ def encode_task(task: Task, folder: Path, config: ModelConfig, options: Any) -> 
     encoded = []
     for part in task.parts():
         contexts = from_texts(part.texts, vocabulary, part.file)
-        check_max_seq_length(contexts.lengths - 2, options.max_seq_length, part.file)
+        check_lengths(contexts.lengths - 2, options.max_seq_length, part.file)
         check_length(contexts, config.max_position_embeddings, part.file)
         encoded.append(contexts)
     return encoded

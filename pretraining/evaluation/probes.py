@@ -28,7 +28,8 @@ from pcfg.common.files import InputError, read_json, write_json
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
 from pretraining.data.contexts import Contexts, concatenate
-from pretraining.data.tasks import Task, check_max_seq_length, encode_task
+from pretraining.data.masking import check_lengths
+from pretraining.data.tasks import Task, encode_task
 from pretraining.evaluation.downstream import (
     DownstreamArguments,
     DownstreamTrainingArguments,
@@ -334,7 +335,7 @@ def probe_lookup_table(task: Task, options: ProbeArguments, training: Downstream
         pairs = list(zip(open_tables(), (task.train, task.validation), strict=True))
         lengths = [np.asarray(table.lengths[: len(part)]) for table, part in pairs]
         for words, (_, part) in zip(lengths, pairs, strict=True):
-            check_max_seq_length(words, options.max_seq_length, part.file)
+            check_lengths(words, options.max_seq_length, part.file)
         longest = max(int(words.max()) for words in lengths)
         features = [table_features(table, longest, options.pool, len(part)) for table, part in pairs]
         return features, feature_width(options.pool, options.max_seq_length - 2, len(pairs[0][0].words))

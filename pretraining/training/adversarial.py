@@ -15,7 +15,8 @@ from torch import nn
 
 from pcfg.common.files import AnyPath, InputError, describe_file, keyed_rng
 from pretraining.data.contexts import concatenate, from_texts, sentence_batch
-from pretraining.data.tasks import check_max_seq_length, read_labelled_part
+from pretraining.data.masking import check_lengths
+from pretraining.data.tasks import read_labelled_part
 from pretraining.data.vocabulary import Vocabulary
 from pretraining.training.batches import OVERHEAD_TOKENS, cuts, to_device
 
@@ -82,7 +83,7 @@ class AdversarialTerm:
         labels = part.labels
         assert labels is not None
         self._contexts = from_texts(part.texts, vocabulary, path)
-        check_max_seq_length(self._contexts.lengths - 2, positions, path, "samples of --max_seq_length")
+        check_lengths(self._contexts.lengths - 2, positions, path, "samples of --max_seq_length")
         ids = self._contexts.input_ids
         # The distinct sentences: each one's first row, and its number of rows.
         _, self._row, sentence, counts = np.unique(ids, axis=0, return_index=True, return_inverse=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""Speed from natural text to masked samples, beside loops over transformers' BertTokenizer, measured in the same run.
+"""Speed from natural text to masked samples, compared with loops over transformers' BertTokenizer in the same run.
 
     bash scripts/benchmark.sh corpus
 
@@ -6,11 +6,10 @@ A version of some seconds, with rough numbers:
 
     bash scripts/benchmark.sh corpus --scale 0.02
 
-The text is English that is there wherever Python is: the documentation strings of its own library and of the installed
-packages, each once, those of a file in one document, cut into sentences at full stops. It is cut into shards that have no
-document in common; more text than there is is made of the same shards again, which gives none of them an advantage: a shard is
-encoded with no memory of another. Baselines read, tokenise a sentence a call, pack, mask with `random` and write HDF5, on one
-core.
+The text is English that comes with Python: the documentation strings of its own library and of the installed packages, each
+once, one document per file, cut into sentences at full stops. It is cut into shards without a common document. For more text
+the same shards are repeated, which is no advantage, since each shard is encoded without memory of others. Baselines read,
+tokenise one sentence per call, pack, mask with `random` and write HDF5, on one core.
 """
 
 import argparse
@@ -19,7 +18,9 @@ import re
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from measure import Row, add_arguments, cpu_seconds, machine, number_text, report, run_script, use_cores
 from naive import packed_documents, write_masked
@@ -27,7 +28,7 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-from pcfg.common.cli import run_main
+from pcfg.common.cli import Parser, run_main
 from pcfg.common.text import shard_name
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 
@@ -38,9 +39,10 @@ SHARD_BYTES = 8_000_000
 DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 
 
-def documents():
-    """The documentation strings of each file, each once, a sentence a line."""
-    paths, seen = sysconfig.get_paths(), set()
+def documents() -> Iterator[str]:
+    """The documentation strings of each file, each once, one sentence per line."""
+    paths = sysconfig.get_paths()
+    seen: set[str] = set()
     for root in dict.fromkeys((paths["stdlib"], paths["purelib"])):
         for path in sorted(Path(root).rglob("*.py")):
             texts = (" ".join(text.split()) for text in DOCSTRING.findall(path.read_text(errors="ignore")))
@@ -51,22 +53,29 @@ def documents():
 
 
 def write_text(folder: Path, size: int) -> tuple[int, int]:
-    """Shards of `size` bytes in all; returns how many bytes they have, and how many of these are there once."""
-    shards, shard, length, once = [], [], 0, 0
+    """Write shards of `size` bytes together; returns their bytes, and the bytes without repetition."""
+    shards: list[str] = []
+    shard: list[str] = []
+    length = 0
+    once = 0
     for document in documents():
         shard.append(document)
         length += len(document.encode()) + 2
         if length >= min(SHARD_BYTES, size):
             shards.append("\n\n".join(shard) + "\n")
-            once, shard, length = once + length, [], 0
+            once += length
+            shard = []
+            length = 0
             if once >= size:
                 break
     folder.mkdir()
-    written = number = 0
+    written = 0
+    number = 0
     while written < size:
         content = shards[number % len(shards)].encode()
         (folder / shard_name("training", number)).write_bytes(content)
-        written, number = written + len(content), number + 1
+        written += len(content)
+        number += 1
     return written, min(once, written)
 
 
@@ -77,8 +86,8 @@ def write_vocabulary(folder: Path) -> None:
     Vocabulary(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)).write(folder / "vocab.txt")
 
 
-def naive_rate(text: Path, tokenizer, size: int, target: Path) -> float:
-    """MB a CPU-second of the loop, on the first `size` bytes of a text."""
+def naive_rate(text: Path, tokenizer: Any, size: int, target: Path) -> float:
+    """MB per CPU-second of the loop, on the first `size` bytes of a text."""
     content = text.read_bytes()[:size]
     lines = content.decode(errors="ignore").split("\n")
     random.seed(0)
@@ -93,19 +102,22 @@ def measure(folder: Path, options: argparse.Namespace) -> list[Row]:
     if options.vocab_file is None:
         write_vocabulary(text)
     vocabulary = options.vocab_file or text / "vocab.txt"
-    start, clock = cpu_seconds(), time.monotonic()
+    start = cpu_seconds()
+    clock = time.monotonic()
     command = ["--dir", text, "-o", folder / "samples", "--vocab_file", vocabulary.absolute(), "--text", "documents"]
     run_script(SCRIPT, *command, "--max_seq_length", MASKS["max_tokens"], "--n_processes", options.cores)
-    seconds, rate = time.monotonic() - clock, written / 1e6 / (cpu_seconds() - start)
+    seconds = time.monotonic() - clock
+    rate = written / 1e6 / (cpu_seconds() - start)
 
     entries = Vocabulary.read(vocabulary)
-    few, least = text / "training0.txt", round(2e6 * options.scale)
-    fast = naive_rate(few, BertTokenizer(vocab=entries.ids), least, folder / "fast.hdf5")
-    slow = naive_rate(few, BertTokenizerLegacy(vocab_file=str(vocabulary)), least, folder / "slow.hdf5")
+    first = text / "training0.txt"
+    size = round(2e6 * options.scale)
+    fast = naive_rate(first, BertTokenizer(vocab=entries.ids), size, folder / "fast.hdf5")
+    slow = naive_rate(first, BertTokenizerLegacy(vocab_file=str(vocabulary)), size, folder / "slow.hdf5")
     gigabyte = seconds * 1e9 / written
     note = (
-        f"{written / 1e6:,.0f} MB, {once / 1e6:,.0f} of them without repetition, {entries.size:,} entries, its start counted; "
-        f"baselines on {least / 1e6:g} MB"
+        f"{written / 1e6:,.0f} MB, {once / 1e6:,.0f} of them without repetition, {entries.size:,} entries, start-up included; "
+        f"baselines on {size / 1e6:g} MB"
     )
     unit = "MB/CPU-s"
     return [
@@ -123,9 +135,7 @@ def measure(folder: Path, options: argparse.Namespace) -> list[Row]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bash scripts/benchmark.sh corpus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="bash scripts/benchmark.sh corpus", description=__doc__)
     add_arguments(parser, ["samples"])
     parser.add_argument("--megabytes", type=float, default=1000, help="of text, times --scale; default 1000")
     parser.add_argument("--vocab-file", type=Path, help="vocabulary of WordPieces; default: one is trained on the text")

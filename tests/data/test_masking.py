@@ -142,9 +142,9 @@ def test_the_longest_sentence_that_fits():
     flat, lengths = sentences(20, 8)
     samples = mask_sentences(flat, lengths, VOCABULARY, MaskingRule(), 10, np.random.default_rng(0))
     assert samples.input_ids[0, -1] == VOCABULARY.sep_id
-    with pytest.raises(InputError, match=r"a.txt: sentence 1: 8 words.* 10 tokens; --max_seq_length is 9, give 10"):
+    with pytest.raises(InputError, match=r"a.txt: sentence 1 has 8 words.* --max_seq_length 10 or more, not 9"):
         mask_sentences(flat, lengths, VOCABULARY, MaskingRule(), 9, np.random.default_rng(0), source="a.txt")
-    with pytest.raises(InputError, match="sentence 2: 31 words"):
+    with pytest.raises(InputError, match="sentence 2 has 31 words"):
         check_lengths(np.array([2, 31, 30]), 32, "a.txt")
 
 

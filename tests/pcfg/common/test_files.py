@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from pcfg.common.files import (
-    HashedFile,
     InputError,
     Manifest,
     atomic_folder,
@@ -26,6 +25,7 @@ from pcfg.common.files import (
     versions,
     write_json,
 )
+from pcfg.common.text import write_shard
 
 ROOT = Path(__file__).parents[3]
 
@@ -246,14 +246,12 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
 
 
 def test_what_is_written_is_hashed_on_the_way(tmp_path, manifest):
-    with atomic_open(tmp_path / "blocks", "wb") as file:
-        hashed = HashedFile(file)
-        for block in (b"", b"ab", memoryview(b"c"), np.frombuffer(b"def", dtype=np.uint8).data):
-            hashed.write(block)
-    assert (tmp_path / "blocks").read_bytes() == b"abcdef"
-    assert hashed.facts() == {"size": 6, "sha256": sha256(tmp_path / "blocks")}
-    manifest.add("blocks", **hashed.facts(), words=1)
-    assert Manifest.read(manifest.path).entry("blocks") == {**hashed.facts(), "words": 1}
+    blocks = (b"", b"ab", memoryview(b"c"), np.frombuffer(b"def", dtype=np.uint8).data)
+    facts = write_shard(tmp_path / "blocks", blocks)
+    assert (tmp_path / "blocks").read_bytes() == b"\nab\nc\ndef"
+    assert facts == {"size": 9, "sha256": sha256(tmp_path / "blocks")}
+    manifest.add("blocks", **facts, words=1)
+    assert Manifest.read(manifest.path).entry("blocks") == {**facts, "words": 1}
     assert manifest.is_complete("blocks")
 
 
