@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def find_models(args: argparse.Namespace) -> tuple[list[Path], Path | None]:
-    """The models to measure, and the reference to compare them with, if there is one."""
+    """The models to measure, and the reference to compare them with, or None."""
     if args.compare and args.compare_with:
         raise InputError(f"--compare-with {args.compare_with}: goes with --model-path; --compare already names two models")
     flag = "--compare" if args.compare else "--compare-with"

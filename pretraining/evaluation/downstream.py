@@ -66,7 +66,7 @@ class DownstreamArguments:
         help="seeds of initialisation and order, separated by commas: one run each, and a standard error over them; "
         "default: the seed of --seed",
     )
-    overwrite: bool = flag(default=False, help="measure again, even if there is a record")
+    overwrite: bool = flag(default=False, help="measure again, even with a complete record")
 
 
 @dataclasses.dataclass
@@ -210,7 +210,7 @@ def measure_accuracy(
     Args:
         run: returns one dict per seed ("last" and "best" validation accuracy, "train" on the training part), and further fields
             of the record.
-        overwrite: measure again, even if there is a record.
+        overwrite: measure again, even with a complete record.
     """
     if is_measured(folder, name, inputs, arguments, overwrite):
         print(f"{folder}: {name} is measured already, skipped (--overwrite measures again)")

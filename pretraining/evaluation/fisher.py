@@ -193,7 +193,7 @@ def draw_words(probability: Tensor, uniform: Tensor, sizes: Tensor | None = None
 
     Args:
         probability: p, (m, vocab_size) float64.
-        uniform: (m,) float64 numbers in [0, 1), which decide the draw whatever the batch.
+        uniform: (m,) float64 numbers in [0, 1), which decide the draw, whatever the batch.
         sizes: s, (m, vocab_size) float64; None for 1.
 
     Returns:

@@ -21,6 +21,13 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 ADVICE = "delete it and measure again"
 
 
+def _check_number(number: float, info: pydantic.ValidationInfo) -> float:
+    # In memory it may be NaN, so that `write_record` can name the file that it refuses to write.
+    if info.mode == "json" and not math.isfinite(number):
+        raise ValueError("a number is finite")
+    return number
+
+
 def _check_error(error: float) -> float:
     if error < 0:
         raise ValueError("a standard error or a duration is 0 or more")
@@ -35,14 +42,14 @@ def _check_hashes(entry: dict) -> dict:
 
 
 Text = Annotated[str, MinLen(1)]
-Error = Annotated[float, pydantic.AfterValidator(_check_error)]
+Number = Annotated[float, pydantic.AfterValidator(_check_number)]
+Error = Annotated[Number, pydantic.AfterValidator(_check_error)]
 Versions = Annotated[dict[str, Text], MinLen(1)]
 Input = Annotated[dict[str, Any], pydantic.AfterValidator(_check_hashes)]
 Seconds = Annotated[Error, pydantic.AfterValidator(lambda seconds: round(seconds, 2))]
 
 
 class _Part(Schema):
-    # Numbers may be NaN in memory, so that `write_record` can name the file that it refuses to write.
     model_config = pydantic.ConfigDict(extra="allow", allow_inf_nan=True, ser_json_inf_nan="constants", serialize_by_alias=True)
 
     @pydantic.model_serializer(mode="wrap")
@@ -53,7 +60,7 @@ class _Part(Schema):
 class Mean(_Part):
     """A mean and its standard error."""
 
-    mean: float
+    mean: Number
     standard_error: Error
 
 
@@ -67,7 +74,7 @@ class Means(_Part):
 class TracePart(_Part):
     """The share of some parameters in a trace."""
 
-    value: float
+    value: Number
     standard_error: Error | None = None
 
 
@@ -90,7 +97,7 @@ class Record(_Part):
 
     schema_number: Literal[2] = pydantic.Field(2, alias="schema")  # number of this format
     measurement: str  # the quantity: loss, comparison (of two losses), hessian, probe, finetune
-    value: float  # the result
+    value: Number  # the result
     standard_error: Error | None  # of the value; null where one run cannot have one
     unit: Text  # of both
     n: int = pydantic.Field(ge=1)  # number of independent units, mostly sentences
@@ -135,10 +142,10 @@ class HessianRecord(Record):
 class AccuracyRecord(Record):
     """The accuracy on a downstream task; value and standard error are over seeds."""
 
-    accuracies: Annotated[list[float], MinLen(1)]  # one per seed
-    best_accuracy: float  # mean over seeds of the best accuracy during training
+    accuracies: Annotated[list[Number], MinLen(1)]  # one per seed
+    best_accuracy: Number  # mean over seeds of the best accuracy during training
     sampling_standard_error: Error  # of the accuracy on another validation sample of the same size
-    majority: float  # share of the majority class
+    majority: Number  # share of the majority class
 
 
 class ProbeRecord(AccuracyRecord):

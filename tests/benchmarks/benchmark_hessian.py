@@ -1,16 +1,16 @@
-"""Time and memory of the trace of the Fisher matrix, beside other estimators on the same model and text, in the same run.
+"""Time and memory of the trace of the Fisher matrix, against other estimators on the same model and text, in one run.
 
     bash scripts/benchmark.sh hessian
 
-A version of some seconds, with rough numbers:
+In some seconds, with rough numbers:
 
     bash scripts/benchmark.sh hessian --scale 0.01 --hidden-size 32 --layers 2
 
-A pre-LN model with a vocabulary of 256 words is first trained on the grammar, one mask a sentence, to
-near its minimum (minutes). Everything then runs in float32 on one thread, one masked position a sentence. The time to a
-standard error of 1% of the trace is that of one estimate, times its variance, divided by (1% of the trace)^2, both measured: n
-independent estimates have an n-th of the variance of one. The others' estimates are one probe on one fresh batch each, of the
-size, of 8, 32 and 128 sentences, that takes them the least time to 1%.
+A pre-LN model with a vocabulary of 256 words is first trained on the grammar, one mask per sentence, close to its minimum
+(minutes). Everything then runs in float32 on one thread, one masked position per sentence. The time to a standard error of 1%
+of the trace is the time of one estimate, times its variance, divided by (1% of the trace)^2, since n independent estimates have
+1/n of the variance. Time and variance are measured. An estimate of the other methods is one probe on one fresh batch of 8, 32
+or 128 sentences: the size with the least time to 1%.
 """
 
 import argparse
@@ -37,33 +37,31 @@ from pretraining.evaluation.hessian import Sampling, fisher_trace
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 
-ENTRIES, HEADS = 256, 4
-TRAINING_STEPS, TRAINING_BATCH = 1500, 128
-SENTENCES, ESTIMATES = 8000, 400  # at --scale 1
+ENTRIES = 256
+HEADS = 4
+TRAINING_STEPS = 1500
+TRAINING_BATCH = 128
+SENTENCES = 8000  # at --scale 1
+ESTIMATES = 400  # at --scale 1
 BATCHES = (8, 32, 128)  # of the baselines
-BATCH = 128  # of ours: calculate_hessian.py's default
-HOUR, UNIT = 3600, "estimates to 1% a CPU-hour"
+BATCH = 128  # the default of calculate_hessian.py
+HOUR = 3600
+UNIT = "estimates to 1% per CPU-hour"
 
 
 @dataclasses.dataclass
 class Bench:
-    """What the rows are measured on.
+    """A trained model and text of its language."""
 
-    Attributes:
-        rules: the grammar's file.
-        scale: of amounts.
-        hidden_size, layers: of the model.
-    """
-
-    rules: Path
-    scale: float
+    rules: Path  # of the grammar
+    scale: float  # of numbers of sentences and steps
     hidden_size: int
     layers: int
 
     def __post_init__(self):
         self.grammar = Grammar.read(self.rules)
         self.sampler = Sampler(self.grammar, 31)
-        # More entries than the language has words, as where a grammar's words are some of BERT's vocabulary.
+        # More entries than the language has words, as for grammars whose words are some of BERT's vocabulary.
         others = [line for line in read_texts(RULES_FOLDER / "words.txt") if line.isalpha() and line not in self.grammar.words]
         self.vocabulary = Vocabulary([*SPECIAL_TOKENS, *self.grammar.words, *others][:ENTRIES])
         self.contexts = self.draw(self.amount(SENTENCES), "measured")
@@ -81,12 +79,12 @@ class Bench:
 
     @staticmethod
     def one_each(contexts: Contexts) -> np.ndarray:
-        """One position of each sentence, drawn, as the contexts' numbers."""
+        """Indices of contexts: one random position of each sentence."""
         chance = keyed_rng(0, "benchmark hessian, positions").random(len(contexts.lengths))
         return contexts.offsets[:-1] + (chance * contexts.counts).astype(np.int64)
 
     def _trained(self) -> MaskedLM:
-        """The model after AdamW on fresh sentences with one mask each, its learning rate falling to 0; in eval mode."""
+        """The model after AdamW on fresh sentences with one mask each, with a learning rate that falls to 0; in eval mode."""
         steps = max(2, round(TRAINING_STEPS * self.scale))
         contexts = self.draw(steps * TRAINING_BATCH, "training")
         torch.manual_seed(0)
@@ -110,18 +108,12 @@ class Bench:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """An estimator's price.
+    """The cost of an estimator."""
 
-    Attributes:
-        value, error: of the trace, and its standard error in this run.
-        variance: of one estimate.
-        seconds: CPU-seconds of one estimate.
-    """
-
-    value: float
-    error: float
-    variance: float
-    seconds: float
+    value: float  # of the trace
+    error: float  # standard error in this run
+    variance: float  # of one estimate
+    seconds: float  # CPU-seconds of one estimate
 
     def to_one_percent(self, trace: float) -> float:
         """CPU-seconds to a standard error of 1% of `trace`."""
@@ -129,7 +121,7 @@ class Cost:
 
 
 def fisher_cost(bench: Bench, plain_labels: bool = False) -> Cost:
-    """Of one masked position with one drawn label, in the way of calculate_hessian.py."""
+    """Of one masked position with one drawn label, by the method of calculate_hessian.py."""
     contexts = bench.contexts
     sampling = Sampling(nsamples=len(contexts.lengths), positions=1, plain_labels=plain_labels)
     start = cpu_seconds()
@@ -140,18 +132,19 @@ def fisher_cost(bench: Bench, plain_labels: bool = False) -> Cost:
 
 
 def batch_cost(bench: Bench, estimate, size: int) -> Cost:
-    """Of one of naive_hessian's estimates, on fresh batches of `size` sentences."""
+    """Of one estimate of naive_hessian, on fresh batches of `size` sentences."""
     number = min(bench.amount(ESTIMATES), max(8, 16 * bench.amount(ESTIMATES) // size))
     contexts = bench.draw(number * size, f"{estimate.__name__} {size}")
     model = naive_hessian.AtMasks(bench.model, bench.vocabulary.pad_id)
     parameters = list(measured_parameters(bench.model).values())
-    values, seconds = [], 0.0
+    values: list[float] = []
+    seconds = 0.0
     for batch in bench.one_each(contexts).reshape(number, size):
         ids, _, flat = contexts.batch(batch, "cpu")
         rows = torch.cat([ids, flat[:, None] % ids.shape[1]], 1)
         labels = torch.from_numpy(contexts.label[batch])
         if not values:
-            estimate(model, parameters, rows, labels)  # what only the first call does is not counted
+            estimate(model, parameters, rows, labels)  # the work of the first call only is not counted
         start = cpu_seconds()
         values.append(estimate(model, parameters, rows, labels))
         seconds += cpu_seconds() - start
@@ -160,7 +153,8 @@ def batch_cost(bench: Bench, estimate, size: int) -> Cost:
 
 
 def time_rows(bench: Bench) -> list[Row]:
-    fisher, plain = fisher_cost(bench), fisher_cost(bench, plain_labels=True)
+    fisher = fisher_cost(bench)
+    plain = fisher_cost(bench, plain_labels=True)
     baselines = {}
     for estimate in (naive_hessian.gauss_newton, naive_hessian.released, naive_hessian.hessian):
         costs = {size: batch_cost(bench, estimate, size) for size in BATCHES}
@@ -183,11 +177,14 @@ def time_rows(bench: Bench) -> list[Row]:
 
 
 def draw_rows(bench: Bench) -> list[Row]:
-    """What a further label costs where the forward pass is kept, in forward passes."""
-    contexts, parts, seconds = bench.contexts, Partitions(bench.model), np.zeros(3)
+    """The cost of one more label for the same forward pass, in forward passes."""
+    contexts = bench.contexts
+    partitions = Partitions(bench.model)
+    seconds = np.zeros(3)
     batches = contexts.batches(bench.one_each(contexts)[: bench.amount(4000)], BATCH)
     for number, batch in enumerate([batches[0], *batches]):
-        inputs, uniform = contexts.batch(batch, "cpu"), torch.rand(len(batch), dtype=torch.float64)
+        inputs = contexts.batch(batch, "cpu")
+        uniform = torch.rand(len(batch), dtype=torch.float64)
         times = [cpu_seconds()]
         with torch.no_grad():
             bench.model(*inputs)
@@ -195,50 +192,53 @@ def draw_rows(bench: Bench) -> list[Row]:
         ghost = GhostNorms(bench.model, *inputs)
         times.append(cpu_seconds())
         words, weights = draw_words(ghost.f, uniform, residuals(ghost.f))
-        parts.stack(ghost(words)).mul_(weights[:, None])
+        partitions.stack(ghost(words)).mul_(weights[:, None])
         times.append(cpu_seconds())
-        if number:  # what only the first call does is not counted
+        if number:  # the work of the first call only is not counted
             seconds += np.diff(times)
-    forward, kept, draw = seconds
-    note = f"the unit is a forward pass without gradients; with what is kept for labels it takes {number_text(kept / forward)}"
+    forward, forward_for_labels, draw = seconds
+    ratio = number_text(forward_for_labels / forward)
+    note = f"the unit is a forward pass without gradients; the forward pass that labels need takes {ratio}"
     return [Row("a drawn label", draw / forward, "forward passes", goal=1.5, smaller_is_better=True, note=note)]
 
 
 def _peak(name: str, model, rows, labels) -> float:
-    """MiB that a batch needs at most, beside what the process has: the kernel's peak of the resident memory."""
+    """MiB of a batch: the peak of resident memory above the level before it, from the kernel."""
     torch.set_num_threads(1)
     parameters = list(measured_parameters(model).values())
     function = naive_hessian.AtMasks(model, 0)
 
     def ghost(rows, _):
-        ids, position = rows[:, :-1], rows[:, -1]
+        ids = rows[:, :-1]
+        position = rows[:, -1]
         norms = GhostNorms(model, ids, ids != 0, torch.arange(len(ids)) * ids.shape[1] + position)
         norms(torch.zeros(len(ids), dtype=torch.int64))
 
     run = ghost if name == "ghost" else partial(getattr(naive_hessian, name), function, parameters)
-    run(rows[:2], labels[:2])  # libraries take memory at their first call
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    run(rows[:2], labels[:2])  # libraries allocate memory at their first call
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status("VmRSS")
     run(rows, labels)
     return (_status("VmHWM") - before) / 1024
 
 
 def _status(name: str) -> int:
-    """KiB, of this process."""
+    """A size of this process, KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def memory_rows(bench: Bench) -> list[Row]:
-    """Of one batch in a process of its own."""
+    """Of one batch, in a separate process."""
     batch = bench.one_each(bench.contexts)[: min(256, len(bench.contexts.lengths))]
     ids, _, flat = bench.contexts.batch(batch, "cpu")
-    rows, labels = torch.cat([ids, flat[:, None] % ids.shape[1]], 1), torch.from_numpy(bench.contexts.label[batch])
+    rows = torch.cat([ids, flat[:, None] % ids.shape[1]], 1)
+    labels = torch.from_numpy(bench.contexts.label[batch])
     peaks = []
     for name in ("ghost", "released"):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peaks.append(pool.apply(_peak, (name, bench.model, rows, labels)))
-    note = f"beside libraries and model, {len(batch)} contexts at once; the baseline is the released double backward"
+    note = f"without libraries and model, {len(batch)} contexts at a time; the baseline is the released double backward"
     ours, baseline = peaks
     return [Row("peak memory of a batch", ours, "MiB", baseline, 0.6 * baseline, smaller_is_better=True, note=note)]
 

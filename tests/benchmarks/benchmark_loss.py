@@ -1,15 +1,14 @@
-"""Speed of the exact loss, beside the released way, one sentence a forward pass, measured in the same run.
+"""Speed of the exact loss against the released method (one sentence per forward pass), measured in one run.
 
     bash scripts/benchmark.sh loss
 
-A version of some seconds, with rough numbers:
+In some seconds, with rough numbers:
 
     bash scripts/benchmark.sh loss --scale 0.02 --only mini
 
-Rates are sentences a second of the clock with everything on --cores cores. The models have random weights and the shapes of
-scripts/quickstart.sh's. The baseline is transformers' own code on sentences padded to 32 tokens (10 on the mini grammar); it is
-timed on few sentences, taken at equal steps of the list sorted by length, with one thread and with as many as cores, of
-which the faster counts.
+Rates are sentences per second of wall time on --cores cores. The models have random weights and the shapes of
+scripts/quickstart.sh. The baseline is the code of transformers on sentences padded to 32 tokens (10 on the mini grammar). It is
+timed on few sentences, at equal steps of the list sorted by length. The faster of one thread and --cores threads counts.
 """
 
 import dataclasses
@@ -43,24 +42,15 @@ UNIT = "sentences/s on {} cores"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A language and a model of it.
+    """A language and a model of it."""
 
-    Attributes:
-        what: the row's name.
-        rules: a shipped grammar.
-        shape: hidden size, layers, heads.
-        length: tokens that the baseline pads to, positions of the model.
-        entries: of the vocabulary; None for the grammar's words and the special tokens alone.
-        sentences, baseline: how many each side is timed on, at --scale 1.
-    """
-
-    what: str
-    rules: str
-    shape: tuple[int, int, int]
-    length: int
-    entries: int | None = None
-    sentences: int = 1000
-    baseline: int = 60
+    what: str  # name of the row
+    rules: str  # a shipped grammar
+    shape: tuple[int, int, int]  # hidden size, layers, heads
+    length: int  # padded length of the baseline, positions of the model
+    entries: int | None = None  # of the vocabulary; None for the words of the grammar and the special tokens
+    sentences: int = 1000  # timed at --scale 1
+    baseline: int = 60  # sentences for the baseline
 
 
 SETTINGS = {
@@ -71,7 +61,7 @@ SETTINGS = {
 
 
 def make_model(folder, setting: Setting, vocabulary: Vocabulary):
-    """A random model, ours and transformers'."""
+    """A random model, as ours and as one of transformers."""
     width, layers, heads = setting.shape
     torch.manual_seed(0)
     config = ModelConfig(vocabulary.size, width, layers, heads, 4 * width, max_position_embeddings=setting.length)
@@ -80,8 +70,9 @@ def make_model(folder, setting: Setting, vocabulary: Vocabulary):
 
 
 def timed(work) -> tuple[float, float]:
-    """Seconds of the clock and of the processor that work() takes."""
-    start, start_cpu = time.perf_counter(), cpu_seconds()
+    """Wall and CPU seconds of work()."""
+    start = time.perf_counter()
+    start_cpu = cpu_seconds()
     work()
     return time.perf_counter() - start, cpu_seconds() - start_cpu
 
@@ -93,38 +84,40 @@ def measure(setting: Setting, scale: float, cores: int) -> Row:
     texts = [" ".join(grammar.words[word] for word in row[:length]) for row, length in zip(tokens, lengths, strict=True)]
     fillers = (setting.entries or 0) - len(SPECIAL_TOKENS) - len(grammar.words)
     vocabulary = Vocabulary([*SPECIAL_TOKENS, *grammar.words, *(f"filler{number}" for number in range(fillers))])
-    table, contexts = LookupTable.compute(grammar, texts, "benchmark"), from_texts(texts, vocabulary, "benchmark")
+    table = LookupTable.compute(grammar, texts, "benchmark")
+    contexts = from_texts(texts, vocabulary, "benchmark")
     columns = np.array([vocabulary.ids[word] for word in table.words])
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = make_model(folder, setting, vocabulary)
     few = min(few, amount)
-    chosen = np.argsort(lengths, kind="stable")[((np.arange(few) + 0.5) * amount / few).astype(int)]
-    conditionals = [table.conditionals(row, row + 1) for row in chosen]
-    found: dict = {}
+    sample = np.argsort(lengths, kind="stable")[((np.arange(few) + 0.5) * amount / few).astype(int)]
+    conditionals = [table.conditionals(row, row + 1) for row in sample]
+    results: dict = {}
 
     def naive(max_length, threads):
         torch.set_num_threads(threads)
         loss = SentenceBySentence(theirs, vocabulary.ids, table.words, max_length)
-        found["naive"] = [loss.losses(texts[row], rows) for row, rows in zip(chosen, conditionals, strict=True)]
+        results["naive"] = [loss.losses(texts[row], rows) for row, rows in zip(sample, conditionals, strict=True)]
 
     def engine():
-        found["gap"] = context_losses(ours, contexts, table, columns)[1]
+        results["gap"] = context_losses(ours, contexts, table, columns)[1]
 
-    context_losses(ours, from_texts(texts[:2], vocabulary, "benchmark"))  # what a first call loads
+    context_losses(ours, from_texts(texts[:2], vocabulary, "benchmark"))  # the first call loads libraries
     seconds, cpu = timed(engine)
-    # Small operations on several threads may be slower than on one: the baseline's better choice counts.
+    # Small operations may be slower on several threads: the better choice of the baseline counts.
     baseline, baseline_cpu = min(timed(partial(naive, setting.length, threads)) for threads in {1, cores})
     unpadded, _ = min(timed(partial(naive, None, threads)) for threads in {1, cores})
     torch.set_num_threads(cores)
-    exact = found["gap"] + table.entropy
+    exact = results["gap"] + table.entropy
     offsets = contexts.offsets
-    difference = np.mean([np.mean(exact[offsets[row] : offsets[row + 1]]) for row in chosen]) - np.mean(
-        [np.mean(losses) for losses in found["naive"]]
+    difference = np.mean([np.mean(exact[offsets[row] : offsets[row + 1]]) for row in sample]) - np.mean(
+        [np.mean(losses) for losses in results["naive"]]
     )
-    rate, cpu_ratio = amount / seconds, (baseline_cpu / few) / (cpu / amount)
+    rate = amount / seconds
+    cpu_ratio = (baseline_cpu / few) / (cpu / amount)
     note = (
-        f"{amount:,} sentences, {len(contexts.label):,} contexts; baseline on {few:,}; a CPU-second, the ratio is "
-        f"{number_text(cpu_ratio)}; without padding the baseline makes {number_text(few / unpadded)}, a ratio of "
+        f"{amount:,} sentences, {len(contexts.label):,} contexts; baseline on {few:,}; per CPU-second, the ratio is "
+        f"{number_text(cpu_ratio)}; without padding the baseline reaches {number_text(few / unpadded)}, a ratio of "
         f"{number_text(rate * unpadded / few)}; the mean losses differ by {abs(difference):.1e} nats"
     )
     return Row(

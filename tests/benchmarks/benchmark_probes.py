@@ -1,17 +1,16 @@
-"""Speed of the linear probe beside the naive way, which runs the frozen encoder in every epoch, and whether both agree.
+"""Speed of the linear probe against the naive method, which runs the frozen encoder in every epoch, and their agreement.
 
     bash scripts/benchmark.sh probes
 
-A version of some seconds, with rough numbers:
+In some seconds, with rough numbers:
 
     bash scripts/benchmark.sh probes --scale 0.02 --hidden-size 32 --layers 2 --only adamw
 
-The task is B of --rule-path: 10,000 training and 2,000 validation sentences, 50 epochs of AdamW with the README's flags. The
-model has random weights (speed and agreement don't ask for others). The naive way pads every sentence to --max_seq_length, runs
-the encoder without gradients in each step, and trains torch.nn.Linear on what comes out. Its time is that of its first steps,
-and of a forward pass for the evaluations, scaled to all of them, which are alike; its accuracy is that of all its steps on
-features that its encoder made once, since a frozen encoder makes the same ones in each epoch. Rates are per CPU-second, all
-threads counted: with more than one (--cores) on a busy machine, waiting counts too.
+The task is B of --rule-path: 10,000 training and 2,000 validation sentences, 50 epochs of AdamW with the flags of the README.
+The model has random weights, which suffice for speed and agreement. The naive method pads every sentence to --max_seq_length,
+runs the encoder without gradients in each step, and trains torch.nn.Linear on its output. Its time is scaled from its first
+steps and one forward pass of an evaluation. Its accuracy is that of all its steps on features computed once, which are the same
+in each epoch. Rates are per CPU-second of all threads: with several (--cores) on a busy machine, waiting counts too.
 """
 
 import argparse
@@ -41,7 +40,7 @@ from pretraining.model.config import ModelConfig
 POSITIONS = 32  # --max_seq_length
 HEAD_WIDTH = 64
 SEED = 0
-# The README's flags, but for the warm-up of a run too short for it.
+# The flags of the README, except the warm-up of short runs.
 FLAGS = {
     **{"per_device_train_batch_size": 512, "learning_rate": 1e-3, "weight_decay": 0.01, "max_grad_norm": 1.0},
     **{"lr_scheduler_type": "polynomial", "num_train_epochs": 50, "eval_strategy": "steps", "eval_steps": 200},
@@ -51,14 +50,10 @@ WARMUP_STEPS = 50
 
 @dataclasses.dataclass
 class Bench:
-    """What the rows are measured on: a model, and the labelled sentences of both parts.
-
-    Attributes:
-        scale: of the numbers of sentences.
-    """
+    """A model, and the labelled sentences of both parts."""
 
     grammar: Grammar
-    scale: float
+    scale: float  # of the numbers of sentences
     hidden_size: int
     layers: int
     folder: str
@@ -71,7 +66,8 @@ class Bench:
         self.contexts = [from_texts(list(part.texts()), vocabulary, "benchmark") for part in rows]
         labels = [torch.as_tensor(part.labels, dtype=torch.int64) for part in rows]
         occurring = torch.cat(labels).unique()  # the classes of a task, as the scripts number them
-        self.labels, self.classes = [torch.searchsorted(occurring, part) for part in labels], len(occurring)
+        self.labels = [torch.searchsorted(occurring, part) for part in labels]
+        self.classes = len(occurring)
         heads = max(1, self.hidden_size // HEAD_WIDTH)
         torch.manual_seed(SEED)
         shape = (vocabulary.size, self.hidden_size, self.layers, heads, 4 * self.hidden_size)
@@ -81,7 +77,7 @@ class Bench:
 
     @functools.cached_property
     def data(self) -> ProbeData:
-        """The features of both parts, made once."""
+        """The features of both parts, computed once."""
         longest = int(max(part.lengths.max() for part in self.contexts))
         train, validation = (hidden_features(self.model, part, longest) for part in self.contexts)
         return ProbeData(train, self.labels[0], validation, self.labels[1], self.classes, POSITIONS * self.hidden_size)
@@ -112,7 +108,8 @@ def naive_probe(features_of, labels, width: int, classes: int, training, total_s
     groups = [{"params": [head.weight], "weight_decay": training.weight_decay}, {"params": [head.bias], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, eps=training.adam_epsilon)
     scheduler = get_scheduler(training.lr_scheduler_type, optimizer, training.warmup_steps, total_steps)
-    step, epoch = 0, 0
+    step = 0
+    epoch = 0
     while step < (total_steps if steps is None else steps):
         order = torch.from_numpy(keyed_rng(SEED, "probe-order", epoch).permutation(len(labels)))
         for batch in order.split(training.per_device_train_batch_size)[: (steps or total_steps) - step]:
@@ -139,7 +136,8 @@ def adamw_rows(bench: Bench) -> list[Row]:
     seconds = cpu_seconds() - start
 
     batches = torch.arange(len(labels)).split(bench.training.per_device_train_batch_size)
-    naive_steps, timed = min(2, bench.steps), len(batches[0])
+    naive_steps = min(2, bench.steps)
+    timed = len(batches[0])
     start = cpu_seconds()
     naive_probe(lambda rows: padded_features(bench.model, train, rows), labels, *sizes, naive_steps)
     naive_seconds = (cpu_seconds() - start) / naive_steps * bench.steps
@@ -149,21 +147,22 @@ def adamw_rows(bench: Bench) -> list[Row]:
     evaluations = math.ceil(bench.steps / FLAGS["eval_steps"])  # the last one at the end
     naive_seconds += evaluations * len(validation_labels) / naive_encoding
 
-    made = torch.cat([padded_features(bench.model, train, rows) for rows in batches])
-    naive_head = naive_probe(lambda rows: made[rows], labels, *sizes)
+    features = torch.cat([padded_features(bench.model, train, rows) for rows in batches])
+    naive_head = naive_probe(lambda rows: features[rows], labels, *sizes)
     parts = torch.arange(len(validation_labels)).split(timed)
     right = [naive_head(padded_features(bench.model, validation, rows)).argmax(-1) == validation_labels[rows] for rows in parts]
     naive = torch.cat(right).float().mean().item()
-    differing = (data.features - made[:, : data.features.shape[1]]).abs().max().item()
+    differing = (data.features - features[:, : data.features.shape[1]]).abs().max().item()
 
     note = (
         f"{len(labels):,} sentences, {bench.training.num_train_epochs:g} epochs, the {len(validation_labels):,} validation "
-        f"sentences measured every {FLAGS['eval_steps']} steps, of it {encoding / seconds:.0%} encoder; baseline: "
+        f"sentences measured every {FLAGS['eval_steps']} steps, {encoding / seconds:.0%} of the time in the encoder; baseline: "
         f"{number_text(naive_seconds)} CPU-s, scaled from {naive_steps} steps and a forward pass of {timed} sentences"
     )
     agreement = f"{100 * ours:.2f}% against {100 * naive:.2f}%, same seed; features differ by {number_text(differing)} at most"
     unit = "sentences x epochs/CPU-s"
-    total, difference = len(labels) + len(validation_labels), 100 * abs(ours - naive)
+    total = len(labels) + len(validation_labels)
+    difference = 100 * abs(ours - naive)
     return [
         Row("linear probe by AdamW", bench.examples / seconds, unit, bench.examples / naive_seconds, goal_ratio=100, note=note),
         Row("its features", total / encoding, "sentences/CPU-s", naive_encoding),
@@ -181,8 +180,8 @@ def lbfgs_rows(bench: Bench) -> list[Row]:
     seconds = cpu_seconds() - start
     right = accuracy(optimum.head, data.validation_features, data.validation_labels)
     note = (
-        f"choice of the strength (it is {strength:g}) and optimum, within {number_text(optimum.excess)} nats, features not "
-        f"counted; accuracy {100 * right:.2f}%"
+        f"choice of the strength (it is {strength:g}) and optimum, within {number_text(optimum.excess)} nats, without "
+        f"features; accuracy {100 * right:.2f}%"
     )
     return [Row("linear probe by L-BFGS", seconds, "CPU-s", smaller_is_better=True, note=note)]
 

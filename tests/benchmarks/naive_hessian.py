@@ -1,4 +1,4 @@
-"""Other ways to the trace of the Hessian, one estimate from one batch of contexts each, for benchmark_hessian.py."""
+"""Other estimators of the trace of the Hessian, one estimate per batch of contexts, for benchmark_hessian.py."""
 
 import torch
 from curvlinops import GGNLinearOperator, HessianLinearOperator, hutchinson_trace
@@ -6,21 +6,23 @@ from torch import nn
 
 
 class AtMasks(nn.Module):
-    """A `MaskedLM` as a function of one tensor, as curvlinops wants it: rows of token ids with the masked position last."""
+    """A `MaskedLM` as a function of one tensor, which curvlinops requires: rows of token ids, the masked position last."""
 
     def __init__(self, model, pad_id: int):
         super().__init__()
-        self.model, self.pad_id = model, pad_id
+        self.model = model
+        self.pad_id = pad_id
 
     def forward(self, rows):
         """(m, length + 1) int64 -> logits (m, vocab_size)."""
-        ids, position = rows[:, :-1], rows[:, -1]
+        ids = rows[:, :-1]
+        position = rows[:, -1]
         flat = torch.arange(len(ids)) * ids.shape[1] + position
         return self.model(ids, ids != self.pad_id, flat)
 
 
 def released(model: AtMasks, parameters: list, rows, labels) -> float:
-    """The released code's: a Gaussian probe through the double backward pass of a batch, everything made afresh."""
+    """The released code: a Gaussian probe through the double backward pass of a batch, with a new graph each time."""
     loss = nn.functional.cross_entropy(model(rows), labels)
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     probe = [torch.randn_like(parameter) for parameter in parameters]
@@ -30,8 +32,9 @@ def released(model: AtMasks, parameters: list, rows, labels) -> float:
 
 
 def _curvlinops(operator: type, model: AtMasks, parameters: list, rows, labels) -> float:
-    """A Rademacher probe of curvlinops' Hutchinson on a batch; its check of the operator, two products, is off."""
-    data, loss = [(rows, labels)], nn.CrossEntropyLoss()
+    """One Rademacher probe of Hutchinson's estimator in curvlinops, without its check of the operator (two products)."""
+    data = [(rows, labels)]
+    loss = nn.CrossEntropyLoss()
     return hutchinson_trace(operator(model, loss, parameters, data, check_deterministic=False), 1).item()
 
 
@@ -40,5 +43,5 @@ def hessian(model: AtMasks, parameters: list, rows, labels) -> float:
 
 
 def gauss_newton(model: AtMasks, parameters: list, rows, labels) -> float:
-    """Of the generalised Gauss-Newton matrix, which for this loss is the Fisher matrix."""
+    """The trace of the generalised Gauss-Newton matrix, which for this loss is the Fisher matrix."""
     return _curvlinops(GGNLinearOperator, model, parameters, rows, labels)

@@ -1,4 +1,4 @@
-"""The exact loss as one writes it first: a forward pass of transformers' model for each sentence, padded to one length."""
+"""The exact loss in the simplest way: a forward pass of a transformers model per sentence, padded to one length."""
 
 import torch
 
@@ -7,19 +7,21 @@ class SentenceBySentence:
     """-sum_w P(w | x_-t) log f(x_-t)[w] of every position of a sentence, nats.
 
     Args:
-        model: transformers' masked language model, in eval mode.
+        model: a masked language model of transformers, in eval mode.
         ids: vocabulary id of each word and special token.
-        words: what the columns of the conditionals stand for.
-        max_length: tokens that every sentence is padded to; None for none.
+        words: of the columns of the conditionals.
+        max_length: tokens that every sentence is padded to; None for no padding.
     """
 
     def __init__(self, model, ids: dict[str, int], words: list[str], max_length: int | None):
-        self.model, self.ids, self.max_length = model, ids, max_length
+        self.model = model
+        self.ids = ids
+        self.max_length = max_length
         self.columns = torch.tensor([ids[word] for word in words])
 
     @torch.no_grad()
     def losses(self, text: str, conditionals) -> list[float]:
-        """One number a position; `conditionals` are (positions, words)."""
+        """One number per position; `conditionals` are (positions, words)."""
         tokens = [self.ids[word] for word in ("[CLS]", *text.split(), "[SEP]")]
         length = self.max_length or len(tokens)
         positions = torch.arange(len(tokens) - 2)
