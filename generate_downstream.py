@@ -23,7 +23,7 @@ from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError, Manifest, write_json
 from pcfg.common.text import write_labelled
 from pcfg.grammar import Grammar, find_rules
-from pcfg.labels import LABEL_RULES, STATE_TASK, TASK_SPANS, LabelledSentences, Labeller
+from pcfg.labels import LABEL_RULES, STATE_TASK, TASK_SPANS, LabelledSentences, Labeller, class_line
 from pcfg.sampler import Sampler
 
 
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     files = parser.add_argument_group("files")
     files.add_argument("--rule-path", required=True, help="rules file, or the name of a shipped grammar")
     files.add_argument("--save-path", required=True, help="folder for the CSV files; made if missing")
-    files.add_argument("--overwrite", action="store_true", help="replace files that were made otherwise; default: refuse")
+    files.add_argument("--overwrite", action="store_true", help="replace files of other arguments; default: refuse")
     rows = parser.add_argument_group("rows")
     rows.add_argument("--sentence-num", type=positive_int, default=10_000, help="training rows; default 10000")
     rows.add_argument("--validation-num", type=positive_int, default=2_000, help="validation rows; default 2000")
@@ -44,9 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     labels = parser.add_argument_group("labels")
     labels.add_argument("--task-type", choices=[*TASK_SPANS, STATE_TASK], required=True, help="the task, see above")
     labels.add_argument("--label-rule", choices=LABEL_RULES, help="the score; default: posterior for states, else likelihood")
-    labels.add_argument(
-        "--span", type=positive_int, help="words that the label of B or C is taken from; default 4 for B, 2 for C"
-    )
+    labels.add_argument("--span", type=positive_int, help="words under the label of B or C; default 4 for B, 2 for C")
     labels.add_argument("--position", type=positive_int, help="of the state, in words from 1; required with --task-type state")
     return parser
 
@@ -56,10 +54,8 @@ def shortest_sentence(options: argparse.Namespace) -> int:
     least = max(options.min_words, options.position or 0)
     flag = "--min-words" if least == options.min_words else "--position"
     if least >= options.length_limit:
-        raise InputError(
-            f"{flag} {least}: no sentence has that many words and fewer than --length-limit {options.length_limit}; "
-            "change one of them"
-        )
+        limit = f"--length-limit {options.length_limit}"
+        raise InputError(f"{flag} {least}: no sentence has that many words and fewer than {limit}; change one of them")
     if options.length_limit > MAX_WORDS + 1:
         raise InputError(f"--length-limit {options.length_limit}: must be {MAX_WORDS + 1} or less")
     return least
@@ -71,11 +67,10 @@ def main(arguments: list[str] | None = None) -> None:
     folder = Path(options.save_path)
     grammar = Grammar.read(find_rules(options.rule_path))
     labeller = Labeller(grammar, options.task_type, options.span, options.label_rule, options.position)
-    task = labeller.task
     numbers = {"training": options.sentence_num, "validation": options.validation_num}
     made_from = {
         "grammar_sha256": grammar.sha256,
-        "task": task,
+        "task": labeller.task,
         "label_rule": labeller.rule,
         "span": labeller.span,
         "sentence_num": numbers,
@@ -84,22 +79,21 @@ def main(arguments: list[str] | None = None) -> None:
         "seed": options.seed,
         "split_by": "SplitMix64 of words",
     }
-    manifest = Manifest(folder / f"manifest_downstream_{task}.json", made_from, options.overwrite)
-    names = {"training": f"pcfg_{task}.csv", "validation": f"pcfg_{task}_validation.csv"}
-    label_file = f"pcfg_{task}_labels.json"
+    manifest = Manifest(folder / f"manifest_downstream_{labeller.task}.json", made_from, options.overwrite)
+    names = {"training": f"pcfg_{labeller.task}.csv", "validation": f"pcfg_{labeller.task}_validation.csv"}
+    label_file = f"pcfg_{labeller.task}_labels.json"
     missing = [split for split, name in names.items() if not manifest.is_complete(name)]
     for split in (split for split in names if split not in missing):
         print(f"{folder / names[split]}: skipped, complete already")
     sentences = LabelledSentences(Sampler(grammar, options.length_limit - 1), labeller, numbers, options.seed, min_words)
-    # Both are drawn before either is written: a grammar that can't fill one leaves no file behind.
+    # Both are drawn before either is written: a grammar that cannot fill one leaves no file behind.
     for split, rows in {split: sentences.draw(split) for split in missing}.items():
         write_labelled(folder / names[split], rows.texts(), rows.labels)
-        counts = np.bincount(rows.labels)
-        facts = {"rows": len(rows.labels), "distinct": rows.distinct, "classes": int(np.count_nonzero(counts))}
+        facts = {"rows": len(rows.labels), "distinct": rows.distinct, "classes": len(np.unique(rows.labels))}
         manifest.add(names[split], **facts, dropped=rows.dropped)
         print(
-            f"{folder / names[split]}: {facts['rows']} rows, {facts['distinct']} of them distinct, {facts['classes']} "
-            f"classes, majority {counts.max() / len(rows.labels):.1%}; {rows.dropped} sentences without a label dropped"
+            f"{folder / names[split]}: {len(rows.labels)} rows, {rows.distinct} of them distinct, {class_line(rows.labels)}; "
+            f"{rows.dropped} sentences without a label dropped"
         )
     if not manifest.is_complete(label_file):
         ids = {str(number): name for number, name in enumerate(labeller.names)}

@@ -63,9 +63,9 @@ class Grammar:
         sides = np.column_stack([number[rules.left], number[rules.first], number[rules.second]])  # (R, 3)
         _refuse_words_in_binary_rules(rules, sides)
 
-        kept, probability = _merged(rules, sides[:, 0], first_rule)
-        sides = sides[kept]
-        is_binary = rules.second[kept] >= 0
+        origin, probability = _merged(rules, sides[:, 0], first_rule)
+        sides = sides[origin]
+        is_binary = rules.second[origin] >= 0
         is_unary = ~is_binary & (sides[:, 1] >= 0)
         emits = ~is_binary & (sides[:, 1] < 0)
         self.unary = sides[is_unary, :2].astype(np.int32)
@@ -73,13 +73,14 @@ class Grammar:
         by_children = np.flatnonzero(is_binary)[np.lexsort(sides[is_binary].T[[0, 2, 1]])]
         self.binary = sides[by_children].astype(np.int32)
         self.binary_probability = probability[by_children]
-        self._set_emission(rules, sides[emits, 0], rules.first[kept[emits]], probability[emits])
+        self._set_emission(rules, sides[emits, 0], rules.first[origin[emits]], probability[emits])
 
         component, _ = strong_components(len(symbols), *self.unary.T.astype(np.int64))
         for rule in np.flatnonzero(component[self.unary[:, 0]] == component[self.unary[:, 1]])[:1]:
             left, child = self.unary[rule]
+            place = rules.place(origin[is_unary][rule])
             raise InputError(
-                f"{rules.place(kept[is_unary][rule])}: the unary rule {shown(self.names[left])} -> {shown(self.names[child])} "
+                f"{place}: the unary rule {shown(self.names[left])} -> {shown(self.names[child])} "
                 f"is part of a cycle ({self.listed(component == component[left])}); remove one of its rules"
             )
         self.unary_order = np.argsort(component[self.unary[:, 0]], kind="stable")
@@ -237,7 +238,7 @@ def _merged(rules: WeightedRules, left: np.ndarray, first_rule: np.ndarray) -> t
         first_rule: (N,), the first rule of each left side.
 
     Returns:
-        kept (K,) ascending, the first of the rules behind each merged rule; probability (K,) float64.
+        origin (K,) ascending, the first of the rules behind each merged rule; probability (K,) float64.
     """
     order = np.lexsort((rules.second, rules.first, left))
     keys = np.column_stack([left, rules.first, rules.second])[order]
@@ -257,10 +258,10 @@ def _merged(rules: WeightedRules, left: np.ndarray, first_rule: np.ndarray) -> t
     for rule in np.flatnonzero(np.diff(starts) > 1):
         merged[rule] = math.fsum(values[starts[rule] : starts[rule + 1]])
     merged = merged / sums[keys[new, 0]]
-    kept = order[new]
-    by_file = np.argsort(kept)
+    origin = order[new]
+    by_file = np.argsort(origin)
     by_file = by_file[merged[by_file] > 0.0]
-    return kept[by_file], merged[by_file]
+    return origin[by_file], merged[by_file]
 
 
 def find_rules(name: Path | str) -> Path:

@@ -264,11 +264,11 @@ def grammar_facts(grammar: Grammar, sentences: int) -> list[str]:
     ]
     for task, span in TASK_SPANS.items():
         labels = Labeller(grammar, task).label(tokens[long_enough], lengths[long_enough])
-        lines.append(f"task {task} ({'whole sentence' if span is None else f'span {span}'}): {_class_line(labels)}")
+        lines.append(f"task {task} ({'whole sentence' if span is None else f'span {span}'}): {class_line(labels)}")
     return lines
 
 
-def _class_line(labels: np.ndarray) -> str:
+def class_line(labels: np.ndarray) -> str:
     """Number of classes and the share of the largest; without a label: -1."""
     counts = np.bincount(labels[labels >= 0])
     if not len(counts):

@@ -91,7 +91,7 @@ def _check_shape(options: argparse.Namespace, vocabulary: list[str]) -> None:
     )
     for flag, value, what, least, most in limits:
         if not least <= value <= most:
-            raise InputError(f"{flag} {value}: must be from {least} to {most} ({what}) with the other numbers given")
+            raise InputError(f"{flag} {value}: must be from {least} to {most} ({what}) with these other numbers")
 
 
 def read_words(path: Path | str) -> list[str]:
@@ -101,7 +101,7 @@ def read_words(path: Path | str) -> list[str]:
     """
     words = [word for line in decoded(Path(path)).split("\n") if re.fullmatch(r"[a-z]{2,}", word := line.strip())]
     if not words:
-        raise InputError(f"{path}: no word of two or more letters a-z; give a vocabulary file with one word a line")
+        raise InputError(f"{path}: no word of two or more letters a-z; give a vocabulary file with one word per line")
     return list(dict.fromkeys(words))
 
 

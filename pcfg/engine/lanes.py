@@ -102,39 +102,27 @@ def _call(builder, name, arguments):
 @kernel
 def multiply_add(_, first, second, third):
     """first * second + third, fused where the machine can."""
-
-    def generate(context, builder, signature, arguments):  # noqa: ARG001 (numba's protocol)
-        return _call(builder, "fmuladd", arguments)
-
-    return first(first, second, third), generate
+    return first(first, second, third), lambda _context, builder, _signature, vectors: _call(builder, "fmuladd", vectors)
 
 
 @kernel
 def multiply(_, first, second):
     """first * second."""
-
-    def generate(context, builder, signature, arguments):  # noqa: ARG001 (numba's protocol)
-        return builder.fmul(*arguments)
-
-    return first(first, second), generate
+    return first(first, second), lambda _context, builder, _signature, vectors: builder.fmul(*vectors)
 
 
 @kernel
 def divide(_, first, second):
     """first / second."""
-
-    def generate(context, builder, signature, arguments):  # noqa: ARG001 (numba's protocol)
-        return builder.fdiv(*arguments)
-
-    return first(first, second), generate
+    return first(first, second), lambda _context, builder, _signature, vectors: builder.fdiv(*vectors)
 
 
 @kernel
 def maximum(_, first, second):
     """The larger of the two, lane by lane."""
 
-    def generate(context, builder, signature, arguments):  # noqa: ARG001 (numba's protocol)
-        return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
+    def generate(_context, builder, _signature, vectors):
+        return builder.select(builder.fcmp_ordered(">", *vectors), *vectors)
 
     return first(first, second), generate
 

@@ -153,7 +153,7 @@ def _spread(cell, kind, plan, inside, outside, weights):
 def outside_block(plan, narrowest, inside, outside, weights):
     """Fill the living entries of `outside` in cells of `narrowest` words and more; all of a single word's.
 
-    A child's outside value does not depend on its own words: the plan leaves out only what can't have their number.
+    A child's outside value does not depend on its own words: the plan leaves out only what cannot have their number.
     """
     zero = splat(inside.dtype.type(0))
     number = plan.number
@@ -202,8 +202,8 @@ def score_sweep(tokens, rows, plan, columns, factor, cell, with_outside, symbols
     """Values of one cell of each sentence.
 
     Args:
-        tokens: (n, T or more) int32; rows: (m,) int64, the sentences to be taken.
-        cell: cell of the plan; with_outside: whether inside times outside is wanted, or inside alone.
+        tokens: (n, T or more) int32; rows: (m,) int64, the sentences.
+        cell: cell of the plan; with_outside: whether the scores are inside times outside, or inside alone.
         symbols: nonterminals that live in the cell; places: their columns in `scores`.
         scores: (n, S), filled in the rows and columns named.
     """
@@ -259,7 +259,7 @@ def _conditionals(outside, row, word_start, word_symbol, word_probability, joint
 
 @njit(nogil=True)
 def _normalise(joint, inverse, sums, with_entropy):
-    """joint[w] becomes P(w | x_-t); row 1 of `sums` gets sum_w P log P if it is wanted."""
+    """joint[w] becomes P(w | x_-t); row 1 of `sums` gets sum_w P log P if `with_entropy`."""
     total = splat(joint.dtype.type(0))
     for word in range(joint.shape[0]):
         probability = multiply(load(joint, word), inverse)
@@ -276,7 +276,7 @@ def word_sweep(tokens, rows, first_row, plan, columns, factor, emission, conditi
     Args:
         first_row: (n,) int64, where the positions of each sentence begin in the results.
         emission: (word_start, word_symbol, word_probability), P(A -> w) by word.
-        conditionals: (M, V) or (0, V) if they are not wanted; entropy, log_true: (M,) or (0,).
+        conditionals: (M, V), or (0, V) to leave them out; entropy, log_true: (M,) or (0,).
         totals: (n,), inside of the start symbol over the whole sentence, scaled.
     """
     count = LANE_BYTES // columns.itemsize
@@ -367,12 +367,12 @@ def best_sweep(tokens, rows, plan, columns, factor):
     """Best derivations of the start symbol over whole sentences.
 
     Args:
-        tokens: (n, T or more) int32; rows: (m,) int64, the sentences to be taken.
+        tokens: (n, T or more) int32; rows: (m,) int64, the sentences.
         columns: (V, N) scaled emissions, factor: their common factor.
 
     Returns:
         nodes: (all nodes, 2) int32, nonterminal and number of children (0: a word) of the derivations' nodes in pre-order;
-        ends: (m,) int64, where each sentence's nodes end; values: (m,), its scaled probability, 0 where there is no derivation.
+        ends: (m,) int64, where each sentence's nodes end; values: (m,), its scaled probability, 0 without a derivation.
     """
     count = LANE_BYTES // columns.itemsize
     number = plan.number
