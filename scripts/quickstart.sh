@@ -3,7 +3,7 @@
 # sizes, exact loss, trace of the Hessian, linear probes, fine-tuning, report. Sets up .venv.
 #     bash scripts/quickstart.sh [FOLDER]      (default: quickstart)
 # Safe to interrupt: rerun the same command to resume. A finished run is verified in about a minute.
-# QUICKSTART_STEPS (default 1500, a multiple of 3) sets the number of training steps; below 300, measurements are shorter, too.
+# QUICKSTART_STEPS (default 1500, a multiple of 3) sets the number of training steps; below 300, all data is smaller, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh "$PWD/requirements.txt"
@@ -11,8 +11,10 @@ source scripts/setup.sh "$PWD/requirements.txt"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 out=${1:-quickstart}
 steps=${QUICKSTART_STEPS:-1500}
-trace_sentences=1024 epochs=30
-if [ "$steps" -lt 300 ]; then trace_sentences=64 epochs=3; fi
+sentences=100000 test_sentences=2000 labelled=1000 validation=2000 trace_sentences=1024 epochs=30
+if [ "$steps" -lt 300 ]; then
+    sentences=10000 test_sentences=300 labelled=500 validation=300 trace_sentences=32 epochs=3
+fi
 rules=rule_mini_mlm.txt
 data=$out/data
 models=$out/models
@@ -46,8 +48,8 @@ probe=("${transfer[@]}" --per_device_train_batch_size 512 --per_device_eval_batc
 task() { echo --train_file "$data/pcfg_$1.csv" --validation_file "$data/pcfg_$1_validation.csv"; }
 
 stage "1/9 text of $rules"
-python generate_pretraining.py --rule-path $rules --save-path "$data" --sentence-num 100000 --shard-num 2 \
-    --test-shard-num 1 --test-sentence-num 2000 --n_processes 2
+python generate_pretraining.py --rule-path $rules --save-path "$data" --sentence-num $sentences --shard-num 2 \
+    --test-shard-num 1 --test-sentence-num $test_sentences --n_processes 2
 
 stage "2/9 masked samples, one mask per sentence"
 python generate_samples.py --dir "$data" -o "$data/pretraining" --dup_factor 1 --vocab_file vocab.txt --do_lower_case 1 \
@@ -56,7 +58,8 @@ python generate_samples.py --dir "$data" -o "$data/pretraining" --dup_factor 1 -
 
 stage "3/9 downstream tasks A, B, C, and the lookup table of the test text"
 for name in A B C; do
-    python generate_downstream.py --rule-path $rules --save-path "$data" --sentence-num 1000 --task-type $name
+    python generate_downstream.py --rule-path $rules --save-path "$data" --sentence-num $labelled --task-type $name \
+        --validation-num $validation
 done
 python -m pcfg.lookup --rule-path $rules --datafile "$data/test0.txt" --save-path "$data/lookup.hdf5"
 

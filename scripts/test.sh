@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Sets everything up, lints, and runs the whole test suite (arguments go to pytest):
+# Sets up .venv, lints, and runs the whole test suite. Arguments go to pytest.
 #     bash scripts/test.sh
+#     LONG_TESTS=1 bash scripts/test.sh       the same checks with more repetitions: kills, random grammars, reruns
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh "$PWD/requirements.txt" "$PWD/tests/requirements.txt" "$PWD/tests/benchmarks/requirements.txt"
-# One thread a process: the launcher's tests start several, and threads that wait for a core spin.
+# One thread per process: several processes share the cores, and waiting threads spin.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 WANDB_MODE=offline
 ruff check .
 ruff format --check .
-# Each core takes the tests that another hasn't begun: the quickstart alone is minutes of one of them.
-python -m pytest -n auto --dist worksteal "$@"
+# A core without tests takes over those that another core has not started.
+python -m pytest -n auto --dist worksteal --durations 10 "$@"

@@ -5,6 +5,9 @@ import importlib.util
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,12 +50,77 @@ C2 stone 0.3
 C2 bird 0.1
 """
 
-LONGEST = ("test_quickstart.py", "test_reproduce.py", "test_prepare.py")
+# Files with the longest tests, the longest first.
+LONGEST = (
+    "test_quickstart.py",
+    "test_reproduce.py",
+    "test_prepare.py",
+    "test_kills.py",
+    "test_properties.py",
+    "test_benchmark",
+)
+# What programs import; the fork server of the end-to-end tests imports it once.
+PROGRAMS = "generate_samples calculate_loss calculate_hessian run_lp run_ft run_pretraining enlarge pretraining.report.command"
 
 
-def pytest_collection_modifyitems(items):
-    """The longest tests come first: begun last, they would leave the other cores without work."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+def pytest_collection_modifyitems(config, items):
+    """Each worker begins with its share of the longest tests: begun last, they would leave the other cores without work.
+
+    `--dist worksteal` gives each worker a run of consecutive tests at the start.
+    """
+    ranks = {item: next((rank for rank, name in enumerate(LONGEST) if name in item.path.name), None) for item in items}
+    longest = sorted((item for item in items if ranks[item] is not None), key=ranks.get)
+    others = [item for item in items if ranks[item] is None]
+    workers = getattr(config, "workerinput", {"workercount": 1})["workercount"]
+    sizes = [len(items) // workers + (worker < len(items) % workers) for worker in range(workers)]
+    items[:] = []
+    for worker, size in enumerate(sizes):
+        share = longest[worker::workers]
+        rest = max(0, size - len(share))
+        items += [*share, *others[:rest]]
+        del others[:rest]
+    items += others
+
+
+class Forks:
+    """Runs `python` and `deepspeed` of shell scripts as forks of a server; see fork_server.py.
+
+    Attributes:
+        executable: what programs take for Python.
+    """
+
+    def __init__(self, folder: Path):
+        self._socket = folder / "socket"
+        client = f'"{sys.executable}" -I -S "{Path(__file__).with_name("fork_server.py")}" run "$@"'
+        self._client = f"FORK_SERVER='{self._socket}' {client}"
+        self.executable = folder / "python"
+        self.executable.write_text(f"#!/bin/sh\n{self._client}\n")
+        self.executable.chmod(0o755)
+
+    def environment(self, *own: str) -> dict[str, str]:
+        """For a shell script; commands that match a shell pattern of `own` are processes of their own all the same."""
+        functions = {}
+        patterns = [pattern.replace(" ", "\\ ") for pattern in own]
+        for name, forked in (("python", self._client), ("deepspeed", 'shift 2; python "$@"')):
+            cases = "".join(f'{pattern}) command {name} "$@"; return;; ' for pattern in patterns)
+            functions[f"BASH_FUNC_{name}%%"] = f'() {{ case "$*" in {cases} esac; {forked}; }}'
+        return functions
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """A running fork server."""
+    folder = tmp_path_factory.mktemp("forks")
+    forks = Forks(folder)
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(root)}
+    command = [sys.executable, Path(__file__).with_name("fork_server.py"), "serve", folder / "socket", *PROGRAMS.split()]
+    with open(folder / "log", "w") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server:
+        while not (folder / "socket").exists():
+            assert server.poll() is None, (folder / "log").read_text()
+            time.sleep(0.05)
+        yield forks
+        server.terminate()
 
 
 @pytest.fixture(autouse=True)

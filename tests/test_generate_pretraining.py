@@ -293,8 +293,8 @@ def kill_after(tiny_rules, folder, seconds, from_first_file):
     process.communicate()
 
 
-def test_kills_at_20_moments_of_a_run_and_reruns_give_the_undisturbed_files(tiny_rules, tmp_path, undisturbed):
-    """Six moments from the start of the process on, fourteen from the appearance of its first file to its end."""
+def test_kills_at_many_moments_of_a_run_and_reruns_give_the_undisturbed_files(tiny_rules, tmp_path, undisturbed):
+    """Moments from the start of the process on, and more of them from the appearance of its first file to its end."""
     timed, started = run_script("--rule-path", tiny_rules, "--save-path", tmp_path / "timed", *MANY), time.monotonic()
     while not (tmp_path / "timed").exists():
         assert timed.poll() is None
@@ -302,9 +302,10 @@ def test_kills_at_20_moments_of_a_run_and_reruns_give_the_undisturbed_files(tiny
     start_up = time.monotonic() - started
     timed.communicate()
     writing = time.monotonic() - started - start_up
-    parts = keyed_rng(0, "moments of kills").random(20)
-    moments = [(part * start_up, False) for part in parts[:6]] + [(part * writing, True) for part in parts[6:]]
-    folders = [tmp_path / f"killed{number}" for number in range(20)]
+    early, late = (6, 14) if os.environ.get("LONG_TESTS") else (3, 7)
+    parts = keyed_rng(0, "moments of kills").random(early + late)
+    moments = [(part * start_up, False) for part in parts[:early]] + [(part * writing, True) for part in parts[early:]]
+    folders = [tmp_path / f"killed{number}" for number in range(early + late)]
     # Two at a time, so that the start of one overlaps with that of another.
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda folder, moment: kill_after(tiny_rules, folder, *moment), folders, moments))

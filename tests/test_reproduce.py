@@ -13,7 +13,8 @@ from pretraining.report.contract import read_choice, read_experiments, read_stat
 
 ROOT = Path(__file__).parents[1]
 DRIVER = """
-import dataclasses, sys
+import dataclasses, os, sys
+sys.executable = os.environ["COMMANDS_PYTHON"]
 from pretraining.experiments import reproduce
 from pretraining.experiments.scales import MINI, SCALES, Size
 SCALES["tiny"] = dataclasses.replace(
@@ -27,9 +28,9 @@ reproduce.main(sys.argv[1:])
 """
 
 
-def start(out, *flags):
-    words = ["all", "--scale", "tiny", "--seeds", "0", "--task", "B", "--jobs", "2", "--out", str(out), *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def start(out, forks):
+    words = ["all", "--scale", "tiny", "--seeds", "0", "--task", "B", "--jobs", "2", "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COMMANDS_PYTHON": str(forks.executable)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, "-c", DRIVER, *words], env=environment, **pipes)
 
@@ -44,17 +45,17 @@ def kill_when(path, process):
     process.communicate()
 
 
-def finish(out):
-    with start(out) as process:
+def finish(out, forks):
+    with start(out, forks) as process:
         printed = process.communicate(timeout=900)[0]
     return process.returncode, printed
 
 
-def test_all_experiments_killed_twice(tmp_path):
+def test_all_experiments_killed_twice(forks, tmp_path):
     out = tmp_path / "out"
-    kill_when(out / "models/small/seed0/step0000000", start(out))
-    kill_when(out / "models/large/seed0/step0000004/loss.json", start(out))
-    code, printed = finish(out)
+    kill_when(out / "models/small/seed0/step0000000", start(out, forks))
+    kill_when(out / "models/large/seed0/step0000004/loss.json", start(out, forks))
+    code, printed = finish(out, forks)
     states = {name: status.state for name, status in read_statuses(out).items()}
     choice = read_choice(out / "adversarial/choice.json")
     # In four steps the weight may or may not lower the accuracy; without a choice there are no adversarial runs.
@@ -77,8 +78,8 @@ def test_all_experiments_killed_twice(tmp_path):
         assert row["group"] == "lookup table" or float(row["trace"]) > 0
     assert json.loads((out / "report/results.json").read_text()) and (out / "report/report.html").stat().st_size > 50_000
 
-    if os.environ.get("REPRODUCE_TWICE"):
+    if os.environ.get("LONG_TESTS"):
         other = tmp_path / "other"
-        assert finish(other)[0] == 0
+        assert finish(other, forks)[0] == 0
         for name in ("results.csv", "experiments.csv", "results.json"):
             assert (other / "report" / name).read_bytes() == (out / "report" / name).read_bytes()

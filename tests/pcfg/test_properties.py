@@ -1,6 +1,7 @@
 """Everything a chart computes, on some hundreds of random grammars, against the naive recursions and against enumeration."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.labels import Labeller
 from pcfg.sampler import Sampler
 
-GRAMMARS = 320
+GRAMMARS = 320 if os.environ.get("LONG_TESTS") else 160
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}  # relative
 seen = {"grammars": 0, "recursive": 0, "unary": 0, "chains": 0, "ambiguous": 0}
 
@@ -136,8 +137,8 @@ def check_grammar(random_grammar, naive, some_sentences, seed):
 
 def test_charts_of_random_grammars(random_grammar, naive, some_sentences):
     check_grammar(random_grammar, naive, some_sentences)
-    assert seen["grammars"] >= 300
-    assert all(count >= 30 for count in seen.values()), seen
+    assert seen["grammars"] >= GRAMMARS - 20
+    assert all(count >= GRAMMARS * 3 // 32 for count in seen.values()), seen
 
 
 def test_float32_and_float64_give_the_same_labels():

@@ -1,7 +1,7 @@
 """Runs that are killed at any moment, and go on as if nothing had happened; ranks that become more and fewer.
 
 The ranks are forked from one process that has imported everything, so that kills meet the work and not the imports, and a
-run takes a fraction of a second. PRETRAIN_KILLS=300 makes the longer version.
+run takes a fraction of a second. LONG_TESTS=1 makes the longer version.
 """
 
 import json
@@ -20,7 +20,7 @@ import run_pretraining
 from pcfg.common.files import read_json, sha256
 from pretraining.training.metrics import read_metrics
 
-KILLS = int(os.environ.get("PRETRAIN_KILLS", 30))
+KILLS = 300 if os.environ.get("LONG_TESTS") else 18
 KINDS = [(ranks, stage) for ranks in (1, 2) for stage in (0, 1, 2)]
 SMALL = (
     "--tokenizer_name bert-large-uncased --hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 "
