@@ -1,6 +1,7 @@
-"""The packages stand on each other as the design says: imports go down, and no two modules import each other."""
+"""The project's structure: imports go down and in no circle, and names are unique."""
 
 import ast
+import collections
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,8 @@ FORBIDDEN = {
     "pretraining.model": ("pretraining.training", "pretraining.evaluation"),
     "pretraining.training": ("pretraining.evaluation",),
 }
+# File names that several folders have: each is the counterpart of the others.
+COUNTERPARTS = {"__init__.py", "__main__.py", "grammar.py", "lookup.py", "source.py", "enlarge.py"}
 
 
 def is_within(module: str, package: str) -> bool:
@@ -23,10 +26,15 @@ def module_name(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
+def project_files() -> list[str]:
+    """Paths of the project's Python files outside tests."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return [path for path in listed if not path.startswith("tests/") and (ROOT / path).exists()]
+
+
 def imports() -> dict[str, set[str]]:
     """The project's modules outside tests, and which of them each imports, wherever in the file."""
-    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    paths = {module_name(path): ROOT / path for path in listed if not path.startswith("tests/") and (ROOT / path).exists()}
+    paths = {module_name(path): ROOT / path for path in project_files()}
     graph = {}
     for module, path in paths.items():
         names = set()
@@ -73,3 +81,8 @@ def test_imports_go_down():
         for package, forbidden in FORBIDDEN.items():
             if is_within(module, package):
                 assert not [name for name in imported for other in forbidden if is_within(name, other)], module
+
+
+def test_no_two_modules_share_a_name():
+    names = collections.Counter(Path(path).name for path in project_files())
+    assert {name for name, number in names.items() if number > 1} <= COUNTERPARTS
