@@ -37,23 +37,16 @@ WeightedRule = tuple[str, tuple[str, ...], float]
 
 @dataclasses.dataclass(frozen=True)
 class WeightedRules:
-    """R rules as they stand in a file, symbols as numbers.
+    """R rules as they stand in a file, symbols as numbers."""
 
-    Attributes:
-        source: how messages name the file.
-        symbols: the symbol of each number, by first appearance.
-        left, first, second: (R,) int32, left side and right side; `second` is -1 where the right side has one symbol.
-        probability: (R,) float64 in [0, 1 + 1e-9].
-        line: (R,) int32, from 1.
-    """
-
-    source: str
-    symbols: list[str]
+    source: str  # how messages name the file
+    symbols: list[str]  # the symbol of each number, by first appearance
+    # left, first, second: (R,) int32, left side and right side; `second` is -1 where the right side has one symbol
     left: np.ndarray
     first: np.ndarray
     second: np.ndarray
-    probability: np.ndarray
-    line: np.ndarray
+    probability: np.ndarray  # (R,) float64 in [0, 1 + 1e-9]
+    line: np.ndarray  # (R,) int32, from 1
 
     def place(self, rule: int) -> str:
         """ "SOURCE:LINE" of a rule, for messages."""

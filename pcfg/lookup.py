@@ -88,23 +88,14 @@ def fill(arrays: Any, blocks: Iterable[dict[str, np.ndarray]]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TableOrigin:
-    """What a table is made from and which parts of it, recorded in the file and compared with a file on disk.
+    """What a table is made from and which parts of it, recorded in the file and compared with a file on disk."""
 
-    Args:
-        language: what the distributions come from, for messages.
-        language_sha256: of what decides the distributions.
-        datafile: the text.
-        stored: how the conditionals are stored, "float32", "float16" or "none".
-        sentences: how many the table has; None where it has all.
-        chosen: how positions were chosen; None where it has all.
-    """
-
-    language: str
-    language_sha256: str
-    datafile: str
-    stored: str
-    sentences: int | None = None
-    chosen: dict | None = None
+    language: str  # what the distributions come from, for messages
+    language_sha256: str  # of what decides the distributions
+    datafile: str  # the text
+    stored: str  # how the conditionals are stored, "float32", "float16" or "none"
+    sentences: int | None = None  # how many the table has; None where it has all
+    chosen: dict | None = None  # how positions were chosen; None where it has all
 
     def is_complete(self, path: Path | str) -> bool:
         """Whether this table is at `path`; refuses a table of another origin."""
