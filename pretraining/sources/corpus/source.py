@@ -36,7 +36,9 @@ from pretraining.sources.corpus.documents import (
     HUB_NAMES,
     RANGE_BYTES,
     TXT_DOCUMENTS,
+    UNICODE_FORMS,
     DamagedError,
+    Normalisation,
     Piece,
     Reading,
     find_files,
@@ -44,8 +46,9 @@ from pretraining.sources.corpus.documents import (
     identity,
     local_pieces,
     read_documents,
+    select_sentences,
+    split_document,
 )
-from pretraining.sources.corpus.sentences import UNICODE_FORMS, Normalisation, select_sentences, split_document
 from pretraining.sources.text_shards import Shard, TextFolder, add_folder_arguments, number_shards
 
 PARTS = "parts"
