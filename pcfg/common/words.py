@@ -58,7 +58,8 @@ class WordIndex:
         Returns:
             flat (M,) int32, the indices of all words, sentence after sentence; lengths (n,) int32, words of each sentence.
         """
-        flat, lengths = np.empty((2, (len(text) + 1) // 2), dtype=np.int32)
+        flat = np.empty((len(text) + 1) // 2, dtype=np.int32)
+        lengths = np.empty_like(flat)
         letters = np.frombuffer(text, dtype=np.uint8)
         words, sentences, start, end = _encode(letters, *self._table, flat, lengths)
         if end:
@@ -139,7 +140,9 @@ def _is_word(text, start, end, hashed, word, letters, ends, hashes):
 @numba.njit
 def _scan(text, place):
     """The end of the word that begins at `place`, and its hash."""
-    hashed, eight, shift = np.uint64(0), np.uint64(0), np.uint64(0)
+    hashed = np.uint64(0)
+    eight = np.uint64(0)
+    shift = np.uint64(0)
     while place < len(text):
         byte = text[place]
         if (byte <= 32 and _is_ascii_space(byte)) or (byte >= 0xC2 and _wide_space(text, place) > 0):
@@ -147,7 +150,9 @@ def _scan(text, place):
         eight |= np.uint64(byte) << shift
         shift += np.uint64(8)
         if shift == np.uint64(64):
-            hashed, eight, shift = mixed(hashed, eight), np.uint64(0), np.uint64(0)
+            hashed = mixed(hashed, eight)
+            eight = np.uint64(0)
+            shift = np.uint64(0)
         place += 1
     return place, mixed(hashed, eight) if shift > np.uint64(0) else hashed
 
@@ -162,7 +167,8 @@ def _wide_space(text, place):
     """Bytes of the white space character beyond ASCII that begins at `place`, 0 if none does."""
     after = len(text) - place - 1
     first = text[place]
-    second, third = text[place + 1] if after >= 1 else 0, text[place + 2] if after >= 2 else 0
+    second = text[place + 1] if after >= 1 else 0
+    third = text[place + 2] if after >= 2 else 0
     if first == 0xC2:  # U+0085, U+00A0
         return 2 if second == 0x85 or second == 0xA0 else 0
     if first == 0xE1:  # U+1680
@@ -181,10 +187,13 @@ def _encode(text, letters, ends, hashes, slots, flat, lengths):
     """Fill `flat` and `lengths`.
 
     Returns:
-        The numbers of words and of sentences that were filled, and 0, 0; or, at the first unknown word, the numbers of
-        words and of whole sentences before it, and its first byte and the byte after its last.
+        The numbers of words and of sentences, and 0, 0; or, at the first unknown word, the numbers of words and of whole
+        sentences before it, its first byte and the byte after its last.
     """
-    place, words, sentences, first_word = 0, 0, 0, 0
+    place = 0
+    words = 0
+    sentences = 0
+    first_word = 0
     while place < len(text):
         byte = text[place]
         space = 1 if byte <= 32 and _is_ascii_space(byte) else (_wide_space(text, place) if byte >= 0xC2 else 0)

@@ -106,7 +106,7 @@ def find_text_shards(folder: AnyPath, dup_factor: int) -> list[TextShard]:
     manifest_path = Path(folder) / TEXT_MANIFEST
     manifest = Manifest.read(manifest_path) if manifest_path.exists() else None
     if manifest is None:
-        print(f"{manifest_path}: not there, so the text is taken as it is")
+        print(f"{manifest_path}: not there, so the text is used as it is")
 
     shards = []
     for split, path in tqdm(paths, desc="checking text", unit="file"):
@@ -146,12 +146,11 @@ def _handle_strangers(shards: list[TextShard], manifest: Manifest, overwrite: bo
     """Remove (`overwrite`) or refuse sample files in the folder that neither the text shards nor the manifest know."""
     known = {sample_name(shard.split, number) for shard in shards for number in shard.numbers} | set(manifest.names())
     for path in (path for split in SAMPLE_SPLITS.values() for path in sample_paths(manifest.path.parent, split)):
-        if path.name in known:
-            continue
-        if not overwrite:
-            raise InputError(f"{path}: a sample file of another set; remove it, or give --overwrite to have it removed")
-        path.unlink()
-        print(f"{path}: removed, it belonged to another set")
+        if path.name not in known:
+            if not overwrite:
+                raise InputError(f"{path}: a sample file of another set; remove it, or give --overwrite to have it removed")
+            path.unlink()
+            print(f"{path}: removed, it belonged to another set")
 
 
 def make_samples(shard: TextShard, recipe: Recipe, changed_words: frozenset[str], folder: Path) -> dict[str, dict[str, int]]:

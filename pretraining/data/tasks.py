@@ -76,7 +76,7 @@ class Task:
     classes: list[int]  # the labels that occur in training or validation, sorted; all labels of a GLUE task
     majority: float  # share of validation sentences with the most frequent training label: the accuracy without features
     overlap: int  # number of validation sentences that are also training sentences
-    pieces: bool  # whether the tokenizer may split words (natural text), instead of one token a word
+    pieces: bool  # whether the tokenizer may split words (natural text), instead of one token per word
 
     def parts(self) -> list[Part]:
         """Training, validation and, if there is one, test."""

@@ -169,7 +169,7 @@ class Vocabulary:
         return f"is not in the vocabulary ({self.size} entries); add it or take the vocabulary made for this text"
 
     def write(self, path: AnyPath) -> None:
-        """Write one entry a line; `read` gives the same vocabulary back."""
+        """Write one entry per line, for `read`."""
         with atomic_open(path) as file:
             file.write("\n".join(self.words) + "\n")
 
