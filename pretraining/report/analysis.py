@@ -28,6 +28,7 @@ have no trace, and their features are of another kind.
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,7 +53,6 @@ from pretraining.report.contract import (
 )
 from pretraining.report.intervals import Change, Correlation, Mean, change_of_means, correlate, mean_of, paired_change
 from pretraining.report.rows import (
-    COMMON_TRACES,
     TRACE,
     TRANSFORMER,
     Joined,
@@ -75,10 +75,11 @@ TITLES = {
     STEPS: "Training on after the loss has converged lowers the trace and raises the accuracy",
     SIZES: "A larger model at the same loss has a smaller trace and a higher accuracy",
     ALGORITHMS: "Another algorithm at the same loss has a larger trace and a lower accuracy",
+    MODELS: "The trace in the parameters of one shape",
 }
 TABLE_TITLE = "The lookup table, at the same loss, has a lower accuracy"
 # The paper's sides of 0: of the trace's change, and of the accuracy's.
-SIDES = {STEPS: (-1, 1), SIZES: (-1, 1), ALGORITHMS: (1, -1)}
+SIDES = {STEPS: (-1, 1), SIZES: (-1, 1), ALGORITHMS: (1, -1), MODELS: (0, 0)}
 FEWEST = 2  # models of a group, or pairs: the minimum for an interval
 
 
@@ -130,30 +131,24 @@ class Finding(Schema):
         changes: by quantity (traces, gap, accuracies) the change; None where a side is missing.
         verdicts: by accuracy one of `HOLDS`, `HOLDS_NOT`, `BY_RULE`, `OPEN`; for single models by "trace" one of `LARGER`,
             `SMALLER`, `BY_RULE`, `OPEN`.
-        by_trace: by accuracy and trace the verdict under that trace alone.
         reason: why nothing can be compared, else None.
         left_out: models that are not compared, and why.
-        numbers: the changes as texts.
+        numbers, omissions: the changes and what is left out, as texts.
         headline, sentence: the finding without and with its numbers.
     """
 
     experiment: str
     title: str
     subject: str
-    basis: str = ""
-    changes: dict[str, Change | None] = {}
-    verdicts: dict[str, str] = {}
-    by_trace: dict[str, dict[str, str]] = {}
-    reason: str | None = None
-    left_out: tuple[str, ...] = ()
-    numbers: tuple[str, ...] = ()
+    basis: str
+    changes: dict[str, Change | None]
+    verdicts: dict[str, str]
+    reason: str | None
+    left_out: tuple[str, ...]
+    numbers: tuple[str, ...]
+    omissions: str
     headline: str
     sentence: str
-
-    @property
-    def omissions(self) -> str:
-        """The models that are not compared, as a sentence; empty where all are."""
-        return _omissions(self.left_out)
 
 
 class Correlated(Schema):
@@ -165,29 +160,6 @@ class Correlated(Schema):
     found: Correlation
 
 
-class Counterpart(Schema):
-    """A number of Liu et al. (2023), and its counterpart here.
-
-    Attributes:
-        where, what: table or figure, and the quantity in words.
-        value: as published, or computed from published numbers, with the published error.
-        experiment, role, quantity: of the counterpart here; None where there is none. The quantity is a gap, a trace, or a
-            task, which stands for its probe.
-        comparable: whether the values are comparable, or why not.
-        ours, error: in the published unit.
-    """
-
-    where: str
-    what: str
-    value: str
-    experiment: str | None
-    role: str | None
-    quantity: str | None
-    comparable: str
-    ours: float | None = None
-    error: float | None = None
-
-
 @dataclasses.dataclass
 class Analysis:
     """Everything that was computed.
@@ -195,6 +167,7 @@ class Analysis:
     Attributes:
         names: the accuracies.
         tables: by experiment its lines.
+        paper: published numbers next to ours; empty for an inferred contract.
         choice: how the adversarial weight was chosen; None where that is not known.
         choice_missing: that the file of the choice does not exist, and why; else None.
     """
@@ -207,7 +180,7 @@ class Analysis:
     tables: dict[str, list[Line]]
     findings: list[Finding]
     correlations: list[Correlated]
-    paper: list[Counterpart]
+    paper: pd.DataFrame
     choice: Choice | None = None
     choice_missing: str | None = None
 
@@ -237,7 +210,7 @@ class Analysis:
             "findings": [finding.model_dump(mode="json") for finding in self.findings],
             "tables": {name: [line.model_dump(mode="json") for line in lines] for name, lines in self.tables.items()},
             "correlations": [correlated.model_dump(mode="json") for correlated in self.correlations],
-            "paper": [counterpart.model_dump(mode="json") for counterpart in self.paper],
+            "paper": json.loads(self.paper.to_json(orient="records", double_precision=15)),
             "choice": None if self.choice is None else self.choice.model_dump(mode="json"),
             "commands": [
                 {
@@ -264,7 +237,7 @@ def analyse(tree: Tree, folder: Path | str, max_gap: float | None = None, margin
     statuses = read_statuses(folder)
     joined = join(tree, experiments, statuses)
     names = accuracy_names(tree, experiments)
-    analysis = Analysis(tree, experiments, statuses, joined, names, {}, [], [], [])
+    analysis = Analysis(tree, experiments, statuses, joined, names, {}, [], [], pd.DataFrame())
     for experiment in experiments.experiments:
         models = analysis.of(experiment.name)
         analysis.tables[experiment.name] = _lines(experiment, models, names)
@@ -279,7 +252,7 @@ def analyse(tree: Tree, folder: Path | str, max_gap: float | None = None, margin
                 reason = why_missing(experiment.choice, experiments, statuses)
                 analysis.choice_missing = f"{experiment.choice}: missing; {reason}"
     if not experiments.inferred:
-        analysis.paper = [_counterpart(published, analysis) for published in PUBLISHED]
+        analysis.paper = _paper(analysis)
     return analysis
 
 
@@ -391,7 +364,7 @@ def _steps(experiment: Experiment, models: Joined, names: list[str], criterion: 
                 left_out.append(f"{_who(last.iloc[0])} (no earlier checkpoint {state})")
         if len(pairs) < FEWEST:
             reason = f"{len(pairs)} of {len(runs)} runs can be compared, an interval takes {FEWEST}"
-            findings.append(_no_finding(experiment, TITLES[STEPS], group, names, reason, left_out))
+            findings.append(_finding(experiment, TITLES[STEPS], group, names, traces, {}, "", reason, left_out))
             continue
         before, after = (models.select(list(side)) for side in zip(*pairs, strict=True))
         steps = [_steps_text(side.rows["step"]) for side in (before, after)]
@@ -400,26 +373,26 @@ def _steps(experiment: Experiment, models: Joined, names: list[str], criterion: 
         for name in (*traces, "gap", *names):
             both = pd.DataFrame({"a": before.of(name)["value"].array, "b": after.of(name)["value"].array}).dropna()
             changes[name] = paired_change(both["a"], both["b"]) if len(both) else None
-        findings.append(_finding(experiment, TITLES[STEPS], group, basis, changes, traces, names, left_out))
+        findings.append(_finding(experiment, TITLES[STEPS], group, names, traces, changes, basis, None, left_out))
     return findings
 
 
 def _sizes(experiment: Experiment, models: Joined, names: list[str], criterion: SameLoss) -> list[Finding]:
     """Smallest against largest."""
+    traces = trace_names(experiment)
     compared, left_out = _at_same_loss(models)
     groups = {group: compared.select(compared.rows["group"] == group) for group in experiment.groups}
     sized = [(int(of.rows["parameters"].iloc[0]), name) for name, of in groups.items() if len(of.rows) >= FEWEST]
     (few, small), (many, large) = (min(sized), max(sized)) if sized else ((0, ""), (0, ""))
     if few == many:
         reason = f"no two sizes have {FEWEST} models at the same loss each"
-        return [_no_finding(experiment, TITLES[SIZES], "no two sizes", names, reason, left_out)]
-    before, after, subject = groups[small], groups[large], f"{large} against {small}"
-    if reason := criterion.obstacle(before.rows, after.rows):
-        return [_no_finding(experiment, TITLES[SIZES], subject, names, reason, left_out)]
+        return [_finding(experiment, TITLES[SIZES], "no two sizes", names, traces, {}, "", reason, left_out)]
+    before, after = groups[small], groups[large]
+    obstacle = criterion.obstacle(before.rows, after.rows)
     basis = f"From {small} ({few:,} parameters, {len(before.rows)} seeds) to {large} ({many:,}, {len(after.rows)} seeds)"
-    traces = trace_names(experiment)
-    changes = _group_changes(before, after, (*traces, "gap", *names))
-    return [_finding(experiment, TITLES[SIZES], subject, basis, changes, traces, names, left_out)]
+    changes = {} if obstacle else _group_changes(before, after, (*traces, "gap", *names))
+    subject = f"{large} against {small}"
+    return [_finding(experiment, TITLES[SIZES], subject, names, traces, changes, basis, obstacle, left_out)]
 
 
 def _algorithms(experiment: Experiment, models: Joined, names: list[str], criterion: SameLoss) -> list[Finding]:
@@ -437,54 +410,27 @@ def _algorithms(experiment: Experiment, models: Joined, names: list[str], criter
         sides = ((standard, before, FEWEST), (group, after, 1 if is_table else FEWEST))
         few = [f"{name} has {len(side.rows)}" for name, side, needed in sides if len(side.rows) < needed]
         reason = f"models at the same loss are too few: {_and(few)}" if few else criterion.obstacle(before.rows, after.rows)
-        if reason:
-            findings.append(_no_finding(experiment, title, subject, wanted, reason, left_out))
-            continue
         seeds = "" if is_table else f" ({len(after.rows)} seeds)"
         basis = f"From {standard} ({len(before.rows)} seeds) to {group}{seeds}"
         traces = [] if is_table else trace_names(experiment)
-        changes = _group_changes(before, after, (*traces, "gap", *wanted))
-        findings.append(_finding(experiment, title, subject, basis, changes, traces, wanted, left_out))
+        changes = {} if reason else _group_changes(before, after, (*traces, "gap", *wanted))
+        findings.append(_finding(experiment, title, subject, wanted, traces, changes, basis, reason, left_out))
     return findings
 
 
 def _pairs_of_models(experiment: Experiment, models: Joined, _: list[str], criterion: SameLoss) -> list[Finding]:
     """The traces of each two models in the parameters of one shape."""
-    if not experiment.has_common_traces:
-        return []
     findings = []
     traces = trace_names(experiment)
-    for pair in itertools.combinations(models.rows.index, 2):
-        before, after = (models.select([index]) for index in pair[::-1])
-        who = [_with_step(side.rows.iloc[0]) for side in (after, before)]
-        subject = f"{who[0]} against {who[1]}"
-        unsaturated = [side.rows.iloc[0] for side in (after, before) if not _is_true(side.rows["saturated"].iloc[0])]
-        reasons = [f"{_with_step(row)} {_loss_of(row)}" for row in unsaturated]
+    pairs = itertools.combinations(models.rows.index, 2) if experiment.has_common_traces else ()
+    for pair in pairs:
+        after, before = (models.select([index]) for index in pair)
+        rows = [side.rows.iloc[0] for side in (after, before)]
+        subject = " against ".join(map(_with_step, rows))
+        reasons = [f"{_with_step(row)} {_loss_of(row)}" for row in rows if not _is_true(row["saturated"])]
         reason = "; ".join(reasons) or criterion.obstacle(before.rows, after.rows)
-        title = "The trace in the parameters of one shape"
-        if reason:
-            findings.append(_no_finding(experiment, title, subject, [TRACE], reason, []))
-            continue
-        changes = _group_changes(before, after, traces)
-        sides = {name: 0 if change is None else change.sign() for name, change in changes.items()}
-        signs = {{1: LARGER, -1: SMALLER, 0: OPEN}[side] for side in sides.values()}
-        is_complete = None not in changes.values()
-        verdict = signs.pop() if len(signs) == 1 and is_complete else BY_RULE if is_complete else OPEN
-        ending = f"{verdict} with both rules of enlarging" if verdict in (LARGER, SMALLER) else verdict
-        headline = f"{title}, {subject}: {ending}"
-        numbers = tuple(describe_change(trace_label(name), change) for name, change in changes.items())
-        findings.append(
-            Finding(
-                experiment=experiment.name,
-                title=title,
-                subject=subject,
-                changes=changes,
-                verdicts={TRACE: verdict},
-                numbers=numbers,
-                headline=headline,
-                sentence=f"{headline}: {'; '.join(numbers)}.",
-            )
-        )
+        changes = {} if reason else _group_changes(before, after, traces)
+        findings.append(_finding(experiment, TITLES[MODELS], subject, [TRACE], traces, changes, "", reason))
     return findings
 
 
@@ -523,40 +469,41 @@ def _finding(
     experiment: Experiment,
     title: str,
     subject: str,
-    basis: str,
-    changes: dict[str, Change | None],
-    traces: list[str],
     names: list[str],
-    left_out: list[str],
+    traces: list[str],
+    changes: dict[str, Change | None],
+    basis: str,
+    reason: str | None = None,
+    left_out: Iterable[str] = (),
 ) -> Finding:
-    """A finding with its verdicts; without traces (a lookup table's) accuracy decides alone."""
+    """A finding with its verdicts; without traces (a lookup table's) accuracy decides alone, without accuracies the trace."""
     trace_side, accuracy_side = SIDES[experiment.rule]
-    verdicts = {}
-    by_trace = {}
-    for name in names:
-        change = changes[name]
-        accuracy = 0 if change is None else change.sign() * accuracy_side
-        by_trace[name] = {}
-        for trace in traces:
-            of_trace = changes[trace]
-            sign = 0 if of_trace is None else of_trace.sign() * trace_side
-            by_trace[name][trace] = OPEN if change is None else _verdict(sign, accuracy)
-        distinct = set(by_trace[name].values()) or {_verdict(accuracy)}
-        all_traces = all(changes[trace] is not None for trace in traces)
-        verdicts[name] = distinct.pop() if len(distinct) == 1 else BY_RULE if all_traces else OPEN
-    parts = []
-    for verdict in (HOLDS, HOLDS_NOT, BY_RULE, OPEN):
-        if labels := [accuracy_label(name) for name in names if verdicts[name] == verdict]:
-            parts.append(f"{verdict} for {_and(labels)}")
-    headline = f"{title} ({subject}): {'; '.join(parts)}"
+    verdicts = dict.fromkeys(names, OPEN)
+    for name in names if reason is None else ():
+        signs = {trace: change.sign() if (change := changes[trace]) else 0 for trace in traces}
+        if name == TRACE:
+            by_trace = {{1: LARGER, -1: SMALLER, 0: OPEN}[sign] for sign in signs.values()}
+        elif change := changes[name]:
+            accuracy = change.sign() * accuracy_side
+            by_trace = {_verdict(sign * trace_side, accuracy) for sign in signs.values()} or {_verdict(accuracy)}
+        else:
+            by_trace = {OPEN}
+        is_complete = None not in [changes[trace] for trace in traces]
+        if len(by_trace) == 1 and (is_complete or name != TRACE):
+            verdicts[name] = by_trace.pop()
+        elif is_complete:
+            verdicts[name] = BY_RULE
+    headline = f"{title} ({subject}): {OPEN}, {reason}" if reason else f"{title} ({subject}): {_in_words(verdicts)}"
     numbers = []
     for name, change in changes.items():
         if name == "gap":
             numbers.append(describe_change("gap", change, " nats"))
         elif name in traces:
-            numbers.append(describe_change(trace_label(name), change, "", trace_side))
+            numbers.append(describe_change(trace_label(name), change, "", trace_side or None))
         else:
             numbers.append(describe_change(accuracy_label(name), change, " points", accuracy_side))
+    omissions = f"Left out: {'; '.join(left_out)}." if left_out else ""
+    body = f"{'. ' if basis else ''}{basis}: {'; '.join(numbers)}" if numbers else ""
     return Finding(
         experiment=experiment.name,
         title=title,
@@ -564,37 +511,29 @@ def _finding(
         basis=basis,
         changes=changes,
         verdicts=verdicts,
-        by_trace=by_trace,
-        left_out=tuple(left_out),
-        numbers=tuple(numbers),
-        headline=headline,
-        sentence=f"{headline}. {basis}: {'; '.join(numbers)}. {_omissions(left_out)}".strip(),
-    )
-
-
-def _no_finding(
-    experiment: Experiment, title: str, subject: str, names: list[str], reason: str, left_out: list[str]
-) -> Finding:
-    headline = f"{title} ({subject}): {OPEN}, {reason}"
-    return Finding(
-        experiment=experiment.name,
-        title=title,
-        subject=subject,
-        verdicts=dict.fromkeys(names, OPEN),
         reason=reason,
         left_out=tuple(left_out),
+        numbers=tuple(numbers),
+        omissions=omissions,
         headline=headline,
-        sentence=f"{headline}. {_omissions(left_out)}".strip(),
+        sentence=f"{headline}{body}. {omissions}".strip(),
     )
+
+
+def _in_words(verdicts: dict[str, str]) -> str:
+    """The verdicts, each with its accuracies; a trace's alone."""
+    if verdict := verdicts.get(TRACE):
+        return f"{verdict} with both rules of enlarging" if verdict in (LARGER, SMALLER) else verdict
+    parts = []
+    for verdict in (HOLDS, HOLDS_NOT, BY_RULE, OPEN):
+        if labels := [accuracy_label(name) for name, other in verdicts.items() if other == verdict]:
+            parts.append(f"{verdict} for {_and(labels)}")
+    return "; ".join(parts)
 
 
 def _verdict(*sides: int) -> str:
     """The verdict of changes on the paper's side (1), on the other one (-1), or on neither (0)."""
     return HOLDS_NOT if -1 in sides else OPEN if 0 in sides else HOLDS
-
-
-def _omissions(left_out: Iterable[str]) -> str:
-    return f"Left out: {'; '.join(left_out)}." if left_out else ""
 
 
 def _and(words: list[str]) -> str:
@@ -664,75 +603,40 @@ def describe_change(label: str, change: Change | None, unit: str = "", side: int
 # The paper's numbers are those of its PCFG data with 235M-parameter transformers, but for Figure 5, which compares sizes. The
 # grammar that was published with its code is another, shallower one, and other grammars have other entropies, classes and
 # traces: values can't be compared, directions can. Gaps are the published losses less the published minimum, 3.196 nats.
-OTHER_GRAMMAR = "direction only: another grammar, other sizes of models"
-OTHER_RULE = f"{OTHER_GRAMMAR}; the trace depends on the rule of enlarging"
-NOT_PLANNED = "no: not part of these experiments"
 STANDARD, ADVERSARIAL, TABLE = "standard", "adversarial", "lookup table"  # roles of groups; the first group is the standard one
-SMALLEST, LARGEST, LATER = "smallest", "largest", "later"
-_OF_ROLES = [
-    ("Table 1", ALGORITHMS, STANDARD, {"gap": "0.008", "A": "89.9", "B": "49.2"}),
-    ("Table 1", ALGORITHMS, ADVERSARIAL, {"gap": "0.010", "A": "83.1", "B": "42.3"}),
-    ("Table 1", ALGORITHMS, TABLE, {"gap": "0", "A": "71.2", "B": "39.7"}),
-    ("Table 2", ALGORITHMS, STANDARD, {"C": "55.7 ± 0.6", TRACE: "8.01 ± 0.73"}),
-    ("Table 2", ALGORITHMS, ADVERSARIAL, {"C": "50.2 ± 1.0", TRACE: "19.34 ± 0.92"}),
-    ("Fig. 3", STEPS, LATER, {"C": "+1.6"}),
-    ("Fig. 3", None, None, {"HMM-10": "+4.0"}),
-    ("Fig. 5", SIZES, SMALLEST, {**dict.fromkeys(COMMON_TRACES.values(), "19.8"), "B": "40.4"}),
-    ("Fig. 5", SIZES, LARGEST, {**dict.fromkeys(COMMON_TRACES.values(), "12.6"), "B": "50.5"}),
-]
+SMALLEST, LATER = "smallest", "later"
 
 
-def _published() -> list[Counterpart]:
-    rows = []
-    for where, experiment, role, values in _OF_ROLES:
-        for quantity, value in values.items():
-            is_gain = where == "Fig. 3"
-            is_accuracy = quantity != "gap" and not quantity.startswith(TRACE)
-            owner = f"{role} model" if experiment == SIZES else role
-            label = f"accuracy on {quantity} (%)" if is_accuracy else trace_label(quantity)
-            rows.append(
-                Counterpart(
-                    where=where,
-                    what=f"gain of accuracy on {quantity} after convergence (points)" if is_gain else f"{owner}: {label}",
-                    value=value,
-                    experiment=experiment,
-                    role=role,
-                    quantity=quantity if experiment else None,
-                    comparable=NOT_PLANNED
-                    if not experiment
-                    else OTHER_RULE
-                    if quantity in COMMON_TRACES.values()
-                    else OTHER_GRAMMAR,
-                )
-            )
-    return rows
+def _paper(analysis: Analysis) -> pd.DataFrame:
+    """The numbers of Liu et al. (2023) in published.csv, with our counterparts in the published unit (`ours`, `error`).
+
+    The columns `experiment`, `role` and `quantity` say whose counterpart a number is; they are empty where there is none here.
+    A quantity is a gap, a trace, or a task, which stands for its probe.
+    """
+    table = pd.read_csv(Path(__file__).with_name("published.csv"), dtype=str)
+    counterparts = [_counterpart(row.experiment, row.role, row.quantity, analysis) for row in table.itertuples()]
+    return table.assign(**pd.DataFrame(counterparts, columns=["ours", "error"]))
 
 
-PUBLISHED = _published()
-
-
-def _counterpart(published: Counterpart, analysis: Analysis) -> Counterpart:
-    """The published number with ours."""
-    lines = analysis.tables.get(published.experiment or "")
-    if not lines or published.quantity is None:
-        return published
-    is_task = published.quantity in analysis.experiments.tasks
-    name = f"{analysis.experiments.probe}_pcfg_{published.quantity}" if is_task else published.quantity
-    if published.role == LATER:
+def _counterpart(experiment: str, role: str, quantity: str, analysis: Analysis) -> tuple[float | None, float | None]:
+    lines = analysis.tables.get(experiment)
+    if not lines:
+        return None, None
+    is_task = quantity in analysis.experiments.tasks
+    name = f"{analysis.experiments.probe}_pcfg_{quantity}" if is_task else quantity
+    if role == LATER:
         changes = [finding.changes.get(name) for finding in analysis.findings if finding.experiment == STEPS]
         change = changes[0] if changes else None
         mean, error = (change.value, change.error or 0.0) if change else (None, None)
     else:
-        line = _of_role(published.role, lines)
+        line = _of_role(role, lines)
         value = line.values.get(name, Summary()) if line else Summary()
         mean, error = value.mean, value.error
-    if mean is None:
-        return published
     scale = 100.0 if is_task else 1.0
-    return published.model_copy(update={"ours": mean * scale, "error": None if error is None else error * scale})
+    return None if mean is None else mean * scale, None if error is None else error * scale
 
 
-def _of_role(role: str | None, lines: list[Line]) -> Line | None:
+def _of_role(role: str, lines: list[Line]) -> Line | None:
     """The line with a role of the paper's: the first group is the standard one, the next one of models the other."""
     models = [line for line in lines if line.kind == TRANSFORMER]
     groups = list(dict.fromkeys(line.group for line in lines if line.kind in (None, TRANSFORMER)))

@@ -20,7 +20,9 @@ from pretraining.report.same_loss import SameLoss
 EXPERIMENTS_FILE, STATUS_FILE = "experiments.json", "status.json"
 SCHEMA = 1
 STEPS, SIZES, ALGORITHMS = NAMES = ("steps", "sizes", "algorithms")
-MODELS = "models"  # the kind of an experiment that nobody planned: models are shown and compared, nothing is claimed of them
+MODELS: Literal["models"] = (
+    "models"  # the kind of an experiment that nobody planned: models are shown and compared, nothing is claimed of them
+)
 ADVICE = "correct the file, or run the experiment's reproduce_*.sh again, which writes it"
 
 
@@ -166,10 +168,13 @@ class Experiments(Schema):
         return list(dict.fromkeys(group for experiment in self.experiments for group in experiment.groups))
 
 
+State = Literal["done", "failed", "blocked", "not due"]
+
+
 class Status(Schema):
     """How a command ended, or why it did not run."""
 
-    state: Literal["done", "failed", "blocked", "not due"]
+    state: State
     exit_code: int | None = None
     seconds: Error | None = None
     log: Inside | None = None

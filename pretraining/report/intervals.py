@@ -58,7 +58,7 @@ class Change(Schema):
 
     def sign(self) -> int:
         """1 or -1 where the interval lies above or below 0, else 0; also 0 where there is none."""
-        if self.low is None:
+        if self.low is None or self.high is None:
             return 0
         return int(self.low > 0) - int(self.high < 0)
 
@@ -89,7 +89,7 @@ def change_of_means(before: Mean, after: Mean) -> Change:
     n = (before.n, after.n)
     if before.error is None or after.error is None:
         return _change(after.value - before.value, None, 0, n)
-    squares = [(mean.error**2, mean.degrees) for mean in (before, after)]
+    squares = [(before.error**2, before.degrees), (after.error**2, after.degrees)]
     total = sum(square for square, _ in squares)
     below = sum(square**2 / degrees for square, degrees in squares)
     degrees = total**2 / below if below else math.inf
@@ -151,22 +151,22 @@ def correlate(x: ArrayLike, y: ArrayLike, runs: Sequence[str], purpose: str, dra
     y = np.asarray(y, np.float64)
     labels = list(dict.fromkeys(runs))
     member = np.array([[label == run for run in runs] for label in labels], np.float64).reshape(len(labels), len(x))
-    sizes = {"n": len(x), "runs": len(labels)}
     if len(x) < FEWEST or x.min() == x.max() or y.min() == y.max():
-        return Correlation(**sizes)
+        return Correlation(n=len(x), runs=len(labels))
 
     def both(counts: np.ndarray) -> list[np.ndarray]:
         return [_pearson(_ranks(x, counts), _ranks(y, counts), counts), _pearson(x[None], y[None], counts)]
 
     spearman, pearson = (float(r[0]) for r in both(np.ones((1, len(x)))))
     if len(labels) == 1:
-        return Correlation(**sizes, spearman=spearman, pearson=pearson)
+        return Correlation(n=len(x), runs=len(labels), spearman=spearman, pearson=pearson)
     rng = keyed_rng(SEED, f"bootstrap, {purpose}")
     counts = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=draws) @ member  # (draws, n)
     drawn = [r[~np.isnan(r)] for r in both(counts)]
     by_rank, linear = [tuple(np.quantile(r, (1 - TAIL, TAIL)).tolist()) if len(r) else None for r in drawn]
     return Correlation(
-        **sizes,
+        n=len(x),
+        runs=len(labels),
         spearman=spearman,
         pearson=pearson,
         spearman_interval=by_rank,

@@ -1,6 +1,5 @@
 """The tables of the report, for a terminal and for its self-contained page."""
 
-import base64
 import dataclasses
 import json
 from pathlib import Path
@@ -11,7 +10,7 @@ import pandas as pd
 
 from pcfg.common.files import atomic_open
 from pretraining.evaluation.records import ComparisonRecord
-from pretraining.report.analysis import HOLDS, HOLDS_NOT, Analysis, Finding, Summary, decimals
+from pretraining.report.analysis import HOLDS, HOLDS_NOT, Analysis, Summary, decimals
 from pretraining.report.contract import ALGORITHMS, MODELS, SIZES, STEPS
 from pretraining.report.intervals import FEWEST, Correlation
 from pretraining.report.plots import Plot
@@ -255,9 +254,9 @@ def correlation_table(analysis: Analysis) -> Table:
 def paper_table(analysis: Analysis) -> Table:
     """The paper's numbers next to ours."""
     body = []
-    for row in analysis.paper:
+    for row in analysis.paper.itertuples():
         ours = _number(row.ours, row.error, 1 if row.quantity in analysis.experiments.tasks else None)
-        is_known = row.ours is not None or row.experiment is None
+        is_known = ours or pd.isna(row.experiment)
         body.append([row.where, row.what, row.value, ours, row.comparable if is_known else "no: not measured here"])
     notes = ["Accuracies of ours are those of linear probes. Their standard model is trained with AdamW."]
     return Table("Liu et al. (2023) next to ours", ["where", "what", "paper", "ours", "comparable"], body, notes)
@@ -285,10 +284,8 @@ def command_table(analysis: Analysis) -> Table:
     body = []
     for command in analysis.experiments.commands:
         status = analysis.statuses.get(command.name)
-        state = "has not run" if status is None else status.state
-        if status is not None and status.exit_code:
-            state += f", exit code {status.exit_code}"
-        body.append([command.name, state, command.command])
+        code = f", exit code {status.exit_code}" if status and status.exit_code else ""
+        body.append([command.name, f"{status.state}{code}" if status else "has not run", command.command])
     return Table("", ["name", "state", "command"], body)
 
 
@@ -336,19 +333,6 @@ def printed(analysis: Analysis) -> str:
     return "\n\n".join([*sentences, *(table.text() for table in tables), analysis.experiments.criterion.statement()])
 
 
-def _finding(finding: Finding) -> dict:
-    """A finding as the template takes it."""
-    verdicts = set(finding.verdicts.values())
-    mark = "holds" if verdicts == {HOLDS} else "not" if verdicts == {HOLDS_NOT} else ""
-    return {"mark": mark, **{name: getattr(finding, name) for name in ("headline", "basis", "numbers", "omissions")}}
-
-
-def _plot(plot: Plot) -> dict:
-    """A plot as the template takes it."""
-    panels = [(text, base64.b64encode(picture).decode()) for text, picture in plot.panels]
-    return {"name": plot.name, "title": plot.title, "caption": plot.caption, "panels": panels}
-
-
 def write_page(path: Path | str, analysis: Analysis, plots: dict[str, list[Plot]]) -> None:
     """Write the self-contained page.
 
@@ -356,14 +340,15 @@ def write_page(path: Path | str, analysis: Analysis, plots: dict[str, list[Plot]
         plots: those of each experiment.
     """
     experiments = analysis.experiments
-    sections = [(table, [_plot(plot) for plot in plots.get(name, [])]) for name, table in main_tables(analysis)]
+    sections = [(table, plots.get(name, [])) for name, table in main_tables(analysis)]
     sections += [(table, []) for table in further_tables(analysis)]
+    marks = {frozenset([HOLDS]): "holds", frozenset([HOLDS_NOT]): "not"}
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, loader=loader)
     records = analysis.tree.records
     page = environment.get_template("report.html.jinja").render(
         criterion=experiments.criterion.statement(),
-        findings=[_finding(finding) for finding in analysis.findings],
+        findings=[(finding, marks.get(frozenset(finding.verdicts.values()), "")) for finding in analysis.findings],
         correlations=correlation_sentences(analysis),
         rule="" if experiments.inferred else RULE,
         sections=sections,
@@ -372,16 +357,7 @@ def write_page(path: Path | str, analysis: Analysis, plots: dict[str, list[Plot]
         scale=experiments.scale,
         seeds=experiments.seeds,
         commands=command_table(analysis),
-        records=[
-            {
-                "model": model,
-                "file": file.name,
-                "measurement": record.measurement,
-                "arguments": json.dumps(record.arguments, sort_keys=True),
-                "text": file.read_text(encoding="utf-8"),
-            }
-            for model, file, record in records
-        ],
+        records=[(model, file, record, json.dumps(record.arguments, sort_keys=True)) for model, file, record in records],
         versions=sorted({f"{name} {version}" for _, _, record in records for name, version in record.versions.items()}),
     )
     with atomic_open(path) as file:

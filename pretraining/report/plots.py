@@ -5,6 +5,7 @@ distinguish, neighbours of different lightness; in grey the markers differ. Mean
 error over seeds, single models those of their own measurement. Filled markers have one meaning: the same loss as the reference.
 """
 
+import base64
 import dataclasses
 import functools
 import io
@@ -19,6 +20,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from pcfg.common.files import atomic_open, atomic_path
@@ -48,7 +50,7 @@ class Style:
 
     def handle(self, line: bool) -> Line2D:
         """The group in a legend, its markers joined by a line or not."""
-        dash = self.dash if line else "none"
+        dash: Any = self.dash if line else "none"
         return Line2D([], [], color=self.colour, marker=self.marker, linestyle=dash, label=self.label)
 
 
@@ -68,10 +70,14 @@ class Quantity:
     label: str
     scale: float = 1.0
 
-    def mean(self, line: Line) -> tuple[float, float] | None:
-        """Mean and error of a line, on the axis; None where it was not measured."""
+    def is_in(self, line: Line) -> bool:
+        """Whether it was measured for a line."""
+        return line.values[self.name].mean is not None
+
+    def point(self, x: float | None, line: Line) -> tuple[float, float, float, float]:
+        """A line's mean at `x`, on the axes: (x, y, error of x, error of y)."""
         value = line.values[self.name]
-        return None if value.mean is None else (value.mean * self.scale, (value.error or 0.0) * self.scale)
+        return x or 0, (value.mean or 0.0) * self.scale, 0.0, (value.error or 0.0) * self.scale
 
 
 def _quantity(name: str) -> Quantity:
@@ -91,7 +97,7 @@ class Plot:
     name: str  # of its files, without `.png` and `.svg`
     title: str
     caption: str
-    panels: list[tuple[str, bytes]]  # (description, PNG file) of each panel, and of the legend
+    panels: list[tuple[str, str]]  # (description, PNG file in base64) of each panel, and of the legend
 
 
 class ExperimentPlots:
@@ -121,8 +127,8 @@ class ExperimentPlots:
         """Means against training steps, a line per group."""
         steps, values = set(), []
         for group in self.experiment.groups:
-            lines = [line for line in self.lines if line.group == group and line.step is not None and quantity.mean(line)]
-            points = [(line.step, *_apart(quantity.mean(line))) for line in lines]
+            lines = [line for line in self.lines if line.group == group and line.step is not None and quantity.is_in(line)]
+            points = [quantity.point(line.step, line) for line in lines]
             hollow = {index for index, line in enumerate(lines) if not _is_same_loss(line)}
             _draw_points(axes, self.styles[group], points, line=True, hollow=hollow)
             steps |= {line.step for line in lines if line.step is not None}
@@ -132,9 +138,9 @@ class ExperimentPlots:
 
     def against_size(self, axes: Axes, quantity: Quantity) -> None:
         """Means against the number of parameters, each group at its last measured step."""
-        last = {line.group: line for line in self.lines if quantity.mean(line) and line.parameters}
+        last = {line.group: line for line in self.lines if quantity.is_in(line) and line.parameters}
         lines = sorted(last.values(), key=lambda line: line.parameters or 0)
-        points = [(line.parameters, *_apart(quantity.mean(line))) for line in lines]
+        points = [quantity.point(line.parameters, line) for line in lines]
         for line, point in zip(lines, points, strict=True):
             _draw_points(axes, self.styles[line.group], [point], line=False, hollow=() if _is_same_loss(line) else {0})
         axes.plot([point[0] for point in points], [point[1] for point in points], color=GREY, linewidth=1, zorder=0)
@@ -144,20 +150,20 @@ class ExperimentPlots:
     def by_group(self, axes: Axes, quantity: Quantity) -> None:
         """Groups side by side: the mean with its error, and single models as small points next to it."""
         values: list[float] = []
-        last = {line.group: line for line in self.lines if quantity.mean(line)}
+        last = {line.group: line for line in self.lines if quantity.is_in(line)}
         groups = self.experiment.groups
         for place, group in enumerate(groups):
             if group not in last:
                 continue
             style = self.styles[group]
-            point = (place, *_apart(quantity.mean(last[group])))
+            point = quantity.point(place, last[group])
             _draw_points(axes, style, [point], line=False, hollow=() if _is_same_loss(last[group]) else {0})
             rows = self.models.rows
             of_line = rows["group"].eq(group) & (rows["step"].eq(last[group].step).fillna(False) | rows["step"].isna())
             single = (self.models.select(of_line).of(quantity.name)["value"].dropna() * quantity.scale).tolist()
             if len(single) > 1:
-                look = {"marker": style.marker, "color": style.colour, "markersize": 3, "linestyle": "none"}
-                axes.plot([place + 0.2] * len(single), single, **look)
+                x = [place + 0.2] * len(single)
+                axes.plot(x, single, marker=style.marker, color=style.colour, markersize=3, linestyle="none")
             values += [point[1], *single]
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.set_xticks(range(len(groups)), groups, rotation=20 if len(groups) > 4 else 0)
@@ -175,7 +181,7 @@ class ExperimentPlots:
                 columns[f"{axis}_error"] = own_error(of_quantity).fillna(0.0) * quantity.scale
             points = pd.DataFrame(columns).dropna()
             is_same = models.rows["same_loss"].reindex(points.index).fillna(False).astype(bool)
-            hollow = set(np.flatnonzero(~is_same))
+            hollow = set(np.flatnonzero(~is_same).tolist())
             _draw_points(axes, self.styles[group], points[["x", "y", "x_error", "y_error"]].values.tolist(), False, hollow)
             x_values += points["x"].tolist()
         axes.set_xlabel(trace.label)
@@ -211,12 +217,6 @@ class ExperimentPlots:
             if not own and (self.analysis.tree.models["kind"] == LOOKUP_TABLE).any():
                 handles.append(Line2D([], [], color="black", linestyle=(0, (6, 3)), label="lookup table"))
         return handles
-
-
-def _apart(mean: tuple[float, float] | None) -> tuple[float, float, float]:
-    """(value, error) as the last three entries of a point: y, error of x, error of y."""
-    assert mean is not None
-    return mean[0], 0.0, mean[1]
 
 
 def _is_same_loss(line: Line) -> bool:
@@ -255,13 +255,13 @@ def write_plots(output: Path | str, analysis: Analysis) -> dict[str, list[Plot]]
             single, (alone,) = _make_figure(1)
             draw_panel(alone)
             label = f"{panel.get_ylabel()} against {panel.get_xlabel() or 'groups'}"
-            panels.append((" ".join(label.split()), _png(single)))
+            panels.append((" ".join(label.split()), base64.b64encode(_png(single)).decode()))
         if legend:
             options = {"handles": legend, "ncols": min(3, len(legend)), "frameon": False, "fontsize": 9}
             figure.legend(loc="outside lower center", **options)
             alone_legend = Figure(figsize=(2 * PANEL[0], 1))
             alone_legend.legend(loc="center", **options)
-            panels.append(("legend", _png(alone_legend, bbox_inches="tight")))
+            panels.append(("legend", base64.b64encode(_png(alone_legend, bbox_inches="tight")).decode()))
         with atomic_open(Path(output) / f"{name}.png", "wb") as file:
             file.write(_png(figure))
         _save_svg(figure, Path(output) / f"{name}.svg")
@@ -390,16 +390,16 @@ def _draw_points(axes: Axes, style: Style, points: list, line: bool, hollow: Col
         axes.plot(x, y, color=style.colour, linestyle=style.dash, linewidth=1.3)
     for index, point in enumerate(points):
         face = "white" if index in hollow else style.colour
-        look = {"marker": style.marker, "markerfacecolor": face, "markeredgecolor": style.colour, "linestyle": "none"}
-        axes.plot(point[0], point[1], **look)
+        colours: dict[str, Any] = {"markerfacecolor": face, "markeredgecolor": style.colour}
+        axes.plot(point[0], point[1], marker=style.marker, linestyle="none", **colours)
 
 
 def _make_figure(panels: int) -> tuple[Figure, list[Axes]]:
     """A figure with `panels` axes in rows of `COLUMNS`."""
     columns = min(COLUMNS, panels)
     lines = math.ceil(panels / columns)
-    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines + 0.6), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.09, h_pad=0.06)  # inches around each panel
+    layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.06)  # inches around each panel
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines + 0.6), layout=layout)
     axes = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
     for unused in axes[panels:]:
         unused.remove()

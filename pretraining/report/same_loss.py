@@ -97,12 +97,8 @@ def mean_difference(before: pd.DataFrame, after: pd.DataFrame) -> tuple[float, f
         before, after: columns as in `SameLoss.judge`.
     """
     ways = []
-    for value, error in (("gap_difference", "gap_difference_se"), ("gap", "gap_se")):
-        means = [(float(side[value].mean(skipna=False)), float(side[error].mean(skipna=False))) for side in (before, after)]
-        (first, first_error), (second, second_error) = means
-        if not np.isnan(second - first):
-            ways.append((first_error + second_error, second - first))
-    if not ways:
-        return None
-    error, value = min(ways)
-    return value, error
+    for quantity in ("gap_difference", "gap"):
+        first, second = (side[[quantity, f"{quantity}_se"]].mean(skipna=False).to_numpy(float) for side in (before, after))
+        if not np.isnan(second[0] - first[0]):
+            ways.append((float(first[1] + second[1]), float(second[0] - first[0])))
+    return min(ways)[::-1] if ways else None

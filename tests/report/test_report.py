@@ -249,12 +249,12 @@ def test_sizes_are_compared_under_both_rules(grown, capsys):
     page, printed = (grown / "out" / "report.html").read_text(), capsys.readouterr().out
     title = "The trace in the parameters of one shape"
     for finding in (
-        f"{title}, narrow x 2, step 1,000 against wide, step 1,000: depends on the rule of enlarging",
-        f"{title}, tiny x 4, step 1,000 against wide, step 1,000: is larger with both rules of enlarging",
-        f"{title}, odd x 8, step 1,000 against wide, step 1,000: can't be told",
+        f"{title} (narrow x 2, step 1,000 against wide, step 1,000): depends on the rule of enlarging",
+        f"{title} (tiny x 4, step 1,000 against wide, step 1,000): is larger with both rules of enlarging",
+        f"{title} (odd x 8, step 1,000 against wide, step 1,000): can't be told",
     ):
         assert finding in printed and finding in html.unescape(page)
-    assert "against wide, step 1,000: can't be told: trace (tables) +0.10 [-0.18, +0.38]; no trace (head)." in printed
+    assert "against wide, step 1,000): can't be told: trace (tables) +0.10 [-0.18, +0.38]; no trace (head)." in printed
     table = printed[printed.index("own parameters") :]
     assert re.search(r"narrow x 2 +200 .* 12.00 ± 0.10\* +8.00 ± 0.10\*", table)
     assert re.search(r"wide +[\d,]+ .* 10.00 ± 0.10\* +10.00 ± 0.10\*", table)
