@@ -11,9 +11,9 @@ source scripts/setup.sh "$PWD/requirements.txt"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 out=${1:-quickstart}
 steps=${QUICKSTART_STEPS:-1500}
-sentences=100000 test_sentences=2000 labelled=1000 validation=2000 trace_sentences=1024 epochs=30
+sentences=100000 test_sentences=2000 validation=2000 trace_sentences=1024 epochs=30
 if [ "$steps" -lt 300 ]; then
-    sentences=10000 test_sentences=300 labelled=500 validation=300 trace_sentences=32 epochs=3
+    sentences=10000 test_sentences=300 validation=300 trace_sentences=32 epochs=3
 fi
 rules=rule_mini_mlm.txt
 data=$out/data
@@ -58,7 +58,7 @@ python generate_samples.py --dir "$data" -o "$data/pretraining" --dup_factor 1 -
 
 stage "3/9 downstream tasks A, B, C, and the lookup table of the test text"
 for name in A B C; do
-    python generate_downstream.py --rule-path $rules --save-path "$data" --sentence-num $labelled --task-type $name \
+    python generate_downstream.py --rule-path $rules --save-path "$data" --sentence-num 1000 --task-type $name \
         --validation-num $validation
 done
 python -m pcfg.lookup --rule-path $rules --datafile "$data/test0.txt" --save-path "$data/lookup.hdf5"
