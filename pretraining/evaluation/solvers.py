@@ -6,8 +6,8 @@ L-BFGS     the unique minimum of
 
                J(W, b) = sum_i u_i CE(W z_i + b, y_i) / sum_i u_i + lambda / 2 ||W||^2
 
-           with z the features standardised on the training part, u_i = 1 (or the count of sentence i in a bootstrap sample),
-           and lambda the strength with the least cross-entropy on a held-out fifth of the training part.
+           with z the features standardised on the training part, u_i = 1 (or the count of sentence i in a bootstrap sample).
+           lambda is the strength with the least cross-entropy on a held-out fifth of the training part.
 
 Sources: Liu et al. 2023, section 3 and appendix A (AdamW); Bishop 2006, section 4.3.4 (multinomial logistic regression); Liu
 and Nocedal 1989 (L-BFGS); Efron and Tibshirani 1993, chapter 6 (bootstrap).
