@@ -10,9 +10,8 @@ On a GPU, the README's encoder:
 
     bash scripts/benchmark.sh pretraining --bf16 --hidden-size 1024 --layers 16 --heads 16 --batch 4096 --micro-batch 4096
 
-Rates are sentences a second of the clock. All contenders train on the same samples, drawn from the grammar with the lengths
-it gives them and padded to 32 tokens in the file, with dropout 0.1 and AdamW; they take turns, and the median of their turns
-counts. The baseline and its variants are in naive_training.py.
+Rates are sentences per second of wall-clock time. All contenders train on the same samples of the grammar, padded to 32 tokens
+in the file, with dropout 0.1 and AdamW. They take turns, and the median of their turns counts. The baseline and its variants are in naive_training.py.
 """
 
 import argparse
@@ -107,7 +106,7 @@ class Bench:
         return step
 
     def rates(self, contenders: dict) -> dict[str, float]:
-        """Sentences a second of each contender's step(rows): the median of turns that alternate."""
+        """Sentences per second of each contender's step(rows): the median of turns that alternate."""
         turns, seconds = max(1, round(TURNS * min(1.0, self.options.scale * 2))), SECONDS * self.options.scale
         batches = np.array_split(np.arange(len(self.samples)), len(self.samples) // self.options.batch)
         place, found = 0, {name: [] for name in contenders}

@@ -1,4 +1,4 @@
-"""What one writes first to pre-train a masked language model: transformers' model in a plain loop, all sentences padded."""
+"""The obvious way to pre-train a masked language model: transformers' model in a plain loop, all sentences padded."""
 
 import numpy as np
 import torch
@@ -16,19 +16,24 @@ class PlainLoop:
 
     Args:
         config: shape and dropout; transformers has it in post-LN.
-        samples: what the batches are taken from.
-        device: where it runs.
+        samples: source of the batches.
+        device: of the computation.
         sparse: whether logits are computed at the masked positions only.
         autocast: type of the arithmetic under autocast; None for float32.
     """
 
-    def __init__(self, config: ModelConfig, samples: Samples, device, sparse: bool, autocast: torch.dtype | None = None):
+    def __init__(
+        self, config: ModelConfig, samples: Samples, device: torch.device, sparse: bool, autocast: torch.dtype | None = None
+    ):
         shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         dropout = ("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "layer_norm_eps")
         self.model = BertForMaskedLM(BertConfig(**{name: getattr(config, name) for name in (*shared, *dropout)}))
         self.model.to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.samples, self.device, self.sparse, self.autocast = samples, device, sparse, autocast
+        self.samples = samples
+        self.device = device
+        self.sparse = sparse
+        self.autocast = autocast
 
     def loss(self, rows: np.ndarray) -> torch.Tensor:
         """Mean of -log f over the masked positions of the samples `rows`, in nats."""
