@@ -11,7 +11,8 @@ On a GPU, the README's encoder:
     bash scripts/benchmark.sh pretraining --bf16 --hidden-size 1024 --layers 16 --heads 16 --batch 4096 --micro-batch 4096
 
 Rates are sentences per second of wall-clock time. All contenders train on the same samples of the grammar, padded to 32 tokens
-in the file, with dropout 0.1 and AdamW. They take turns, and the median of their turns counts. The baseline and its variants are in naive_training.py.
+in the file, with dropout 0.1 and AdamW. They take turns, and the median of their turns counts. The baseline and its variants
+are in naive_training.py.
 """
 
 import argparse
