@@ -63,11 +63,10 @@ class ModelConfig:
     def parameters(self) -> int:
         """How many trainable numbers a model of this shape has, the tied table counted once."""
         width = self.hidden_size
-        inner = self.intermediate_size
         norm = width if self.layer_norm_type == "rms_norm" else 2 * width
         tables = (self.vocab_size + self.max_position_embeddings + self.type_vocab_size) * width
         dense = width * width + width
-        layer = 4 * dense + (width * inner + inner) + (inner * width + width) + 2 * norm
+        layer = 4 * dense + self.intermediate_size * (2 * width + 1) + width + 2 * norm
         # Norms outside the layers: embeddings, head, and in pre-LN after the last layer.
         norms = (3 if self.encoder_ln_mode == "pre-ln" else 2) * norm
         return tables + self.num_hidden_layers * layer + norms + dense + self.vocab_size
