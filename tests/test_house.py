@@ -1,4 +1,4 @@
-"""The project's structure: imports go down and in no circle, and names are unique."""
+"""The project's structure: imports go down and in no circle, public functions are typed, and names are unique."""
 
 import ast
 import collections
@@ -81,6 +81,39 @@ def test_imports_go_down():
         for package, forbidden in FORBIDDEN.items():
             if is_within(module, package):
                 assert not [name for name in imported for other in forbidden if is_within(name, other)], module
+
+
+def is_typed(function: ast.FunctionDef, is_method: bool) -> bool:
+    """Whether all parameters, but for self and cls, and the return have types; kernels of numba count as typed."""
+    decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+    if any(word in decorator for decorator in decorators for word in ("jit", "overload", "intrinsic", "kernel")):
+        return True
+    signature = function.args
+    parameters = [*signature.posonlyargs, *signature.args, *signature.kwonlyargs]
+    if is_method and "staticmethod" not in decorators:
+        parameters = parameters[1:]
+    parameters += [parameter for parameter in (signature.vararg, signature.kwarg) if parameter]
+    returns = function.returns is not None or function.name == "__init__"
+    return returns and all(parameter.annotation for parameter in parameters)
+
+
+def untyped(source: str) -> list[str]:
+    """The public functions and methods of a module that lack types."""
+    tree = ast.parse(source)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    names = []
+    for body, prefix in [(tree.body, ""), *((node.body, f"{node.name}.") for node in classes)]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name == "__init__"):
+                names += [] if is_typed(node, bool(prefix)) else [prefix + node.name]
+    return names
+
+
+def test_public_functions_are_typed():
+    wrong = {path: names for path in project_files() if (names := untyped((ROOT / path).read_text()))}
+    assert wrong == {}
+    methods = "\n    def g(self, *a) -> int: ...\n    def _h(self, a): ...\n    def __init__(self, b: int): ..."
+    assert untyped(f"def f(a, b: int) -> int: ...\nclass C:{methods}") == ["f", "C.g"]
 
 
 def test_no_two_modules_share_a_name():

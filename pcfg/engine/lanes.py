@@ -27,7 +27,7 @@ def kernel(function: Callable) -> Any:
 class LanesType(types.Type):
     """The numba type of a vector of float32 or float64."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype: types.Float):
         self.dtype = dtype
         self.count = 8 * LANE_BYTES // dtype.bitwidth
         super().__init__(name=f"Lanes({dtype})")
