@@ -1,4 +1,4 @@
-"""Speed of the grammar engine, beside naive baselines measured in the same run.
+"""Speed of the grammar engine, next to naive baselines measured in the same run.
 
     bash scripts/benchmark.sh pcfg
 
@@ -7,7 +7,7 @@ A version of some seconds, with rough numbers, and the memory of the generators 
     bash scripts/benchmark.sh pcfg --scale 0.01 --only labels conditionals
     bash scripts/benchmark.sh pcfg --only memory --folder /a/disk/with/15/GB
 
-Rates are sentences a CPU-second (all threads and child processes counted) but for text shards, which is sentences a second
+Rates are sentences per CPU-second (all threads and child processes counted), except for text shards: sentences per second
 of the clock with everything on --cores cores. Sentences are drawn from the grammar with the lengths it gives them. The
 baselines, in naive.py, are timed on few of them, taken at equal steps of the list sorted by length.
 """
@@ -93,7 +93,7 @@ class Bench:
         return [[self.grammar.words[word] for word in tokens[row, : lengths[row]]] for row in rows]
 
     def engine(self, work, sentences: int) -> float:
-        """Sentences a CPU-second of work(), which does `sentences` of them."""
+        """Sentences per CPU-second of work(), which does `sentences` of them."""
         return repeated(work, sentences, SECONDS * self.scale)
 
     def temporary(self):
@@ -124,7 +124,7 @@ class Bench:
 
 
 def _baseline_rate(work, sentences: list) -> float:
-    """Calls of work(sentence) a CPU-second."""
+    """Calls of work(sentence) per CPU-second."""
     start = cpu_seconds()
     for sentence in sentences:
         work(sentence)
@@ -132,7 +132,7 @@ def _baseline_rate(work, sentences: list) -> float:
 
 
 def _write_baseline_shard(kind: type, rules: Path, path: str, sentences: int, seed: int) -> float:
-    """Sentences a second of the clock of one process of a naive sampler; its start is not counted."""
+    """Sentences per second of the clock of one process of a naive sampler; its start is not counted."""
     sampler = kind(Grammar.read(rules).to_nltk())
     random.seed(seed)
     start = time.perf_counter()
@@ -143,7 +143,7 @@ def _write_baseline_shard(kind: type, rules: Path, path: str, sentences: int, se
 def text_rows(bench: Bench) -> list[Row]:
     shards, sentences, naive_sentences = 20, bench.amount(1_000_000), bench.amount(20_000)
     with bench.temporary() as folder:
-        # The kernels are compiled once a machine, so they are not part of the time.
+        # The kernels are compiled once per machine, so they are not part of the time.
         run_script(*bench.pretraining(f"{folder}/first", 1, 1))
         start = time.perf_counter()
         run_script(*bench.pretraining(f"{folder}/text", shards, sentences))
@@ -189,7 +189,7 @@ def label_rows(bench: Bench) -> list[Row]:
 
 
 def _substitution_rate(chart: DictionaryChart, sentences: list[list[str]]) -> float:
-    """Sentences a CPU-second of naive conditionals.
+    """Sentences per CPU-second of naive conditionals.
 
     A sentence of T words takes T V charts (V words); one of them, at random, is timed in each sentence and counts for all.
     """

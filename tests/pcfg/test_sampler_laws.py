@@ -1,7 +1,7 @@
 """What is drawn follows the grammar: lengths, words and rules against exact values, on three kinds of grammars.
 
-The exact values come from a naive recursion over lengths beside the tests. The rules that a sentence was made by are counted by
-a plain reimplementation of the drawing, which must give the sampler's sentences.
+The exact values come from a naive recursion over lengths next to the tests. The rules of a sentence are counted by a plain
+reimplementation of the drawing, which must give the sampler's sentences.
 """
 
 import numpy as np
