@@ -50,15 +50,8 @@ C2 stone 0.3
 C2 bird 0.1
 """
 
-# Files with the longest tests, the longest first.
-LONGEST = (
-    "test_quickstart.py",
-    "test_reproduce.py",
-    "test_prepare.py",
-    "test_kills.py",
-    "test_properties.py",
-    "test_benchmark",
-)
+# The files with tests of minutes, the longest first.
+LONGEST = ("test_quickstart.py", "test_reproduce.py", "test_prepare.py")
 # What programs import; the fork server of the end-to-end tests imports it once.
 PROGRAMS = "generate_samples calculate_loss calculate_hessian run_lp run_ft run_pretraining enlarge pretraining.report.command"
 
@@ -68,13 +61,13 @@ def pytest_collection_modifyitems(config, items):
 
     `--dist worksteal` gives each worker a run of consecutive tests at the start.
     """
-    ranks = {item: next((rank for rank, name in enumerate(LONGEST) if name in item.path.name), None) for item in items}
-    longest = sorted((item for item in items if ranks[item] is not None), key=ranks.get)
-    others = [item for item in items if ranks[item] is None]
+    longest = sorted((item for item in items if item.path.name in LONGEST), key=lambda item: LONGEST.index(item.path.name))
+    others = [item for item in items if item.path.name not in LONGEST]
     workers = getattr(config, "workerinput", {"workercount": 1})["workercount"]
-    sizes = [len(items) // workers + (worker < len(items) % workers) for worker in range(workers)]
-    items[:] = []
-    for worker, size in enumerate(sizes):
+    number = len(items)
+    items.clear()
+    for worker in range(workers):
+        size = (number - len(items)) // (workers - worker)
         share = longest[worker::workers]
         rest = max(0, size - len(share))
         items += [*share, *others[:rest]]
