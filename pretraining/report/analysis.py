@@ -84,71 +84,46 @@ FEWEST = 2  # models of a group, or pairs: the minimum for an interval
 
 
 class Summary(Schema):
-    """The mean of a group.
+    """The mean of a group."""
 
-    Attributes:
-        mean, error: None where nothing was measured, and where one measurement has no error.
-        over: the errors' source: "seeds", or "measurement" (a single model's own).
-        n: models.
-    """
-
-    mean: float | None = None
-    error: float | None = None
-    over: str | None = None
-    n: int = 0
+    mean: float | None = None  # None where nothing was measured
+    error: float | None = None  # None where one measurement has no error
+    over: str | None = None  # the source of the error: "seeds", or "measurement" (a single model's own)
+    n: int = 0  # models
 
 
 class Line(Schema):
-    """One line of an experiment's table.
-
-    Attributes:
-        kind: of the models; None where there is none.
-        models, planned: numbers of models that exist, and that should.
-        saturated, equal, same_loss: how many are, and of how many it is known.
-        values: by quantity: gap, gap_difference, traces, accuracies.
-        missing: texts.
-    """
+    """One line of an experiment's table."""
 
     group: str
     step: int | None
-    kind: str | None
+    kind: str | None  # of the models; None where there is none
     parameters: int | None
-    models: int
+    models: int  # that exist
     planned: int
-    saturated: tuple[int, int]
+    saturated: tuple[int, int]  # how many are, and of how many it is known; so for the next two
     equal: tuple[int, int]
     same_loss: tuple[int, int]
-    values: dict[str, Summary]
+    values: dict[str, Summary]  # by quantity: gap, gap_difference, traces, accuracies
     missing: tuple[str, ...]
 
 
 class Finding(Schema):
-    """One comparison: what it says in words, and the numbers.
-
-    Attributes:
-        experiment, title, subject: the claim, and the groups.
-        basis: the compared models, in words.
-        changes: by quantity (traces, gap, accuracies) the change; None where a side is missing.
-        verdicts: by accuracy one of `HOLDS`, `HOLDS_NOT`, `BY_RULE`, `OPEN`; for single models by "trace" one of `LARGER`,
-            `SMALLER`, `BY_RULE`, `OPEN`.
-        reason: why nothing can be compared, else None.
-        left_out: models that are not compared, and why.
-        numbers, omissions: the changes and what is left out, as texts.
-        headline, sentence: the finding without and with its numbers.
-    """
+    """One comparison: the claim and its verdict in words, and the numbers."""
 
     experiment: str
-    title: str
-    subject: str
-    basis: str
-    changes: dict[str, Change | None]
+    title: str  # the claim
+    subject: str  # the groups
+    basis: str  # the compared models, in words
+    changes: dict[str, Change | None]  # by quantity (traces, gap, accuracies); None where a side is missing
+    # By accuracy HOLDS, HOLDS_NOT, BY_RULE or OPEN; of single models by "trace" LARGER, SMALLER, BY_RULE or OPEN.
     verdicts: dict[str, str]
-    reason: str | None
-    left_out: tuple[str, ...]
-    numbers: tuple[str, ...]
-    omissions: str
-    headline: str
-    sentence: str
+    reason: str | None  # why nothing can be compared
+    left_out: tuple[str, ...]  # models that are not compared, and why
+    numbers: tuple[str, ...]  # the changes as texts
+    omissions: str  # `left_out` as a sentence
+    headline: str  # the finding without its numbers
+    sentence: str  # and with them
 
 
 class Correlated(Schema):
@@ -162,27 +137,19 @@ class Correlated(Schema):
 
 @dataclasses.dataclass
 class Analysis:
-    """Everything that was computed.
-
-    Attributes:
-        names: the accuracies.
-        tables: by experiment its lines.
-        paper: published numbers next to ours; empty for an inferred contract.
-        choice: how the adversarial weight was chosen; None where that is not known.
-        choice_missing: that the file of the choice does not exist, and why; else None.
-    """
+    """Everything that was computed."""
 
     tree: Tree
     experiments: Experiments
     statuses: dict[str, Status]
     joined: Joined
-    names: list[str]
-    tables: dict[str, list[Line]]
+    names: list[str]  # of the accuracies
+    tables: dict[str, list[Line]]  # by experiment
     findings: list[Finding]
     correlations: list[Correlated]
-    paper: pd.DataFrame
-    choice: Choice | None = None
-    choice_missing: str | None = None
+    paper: pd.DataFrame  # published numbers next to ours; empty for an inferred contract
+    choice: Choice | None = None  # how the adversarial weight was chosen
+    choice_missing: str | None = None  # that the file of the choice does not exist, and why
 
     def experiment(self, name: str) -> Experiment:
         [experiment] = [experiment for experiment in self.experiments.experiments if experiment.name == name]
@@ -457,12 +424,8 @@ def _group_mean(models: Joined, name: str) -> Mean | None:
 
 
 def _group_changes(before: Joined, after: Joined, names: Iterable[str]) -> dict[str, Change | None]:
-    changes = {}
-    for name in names:
-        first = _group_mean(before, name)
-        second = _group_mean(after, name)
-        changes[name] = change_of_means(first, second) if first and second else None
-    return changes
+    means = {name: (_group_mean(before, name), _group_mean(after, name)) for name in names}
+    return {name: change_of_means(a, b) if a and b else None for name, (a, b) in means.items()}
 
 
 def _finding(

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, MinLen
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pcfg.common.files import InputError, read_json, write_json
 from pcfg.common.schema import AnySchema, Schema, parse_schema
@@ -38,18 +38,6 @@ def _check_distinct(values: tuple) -> tuple:
     return values
 
 
-def _check_rules(common: dict[str, str]) -> dict[str, str]:
-    if other := sorted(common.keys() - set(TIED_SCALES)):
-        raise ValueError(f"has {other[0]!r}, which is not a rule of enlarging ({', '.join(TIED_SCALES)})")
-    return common
-
-
-def _check_probe(name: str) -> str:
-    if not name.startswith("probe"):
-        raise ValueError("must begin with 'probe', as the names of the records do")
-    return name
-
-
 Text = Annotated[str, MinLen(1)]
 Inside = Annotated[str, AfterValidator(_check_inside)]
 Texts = Annotated[tuple[Text, ...], AfterValidator(_check_distinct)]
@@ -66,7 +54,7 @@ class Entry(Schema):
     folder: Inside  # of the model
     # common: by rule of enlarging the folder of the same model in the parameters of the largest one; empty for models that have
     # that shape, and where traces of different shapes are not compared
-    common: Annotated[dict[str, Inside], AfterValidator(_check_rules)] = {}
+    common: dict[Annotated[str, Field(pattern=f"^({'|'.join(TIED_SCALES)})$")], Inside] = {}
 
 
 class Experiment(Schema):
@@ -118,7 +106,7 @@ class Experiments(Schema):
     tasks: Texts  # downstream tasks that are probed; the records of task B are `probe_pcfg_B.json`
     finetune_tasks: Texts = ()  # those of them that are fine-tuned as well: `finetune_pcfg_B.json`
     # probe: beginning of the names of the probes' records: `probe`, `probe_lbfgs`, ...
-    probe: Annotated[str, AfterValidator(_check_probe)] = "probe"
+    probe: Annotated[str, Field(pattern="^probe")] = "probe"
     # saturated, margin: thresholds of the same loss (nats), `max_gap` and `margin` of `SameLoss`
     saturated: Annotated[float, Gt(0)]
     margin: Annotated[float, Gt(0)]
