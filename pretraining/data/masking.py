@@ -129,23 +129,22 @@ def mask_sentences(
         Samples with `max_seq_length` and `rule.width` columns and no attributes.
     """
     check_lengths(lengths, max_seq_length, source)
+    rows = len(lengths)
+    columns = np.arange(max_seq_length)
+    input_ids = np.full((rows, max_seq_length), vocabulary.pad_id, dtype=np.int32)  # (n, T)
+    input_ids[:, 0] = vocabulary.cls_id
+    input_ids[(columns > 0) & (columns <= lengths[:, None])] = flat  # filled row by row
+    input_ids[np.arange(rows), lengths + 1] = vocabulary.sep_id
+    input_mask = (columns < lengths[:, None] + 2).astype(np.int8)
+
     numbers = rule.count_masks(lengths)
     # Two 64-bit numbers per mask; of full width, so that no rest of one block's draws is left for the next.
     bits = rng.integers(0, 2**64, size=(int(numbers.sum()), 2), dtype=np.uint64)
-    tokens = (len(lengths), max_seq_length)
-    samples = Samples(
-        input_ids=np.empty(tokens, dtype=np.int32),
-        input_mask=np.empty(tokens, dtype=np.int8),
-        segment_ids=np.zeros(tokens, dtype=np.int8),
-        masked_lm_positions=np.empty((len(lengths), rule.width), dtype=np.int32),
-        masked_lm_ids=np.empty((len(lengths), rule.width), dtype=np.int32),
-    )
-    _lay_out(flat, lengths, vocabulary.special_ids, samples.input_ids, samples.input_mask)
-    places = np.cumsum(numbers) - numbers
-    corrupted = (samples.input_ids, samples.masked_lm_positions, samples.masked_lm_ids)
+    positions, true_ids = np.empty((2, rows, rule.width), dtype=np.int32)
     words = vocabulary.ordinary_ids(rule.pieces)
-    _mask(lengths, numbers, places, bits, rule.thresholds(), words, vocabulary.mask_id, *corrupted)
-    return samples
+    places = np.cumsum(numbers) - numbers
+    _mask(lengths, numbers, places, bits, rule.thresholds(), words, vocabulary.mask_id, input_ids, positions, true_ids)
+    return Samples(input_ids, input_mask, np.zeros_like(input_mask), positions, true_ids)
 
 
 def remask(
@@ -166,66 +165,25 @@ def remask(
         Samples with `rule.width` columns of masks; `input_mask`, `segment_ids` and `attributes` are those of `samples`.
     """
     rows, width = samples.input_ids.shape
-    corrupted = (
-        samples.input_ids if in_place else np.empty_like(samples.input_ids),
-        np.empty((rows, rule.width), dtype=np.int32),
-        np.empty((rows, rule.width), dtype=np.int32),
-    )
+    input_ids = samples.input_ids if in_place else samples.input_ids.copy()
+    positions, true_ids = np.empty((2, rows, rule.width), dtype=np.int32)
     mask_counts = rule.count_masks(np.arange(1, width - 1))
     max_masks = int(mask_counts.max())
     thresholds = rule.thresholds()
     words = vocabulary.ordinary_ids(rule.pieces)
     for first in range(0, rows, ROWS_PER_CHUNK):  # blocks that fit into the caches
-        block = slice(first, min(first + ROWS_PER_CHUNK, rows))
-        input_ids, positions, ids = (array[block] for array in corrupted)
-        lengths = _restore(
-            samples.input_ids[block],
-            samples.input_mask[block],
-            samples.masked_lm_positions[block],
-            samples.masked_lm_ids[block],
-            input_ids,
-        )
-        places = np.arange(0, max_masks * len(lengths), max_masks)
-        bits = rng.integers(0, 2**64, size=(max_masks * len(lengths), 2), dtype=np.uint64)
+        block = slice(first, first + ROWS_PER_CHUNK)
+        ids = input_ids[block]
+        # Position 0, [CLS], means that there is no mask.
+        ids[np.arange(len(ids))[:, None], samples.masked_lm_positions[block]] = samples.masked_lm_ids[block]
+        ids[:, 0] = vocabulary.cls_id
+        lengths = samples.input_mask[block].sum(axis=1, dtype=np.int32) - 2
+        places = np.arange(0, max_masks * len(ids), max_masks)
+        bits = rng.integers(0, 2**64, size=(max_masks * len(ids), 2), dtype=np.uint64)
         numbers = mask_counts[lengths - 1]
-        _mask(lengths, numbers, places, bits, thresholds, words, vocabulary.mask_id, input_ids, positions, ids)
-    return Samples(corrupted[0], samples.input_mask, samples.segment_ids, *corrupted[1:], samples.attributes)
-
-
-@numba.njit(cache=True, nogil=True)
-def _restore(input_ids, input_mask, masked_lm_positions, masked_lm_ids, restored):
-    """Fill `restored` with `input_ids` and the true words at the masked positions; returns the words per row, (n,) int32."""
-    lengths = np.empty(len(input_ids), dtype=np.int32)
-    for row in range(len(input_ids)):
-        tokens = 0
-        for column in range(input_ids.shape[1]):
-            restored[row, column] = input_ids[row, column]
-            tokens += input_mask[row, column]
-        for mask in range(masked_lm_positions.shape[1]):
-            if masked_lm_positions[row, mask] == 0:
-                break
-            restored[row, masked_lm_positions[row, mask]] = masked_lm_ids[row, mask]
-        lengths[row] = tokens - 2
-    return lengths
-
-
-@numba.njit(cache=True, nogil=True)
-def _lay_out(flat, lengths, special_ids, input_ids, input_mask):
-    """Fill `input_ids` with [CLS] words [SEP] [PAD]... and `input_mask` with 0 at padding, else 1."""
-    pad_id = special_ids[0]
-    cls_id = special_ids[2]
-    sep_id = special_ids[3]
-    place = 0
-    for row in range(len(lengths)):
-        length = lengths[row]
-        input_ids[row, 0] = cls_id
-        for position in range(length):
-            input_ids[row, 1 + position] = flat[place + position]
-        input_ids[row, 1 + length] = sep_id
-        input_ids[row, 2 + length :] = pad_id
-        input_mask[row, : 2 + length] = 1
-        input_mask[row, 2 + length :] = 0
-        place += length
+        arrays = (ids, positions[block], true_ids[block])
+        _mask(lengths, numbers, places, bits, thresholds, words, vocabulary.mask_id, *arrays)
+    return Samples(input_ids, samples.input_mask, samples.segment_ids, positions, true_ids, samples.attributes)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -4,8 +4,8 @@ Text shard i with `dup_factor` d gives the sample shards k = i * d + j, j = 0..d
 shard is a pure function of (text shard, vocabulary, masking rule, seed, split, k).
 
 A text is of one of two kinds. Sentences of a known language: each is a sample, a word is a token, and anything else is an
-error. Documents, natural text: the tokenizer splits words into pieces, and `pretraining.data.packing` packs a document's
-sentences into samples, differently for each k if there are short ones.
+error. Documents, natural text: the tokenizer splits words into pieces, and `pack` packs a document's sentences into samples,
+differently for each k if there are short ones.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
+import numba
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -34,7 +35,6 @@ from pcfg.common.files import (
 )
 from pcfg.common.text import SPLITS, TEXT_MANIFEST, shard_paths, text_blocks
 from pretraining.data.masking import MaskingRule, check_lengths, mask_sentences
-from pretraining.data.packing import pack
 from pretraining.data.piece_encoder import BLOCK_BYTES, PieceEncoder
 from pretraining.data.samples import ROWS_PER_CHUNK, SAMPLES_MANIFEST, Samples, sample_name, sample_paths, write_samples
 from pretraining.data.vocabulary import TOKENIZER_FILES, Vocabulary, find_vocabulary
@@ -42,9 +42,8 @@ from pretraining.data.wordpiece import (
     check_same_tokenizer,
     find_own_tokenizer,
     ordinary_words_changed,
-    save_own_tokenizer,
-    save_wordpiece,
     wordpiece,
+    write_tokenizer,
 )
 
 SAMPLE_SPLITS = {split: split.removesuffix("ing") for split in SPLITS}  # of text files -> of sample files: train, test
@@ -215,6 +214,53 @@ def _encode_sentences(path: Path, recipe: Recipe, changed_words: frozenset[str])
     return np.concatenate(flat), np.concatenate(lengths)
 
 
+def pack(lines: np.ndarray, room: int, short_seq_prob: float, rng: np.random.Generator) -> np.ndarray:
+    """The lengths of the samples of documents: (samples,) int32 tokens, 1 or more; samples are slices of the text's ids.
+
+    A sample takes sentences of one document, in order, as long as they fit into its room. With probability `short_seq_prob`
+    (Devlin et al., arXiv 1810.04805, appendix A.2, and BERT's released code) a sample is short: its room is uniform in
+    2 .. `room`. A sentence that fits into the full room is never cut; a longer one begins a new sample and is cut wherever a
+    sample is full.
+
+    Args:
+        lines: (lines,) int32 tokens per sentence, negative at the end of a document; lines of 0 tokens have no effect.
+        room: tokens of a full sample, without [CLS] and [SEP], 1 or more.
+        rng: one generator per text; used only if there are short samples.
+
+    >>> pack(np.array([3, 2, 4, -1, 1, 12]), 6, 0.0, np.random.default_rng(0)).tolist()
+    [5, 4, 1, 6, 6]
+    """
+    max_samples = int(np.maximum(-(-lines // room), 0).sum())  # if no sample had two sentences
+    rooms = np.full(max_samples, room, dtype=np.int32)
+    if short_seq_prob > 0:
+        is_short = rng.random(max_samples) < short_seq_prob
+        rooms[is_short] = rng.integers(min(2, room), room + 1, size=max_samples, dtype=np.int32)[is_short]
+    lengths = np.empty(max_samples, dtype=np.int32)
+    return lengths[: _pack(lines, room, rooms, lengths)].copy()
+
+
+@numba.njit(cache=True, nogil=True)
+def _pack(lines, room, rooms, lengths):
+    """Fill `lengths` with the tokens of the samples, whose rooms are `rooms`; returns their number."""
+    samples = 0
+    filled = 0
+    for line in range(len(lines)):
+        length = lines[line]
+        if filled > 0 and (length < 0 or filled + length > rooms[samples]):
+            lengths[samples] = filled
+            samples += 1
+            filled = 0
+        while length > room:  # the sample is empty
+            lengths[samples] = room
+            samples += 1
+            length -= room
+        filled += max(length, 0)
+    if filled > 0:
+        lengths[samples] = filled
+        samples += 1
+    return samples
+
+
 def _masked_blocks(flat: np.ndarray, lengths: np.ndarray, shard: TextShard, recipe: Recipe, number: int) -> Iterator[Samples]:
     """The samples of sample shard `number`, `ROWS_PER_BLOCK` at a time."""
     rng = keyed_rng(recipe.seed, f"masking-{shard.split}", number)
@@ -312,10 +358,9 @@ def _save_tokenizer(recipe: Recipe, own: Tokenizer | None, name: str, manifest: 
     if all(manifest.is_complete(file) for file in files):
         return
     with atomic_folder(manifest.path.parent / name) as folder:
-        if own is None:
-            save_wordpiece(folder, recipe.vocabulary, recipe.do_lower_case, recipe.max_seq_length, name)
-        else:
-            save_own_tokenizer(folder, own, recipe.vocabulary, recipe.max_seq_length, name)
+        tokenizer = own or wordpiece(recipe.vocabulary, recipe.do_lower_case)
+        lower = None if own else recipe.do_lower_case
+        write_tokenizer(folder, tokenizer, recipe.vocabulary, recipe.max_seq_length, name, lower)
     for file in files:
         manifest.add(file)
 

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import numba
 import numpy as np
 
 from pcfg.common.files import AnyPath, InputError, Manifest, atomic_open, check_file
@@ -60,25 +59,6 @@ HDF5_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, OverflowE
 # Of attributes that are read. HDF5 2.0 crashes on lists of variable length whose type is damaged; no attribute is one.
 ATTRIBUTE_TYPES = (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID, h5py.h5t.TypeStringID)
 
-# Problems of a sample, by the numbers that `_first_problem` and `_first_stranger` return; 0 is none.
-INPUT_RANGE, MASKED_RANGE, SEGMENT, LENGTH, PADDING, NO_MASK, OUTSIDE, ORDER = range(1, 9)
-UNUSED, MASKED_PAD, ENDS, SPECIAL, MASKED_SPECIAL = range(9, 14)
-PROBLEMS = {
-    INPUT_RANGE: "input_ids has ids from {low} to {high}, the vocabulary has {size} entries",
-    MASKED_RANGE: "masked_lm_ids has ids from {low} to {high}, the vocabulary has {size} entries",
-    SEGMENT: "segment_ids is not 0; the models know one segment",
-    LENGTH: "input_mask is not 1 at [CLS], one word or more and [SEP], then 0",
-    PADDING: "input_ids is not [PAD] where input_mask is 0, and nowhere else",
-    NO_MASK: "no masked position",
-    OUTSIDE: "a masked position is outside the words of the sentence",
-    ORDER: "masked positions don't ascend",
-    UNUSED: "masked positions or ids are not 0 after the last mask",
-    MASKED_PAD: "a masked id is 0, [PAD]",
-    ENDS: "input_ids doesn't begin with [CLS] and end with [SEP]",
-    SPECIAL: "a special token stands where a word should, and is not masked",
-    MASKED_SPECIAL: "a masked id is a special token",
-}
-
 
 @dataclasses.dataclass
 class Samples:
@@ -98,12 +78,31 @@ class Samples:
     def check(self, source: object) -> None:
         """Check attributes, shapes and values against the layout that the module describes; `source` is for messages."""
         shapes = {name: getattr(self, name).shape for name in DTYPES}
-        problem = _wrong_attribute(self.attributes) or _wrong_shape(shapes, self.attributes) or self._wrong_type()
-        if not problem:
-            masks = (self.masked_lm_positions, self.masked_lm_ids)
-            size = int(self.attributes["vocab_size"])
-            problem = self._describe(*_first_problem(self.input_ids, self.input_mask, self.segment_ids, *masks, size))
-        _refuse(source, problem)
+        _refuse(source, _wrong_attribute(self.attributes) or _wrong_shape(shapes, self.attributes))
+        for name, dtype in DTYPES.items():
+            if getattr(self, name).dtype != dtype:
+                _refuse(source, f"{name} is of {getattr(self, name).dtype}, not of {dtype.__name__}")
+        size = self.attributes["vocab_size"]
+        for name in ("input_ids", "masked_lm_ids"):
+            low, high = getattr(self, name).min(), getattr(self, name).max()
+            if low < 0 or high >= size:
+                _refuse(source, f"{name} has ids from {low} to {high}, the vocabulary has {size} entries")
+        for first, ids, input_mask, segments, positions, true_ids in self._blocks():
+            tokens = input_mask.sum(axis=1, dtype=np.int32, keepdims=True)  # (rows, 1)
+            is_token = np.arange(ids.shape[1]) < tokens  # (rows, T)
+            is_mask = np.logical_and.accumulate(positions != 0, axis=1)  # (rows, P), those before the first 0
+            is_outside = (positions < 1) | (positions > tokens - 2)
+            problems = {
+                "segment_ids is not 0; the models know one segment": segments != 0,
+                "input_mask is not 1 at [CLS], one word or more and [SEP], then 0": (input_mask != is_token) | (tokens < 3),
+                "input_ids is not [PAD] where input_mask is 0, and nowhere else": (ids != 0) != is_token,
+                "no masked position": ~is_mask[:, :1],
+                "a masked position is outside the words of the sentence": is_mask & is_outside,
+                "masked positions or ids are not 0 after the last mask": ~is_mask & ((positions | true_ids) != 0),
+                "masked positions don't ascend": is_mask[:, 1:] & (positions[:, 1:] <= positions[:, :-1]),
+                "a masked id is 0, [PAD]": is_mask & (true_ids == 0),
+            }
+            _refuse(source, _first_problem(problems, first))
 
     def check_vocabulary(self, vocabulary: Vocabulary, source: object) -> None:
         """Check that samples which `check` accepts were made with `vocabulary` and have its special tokens in their places.
@@ -112,22 +111,35 @@ class Samples:
         """
         check_same_vocabulary(self.attributes, vocabulary, source)
         is_special = np.zeros(vocabulary.size, dtype=np.bool_)
-        is_special[[vocabulary.pad_id, vocabulary.cls_id, vocabulary.sep_id, vocabulary.mask_id]] = True
-        arrays = (self.input_ids, self.input_mask, self.masked_lm_positions, self.masked_lm_ids)
-        _refuse(source, self._describe(*_first_stranger(*arrays, is_special, vocabulary.cls_id, vocabulary.sep_id)))
+        is_special[[vocabulary.cls_id, vocabulary.sep_id, vocabulary.mask_id]] = True
+        for first, ids, input_mask, _, positions, true_ids in self._blocks():
+            rows = np.arange(len(ids))
+            last = input_mask.sum(axis=1, dtype=np.int32) - 1
+            is_wrong = is_special[ids]  # (rows, T)
+            is_wrong[rows, last] = False
+            is_wrong[rows[:, None], positions] = False  # column 0, [CLS], where there is no mask
+            is_wrong[:, 0] = False
+            wrong_end = (ids[:, 0] != vocabulary.cls_id) | (ids[rows, last] != vocabulary.sep_id)
+            problems = {
+                "input_ids doesn't begin with [CLS] and end with [SEP]": wrong_end[:, None],
+                "a special token stands where a word should, and is not masked": is_wrong,
+                "a masked id is a special token": is_special[true_ids],
+            }
+            _refuse(source, _first_problem(problems, first))
 
-    def _wrong_type(self) -> str | None:
-        for name, dtype in DTYPES.items():
-            if getattr(self, name).dtype != dtype:
-                return f"{name} is of {getattr(self, name).dtype}, not of {dtype.__name__}"
+    def _blocks(self) -> Iterator[tuple]:
+        """Blocks that fit into the caches: the number of the first sample, and the arrays in the order of `DTYPES`."""
+        for first in range(0, len(self), ROWS_PER_CHUNK):
+            yield first, *(getattr(self, name)[first : first + ROWS_PER_CHUNK] for name in DTYPES)
+
+
+def _first_problem(problems: dict[str, np.ndarray], first: int) -> str | None:
+    """The first sample of a block that has a problem, in words; `problems`: (rows, any) bool, by description."""
+    rows = {problem: int(wrong.any(axis=1).argmax()) for problem, wrong in problems.items() if wrong.any()}
+    if not rows:
         return None
-
-    def _describe(self, problem: int, row: int) -> str | None:
-        """A number of `PROBLEMS` in words, None for 0."""
-        if problem in (INPUT_RANGE, MASKED_RANGE):
-            ids = self.input_ids if problem == INPUT_RANGE else self.masked_lm_ids
-            return PROBLEMS[problem].format(low=ids.min(), high=ids.max(), size=self.attributes["vocab_size"])
-        return f"sample {row}: {PROBLEMS[problem]}" if problem else None
+    problem, row = min(rows.items(), key=lambda item: item[1])
+    return f"sample {first + row}: {problem}"
 
 
 def _refuse(source: object, problem: str | None) -> None:
@@ -170,82 +182,6 @@ def _wrong_shape(shapes: dict[str, tuple], attributes: dict[str, Any]) -> str | 
         if shape != expected:
             return f"{name} has shape {shape}, expected {expected}"
     return None
-
-
-@numba.njit(cache=True, nogil=True)
-def _first_problem(input_ids, input_mask, segment_ids, masked_lm_positions, masked_lm_ids, vocab_size):
-    """The number of the first problem in the layout of samples, and its row; (0, 0) without a problem."""
-    rows, width = input_ids.shape
-    for row in range(rows):
-        length = 0
-        while length < width and input_mask[row, length] == 1:
-            length += 1
-        ids_out_of_range = False
-        padding_wrong = False
-        segments = False
-        rest = False
-        for column in range(width):
-            index = input_ids[row, column]
-            ids_out_of_range |= index < 0 or index >= vocab_size
-            padding_wrong |= (index == 0) != (column >= length)
-            segments |= segment_ids[row, column] != 0
-            rest |= column >= length and input_mask[row, column] != 0
-        if ids_out_of_range:
-            return INPUT_RANGE, row
-        if segments:
-            return SEGMENT, row
-        if rest or length < 3:
-            return LENGTH, row
-        if padding_wrong:
-            return PADDING, row
-        problem = _wrong_masks(masked_lm_positions[row], masked_lm_ids[row], length, vocab_size)
-        if problem:
-            return problem, row
-    return 0, 0
-
-
-@numba.njit(cache=True, nogil=True)
-def _wrong_masks(positions, ids, length, vocab_size):
-    """The number of the problem in the masks of a sample of `length` tokens, or 0."""
-    masks = 0
-    while masks < len(positions) and positions[masks] != 0:
-        masks += 1
-    if masks == 0:
-        return NO_MASK
-    for mask in range(len(positions)):
-        if ids[mask] < 0 or ids[mask] >= vocab_size:
-            return MASKED_RANGE
-        if mask >= masks:
-            if positions[mask] != 0 or ids[mask] != 0:
-                return UNUSED
-        elif positions[mask] < 1 or positions[mask] > length - 2:
-            return OUTSIDE
-        elif mask > 0 and positions[mask] <= positions[mask - 1]:
-            return ORDER
-        elif ids[mask] == 0:
-            return MASKED_PAD
-    return 0
-
-
-@numba.njit(cache=True, nogil=True)
-def _first_stranger(input_ids, input_mask, masked_lm_positions, masked_lm_ids, is_special, cls_id, sep_id):
-    """As `_first_problem`, for samples that it accepts: special tokens in wrong places."""
-    rows, width = input_ids.shape
-    for row in range(rows):
-        last = 2
-        while last + 1 < width and input_mask[row, last + 1] == 1:
-            last += 1
-        if input_ids[row, 0] != cls_id or input_ids[row, last] != sep_id:
-            return ENDS, row
-        masks = 0
-        for column in range(1, last):
-            if masks < masked_lm_positions.shape[1] and masked_lm_positions[row, masks] == column:
-                if is_special[masked_lm_ids[row, masks]]:
-                    return MASKED_SPECIAL, row
-                masks += 1
-            elif is_special[input_ids[row, column]]:
-                return SPECIAL, row
-    return 0, 0
 
 
 def write_samples(path: AnyPath, blocks: Iterable[Samples]) -> None:

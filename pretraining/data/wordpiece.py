@@ -78,40 +78,27 @@ def check_same_tokenizer(path: Path, vocabulary: Vocabulary, do_lower_case: bool
                 raise InputError(f"{path}: {part} has {key} {settings[key]!r}, BERT's here {expected!r}; {advice}")
 
 
-def save_wordpiece(folder: AnyPath, vocabulary: Vocabulary, do_lower_case: bool, max_length: int, name: str) -> None:
-    """Write the tokenizer into an existing folder, for AutoTokenizer and `vocabulary.resolve_tokenizer`.
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, vocabulary: Vocabulary, max_length: int, name: str, do_lower_case: bool | None = None
+) -> None:
+    """Write a tokenizer with our special tokens into an existing folder, for AutoTokenizer and `vocabulary.resolve_tokenizer`.
 
     Args:
         max_length: of an input in tokens, [CLS] and [SEP] included.
         name: for `resolve_tokenizer`.
+        do_lower_case: that of `wordpiece`; None for another tokenizer, whose tokenizer.json is complete.
     """
-    configuration = {
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    bert = {
         "tokenizer_class": "BertTokenizer",
         "do_lower_case": do_lower_case,
         "strip_accents": None,
         "tokenize_chinese_chars": True,
     }
-    write_tokenizer(Path(folder), wordpiece(vocabulary, do_lower_case), vocabulary, configuration, max_length, name)
-
-
-def save_own_tokenizer(folder: AnyPath, tokenizer: Tokenizer, vocabulary: Vocabulary, max_length: int, name: str) -> None:
-    """As `save_wordpiece`, for a tokenizer that is complete in its tokenizer.json."""
-    configuration = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    write_tokenizer(Path(folder), tokenizer, vocabulary, configuration, max_length, name)
-
-
-def write_tokenizer(
-    folder: Path, tokenizer: Tokenizer, vocabulary: Vocabulary, configuration: dict, max_length: int, name: str
-) -> None:
-    """Write the files of any tokenizer with our special tokens: tokenizer.json, tokenizer_config.json, vocab.txt.
-
-    Args:
-        configuration: the entries of tokenizer_config.json about its class.
-        max_length, name: as `save_wordpiece`.
-    """
     with atomic_open(folder / "tokenizer.json") as file:  # tokenizers' own save() reports a full disk as a bare Exception
         file.write(tokenizer.to_str(pretty=True))
-    common = {
+    configuration = {
+        **(own if do_lower_case is None else bert),
         "backend": "tokenizers",
         "cls_token": CLS,
         "mask_token": MASK,
@@ -120,5 +107,5 @@ def write_tokenizer(
         "sep_token": SEP,
         "unk_token": UNK,
     }
-    write_json(folder / "tokenizer_config.json", {**dict(sorted({**common, **configuration}.items())), "name_or_path": name})
+    write_json(folder / "tokenizer_config.json", {**dict(sorted(configuration.items())), "name_or_path": name})
     vocabulary.write(folder / VOCABULARY_FILE)

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from pcfg.common.files import InputError
-from pretraining.data.packing import pack
+from pretraining.data.sample_shards import pack
 
 
 def naive(lines, room, rooms):
@@ -70,7 +69,5 @@ def test_the_law_of_short_samples():
     assert np.abs(counts - expected).max() < 5 * np.sqrt(0.25 / len(lengths))
 
 
-def test_nothing_and_no_room():
+def test_nothing():
     assert pack(np.array([-1, 0, -1], dtype=np.int32), 5, 0.1, np.random.default_rng(0)).tolist() == []
-    with pytest.raises(InputError, match="--max_seq_length: 2 leaves no room"):
-        pack(np.array([1], dtype=np.int32), 0, 0.1, np.random.default_rng(0))

@@ -14,7 +14,7 @@ from pretraining.data.vocabulary import (
     resolve_tokenizer,
     save_tokenizer,
 )
-from pretraining.data.wordpiece import ordinary_words_changed, save_wordpiece, wordpiece
+from pretraining.data.wordpiece import ordinary_words_changed, wordpiece, write_tokenizer
 from tests.bert_tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def test_the_files_are_those_of_transformers(tmp_path, vocabulary, do_lower_case
     theirs.name_or_path = "n\u00e4me"
     save_tokenizer(tmp_path / "theirs", theirs, vocabulary)
     (tmp_path / "ours").mkdir()
-    save_wordpiece(tmp_path / "ours", vocabulary, do_lower_case, 17, "n\u00e4me")
+    write_tokenizer(tmp_path / "ours", wordpiece(vocabulary, do_lower_case), vocabulary, 17, "n\u00e4me", do_lower_case)
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == sorted(TOKENIZER_FILES)
     for name in TOKENIZER_FILES:
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
@@ -52,7 +52,7 @@ def test_the_files_are_those_of_transformers(tmp_path, vocabulary, do_lower_case
 
 def test_the_files_are_found_and_loaded(tmp_path):
     (tmp_path / "bert").mkdir()
-    save_wordpiece(tmp_path / "bert", VOCABULARIES[1], True, 17, "bert")
+    write_tokenizer(tmp_path / "bert", wordpiece(VOCABULARIES[1], True), VOCABULARIES[1], 17, "bert", True)
     tokenizer = resolve_tokenizer("bert", [tmp_path])
     assert tokenizer("Cat dogs")["input_ids"] == [5, 1, 4, 7, 3]
     assert tokenizer.model_max_length == 17 and tokenizer.mask_token_id == 2

@@ -33,7 +33,7 @@ from pcfg.common.executors import add_processes_argument, end_if_asked, run_jobs
 from pcfg.common.files import InputError, Manifest, atomic_folder, keyed_rng
 from pcfg.common.schema import write_schema
 from pretraining.data.vocabulary import SPECIAL_TOKENS, TOKENIZER_FILES, Vocabulary
-from pretraining.data.wordpiece import OWN_TOKENIZER, save_own_tokenizer
+from pretraining.data.wordpiece import OWN_TOKENIZER, write_tokenizer
 from pretraining.sources.opt.causal_lm import (
     FORMAT,
     NO_CACHE,
@@ -343,7 +343,7 @@ def write_tokens(restriction: Restriction, text: TextFolder) -> None:
     text.write_vocabulary(("\n".join(vocabulary.words) + "\n").encode())
     with atomic_folder(folder / OWN_TOKENIZER) as temporary:
         max_length = restriction.max_tokens + 2  # with [CLS] and [SEP]
-        save_own_tokenizer(temporary, build_tokenizer(vocabulary), vocabulary, max_length, OWN_TOKENIZER)
+        write_tokenizer(temporary, build_tokenizer(vocabulary), vocabulary, max_length, OWN_TOKENIZER)
     write_schema(folder / TOP_TOKENS, restriction)
     for name in TOKEN_FILES[1:]:
         text.manifest.add(name)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pcfg.common.files import InputError
 from pretraining.data.vocabulary import SPECIAL_TOKENS, TOKENIZER_FILES, Vocabulary, resolve_tokenizer
-from pretraining.data.wordpiece import ordinary_words_changed, save_own_tokenizer
+from pretraining.data.wordpiece import ordinary_words_changed, write_tokenizer
 from pretraining.sources.opt.escaped_tokens import (
     CLOSE,
     JOINED,
@@ -167,7 +167,7 @@ def test_the_bytes_of_tokens_of_both_kinds(make_tokenizer):
 def test_the_saved_files_are_found_and_give_the_same(plain, tmp_path):
     vocabulary = Vocabulary([*SPECIAL_TOKENS, *PLAIN])
     (tmp_path / "opt").mkdir()
-    save_own_tokenizer(tmp_path / "opt", plain, vocabulary, 24, "opt")
+    write_tokenizer(tmp_path / "opt", plain, vocabulary, 24, "opt")
     assert sorted(path.name for path in (tmp_path / "opt").iterdir()) == sorted(TOKENIZER_FILES)
     loaded = resolve_tokenizer("opt", [tmp_path])
     assert loaded.model_max_length == 24 and loaded.mask_token == "[MASK]" and loaded.pad_token_id == 0
