@@ -82,12 +82,12 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class TextShard:
-    """A text shard, its SHA-256 and its sample shards."""
+    """A text file, its SHA-256 and the numbers k of its sample shards."""
 
-    path: Path  # the text file
-    sha256: str  # of its bytes
+    path: Path
+    sha256: str
     split: str  # "train" or "test"
-    numbers: tuple[int, ...]  # numbers k of the sample shards
+    numbers: tuple[int, ...]
 
 
 def is_of_documents(folder: AnyPath) -> bool:
@@ -153,15 +153,10 @@ def _handle_strangers(shards: list[TextShard], manifest: Manifest, overwrite: bo
 
 
 def make_samples(shard: TextShard, recipe: Recipe, changed_words: frozenset[str], folder: Path) -> dict[str, dict[str, int]]:
-    """Write the sample shards of one text shard.
+    """Write the sample shards of one text shard into `folder`; returns counts of each file, by name.
 
-    Args:
-        changed_words: the words of the vocabulary that the tokenizer would split or change.
-        folder: of the samples.
-
-    Returns:
-        For each file, by name: its number of "samples"; of documents also its "tokens", those that are "unknown" and the
-        "cut_sentences".
+    The counts are "samples"; of documents also "tokens", those that are "unknown" and "cut_sentences". `changed_words` are the
+    words of the vocabulary that the tokenizer would split or change.
     """
     counts = {}
     if recipe.documents:
@@ -195,23 +190,19 @@ def _encode_documents(path: Path, recipe: Recipe) -> tuple[np.ndarray, np.ndarra
 
 def _encode_sentences(path: Path, recipe: Recipe, changed_words: frozenset[str]) -> tuple[np.ndarray, np.ndarray]:
     """The text as ids (M,) int32, sentence after sentence, and the words per sentence, (n,) int32."""
-    flat = []
-    lengths = []
+    blocks: list[tuple[np.ndarray, np.ndarray]] = []
     sentences = 0
     for block in text_blocks(path):
-        ids, words = recipe.vocabulary.encode_text(block, path, sentences)
-        if changed_words:
-            used = (recipe.vocabulary.words[index] for index in np.flatnonzero(np.bincount(ids)))
-            changed = [word for word in used if word in changed_words]
-            if changed:
-                raise InputError(
-                    f"{path}: word {changed[0]!r} is not one token: the tokenizer would split or change it (--do_lower_case "
-                    f"{int(recipe.do_lower_case)}); {len(changed)} such words; replace them or use another --do_lower_case"
-                )
-        flat.append(ids)
-        lengths.append(words)
-        sentences += len(words)
-    return np.concatenate(flat), np.concatenate(lengths)
+        blocks.append(recipe.vocabulary.encode_text(block, path, sentences))
+        sentences += len(blocks[-1][1])
+    flat, lengths = map(np.concatenate, zip(*blocks, strict=True))
+    used = [recipe.vocabulary.words[index] for index in np.flatnonzero(np.bincount(flat))] if changed_words else []
+    if changed := [word for word in used if word in changed_words]:
+        raise InputError(
+            f"{path}: word {changed[0]!r} is not one token: the tokenizer would split or change it (--do_lower_case "
+            f"{int(recipe.do_lower_case)}); {len(changed)} such words; replace them or use another --do_lower_case"
+        )
+    return flat, lengths
 
 
 def pack(lines: np.ndarray, room: int, short_seq_prob: float, rng: np.random.Generator) -> np.ndarray:

@@ -41,14 +41,6 @@ class Vocabulary:
             tokens anywhere.
         source: the file, for messages.
 
-    Attributes:
-        words: list of all entries, special tokens included.
-        ids: entry -> id.
-        size: number of entries.
-        pad_id, unk_id, cls_id, sep_id, mask_id: ids of the special tokens.
-        special_ids: (5,) int64, the same as an array.
-        sha256: hexadecimal SHA-256 of the entries joined by line feeds.
-
     >>> vocabulary = Vocabulary([*SPECIAL_TOKENS, "cat", "##s", "dog"])
     >>> vocabulary.size, vocabulary.mask_id, vocabulary.ordinary_ids().tolist()
     (8, 4, [5, 7])
@@ -58,14 +50,13 @@ class Vocabulary:
     """
 
     def __init__(self, words: list[str], source: object = "vocabulary"):
-        self.words = list(words)
+        self.words = list(words)  # special tokens included
         self.ids = {word: index for index, word in enumerate(self.words)}
         self._check(source)
         self.size = len(self.words)
         self.special_ids = np.array([self.ids[token] for token in SPECIAL_TOKENS])
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids.tolist()
         self.sha256 = hashlib.sha256("\n".join(self.words).encode()).hexdigest()
-
         self._word_ids = np.flatnonzero([_is_ordinary(word) for word in self.words]).astype(np.int32)
         if not len(self._word_ids):
             raise InputError(f"{source}: no words but special tokens; add the words of the data, one per line")
@@ -136,24 +127,12 @@ class Vocabulary:
         return np.flatnonzero(is_word_or_piece).astype(np.int32)
 
     def encode(self, texts: list[str], source: object) -> tuple[np.ndarray, np.ndarray]:
-        """Sentences as ids.
-
-        Args:
-            texts: sentences of one or more ordinary words separated by white space, without [CLS] and [SEP].
-            source: the file of the sentences, for messages.
-
-        Returns:
-            tokens (n, T) int32, padded with `pad_id` to T = words of the longest sentence; lengths (n,) int32 in words.
-        """
+        """Sentences of ordinary words, as ids (n, T) int32, padded with `pad_id`, and their lengths (n,) int32 in words."""
         flat, lengths = self._index.encode_texts(texts, source)
         return padded(self._word_ids[flat], lengths, self.pad_id), lengths
 
     def encode_text(self, text: bytes, source: object, first_sentence: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """The sentences of a text as ids, one after the other: `pcfg.common.words.WordIndex.encode`, with ids for indices.
-
-        Returns:
-            flat (M,) int32, the ids of all words; lengths (n,) int32 in words.
-        """
+        """`pcfg.common.words.WordIndex.encode`, with ids for indices."""
         flat, lengths = self._index.encode(text, source, first_sentence)
         return self._word_ids[flat], lengths
 
@@ -177,10 +156,8 @@ class Vocabulary:
 def find_vocabulary(name: AnyPath, beside: list[Path]) -> Path:
     """The vocabulary file that a user means by `name`; prints its path and size.
 
-    Args:
-        name: a path with a folder in it is taken as it is; a bare name is looked up in each folder of `beside`, then in the
-            working directory.
-        beside: folders, in the order of preference.
+    A path with a folder in it is taken as it is; a bare name is looked up in each folder of `beside`, then in the working
+    directory.
     """
     name = os.fspath(name)
     folders = [] if os.path.dirname(name) else beside
@@ -221,10 +198,7 @@ def check_single_tokens(tokenizer: Any, words: list[str]) -> None:
 
 
 def save_tokenizer(folder: AnyPath, tokenizer: Any, vocabulary: Vocabulary) -> None:
-    """Write the tokenizer's files, its name (`tokenizer.name_or_path`) and vocab.txt into a folder.
-
-    The folder is made if it doesn't exist; callers that need all or nothing pass one from `atomic_folder`.
-    """
+    """Write the tokenizer's files, its name (`tokenizer.name_or_path`) and vocab.txt into a folder, which may be new."""
     folder = Path(folder)
     _check_same_entries(tokenizer, vocabulary, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -271,18 +245,11 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
 
 
 def resolve_tokenizer(name: str, beside: list[Path]) -> Any:
-    """The tokenizer that a user means by `name`; prints its place.
+    """The tokenizer that a user means by `name`, a fast one whose `name_or_path` is `name`; prints its place.
 
-    Looked up in this order: for each folder of `beside` its subfolder `name`, then the folder itself if its tokenizer was
-    saved under that name (model folders); then `name` as a local folder; then the hub (its local cache only, unless the
-    environment says HF_HUB_OFFLINE=0).
-
-    Args:
-        name: a folder or a name on the hub.
-        beside: sample folders or model folders, in the order of preference.
-
-    Returns:
-        A fast tokenizer whose `name_or_path` is `name`.
+    Looked up in this order: for each folder of `beside` (samples or a model) its subfolder `name`, then the folder itself if
+    its tokenizer was saved under that name (model folders); then `name` as a local folder; then the hub (its local cache only,
+    unless the environment says HF_HUB_OFFLINE=0).
     """
     candidates = []
     for folder in map(Path, beside):
