@@ -33,7 +33,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import argparse
 
 from pcfg.common.cli import run_main
-from pretraining.evaluation.gap import GapMeter
+from pretraining.evaluation.loss import gap_meter
 from pretraining.training import arguments as command_line
 from pretraining.training.arguments import parse_with_config
 from pretraining.training.pretrain import finished_model, pretrain
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     if finished:
         print(f"complete: {finished}")
         return
-    pretrain(options, GapMeter)
+    pretrain(options, gap_meter)
 
 
 if __name__ == "__main__":

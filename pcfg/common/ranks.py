@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,35 +25,25 @@ class Ranks:
     Args:
         device: of the computation: "cpu", "cuda" (with several ranks: the GPU of this rank on its machine), "cuda:1".
         backend: torch's for gradients, started even for a single rank. None for measurements: they exchange host arrays only.
-
-    Attributes:
-        rank, size: index of this process, number of processes.
-        local: index of this process on its machine.
-        device: where this rank computes.
-        is_main: whether this rank writes and prints.
     """
 
     def __init__(self, device: str | torch.device = "cpu", backend: str | None = None):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.is_main = self.rank == 0
-        self.device = torch.device(f"cuda:{self.local}" if str(device) == "cuda" and self.size > 1 else device)
+        self.rank = int(os.environ.get("RANK", 0))  # index of this process
+        self.size = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
+        self.is_main = self.rank == 0  # whether this rank writes and prints
+        local = int(os.environ.get("LOCAL_RANK", 0))  # index of this process on its machine
+        self.device = torch.device(f"cuda:{local}" if str(device) == "cuda" and self.size > 1 else device)
         if self.size > 1 or backend is not None:
-            self._share_cores()
+            # Ranks on one machine share its cores, unless the user decided otherwise.
+            local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            if "OMP_NUM_THREADS" not in os.environ and local_ranks > 1:
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
             if not dist.is_initialized() and self.size > 1:
                 dist.init_process_group(backend or "gloo")
             elif not dist.is_initialized():
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         # Host arrays go over CPU tensors: on a GPU they would make the host wait for the device.
         self._group = dist.new_group(backend="gloo") if self.size > 1 else None
-
-    @staticmethod
-    def _share_cores() -> None:
-        """Ranks on one machine share its cores, unless the user decided otherwise."""
-        local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        if "OMP_NUM_THREADS" not in os.environ and local_ranks > 1:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
 
     def own(self, numbers: npt.ArrayLike) -> np.ndarray:
         """The share of this rank in some numbers: int64, those that equal its index modulo the number of ranks."""
@@ -79,9 +70,9 @@ class Ranks:
         value, flags = self.sum_on_host(np.array([value if self.is_main else 0.0, float(flag)])).tolist()
         return value, flags > 0
 
-    def agree_on_text(self, text: str) -> str:
-        """Rank 0's text, on all ranks."""
-        shared = [text]
+    def of_main(self, value: Any) -> Any:
+        """Rank 0's value, an object that can be pickled, on all ranks."""
+        shared = [value]
         if self._group is not None:
             dist.broadcast_object_list(shared, 0, group=self._group)
         return shared[0]

@@ -27,21 +27,26 @@ negative by it.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from pcfg.common.files import keyed_rng
 from pcfg.common.means import mean_by_pairs, mean_by_sentences
 from pcfg.common.ranks import map_on_cores
+from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
-from pretraining.data.contexts import Contexts, check_length
+from pcfg.sampler import Sampler
+from pretraining.data.contexts import Contexts, check_length, from_texts, table_columns
+from pretraining.data.vocabulary import Vocabulary
 from pretraining.evaluation.inputs import Inputs, model_label
 from pretraining.evaluation.records import ComparisonRecord, LossRecord, Mean, is_measured, write_record
 from pretraining.model.bert import MaskedLM
@@ -339,3 +344,36 @@ def compare_models(folders: list[Path], reference: Path, inputs: Inputs, device:
                 print(f"{model}: {quantity} {_number(means.pairs)} (pairs)")
         means = record.difference
         print(f"difference {_number(means.pairs, 6)} (pairs), {_number(means.sentences, 6)} (sentences)")
+
+
+def gap_meter(
+    rules: str, sentences: int, vocabulary: Vocabulary, max_tokens: int, seed: int
+) -> Callable[[nn.Module], dict[str, float]]:
+    """A function that measures the gap of a model in training, in nats by pairs and by sentences, with standard errors.
+
+    The sentences are drawn from the grammar and are the same at each measurement: a function of the seed, in a random stream
+    that no shard has. The model is left in training mode.
+
+    Args:
+        rules: the grammar's file, or a shipped one's name.
+        max_tokens: of a sentence with [CLS] and [SEP].
+    """
+    path = find_rules(rules)
+    grammar = Grammar.read(path)
+    sampler = Sampler(grammar, max_tokens - 2)
+    texts = sampler.texts(*sampler.sample(sentences, keyed_rng(seed, "gap sentences")))
+    table = LookupTable.compute(grammar, texts, path)
+    columns = table_columns(table, vocabulary, path)
+    contexts = from_texts(texts, vocabulary, path)
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        model.eval()
+        gap = measure_loss(cast(MaskedLM, model), contexts, table, columns)["gap"]
+        model.train()
+        return {
+            f"gap_{mean}{suffix}": gap[mean][key]
+            for mean in ("pairs", "sentences")
+            for key, suffix in (("mean", ""), ("standard_error", "_se"))
+        }
+
+    return measure

@@ -4,7 +4,6 @@ A step minimises L_MLM - weight x L_val. L_val is the validation loss of a linea
 of labelled sentences, which differ from step to step.
 """
 
-import argparse
 import itertools
 from pathlib import Path
 
@@ -38,10 +37,8 @@ def ridge_validation_loss(
     waits.
 
     Args:
-        features: (m, d) of the rows to which the head is fitted, not normalised, of any floating-point type.
-        targets: (m, C).
-        validation: (n, d).
-        validation_targets: (n, C).
+        features, targets: (m, d) and (m, C), of the rows to which the head is fitted; not normalised, of any float type.
+        validation, validation_targets: (n, d) and (n, C).
         ridge: above 0.
 
     Returns:
@@ -73,9 +70,6 @@ class AdversarialTerm:
         ridge: see `ridge_validation_loss`.
         vocabulary: of the model.
         positions: width of the concatenated features in hidden states, zeros at padding.
-
-    Attributes:
-        facts: the file's name and SHA-256, for the record of a run.
     """
 
     def __init__(self, path: AnyPath, size: int, ridge: float, vocabulary: Vocabulary, positions: int, seed: int):
@@ -104,15 +98,7 @@ class AdversarialTerm:
         self._ridge = ridge
         self._positions = positions
         self._seed = seed
-        self.facts = describe_file(path)
-
-    @classmethod
-    def from_options(cls, options: argparse.Namespace, vocabulary: Vocabulary, positions: int) -> "AdversarialTerm | None":
-        """The term of the command line; None without a weight, or with one of 0."""
-        if not options.adversarial_weight:
-            return None
-        sizes = (options.adversarial_batch_size, options.adversarial_ridge)
-        return cls(options.adversarial_file, *sizes, vocabulary, positions, options.seed)
+        self.facts = describe_file(path)  # for the record of a run
 
     def rows(self, step: int) -> np.ndarray:
         """The sentences of a step, (size,) int64 rows of the file: the head is fitted on the first half."""
@@ -123,8 +109,7 @@ class AdversarialTerm:
     def loss(self, model: nn.Module, step: int) -> torch.Tensor:
         """The validation loss of the head on the features of step `step`: a scalar, float64, with its graph.
 
-        Args:
-            model: a `MaskedLM`, or DeepSpeed's engine of one; in training mode, with dropout.
+        `model` is a `MaskedLM`, or DeepSpeed's engine of one, in training mode, with dropout.
         """
         rows = self.rows(step)
         half = self._size // 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pcfg.common.files import InputError, disk_errors, keyed_rng, versions
 from pcfg.common.ranks import Ranks
@@ -34,18 +35,18 @@ from pretraining.training.metrics import METRICS_FILE
 from pretraining.training.sample_stream import Shards
 from pretraining.training.state import Progress, RunFacts, State
 from pretraining.training.trainer import STATE_FOLDER, Data, Trainer
-from pretraining.training.validation import GapMeter
 
 # Fields of a model's configuration that may change between a training state and the run that resumes from it.
 FREE_TO_CHANGE = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "attention")
+# `pretraining.evaluation.loss.gap_meter`, which this package does not import.
+GapMeter = Callable[[str, int, Vocabulary, int, int], Callable[[nn.Module], dict[str, float]]]
 
 
-def pretrain(options: argparse.Namespace, gap_meter: GapMeter | None = None, now: Callable[[], float] = time.monotonic) -> Path:
+def pretrain(options: argparse.Namespace, gap_meter: GapMeter, now: Callable[[], float] = time.monotonic) -> Path:
     """Run the pre-training that the options describe, or the rest of it; returns the final model folder.
 
     Args:
         options: of `pretraining.training.arguments.build_parser`, checked.
-        gap_meter: measures the gap at validations, for `--rule-path`: `pretraining.evaluation.gap.GapMeter`.
         now: seconds of a monotonic clock.
     """
     job = job_folder(options)
@@ -87,8 +88,8 @@ def pretrain(options: argparse.Namespace, gap_meter: GapMeter | None = None, now
     return Trainer(options, engine, ranks, data, facts, progress, now).run()
 
 
-def load_data(options: argparse.Namespace, gap_meter: GapMeter | None = None) -> tuple[Data, int]:
-    """Tokenizer and shards, checked against each other, and the samples' `max_seq_length`; `gap_meter` as in `pretrain`."""
+def load_data(options: argparse.Namespace, gap_meter: GapMeter) -> tuple[Data, int]:
+    """Tokenizer and shards, checked against each other, and the samples' `max_seq_length`."""
     tokenizer = resolve_tokenizer(options.tokenizer_name, beside=[Path(options.dataset_path)])
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     dynamic = options.seed if options.dynamic_masking else None
@@ -105,10 +106,12 @@ def load_data(options: argparse.Namespace, gap_meter: GapMeter | None = None) ->
         )
     gap = None
     if options.rule_path:
-        if gap_meter is None:
-            raise ValueError("--rule-path needs a gap_meter, pretraining.evaluation.gap.GapMeter")
         gap = gap_meter(options.rule_path, options.gap_sentences, vocabulary, length, options.seed)
-    return Data(train, test, gap, tokenizer, AdversarialTerm.from_options(options, vocabulary, length)), length
+    adversarial = None
+    if options.adversarial_weight:
+        sizes = (options.adversarial_batch_size, options.adversarial_ridge)
+        adversarial = AdversarialTerm(options.adversarial_file, *sizes, vocabulary, length, options.seed)
+    return Data(train, test, gap, tokenizer, adversarial), length
 
 
 def build_model(config: ModelConfig, seed: int) -> MaskedLM:
@@ -203,18 +206,16 @@ def finished_model(job: Path, arguments: dict[str, Any]) -> Path | None:
 
 def agreed_state(options: argparse.Namespace, job: Path, ranks: Ranks) -> State | None:
     """`starting_state`, determined by the main rank alone for all ranks; its InputError is raised on all ranks."""
-    answer = error_text = ""
+    answer: State | InputError | None = None
     if ranks.is_main:
         try:
-            start = starting_state(options, job)
-            answer = "" if start is None else start.model_dump_json()
+            answer = starting_state(options, job)
         except InputError as error:
-            error_text = str(error)
-    answer = ranks.agree_on_text(answer)
-    error_text = ranks.agree_on_text(error_text)
-    if error_text:
-        raise InputError(error_text)
-    return State.model_validate_json(answer) if answer else None
+            answer = error
+    answer = ranks.of_main(answer)
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
 
 
 def starting_state(options: argparse.Namespace, job: Path) -> State | None:

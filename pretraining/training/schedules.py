@@ -52,21 +52,12 @@ class Schedule:
         return cls(options.lr, total, warmup, options.curve, options.decay_rate, options.decay_step)
 
 
-class Clock:
-    """Hours of training, including those before an interruption.
-
-    Args:
-        hours: before this process.
-        now: seconds of a monotonic clock; another one in tests.
+def clock(hours: float = 0.0, now: Callable[[], float] = time.monotonic) -> Callable[[], float]:
+    """A function that returns the hours of training: those since now and `hours` before this process.
 
     >>> seconds = iter([100.0, 1900.0])
-    >>> Clock(hours=2.0, now=lambda: next(seconds)).hours()
+    >>> clock(hours=2.0, now=lambda: next(seconds))()
     2.5
     """
-
-    def __init__(self, hours: float = 0.0, now: Callable[[], float] = time.monotonic):
-        self._now = now
-        self._start = now() - 3600 * hours
-
-    def hours(self) -> float:
-        return (self._now() - self._start) / 3600
+    start = now() - 3600 * hours
+    return lambda: (now() - start) / 3600

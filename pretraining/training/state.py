@@ -220,10 +220,10 @@ def save(engine: DeepSpeedEngine, root: Path, ranks: Ranks, facts: RunFacts, pro
     while (root / tag).exists():  # from before the run went back to an earlier state
         attempt += 1
         tag = f"{step_tag}-{attempt}"
-    tag = ranks.agree_on_text(tag)
+    tag = ranks.of_main(tag)
     engine.checkpoint_engine = SafeCheckpointEngine()
     with atomic_folder(root / tag) if ranks.is_main else disk_errors(root / tag) as temporary:
-        folder = Path(ranks.agree_on_text(str(temporary)))
+        folder = Path(ranks.of_main(str(temporary)))
         engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         ranks.wait()
         if ranks.is_main:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
+from torch import nn
 
 from pcfg.common.files import InputError, keyed_rng
 from pcfg.common.ranks import Ranks
@@ -23,9 +25,8 @@ from pretraining.training.batches import GlobalBatch, count_masks, global_batche
 from pretraining.training.engine import LOWEST_LOSS_SCALE
 from pretraining.training.metrics import LossWatch, Metrics, Signals, check_finite
 from pretraining.training.sample_stream import Shards
-from pretraining.training.schedules import Clock, Schedule
+from pretraining.training.schedules import Schedule, clock
 from pretraining.training.state import Progress, RunFacts
-from pretraining.training.validation import Gap, validation_loss
 
 STATE_FOLDER = "training_state"
 
@@ -36,7 +37,8 @@ class Data:
 
     train: Shards
     test: Shards | None  # None without validation
-    gap: Gap | None  # measured at each validation; None without a grammar
+    # Measures a model's gap to the entropy at each validation, in nats by names for the record; None without a grammar.
+    measure_gap: Callable[[nn.Module], dict[str, float]] | None
     tokenizer: Any  # saved with each model
     adversarial: AdversarialTerm | None  # its term is subtracted from the loss
 
@@ -62,7 +64,7 @@ class Trainer:
         progress = self.progress
         self.job = job_folder(options)
         self.schedule = Schedule.from_options(options)
-        self.clock = Clock(progress.hours, self.now)
+        self.clock = clock(progress.hours, self.now)
         self.metrics = Metrics(self.job, progress.step, options) if self.ranks.is_main else None
         self.loss_watch = LossWatch(self.ranks.device)
         self.signals = Signals()
@@ -126,7 +128,7 @@ class Trainer:
     def follow_schedule(self) -> None:
         """Agree with all ranks on the time and on signals, and set the learning rate of the step."""
         progress = self.progress
-        progress.hours, self.is_interrupted = self.ranks.agree(self.clock.hours(), self.signals.received is not None)
+        progress.hours, self.is_interrupted = self.ranks.agree(self.clock(), self.signals.received is not None)
         self.lr = self.schedule(progress.hours if self.options.lr_schedule == "time" else progress.step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.lr
@@ -232,12 +234,11 @@ class Trainer:
         """Measure and record the loss on the test shards, and the gap to the entropy if a grammar is given."""
         options = self.options
         progress = self.progress
-        assert self.data.test is not None
         self.loss_watch.settle()
-        loss, masks = validation_loss(self.engine, self.data.test, options.validation_micro_batch, self.ranks)
+        loss, masks = self._validation_loss()
         progress.validation_loss = loss
         progress.validated_step = progress.step
-        gap = self.data.gap.measure(self.engine.module) if self.data.gap is not None and self.ranks.is_main else {}
+        gap = self.data.measure_gap(self.engine.module) if self.data.measure_gap and self.ranks.is_main else {}
         self._write({"validation_loss": loss, "validation_masks": masks, **gap})
         check_finite(loss, f"step {progress.step}", "validation loss")
         minutes = 60 * progress.hours
@@ -246,6 +247,30 @@ class Trainer:
                 f"validation loss {loss:.4f} above --early_stop_eval_loss {options.early_stop_eval_loss} after "
                 f"{minutes:.1f} minutes"
             )
+
+    @torch.no_grad()
+    def _validation_loss(self) -> tuple[float, int]:
+        """Mean of -log f over the masked positions of all test shards, in nats, and the number of these positions.
+
+        Sums and counts are added over all batches and ranks; there is one division, at the end.
+        """
+        ranks = self.ranks
+        shards = self.data.test
+        assert shards is not None
+        self.engine.eval()
+        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        masks = 0
+        for index in range(len(shards.paths)):
+            samples = shards.read(index)
+            size = self.options.validation_micro_batch
+            for rows in rank_micro_batches(samples, np.arange(len(samples)), size, ranks.rank, ranks.size):
+                if len(rows):
+                    batch = micro_batch(samples, rows)
+                    loss += masked_loss(self.engine, batch.to(ranks.device))
+                    masks += len(batch.labels)
+        self.engine.train()
+        total_loss, total_masks = ranks.sum_on_host(np.array([loss.item(), masks], dtype=np.float64)).tolist()
+        return total_loss / total_masks, int(total_masks)
 
     def save_model(self, final: bool) -> Path:
         """Write the model folder of this step."""

@@ -30,6 +30,7 @@ from naive_training import PlainLoop
 from pcfg.common.cli import positive_int, run_main
 from pcfg.grammar import find_rules
 from pretraining.data.samples import Samples, read_samples
+from pretraining.evaluation.loss import gap_meter
 from pretraining.training import arguments as command_line
 from pretraining.training.batches import GlobalBatch, count_masks, masked_loss, micro_batch, rank_micro_batches
 from pretraining.training.engine import build_engine, build_optimizer, cpu_has_bfloat16, start_ranks
@@ -79,7 +80,7 @@ class Bench:
     def engine_trainer(self, vocab_size: int) -> Trainer:
         """The project's own trainer, on a model with `vocab_size` words."""
         options = self.training_options("--job_name", f"v{vocab_size}")
-        data, length = load_data(options)
+        data, length = load_data(options, gap_meter)
         Path(options.output_dir, options.job_name).mkdir(parents=True, exist_ok=True)
         config = command_line.model_config(options, vocab_size, length)
         ranks = start_ranks(options)

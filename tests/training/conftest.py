@@ -21,7 +21,7 @@ SMALL = (
 @pytest.fixture
 def train(tiny_samples, tmp_path):
     """Runs the pre-training of a small model in this process; returns its final model folder."""
-    from pretraining.evaluation.gap import GapMeter
+    from pretraining.evaluation.loss import gap_meter
     from pretraining.training import arguments as command_line
     from pretraining.training.pretrain import pretrain
 
@@ -30,7 +30,7 @@ def train(tiny_samples, tmp_path):
         parser = command_line.build_parser("")
         options = parser.parse_args([*fixed, *shlex.split(SMALL), *shlex.split(flags)])
         command_line.check(options)
-        return pretrain(options, GapMeter, **keywords)
+        return pretrain(options, gap_meter, **keywords)
 
     return run
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from pretraining.training.schedules import Clock, Schedule
+from pretraining.training.schedules import Schedule, clock
 
 
 def options(**changes):
@@ -56,4 +56,4 @@ def test_a_warmup_that_never_ends_never_exceeds_the_peak():
 
 def test_the_clock_goes_on_where_it_was():
     seconds = iter([1000.0, 1000.0 + 1800.0])
-    assert Clock(hours=3.0, now=lambda: next(seconds)).hours() == pytest.approx(3.5)
+    assert clock(hours=3.0, now=lambda: next(seconds))() == pytest.approx(3.5)
