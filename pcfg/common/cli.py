@@ -62,7 +62,7 @@ def boolean(text: str) -> bool:
     return value in ("true", "t", "yes", "y", "1")
 
 
-def _number(name: str, convert: type[int] | type[float], accepts: Callable[[float], bool], description: str) -> Callable:
+def number(name: str, convert: type[int] | type[float], accepts: Callable[[float], bool], description: str) -> Callable:
     """An argparse type; argparse shows `name` if the text is no number."""
 
     def parse(text: str) -> float:
@@ -75,8 +75,22 @@ def _number(name: str, convert: type[int] | type[float], accepts: Callable[[floa
     return parse
 
 
-positive_int = _number("positive_int", int, lambda value: value >= 1, "1 or more")
-non_negative_int = _number("non_negative_int", int, lambda value: value >= 0, "0 or more")
-non_negative = _number("non_negative", float, lambda value: 0.0 <= value < math.inf, "a finite number of 0 or more")
-finite = _number("finite", float, math.isfinite, "a finite number")
-probability = _number("probability", float, lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
+positive_int = number("positive_int", int, lambda value: value >= 1, "1 or more")
+non_negative_int = number("non_negative_int", int, lambda value: value >= 0, "0 or more")
+non_negative = number("non_negative", float, lambda value: 0.0 <= value < math.inf, "a finite number of 0 or more")
+finite = number("finite", float, math.isfinite, "a finite number")
+probability = number("probability", float, lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
+
+
+def ascending(kind: Callable) -> Callable:
+    """An argparse type: a comma-separated list of values of the type `kind`.
+
+    >>> ascending(non_negative_int)("4000,0,1000")
+    [0, 1000, 4000]
+    """
+
+    def parse(text: str) -> list:
+        return sorted({kind(part) for part in text.split(",") if part.strip()})
+
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse

@@ -20,13 +20,12 @@ from pathlib import Path
 
 import torch
 
-from pcfg.common.cli import Parser, positive_int, run_main
+from pcfg.common.cli import Parser, ascending, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError
 from pretraining.experiments.plan import Planner, Step
 from pretraining.experiments.runner import ROOT, Runner, is_done, lock
 from pretraining.experiments.scales import SCALES
 from pretraining.report.contract import NAMES, Experiments, Status, read_experiments, read_statuses, write_experiments
-from pretraining.training import arguments as training_arguments
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -37,7 +36,7 @@ def seed_list(text: str) -> list[int]:
     >>> seed_list("2,0")
     [0, 2]
     """
-    seeds = training_arguments.steps(text)  # the same kind of list
+    seeds = ascending(non_negative_int)(text)
     if not seeds:
         raise argparse.ArgumentTypeError(f"{text!r} has no seed")
     return seeds

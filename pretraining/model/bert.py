@@ -68,17 +68,12 @@ class MaskedLM(nn.Module):
     """An encoder and the MLM head: f_theta(x_-t)[w] = softmax(E g(h_t) + b)[w], E the word table itself (tied weights).
 
     The last layer and the head compute the masked positions only; no other position is ever predicted.
-
-    Args:
-        config: shapes and variants.
-
-    Attributes:
-        activation_checkpointing: whether training stores only the layers' inputs for the backward pass (Chen et al. 2016).
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        # Whether training stores only the layers' inputs for the backward pass (Chen et al. 2016).
         self.activation_checkpointing = False
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))

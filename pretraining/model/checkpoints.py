@@ -1,10 +1,9 @@
 """Model folders: `config.json`, weights, tokenizer files, `vocab.txt`, `args.json`; every measurement adds its own JSON file.
 
 The folders are plain Hugging Face ones: pre-LN models load as `RobertaPreLayerNormForMaskedLM`, post-LN models as
-`BertForMaskedLM`, without remote code. Folders that transformers saved of these classes, or of `BertForPreTraining`, are model
-folders here. Such a folder may have `tokenizer.json` instead of `vocab.txt`, and more rows in the word table than words.
-Weights are safetensors. A folder with only `pytorch_model.bin` is read without executing pickled code. `args.json` lists the
-SHA-256 of the files that were saved with it: damaged files are refused.
+`BertForMaskedLM`. Folders that transformers saved of these classes, or of `BertForPreTraining`, are model folders here. They
+may have `tokenizer.json` instead of `vocab.txt`, more rows in the word table than words, and `pytorch_model.bin`, which is read
+without executing pickled code. `args.json` lists the SHA-256 of the files that were saved with it: damaged files are refused.
 
     python -m pretraining.model.checkpoints verify FOLDER
 
@@ -140,9 +139,7 @@ def _check_tied(stored: dict[str, torch.Tensor], pre_ln: bool, source: object) -
 def save_model(folder: AnyPath, model: MaskedLM, tokenizer: Any, vocabulary: Vocabulary, facts: dict) -> None:
     """Write a model folder, atomically; an existing one is replaced with all measurements in it.
 
-    Args:
-        tokenizer: of the samples; saved with the model, so that the folder is complete.
-        facts: the content of `args.json` (arguments, step, samples seen, ...).
+    The tokenizer is that of the samples. The facts (arguments, step, samples seen, ...) are the content of `args.json`.
     """
     with atomic_folder(folder) as temporary:
         weights = to_stored(model.state_dict(), model.config)
@@ -225,10 +222,9 @@ def model_folders(path: AnyPath) -> list[Path]:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give a model folder, or one that holds model folders")
-    below = (config.parent for config in path.rglob(CONFIG_FILE))
     folders = sorted(
         folder
-        for folder in below
+        for folder in (config.parent for config in path.rglob(CONFIG_FILE))
         if is_model_folder(folder)
         and not any(part.startswith(".") or part == "training_state" for part in folder.relative_to(path).parts)
     )
@@ -242,8 +238,9 @@ def read_facts(folder: AnyPath) -> dict:
     path = Path(folder) / FACTS_FILE
     if not path.exists():
         return {}
+    facts = read_json(path)
     # Without hashes: records of a lookup table, or a user who changed a file on purpose has removed them.
-    return read_sealed(path) if FILES in read_json(path) else read_json(path)
+    return read_sealed(path) if FILES in facts else facts
 
 
 def _check_files(folder: Path, *names: str) -> None:

@@ -138,14 +138,7 @@ class Growth:
 
 
 def enlarge(small: MaskedLM, growth: Growth) -> MaskedLM:
-    """The model of the large shape that computes the same function as `small`.
-
-    Args:
-        small: a `MaskedLM` of the small shape; it is not changed.
-
-    Returns:
-        A new model in eval mode, with the dtype and the dropouts of the small one.
-    """
+    """A new model of the large shape that computes the same function as `small`: in eval mode, with its dtype and dropouts."""
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention")
     large = MaskedLM(dataclasses.replace(growth.large, **{name: getattr(small.config, name) for name in names}))
     large = large.to(next(small.parameters()).dtype)
@@ -159,12 +152,12 @@ def enlarge(small: MaskedLM, growth: Growth) -> MaskedLM:
 
 
 @torch.inference_mode()
-def largest_logit_difference(a: MaskedLM, b: MaskedLM, positions: int, sentences: int = 64) -> float:
+def largest_logit_difference(a: MaskedLM, b: MaskedLM, positions: int) -> float:
     """max |logits of a - logits of b| over random sentences of up to `positions` tokens; NaN if any logit is."""
     generator = torch.Generator().manual_seed(0)
     differences = []
     for length in sorted({1, *(max(1, positions >> shift) for shift in range(8)), positions}):
-        ids = torch.randint(a.config.vocab_size, (max(1, sentences // length), length), generator=generator)
+        ids = torch.randint(a.config.vocab_size, (max(1, 64 // length), length), generator=generator)
         differences.append((a.predict(a.encode(ids)) - b.predict(b.encode(ids))).abs().max())
     return torch.stack(differences).max().item()
 

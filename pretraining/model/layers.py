@@ -44,13 +44,8 @@ def layer_norm(config: ModelConfig) -> nn.Module:
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V in plain operations, which can be differentiated twice and by `torch.func`.
 
-    Args:
-        query, key, value: (batch, heads, length, head_dim).
-        mask: (batch, 1, 1, length) bool, True for visible keys; or None.
-        dropout: probability of dropping an attention weight.
-
-    Returns:
-        (batch, heads, length, head_dim).
+    Query, key, value and result are (batch, heads, length, head_dim); the mask is (batch, 1, 1, length) bool, True for visible
+    keys, or None. An attention weight is dropped with probability `dropout`.
     """
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (batch, heads, length, length)
     if mask is not None:

@@ -8,7 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pcfg.common.cli import Parser, boolean, finite, non_negative, non_negative_int, positive_int, probability
+from pcfg.common.cli import (
+    Parser,
+    ascending,
+    boolean,
+    finite,
+    non_negative,
+    non_negative_int,
+    number,
+    positive_int,
+    probability,
+)
 from pcfg.common.files import FILES, InputError, read_json, read_sealed
 from pretraining.model.config import ACTIVATIONS, ATTENTIONS, LAYER_NORM_MODES, LAYER_NORMS, ModelConfig
 
@@ -28,30 +38,7 @@ ADVERSARIAL = frozenset(f"adversarial_{name}" for name in ("weight", "file", "ba
 OF_ONE_START = frozenset({"config", "resume", "overwrite", "local_rank"})
 
 
-def decay(text: str) -> float:
-    """An argparse type: a number in [0, 1), the weight of the past in a running mean."""
-    value = float(text)
-    if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return value
-
-
-def steps(text: str) -> list[int]:
-    """An argparse type: a comma-separated list of steps.
-
-    >>> steps("4000,0,1000")
-    [0, 1000, 4000]
-    """
-    return sorted({non_negative_int(part) for part in text.split(",") if part.strip()})
-
-
-def proportions(text: str) -> list[float]:
-    """An argparse type: a comma-separated list of numbers in [0, 1].
-
-    >>> proportions("0.5,0.25")
-    [0.25, 0.5]
-    """
-    return sorted({probability(part) for part in text.split(",") if part.strip()})
+decay = number("decay", float, lambda value: 0.0 <= value < 1.0, "in [0, 1)")  # weight of the past in a running mean
 
 
 class _Group:
@@ -64,24 +51,22 @@ class _Group:
         """A flag with a value of type `kind`, or one of the choices `kind`; the help states the default."""
         options: dict[str, Any] = {"choices": kind, "type": type(kind[0])} if isinstance(kind, tuple) else {"type": kind}
         shown = text if "(default" in text else f"{text} (default: {default})"
-        self._group.add_argument(f"--{name}", dest=name.replace("-", "_"), default=default, help=shown, **options)
+        self._group.add_argument(f"--{name}", default=default, help=shown, **options)
 
     def required(self, name: str, text: str) -> None:
         self._group.add_argument(f"--{name}", required=True, help=text)
 
     def switch(self, name: str, text: str) -> None:
         """A flag alone, or followed by true or false."""
-        self._group.add_argument(
-            f"--{name}", nargs="?", type=boolean, const=True, default=False, help=f"{text} (default: false)"
-        )
+        shown = f"{text} (default: false)"
+        self._group.add_argument(f"--{name}", nargs="?", type=boolean, const=True, default=False, help=shown)
 
 
 def _add_data_and_model(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "data")
     group.required("dataset_path", "folder of train_shard_*.hdf5 from generate_samples.py")
     group.required("tokenizer_name", "tokenizer of the samples: the name given to generate_samples.py, a folder, or a hub name")
-    text = "accepted; both mean the same here: all ranks read the same files and take their own part"
-    group.value("data_loader_type", ("dist", "per_device"), "dist", text)
+    group.value("data_loader_type", ("dist", "per_device"), "dist", "accepted; both mean the same: ranks share every file")
     text = "draw new masks each time a training shard is read, by the rule stored in its file: a function of (--seed, sample, "
     group.switch("dynamic_masking", text + "epoch); generate_samples.py then needs no --dup_factor")
 
@@ -96,8 +81,7 @@ def _add_data_and_model(parser: argparse.ArgumentParser) -> None:
     group.value("hidden_act", ACTIVATIONS, "gelu", "activation of the feed-forward layers")
     group.value("hidden_dropout_prob", probability, 0.1, "dropout of embeddings and sub-layers")
     group.value("attention_probs_dropout_prob", probability, 0.1, "dropout of attention")
-    text = "positions, [CLS] and [SEP] included (default: max_seq_length of the samples)"
-    group.value("max_position_embeddings", positive_int, None, text)
+    group.value("max_position_embeddings", positive_int, None, "with [CLS] and [SEP] (default: the samples' max_seq_length)")
     group.value("type_vocab_size", positive_int, 2, "rows of the segment table")
     group.value("initializer_range", non_negative, 0.02, "standard deviation of new weights")
     group.value("encoder_ln_mode", LAYER_NORM_MODES, "pre-ln", "LayerNorm before each sub-layer, or after")
@@ -119,8 +103,7 @@ def _add_optimizer_and_batches(parser: argparse.ArgumentParser) -> None:
 
     group = _Group(parser, "batches")
     group.value("train_batch_size", positive_int, 4096, "sentences per step, over all ranks")
-    text = "maximum number of sentences per forward pass; sentences of similar length are grouped"
-    group.value("train_micro_batch_size_per_gpu", positive_int, 32, text)
+    group.value("train_micro_batch_size_per_gpu", positive_int, 32, "maximum sentences per forward pass, of similar length")
     text = "accepted; if given, train_batch_size must be train_micro_batch_size_per_gpu x ranks x this (default: not given)"
     group.value("gradient_accumulation_steps", positive_int, None, text)
 
@@ -173,8 +156,7 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
     group.switch("activation_checkpointing", "keep only the inputs of layers and recompute the rest: less memory, slower")
     group.switch("compile", "torch.compile for the layers (needs a C++ compiler; minutes at the start)")
     group.switch("prescale_gradients", "divide gradients by the number of ranks before their sum")
-    text = "divide gradients by this before their sum (default: DeepSpeed's)"
-    group.value("gradient_predivide_factor", non_negative, None, text)
+    group.value("gradient_predivide_factor", non_negative, None, "divides gradients before their sum (default: DeepSpeed's)")
     group.switch("wall_clock_breakdown", "DeepSpeed's own timings")
     group.value("steps_per_print", positive_int, None, "steps between DeepSpeed's own lines (default: none)")
     group.value("local_rank", int, -1, "set by the launcher")
@@ -190,9 +172,7 @@ def _add_validation_and_output(parser: argparse.ArgumentParser) -> None:
     group.value("validation_begin_proportion", probability, 0.1, "first part, as a proportion of training")
     group.value("validation_end_proportion", probability, 0.1, "last part, as a proportion of training")
     group.value("validation_micro_batch", positive_int, 16, "sentences per forward pass")
-    group.value(
-        "rule-path", str, None, "grammar of the samples: each validation also measures the gap to the entropy (default: none)"
-    )
+    group.value("rule-path", str, None, "the samples' grammar: validations also measure the gap to the entropy (default: none)")
     group.value("gap_sentences", positive_int, 300, "sentences on which the gap is measured")
     group.value("validation_shards", positive_int, 1, "number of test shards used, always the first")
 
@@ -201,10 +181,10 @@ def _add_validation_and_output(parser: argparse.ArgumentParser) -> None:
     group.value("job_name", str, "pretraining_experiment", "name of the run's folder")
     group.value("current_run_id", str, "", "appended to the job's name (default: nothing)")
     text = "comma-separated steps at which a model folder is saved; 0: before the first step (default: only the end)"
-    group.value("save_steps", steps, [], text)
+    group.value("save_steps", ascending(non_negative_int), [], text)
     group.value("num_epochs_between_checkpoints", int, -1, "epochs between two model folders; -1: none")
     text = "comma-separated proportions of --total_training_time at which a model folder is saved (default: none)"
-    group.value("finetune_time_markers", proportions, [], text)
+    group.value("finetune_time_markers", ascending(probability), [], text)
     group.value("print_steps", positive_int, 100, "steps between two records")
     group.value("log_throughput_every", positive_int, None, "steps between two lines with the speed (default: none)")
     group.value("project_name", str, None, "also record in Weights & Biases, under this project (default: no)")
@@ -242,14 +222,12 @@ def parse_with_config(parser: argparse.ArgumentParser, arguments: list[str] | No
     finder.add_argument("--config")
     path = finder.parse_known_args(arguments)[0].config
     if path is not None:
-        for action, value in _saved_values(parser, path):
-            action.default = value
-            action.required = False
+        _set_defaults(parser, path)
     return parser.parse_args(arguments)
 
 
-def _saved_values(parser: argparse.ArgumentParser, path: str) -> list[tuple[argparse.Action, Any]]:
-    """Flags of `parser` with their values in the file `path`."""
+def _set_defaults(parser: argparse.ArgumentParser, path: str) -> None:
+    """Make the arguments in the file `path` the defaults of `parser`."""
     content = read_json(path)
     if Path(path).name in content.get(FILES, ()):  # not an edited copy
         content = read_sealed(Path(path))
@@ -258,15 +236,15 @@ def _saved_values(parser: argparse.ArgumentParser, path: str) -> list[tuple[argp
         raise InputError(f"--config: {path}: has no 'arguments'; give the args.json of a model folder")
     # argparse has no public list of a parser's flags.
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    values = []
     for name, value in saved.items():
         if name not in actions:
             raise InputError(f"--config: {path}: {name!r} is no flag of run_pretraining.py; remove it")
-        if name not in OF_ONE_START:
-            if not _is_possible(actions[name], value):
-                raise InputError(f"--config: {path}: {name!r} can't be {value!r}; correct it, or give --{name}")
-            values.append((actions[name], value))
-    return values
+        if name in OF_ONE_START:
+            continue
+        if not _is_possible(actions[name], value):
+            raise InputError(f"--config: {path}: {name!r} can't be {value!r}; correct it, or give --{name}")
+        actions[name].default = value
+        actions[name].required = False
 
 
 def _is_possible(action: argparse.Action, value: Any) -> bool:
@@ -331,14 +309,9 @@ def check_accumulation(options: argparse.Namespace, world_size: int) -> None:
 
 def model_config(options: argparse.Namespace, vocab_size: int, max_seq_length: int) -> ModelConfig:
     """The model that the options describe."""
-    names = (
-        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-        *("hidden_dropout_prob", "attention_probs_dropout_prob", "type_vocab_size", "initializer_range"),
-        *("layer_norm_type", "encoder_ln_mode", "attention"),
-    )
+    values = {name: value for name, value in vars(options).items() if name in ModelConfig.__dataclass_fields__}
     positions = options.max_position_embeddings or max_seq_length
-    values = {name: getattr(options, name) for name in names}
-    return ModelConfig(vocab_size=vocab_size, max_position_embeddings=positions, **values)
+    return ModelConfig(**{**values, "vocab_size": vocab_size, "max_position_embeddings": positions})
 
 
 def job_folder(options: argparse.Namespace) -> Path:

@@ -71,18 +71,10 @@ def micro_batch(samples: Samples, rows: np.ndarray) -> MicroBatch:
 def rank_micro_batches(
     samples: Samples, rows: np.ndarray, size: int, rank: int = 0, world_size: int = 1, overhead: int = OVERHEAD_TOKENS
 ) -> list[np.ndarray]:
-    """The micro-batches of one rank: `rows` sorted by length, dealt to the ranks in turn, cut where lengths change.
+    """The micro-batches of one rank, arrays of rows: `rows` sorted by length, dealt to the ranks in turn, and cut by `cuts`.
 
     Ranks work on similar lengths at the same time, and all have the same number of micro-batches. On a rank without a row left
     for it, the last one is empty.
-
-    Args:
-        rows: (n,) int64, the global batch.
-        size: maximum number of sentences of a micro-batch.
-        overhead: cost of a micro-batch in addition to its tokens, in tokens; see `cuts`.
-
-    Returns:
-        Arrays of the rank's rows.
     """
     lengths = samples.input_mask[rows].sum(1, dtype=np.int64)
     order = np.argsort(lengths, kind="stable")
@@ -97,14 +89,7 @@ def cuts(lengths: np.ndarray, size: int, overhead: int) -> list[int]:
 
     A micro-batch of m sentences with at most L tokens costs m L + `overhead` tokens. A dynamic program over distinct lengths
     finds the cheapest of all ways to cut where the length changes. Parts of more than `size` sentences are then cut evenly.
-
-    Args:
-        lengths: (n,) int64, ascending, n >= 1.
-        size: maximum number of sentences of a micro-batch.
-        overhead: tokens.
-
-    Returns:
-        The ends of the micro-batches, ascending, the last one n.
+    `lengths` are (n,) int64, ascending, n >= 1; the last of the ascending ends is n.
 
     >>> cuts(np.array([3, 3, 4, 9, 9, 9]), size=2, overhead=4)
     [2, 3, 4, 6]
@@ -147,11 +132,8 @@ def count_masks(samples: Samples, rows: np.ndarray) -> int:
 def global_batches(number_of_samples: int, batch_size: int, seed: int, epoch: int, source: object) -> np.ndarray:
     """An epoch: the samples of a shard in an order that is a function of (seed, epoch), cut into global batches.
 
-    Args:
-        source: the shard's file, for messages.
-
-    Returns:
-        (batches, batch_size) int64 indices of samples; a last batch that is not full is left out.
+    The result is (batches, batch_size) int64 indices of samples. A last batch that is not full is left out. `source` is the
+    shard's file, for messages.
 
     >>> global_batches(5, 2, seed=0, epoch=0, source="train_shard_0.hdf5").shape
     (2, 2)

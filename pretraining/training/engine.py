@@ -56,22 +56,16 @@ def zero_stage(options: argparse.Namespace, arithmetic: str) -> int:
     return max(1, options.zero_stage) if arithmetic == "float16" else options.zero_stage
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two of torch's groups: matrices and tables decay, biases and LayerNorm weights do not (Devlin et al. 2019, App. A.2)."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def build_optimizer(options: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of `--optimizer_type` over the parameters of `model`, with the learning rate `--lr`.
 
     adam, adamw and sgd are torch's fused ones. adafactor is transformers' with an absolute learning rate, as in
     academic-budget-bert. lamb is You et al. 2020 (algorithm 2, weight decay inside the trust ratio) from `pytorch_optimizer`.
     """
-    groups = parameter_groups(model, options.weight_decay)
+    # Matrices and tables decay, biases and LayerNorm weights do not (Devlin et al. 2019, App. A.2).
+    decaying = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": decaying, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
     betas = (options.adam_beta1, options.adam_beta2)
     match options.optimizer_type:
         case "adamw":

@@ -37,10 +37,7 @@ def read_metrics(path: AnyPath) -> list[dict]:
 class Metrics:
     """Appends records to `metrics.jsonl` in a folder, one JSON line per record, and to Weights & Biases if asked for.
 
-    Args:
-        folder: of the run.
-        step: from which the run starts; records of later steps, from before an interruption, are removed.
-        options: of the command line.
+    The run starts from `step`: records of later steps, from before an interruption, are removed.
     """
 
     def __init__(self, folder: Path, step: int, options: argparse.Namespace):
@@ -103,9 +100,6 @@ class LossWatch:
     """Checks that the losses of every step are finite, without making the host wait for the device.
 
     On a GPU the losses of a step are read when the next step is queued, so that the device is never idle; on a CPU at once.
-
-    Args:
-        device: of the losses.
     """
 
     def __init__(self, device: torch.device):
@@ -113,11 +107,9 @@ class LossWatch:
         self._unseen: list[tuple[str, dict[str, torch.Tensor]]] = []
 
     def add(self, where: str, losses: dict[str, torch.Tensor]) -> None:
-        """Add the losses of a step, scalars by their names in the records; checks those that are due.
+        """Add the losses of a step, the same scalars on all ranks, so that all of them stop; checks those that are due.
 
-        Args:
-            where: step and batch, for the message.
-            losses: the same on all ranks, so that all of them stop.
+        `where` is the step and the batch, for the message.
         """
         self._unseen.append((where, losses))
         self.settle(self._delay)
@@ -131,14 +123,10 @@ class LossWatch:
 
 
 class Signals:
-    """Within its block, the first SIGTERM or SIGINT is only noted, so that a step can finish; a second one acts as usual.
-
-    Attributes:
-        received: the name of the signal, None without any.
-    """
+    """Within its block, the first SIGTERM or SIGINT is only noted, so that a step can finish; a second one acts as usual."""
 
     def __init__(self):
-        self.received: str | None = None
+        self.received: str | None = None  # the name of the signal
         self._usual: dict[int, Any] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 (signal.signal asks for it)

@@ -23,16 +23,10 @@ class Shards:
     is read once. `close`, or the end of a `with` block, ends the thread; so does the end of the process.
 
     Args:
-        folder: of the samples.
-        split: "train" or "test".
         vocabulary: of the samples; others are refused.
         first: number of shards used; None: all.
         dynamic: a seed: the masks in the files are replaced by new ones, drawn by the rule stored in the file, a function of
             (seed, number of the shard, `index`, row and sentence). None: the masks in the files.
-
-    Attributes:
-        paths: the files.
-        max_seq_length: tokens of their samples.
     """
 
     def __init__(

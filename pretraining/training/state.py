@@ -8,6 +8,7 @@ A state appears complete or not at all, under a tag of its own: the newest one s
 state is never loaded.
 """
 
+import itertools
 import re
 import shutil
 from collections.abc import Callable
@@ -97,15 +98,11 @@ class State(Schema):
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):
-    """DeepSpeed's reader and writer of checkpoint files, which by itself loads with `weights_only=False`.
-
-    Args:
-        expected: SHA-256 of the files that may be loaded, by name.
-    """
+    """DeepSpeed's reader and writer of checkpoint files, which by itself loads with `weights_only=False`."""
 
     def __init__(self, expected: dict[str, str] | None = None):
         super().__init__()
-        self.expected = expected or {}
+        self.expected = expected or {}  # SHA-256 of the files that may be loaded, by name
 
     def save(self, state_dict: dict, path: str) -> None:
         """Write `state_dict`. A full disk is an OSError here; where torch opens the file itself, it is a RuntimeError."""
@@ -152,11 +149,7 @@ def read(folder: Path) -> SavedState:
 
 
 def newest(root: Path, report: Callable[[str], object] = print) -> State | None:
-    """The newest intact state under `root`; None if there are no states.
-
-    Args:
-        report: receives a line for each damaged state that is passed over.
-    """
+    """The newest intact state under `root`; None without states. `report` gets a line for each damaged one passed over."""
     folders = _states(root)[::-1]
     problems: list[str] = []
     damaged: list[Path] = []
@@ -183,9 +176,9 @@ def newest(root: Path, report: Callable[[str], object] = print) -> State | None:
     return None
 
 
-def find(root: Path, identifier: str | None, report: Callable[[str], object] = print) -> State:
+def find(root: Path, identifier: str | None) -> State:
     """The state `identifier` under `root`; the newest intact one for None."""
-    state = newest(root, report) if identifier is None else None
+    state = newest(root) if identifier is None else None
     if identifier is not None and (root / identifier / STATE_FILE).is_file():
         state = State(folder=root / identifier, saved=read(root / identifier))
     if state is None:
@@ -215,12 +208,9 @@ def save(engine: DeepSpeedEngine, root: Path, ranks: Ranks, facts: RunFacts, pro
     Every rank calls this with its own engine.
     """
     step_tag = f"step{progress.step:07d}"
-    tag = step_tag
-    attempt = 1
-    while (root / tag).exists():  # from before the run went back to an earlier state
-        attempt += 1
-        tag = f"{step_tag}-{attempt}"
-    tag = ranks.of_main(tag)
+    tags = (step_tag if attempt == 1 else f"{step_tag}-{attempt}" for attempt in itertools.count(1))
+    # One may exist from before the run went back to an earlier state.
+    tag = ranks.of_main(next(tag for tag in tags if not (root / tag).exists()))
     engine.checkpoint_engine = SafeCheckpointEngine()
     with atomic_folder(root / tag) if ranks.is_main else disk_errors(root / tag) as temporary:
         folder = Path(ranks.of_main(str(temporary)))
