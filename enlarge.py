@@ -9,11 +9,10 @@ A laptop's version, after scripts/quickstart.sh (its medium model has twice the 
 
 For several sizes in the parameters of the largest, repeat --checkpoint-path: each becomes a folder in ENLARGED.
 
-The rule: the hidden vector is copied K times, h' = (h, .., h): matrices are tiled K x K and divided by K, vectors tiled (Liu et
-al. 2023, section 4.3: traces of different sizes are compared in one parameterisation). Either the tied tables are divided by
-K, as in the released code, or the MLM head's LayerNorm. The trace depends on this choice, which args.json records.
-LARGE gives the shape only (its config.json): heads of the same size or number, at least as many layers (pre-LN), feed-forward
-units and positions; its weights are not read. The logits of the two models are compared before anything is written.
+The hidden vector is copied K times, h' = (h, .., h): matrices are tiled K x K and divided by K, vectors tiled (Liu et al. 2023,
+section 4.3). The trace depends on --tied-scale, which args.json records. LARGE gives the shape only (its config.json): heads of
+the same size or number, at least as many layers (pre-LN), feed-forward units and positions; its weights are not read. The
+logits of the two models are compared before anything is written.
 """
 
 import argparse

@@ -92,16 +92,13 @@ class MaskedLM(nn.Module):
             nn.init.zeros_(module.bias)
 
     def encode(self, input_ids: Tensor, input_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Hidden states after the last LayerNorm.
+        """Hidden states after the last LayerNorm: (batch, length, hidden), or (M, 1, hidden) for `positions`.
 
         Args:
             input_ids: (batch, length) int64.
-            input_mask: (batch, length), 1 for a token, 0 for padding; None without padding.
+            input_mask: (batch, length), 1 for a token, 0 for padding; None without padding. Results at padding have no meaning.
             positions: (M,) int64 indices into the flattened (batch * length) of the positions to return; None for all. The last
                 layer computes these alone, since no later layer reads the others.
-
-        Returns:
-            (batch, length, hidden), or (M, 1, hidden) for `positions`. Rows of padding have no meaning.
         """
         mask = None if input_mask is None else input_mask.bool()[:, None, None, :]  # (batch, 1, 1, length)
         hidden = self.embeddings(input_ids)  # (batch, length, hidden)

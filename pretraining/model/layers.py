@@ -99,15 +99,11 @@ class SelfAttention(nn.Module):
         self.attend = ATTENTION_FUNCTIONS[config.attention]
 
     def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
-        """Attention of every position, or of `positions`, to all positions of its sentence.
+        """Attention of every position, (batch, length, hidden), or of `positions`, (M, 1, hidden), to its whole sentence.
 
         Args:
-            hidden: (batch, length, hidden).
             mask: (batch, 1, 1, length) bool, True at tokens; None without padding.
             positions: (M,) int64 indices into the flattened (batch * length); None for all positions.
-
-        Returns:
-            (batch, length, hidden), or (M, 1, hidden) for `positions`.
         """
         batch, length, width = hidden.shape
         split = self.qkv(hidden).view(batch, length, 3, self.heads, width // self.heads)

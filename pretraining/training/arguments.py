@@ -4,6 +4,7 @@ The flags are those of academic-budget-bert (Izsak et al. 2021) that have a mean
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,12 +213,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse_with_config(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    """Parse a command line; flags that it lacks are taken from the file of its `--config`, if it has one.
-
-    Args:
-        parser: of run_pretraining.py; its defaults are changed.
-        arguments: words of the command line; None: those of this process.
-    """
+    """Parse a command line (None: that of this process); flags that it lacks are taken from the file of its `--config`."""
     finder = Parser(add_help=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(arguments)[0].config
@@ -309,7 +305,7 @@ def check_accumulation(options: argparse.Namespace, world_size: int) -> None:
 
 def model_config(options: argparse.Namespace, vocab_size: int, max_seq_length: int) -> ModelConfig:
     """The model that the options describe."""
-    values = {name: value for name, value in vars(options).items() if name in ModelConfig.__dataclass_fields__}
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(ModelConfig) if field.name in options}
     positions = options.max_position_embeddings or max_seq_length
     return ModelConfig(**{**values, "vocab_size": vocab_size, "max_position_embeddings": positions})
 

@@ -45,9 +45,7 @@ GapMeter = Callable[[str, int, Vocabulary, int, int], Callable[[nn.Module], dict
 def pretrain(options: argparse.Namespace, gap_meter: GapMeter, now: Callable[[], float] = time.monotonic) -> Path:
     """Run the pre-training that the options describe, or the rest of it; returns the final model folder.
 
-    Args:
-        options: of `pretraining.training.arguments.build_parser`, checked.
-        now: seconds of a monotonic clock.
+    The options are those of `pretraining.training.arguments`, checked. `now` returns the seconds of a monotonic clock.
     """
     job = job_folder(options)
     ranks = start_ranks(options)
@@ -135,11 +133,7 @@ def load_initial_model(folder: Path, config: ModelConfig, vocabulary: Vocabulary
 
 
 def with_rows_of(config: ModelConfig, older: dict[str, Any]) -> ModelConfig:
-    """`config` with what no flag says of a model to continue from: rows without a word in its table, LayerNorm's epsilon.
-
-    Args:
-        older: the fields of that model's configuration.
-    """
+    """`config` with what no flag says of an `older` one to continue from: rows without a word, LayerNorm's epsilon."""
     rows = max(config.vocab_size, older["vocab_size"])
     return dataclasses.replace(config, vocab_size=rows, layer_norm_eps=older["layer_norm_eps"])
 
@@ -149,9 +143,7 @@ def run_facts(
 ) -> RunFacts:
     """What `args.json` and `state.json` will say of the run."""
     arithmetic = precision(options, ranks.device)
-    more: dict[str, Any] = {} if initial_weights is None else {"initial_weights": initial_weights}
-    if data.adversarial is not None:
-        more["adversarial"] = data.adversarial.facts
+    optional = {"initial_weights": initial_weights, "adversarial": data.adversarial and data.adversarial.facts}
     return RunFacts(
         job_name=options.job_name,
         seed=options.seed,
@@ -164,7 +156,7 @@ def run_facts(
         world_size=ranks.size,
         precision=arithmetic,
         zero_stage=zero_stage(options, arithmetic),
-        **more,
+        **{name: value for name, value in optional.items() if value is not None},
     )
 
 

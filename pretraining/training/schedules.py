@@ -27,9 +27,8 @@ class Schedule:
     total: float  # end of training, in steps or hours
     warmup: float  # end of the warmup W, in the same unit
     curve: str  # "linear", "exp" or "const"
-    # decay_rate, decay_step: of "exp"; `decay_step` in the same unit
-    decay_rate: float = 0.99
-    decay_step: float = 1000
+    decay_rate: float = 0.99  # of "exp"
+    decay_step: float = 1000  # of "exp", in the same unit
 
     def __call__(self, position: float) -> float:
         """The learning rate of the step that begins at `position` (steps done, or hours)."""

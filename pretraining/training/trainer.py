@@ -60,12 +60,11 @@ class Trainer:
     now: Callable[[], float] = time.monotonic  # seconds
 
     def __post_init__(self) -> None:
-        options = self.options
         progress = self.progress
-        self.job = job_folder(options)
-        self.schedule = Schedule.from_options(options)
+        self.job = job_folder(self.options)
+        self.schedule = Schedule.from_options(self.options)
         self.clock = clock(progress.hours, self.now)
-        self.metrics = Metrics(self.job, progress.step, options) if self.ranks.is_main else None
+        self.metrics = Metrics(self.job, progress.step, self.options) if self.ranks.is_main else None
         self.loss_watch = LossWatch(self.ranks.device)
         self.signals = Signals()
         self.lr = 0.0
@@ -98,16 +97,14 @@ class Trainer:
     def batches(self) -> Iterator[GlobalBatch]:
         """The global batches from here on, epoch by epoch, until no further step is due."""
         options = self.options
-        progress = self.progress
         while not self.stop_reason() and not self.is_interrupted:
-            epoch = progress.epoch
+            epoch = self.progress.epoch
             samples = self.data.train.read(epoch)
             path = self.data.train.path(epoch)
             all_rows = global_batches(len(samples), options.train_batch_size, options.seed, epoch, path)
             all_rows = all_rows[: options.max_steps_per_epoch]  # (batches, train_batch_size)
             # A training state may come from a run with larger shards or smaller batches.
-            first = min(progress.batch, len(all_rows) - 1)
-            for index in range(first, len(all_rows)):
+            for index in range(min(self.progress.batch, len(all_rows) - 1), len(all_rows)):
                 yield GlobalBatch(samples, all_rows[index], index, is_last=index == len(all_rows) - 1)
                 if self.stop_reason() or self.is_interrupted:
                     return
@@ -136,9 +133,8 @@ class Trainer:
     def forward_and_backward(self, batch: GlobalBatch) -> dict[str, torch.Tensor]:
         """Accumulate the gradient of a global batch in the engine.
 
-        Returns:
-            Scalars for the record, the same on all ranks: "loss", the mean over the masked positions of the batch, in nats, and
-            "adversarial_loss", without its weight, if there is one.
+        Returns scalars for the record, the same on all ranks: "loss", the mean over the masked positions of the batch, in nats,
+        and "adversarial_loss", without its weight, if there is one.
         """
         options = self.options
         ranks = self.ranks
@@ -207,12 +203,12 @@ class Trainer:
 
     def _is_folder_due(self, is_end_of_epoch: bool) -> bool:
         """Whether a time marker has passed, or a number of epochs after which a model folder is saved."""
-        options = self.options
         progress = self.progress
-        passed = sum(progress.hours >= part * options.total_training_time for part in options.finetune_time_markers)
+        total = self.options.total_training_time
+        passed = sum(progress.hours >= part * total for part in self.options.finetune_time_markers)
         is_marker_due = passed > progress.time_markers
         progress.time_markers = passed
-        every = options.num_epochs_between_checkpoints
+        every = self.options.num_epochs_between_checkpoints
         return is_marker_due or (is_end_of_epoch and every > 0 and progress.epoch % every == 0)
 
     def _is_validation_due(self) -> bool:
