@@ -143,7 +143,7 @@ def run_facts(
 ) -> RunFacts:
     """What `args.json` and `state.json` will say of the run."""
     arithmetic = precision(options, ranks.device)
-    optional = {"initial_weights": initial_weights, "adversarial": data.adversarial and data.adversarial.facts}
+    optional = {"initial_weights": initial_weights, "adversarial": data.adversarial.facts if data.adversarial else None}
     return RunFacts(
         job_name=options.job_name,
         seed=options.seed,
