@@ -5,15 +5,15 @@
     python -m pretraining.sources.examples opt FOLDER             a tiny OPT with random weights, and its tokenizer
     python -m pretraining.sources.examples sst2 FOLDER            labelled sentences in GLUE's columns: do they contain "the"?
 
-The text is the docstrings of Python's standard library, which is part of every Python installation. The layouts are those of
-the hub's data sets Skylion007/openwebtext and bookcorpus, and of facebook/opt-125m.
+The text is the docstrings of Python's standard library. The layouts are those of the hub's data sets Skylion007/openwebtext
+and bookcorpus, and of facebook/opt-125m.
 """
 
 import argparse
 import ast
 import csv
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pcfg.common.cli import Parser, positive_int, run_main
@@ -25,14 +25,12 @@ OPT_TOKENS = 600
 
 def documents(number: int) -> list[str]:
     """The docstrings of `number` modules of the standard library, one document per module, in the order of their names."""
-    texts: list[str] = []
+    texts = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         nodes = ast.walk(ast.parse(path.read_bytes()))
         documented = (node for node in nodes if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
-        text = "\n\n".join(docstring for node in documented if (docstring := ast.get_docstring(node)))
-        if text and len(texts) < number:
-            texts.append(text)
-    return texts
+        texts.append("\n\n".join(docstring for node in documented if (docstring := ast.get_docstring(node))))
+    return list(filter(None, texts))[:number]
 
 
 def _sentences(number: int) -> Iterator[list[str]]:
@@ -47,20 +45,9 @@ def _sentences(number: int) -> Iterator[list[str]]:
 
 
 def _write_parquet(folder: Path, rows: list[str]) -> None:
-    import pyarrow
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"text": rows}), folder / "train-00000-of-00001.parquet")
-
-
-def write_openwebtext(folder: Path, number: int) -> None:
-    """A parquet file of documents."""
-    _write_parquet(folder, documents(number))
-
-
-def write_bookcorpus(folder: Path, number: int) -> None:
-    """A parquet file of lower-cased sentences with spaces around punctuation."""
-    _write_parquet(folder, [" ".join(words) for words in _sentences(number)])
 
 
 def write_sst2(folder: Path, number: int) -> None:
@@ -99,7 +86,12 @@ def write_opt(folder: Path, number: int) -> None:
     OPTForCausalLM(config).save_pretrained(folder)
 
 
-WRITERS = {"openwebtext": write_openwebtext, "bookcorpus": write_bookcorpus, "opt": write_opt, "sst2": write_sst2}
+WRITERS: dict[str, Callable[[Path, int], None]] = {
+    "openwebtext": lambda folder, number: _write_parquet(folder, documents(number)),
+    "bookcorpus": lambda folder, number: _write_parquet(folder, [" ".join(words) for words in _sentences(number)]),
+    "opt": write_opt,
+    "sst2": write_sst2,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,4 @@
-"""Text from a grammar: sentences drawn from it, in shards.
-
-A shard is a function of the grammar, the seed, the length limit, its kind and its number.
-"""
+"""Text from a grammar: sentences drawn from it, in shards."""
 
 import argparse
 import functools
@@ -14,23 +11,15 @@ from pcfg.common.text import decoded
 from pcfg.grammar import Grammar, find_rules
 from pcfg.sampler import DRAWING, Sampler
 from pretraining.data.vocabulary import SPECIAL_TOKENS
-from pretraining.sources.text_shards import (
-    Shard,
-    TextFolder,
-    add_folder_arguments,
-    add_shard_arguments,
-    list_shards,
-    write_sentences,
-)
+from pretraining.sources.text_shards import Shard, TextFolder, add_folder_arguments, add_shard_arguments, list_shards
 
-# Sentences from which the mean size of a sentence is estimated.
-SIZE_SAMPLE = 2_000
+SIZE_SAMPLE = 2_000  # sentences from which the mean size of a sentence is estimated
 
 
 def make_shard(sampler: Sampler, folder: Path, seed: int, shard: Shard) -> dict:
     """Draw and write one shard; returns its entry in the manifest."""
     rng = keyed_rng(seed, f"pretraining-{shard.split}", shard.number)
-    return write_sentences(folder, shard, sampler.draw_text(shard.sentences, rng))
+    return shard.write(folder, sampler.draw_text(shard.sentences, rng))
 
 
 def vocabulary_bytes(grammar: Grammar, vocab_file: str | None) -> bytes:
@@ -53,13 +42,11 @@ def vocabulary_bytes(grammar: Grammar, vocab_file: str | None) -> bytes:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "--rule-path", required=True, help="grammar file (rules format or nltk's PCFG format), or the name of a shipped one"
-    )
+    text = "grammar file (rules format or nltk's PCFG format), or the name of a shipped one"
+    files.add_argument("--rule-path", required=True, help=text)
     add_folder_arguments(files)
-    files.add_argument(
-        "--vocab-file", help="copy this vocabulary to vocab.txt, after a check; default: special tokens and grammar's words"
-    )
+    text = "copy this vocabulary to vocab.txt, after a check; default: special tokens and grammar's words"
+    files.add_argument("--vocab-file", help=text)
     add_shard_arguments(parser.add_argument_group("sizes"), length_limit=32)
     running = parser.add_argument_group("running")
     running.add_argument("--seed", type=non_negative_int, default=0, help="seed of all random numbers; default 0")

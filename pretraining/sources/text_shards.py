@@ -16,15 +16,28 @@ from pcfg.common.text import SPLITS, TEXT_MANIFEST, shard_name, shard_paths, wri
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One text file; `sentences` is 0 where the source does not decide the number."""
+    """One text file."""
 
     split: str
     number: int
-    sentences: int
+    sentences: int  # 0 where the source does not decide the number
 
     @property
     def name(self) -> str:
         return shard_name(self.split, self.number)
+
+    def write(self, folder: Path, blocks: Iterable[tuple[bytes | memoryview, int]]) -> dict:
+        """Write the shard from parts of its text, each with its number of words; returns the shard's entry in the manifest."""
+        words = 0
+
+        def text() -> Iterator[bytes | memoryview]:
+            nonlocal words
+            for block, block_words in blocks:
+                end_if_asked()
+                words += block_words
+                yield block
+
+        return {**write_shard(folder / self.name, text()), "sentences": self.sentences, "words": words}
 
 
 def add_folder_arguments(files: argparse._ActionsContainer) -> None:
@@ -35,9 +48,7 @@ def add_folder_arguments(files: argparse._ActionsContainer) -> None:
 
 def add_shard_arguments(sizes: argparse._ActionsContainer, length_limit: int) -> None:
     """Add --length-limit, and the numbers and sizes of shards, which `list_shards` reads."""
-    sizes.add_argument(
-        "--sentence-num", type=positive_int, default=1_000_000, help="sentences per training shard; default 1000000"
-    )
+    sizes.add_argument("--sentence-num", type=positive_int, default=10**6, help="sentences per training shard; default 1000000")
     sizes.add_argument("--shard-num", type=non_negative_int, default=200, help="training shards; default 200")
     sizes.add_argument("--test-sentence-num", type=positive_int, default=10_000, help="sentences per test shard; default 10000")
     sizes.add_argument("--test-shard-num", type=non_negative_int, default=10, help="test shards; default 10")
@@ -60,38 +71,12 @@ def number_shards(options: argparse.Namespace, training_sentences: int = 0, test
     return training + [Shard("test", number, test_sentences) for number in range(options.test_shard_num)]
 
 
-def write_sentences(folder: Path, shard: Shard, blocks: Iterable[tuple[bytes | memoryview, int]]) -> dict:
-    """Write one shard.
-
-    Args:
-        blocks: parts of the text, without the empty line between two parts, and the number of words in each.
-
-    Returns:
-        The shard's entry in the manifest.
-    """
-    words = 0
-
-    def text() -> Iterator[bytes | memoryview]:
-        nonlocal words
-        for block, block_words in blocks:
-            end_if_asked()
-            words += block_words
-            yield block
-
-    return {**write_shard(folder / shard.name, text()), "sentences": shard.sentences, "words": words}
-
-
 class TextFolder:
     """A folder of shards with their manifest and vocabulary; a rerun of an interrupted command completes it.
 
     Args:
-        folder: created with the first file.
         made_from: everything that decides the bytes of the shards.
-        shards: all shards of the folder.
         overwrite: replace text made from something else, instead of refusing.
-
-    Attributes:
-        missing_shards: those that are not complete.
     """
 
     def __init__(self, folder: Path, made_from: dict, shards: list[Shard], overwrite: bool):
@@ -112,10 +97,9 @@ class TextFolder:
                 if path.name not in self.manifest.names():
                     path.unlink()
         recorded = sorted({shard.name for shard in shards} & set(self.manifest.names()))
-        with contextlib.closing(
-            run_jobs(self.manifest.is_complete, recorded, len(recorded), "verifying", "threads")
-        ) as verified:
-            complete = {name for name, is_complete in verified if is_complete}
+        checks = run_jobs(self.manifest.is_complete, recorded, len(recorded), "verifying", "threads")
+        with contextlib.closing(checks):
+            complete = {name for name, is_complete in checks if is_complete}
         self.missing_shards = [shard for shard in shards if shard.name not in complete]
 
     def check_disk(self, sentence_bytes: float, sentences: str) -> None:
@@ -123,7 +107,7 @@ class TextFolder:
 
         Args:
             sentence_bytes: mean bytes of a sentence, with the empty line after it.
-            sentences: description of the sentences.
+            sentences: their description.
         """
         for split in SPLITS:
             numbers = [shard.sentences for shard in self.shards if shard.split == split]
@@ -149,12 +133,7 @@ class TextFolder:
         self.manifest.add(path.name, tokens=len(content.split()))
 
     def write_shards(self, write: Callable[[Shard], dict], **executor: Any) -> None:
-        """Write the missing shards.
-
-        Args:
-            write: writes one shard and returns its entry in the manifest.
-            executor: arguments of `run_jobs`.
-        """
+        """Write the missing shards by `write`, which returns a shard's entry in the manifest, with `run_jobs`."""
         start = time.perf_counter()
         size = 0
         with contextlib.closing(run_jobs(write, self.missing_shards, what="text shards", **executor)) as results:

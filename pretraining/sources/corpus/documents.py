@@ -12,6 +12,7 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
 import unicodedata
@@ -75,13 +76,26 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How files become documents."""
+    """How files become documents, and documents sentences; the names are those of the flags."""
 
-    column: str = "text"  # the text's column in JSON lines, parquet, Arrow and the hub
+    text_column: str = "text"  # the text's column in JSON lines, parquet, Arrow and the hub
     txt_documents: str = "blank-line"  # of .txt files, a member of `TXT_DOCUMENTS`
-    config: str | None = None  # of a hub data set, as are the next two
+    sentences_a_document: int = 1  # above 1: a row is one sentence, and this number of rows in order is one document
+    unicode: str = "NFC"  # a member of `UNICODE_FORMS`: the normal form
+    min_words: int = 1  # sentences of fewer words are dropped
+    language: str = "en"  # ISO 639-1 code, for the splitter's abbreviations
+    config_name: str | None = None  # of a hub data set, as are the next two
     split: str = "train"
     revision: str | None = None
+
+    def __post_init__(self):
+        if not re.fullmatch("[a-z]{2,3}", self.language):
+            raise InputError(f"--language {self.language}: no ISO 639 code such as en or de")
+
+    def clean(self, text: str) -> str:
+        """The text in its normal form, without invisible characters."""
+        text = INVISIBLE.sub("", text)
+        return text if self.unicode == "none" else unicodedata.normalize(cast(Literal["NFC", "NFKC"], self.unicode), text)
 
 
 def _format(path: Path) -> tuple[str, str]:
@@ -89,6 +103,15 @@ def _format(path: Path) -> tuple[str, str]:
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     kind = KINDS.get(Path(path.stem).suffix if compression else path.suffix, "")
     return ("" if compression and kind not in ("text", "json") else kind), compression
+
+
+def find_pieces(dataset: str, reading: Reading) -> tuple[list[Piece], list]:
+    """The pieces of the corpus --dataset, and what identifies it."""
+    path = Path(dataset)
+    if not path.exists():
+        return hub_pieces(dataset, reading), [dataset, reading.config_name, reading.split, reading.revision]
+    files = find_files(path)
+    return local_pieces(files, reading), [identity(file, path) for file in files]
 
 
 def find_files(path: Path) -> list[Path]:
@@ -135,10 +158,7 @@ def local_pieces(files: list[Path], reading: Reading) -> list[Piece]:
 def hub_pieces(name: str, reading: Reading) -> list[Piece]:
     """The shards of a hub data set."""
     if hub_is_off():
-        raise InputError(
-            f"--dataset {name}: no such file or folder, and the hub is off; give a path, or set HF_HUB_OFFLINE=0 to look for "
-            "it there"
-        )
+        raise InputError(f"--dataset {name}: no such file or folder, and the hub is off; give a path, or set HF_HUB_OFFLINE=0")
     shards = _hub(name, reading).num_shards
     return [Piece(name, "hub", "", shard, shards, 0) for shard in range(shards)]
 
@@ -150,7 +170,7 @@ def _hub(name: str, reading: Reading) -> "datasets.IterableDataset":
     repository, default_revision = HUB_NAMES.get(name, (name, None))
     revision = reading.revision or default_revision
     try:
-        return datasets.load_dataset(repository, reading.config, split=reading.split, revision=revision, streaming=True)
+        return datasets.load_dataset(repository, reading.config_name, split=reading.split, revision=revision, streaming=True)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"--dataset {name}: the hub has no such data set, or it can't be loaded ({error})") from None
 
@@ -168,19 +188,19 @@ def read_documents(piece: Piece, reading: Reading, counts: Counter) -> Iterator[
     has_column = False
     other_columns: set[str] = set()
     for row in _json_rows(piece, counts) if piece.kind == "json" else _table_rows(piece, reading):
-        if reading.column not in row:
+        if reading.text_column not in row:
             other_columns.update(row)
             counts["rows without the column"] += 1
             continue
         has_column = True
-        value = row[reading.column]
+        value = row[reading.text_column]
         if isinstance(value, str):
             yield value
         else:
             counts["null" if value is None else "not a string"] += 1
     if other_columns and not has_column:
         names = ", ".join(map(repr, sorted(other_columns)))
-        raise InputError(f"{piece.path}: no column {reading.column!r}; there are {names}; give one by --text-column")
+        raise InputError(f"{piece.path}: no column {reading.text_column!r}; there are {names}; give one by --text-column")
 
 
 @contextlib.contextmanager
@@ -294,7 +314,7 @@ def _table_rows(piece: Piece, reading: Reading) -> Iterator[dict]:
             rows = datasets.load_dataset(piece.kind, data_files=[piece.path], split="train", streaming=True)
         columns = rows.column_names
         if columns is not None:  # other columns are not decoded
-            rows = rows.select_columns([reading.column]) if reading.column in columns else rows.take(1)
+            rows = rows.select_columns([reading.text_column]) if reading.text_column in columns else rows.take(1)
         for batch in rows.iter(batch_size=ROWS_PER_BATCH):
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))
@@ -302,35 +322,26 @@ def _table_rows(piece: Piece, reading: Reading) -> Iterator[dict]:
         raise DamagedError(str(error)) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class Normalisation:
-    """How a text is changed before and after it is split."""
-
-    unicode: str = "NFC"  # a member of `UNICODE_FORMS`: the normal form
-    min_words: int = 1  # sentences of fewer words are dropped
-    language: str = "en"  # ISO 639-1 code, for the splitter's abbreviations
-
-    def __post_init__(self):
-        if not re.fullmatch("[a-z]{2,3}", self.language):
-            raise InputError(f"--language {self.language}: no ISO 639 code such as en or de")
-
-    def clean(self, text: str) -> str:
-        """The text in its normal form, without invisible characters."""
-        text = INVISIBLE.sub("", text)
-        return text if self.unicode == "none" else unicodedata.normalize(cast(Literal["NFC", "NFKC"], self.unicode), text)
+def read_sentences(piece: Piece, reading: Reading, counts: Counter) -> Iterator[list[str]]:
+    """The documents of a piece as lists of sentences; what was left out is added to `counts`."""
+    texts = read_documents(piece, reading, counts)
+    if reading.sentences_a_document == 1:
+        for text in texts:
+            yield split_document(text, reading, counts)
+    else:
+        while rows := list(itertools.islice(texts, reading.sentences_a_document)):
+            yield select_sentences([" ".join(reading.clean(row).split()) for row in rows], reading, counts)
 
 
-def split_document(text: str, rules: Normalisation, counts: Counter) -> list[str]:
-    """The sentences of a document, their words separated by single spaces.
+def split_document(text: str, reading: Reading, counts: Counter) -> list[str]:
+    """The sentences of a document, their words separated by single spaces; dropped and cut ones are added to `counts`.
 
-    Args:
-        text: of the document, as read. An empty line ends a paragraph, and so a sentence; a single line end is a space.
-        counts: dropped and cut sentences are added to it.
+    An empty line ends a paragraph, and so a sentence; a single line end is a space.
     """
     lines: list[str] = []
-    for paragraph in PARAGRAPH.split(rules.clean(text)):
-        lines += _split_paragraph(" ".join(paragraph.split()), rules.language)
-    return select_sentences(lines, rules, counts)
+    for paragraph in PARAGRAPH.split(reading.clean(text)):
+        lines += _split_paragraph(" ".join(paragraph.split()), reading.language)
+    return select_sentences(lines, reading, counts)
 
 
 def _split_paragraph(paragraph: str, language: str) -> list[str]:
@@ -356,17 +367,13 @@ def _split_paragraph(paragraph: str, language: str) -> list[str]:
     return lines
 
 
-def select_sentences(lines: list[str], rules: Normalisation, counts: Counter) -> list[str]:
-    """The stripped lines that have enough words; lines longer than `MAX_CHARACTERS` are cut.
-
-    Args:
-        lines: words separated by single spaces.
-    """
+def select_sentences(lines: list[str], reading: Reading, counts: Counter) -> list[str]:
+    """The stripped lines (words separated by single spaces) that have enough words; too long ones are cut."""
     result = []
     for line in map(str.strip, lines):
         if not line:
             continue
-        if line.count(" ") + 1 < rules.min_words:
+        if line.count(" ") + 1 < reading.min_words:
             counts["sentences that are too short"] += 1
         elif len(line) > MAX_CHARACTERS:
             counts["sentences that were cut"] += 1

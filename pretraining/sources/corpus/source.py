@@ -14,6 +14,7 @@ the corpus and the flags; the number of workers does not matter.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -24,12 +25,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import WordPiece
 
 from pcfg.common.cli import non_negative_int, positive_int, probability
 from pcfg.common.executors import add_executor_arguments, end_if_asked, executor_options, run_jobs
-from pcfg.common.files import InputError, Manifest, atomic_path, check_space, sha256, versions, write_json
+from pcfg.common.files import InputError, Manifest, atomic_open, check_space, sha256, versions, write_json
 from pcfg.common.text import write_shard
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from pretraining.sources.corpus.documents import (
@@ -38,16 +40,10 @@ from pretraining.sources.corpus.documents import (
     TXT_DOCUMENTS,
     UNICODE_FORMS,
     DamagedError,
-    Normalisation,
     Piece,
     Reading,
-    find_files,
-    hub_pieces,
-    identity,
-    local_pieces,
-    read_documents,
-    select_sentences,
-    split_document,
+    find_pieces,
+    read_sentences,
 )
 from pretraining.sources.text_shards import Shard, TextFolder, add_folder_arguments, number_shards
 
@@ -64,22 +60,12 @@ MAX_LETTERS = 1000  # different characters that get an entry, as for BERT
 MIN_PAIRS = 2  # occurrences of a pair of pieces that is merged
 
 
-def _documents(texts: Iterator[str], rows: int, rules: Normalisation, counts: Counter) -> Iterator[list[str]]:
-    """Documents as lists of sentences: one document per text, or one per `rows` texts, each of which is a sentence."""
-    if rows == 1:
-        for text in texts:
-            yield split_document(text, rules, counts)
-    else:
-        while batch := list(itertools.islice(texts, rows)):
-            yield select_sentences([" ".join(rules.clean(row).split()) for row in batch], rules, counts)
-
-
-def make_part(folder: Path, reading: Reading, rules: Normalisation, rows: int, job: tuple[int, Piece]) -> dict:
+def make_part(folder: Path, reading: Reading, job: tuple[int, Piece]) -> dict:
     """Write the part of one numbered piece and its index.
 
     Returns:
-        "counts", of what was read or dropped; "part" and "index", size and sha256 of the files; "damaged", the reason why the
-        file could not be read to its end, or None.
+        The part's entry in the manifest: size; sha256; "counts" of what was read or dropped; "path" of the file, and
+        "damaged", the reason why it could not be read to its end, or None.
     """
     number, piece = job
     counts: Counter[str] = Counter()
@@ -89,7 +75,7 @@ def make_part(folder: Path, reading: Reading, rules: Normalisation, rows: int, j
     def texts() -> Iterator[bytes]:
         nonlocal damage
         try:
-            for lines in _documents(read_documents(piece, reading, counts), rows, rules, counts):
+            for lines in read_sentences(piece, reading, counts):
                 end_if_asked()
                 counts["documents read"] += 1
                 if not lines:
@@ -103,20 +89,15 @@ def make_part(folder: Path, reading: Reading, rules: Normalisation, rows: int, j
             damage = str(error) or type(error.__cause__).__name__
 
     part = write_shard(folder / PART_NAME.format(number), texts())
-    index_path = folder / INDEX_NAME.format(number)
-    with atomic_path(index_path) as temporary, open(temporary, "wb") as file:
+    with atomic_open(folder / INDEX_NAME.format(number), "wb") as file:
         np.save(file, np.array(index, dtype=INDEX))
-    index_entry = {"size": index_path.stat().st_size, "sha256": sha256(index_path)}
-    return {"counts": dict(counts), "part": part, "index": index_entry, "damaged": damage}
+    return {**part, "counts": dict(counts), "damaged": damage, "path": piece.path}
 
 
 def make_parts(
     folder: Path, pieces: list[Piece], read_from: dict, write: Callable, skip_damaged: bool, executor: dict
 ) -> Counter[str]:
-    """Write the missing parts with `write` (`make_part`); returns the counts of all parts.
-
-    Unless `skip_damaged`, damaged files are an error, after all other parts were written.
-    """
+    """Write the missing parts with `write` (`make_part`), then refuse damaged files; returns the counts of all parts."""
     manifest = Manifest(folder / PARTS_MANIFEST, read_from, overwrite=True)
     jobs = [(number, piece) for number, piece in enumerate(pieces) if not _is_complete(manifest, number)]
     has_sizes = all(piece.size for piece in pieces)
@@ -126,11 +107,9 @@ def make_parts(
     print(f"corpus: {len(pieces):,} pieces, {len(pieces) - len(jobs):,} are read already")
     weight = (lambda job: job[1].size) if has_sizes else None
     with contextlib.closing(run_jobs(write, jobs, what="reading", weight=weight, **executor)) as results:
-        for (number, piece), facts in results:
-            manifest.add(INDEX_NAME.format(number), **facts["index"])
-            manifest.add(
-                PART_NAME.format(number), **facts["part"], counts=facts["counts"], damaged=facts["damaged"], path=piece.path
-            )
+        for (number, _), entry in results:
+            manifest.add(INDEX_NAME.format(number))
+            manifest.add(PART_NAME.format(number), **entry)
     entries = [manifest.entry(PART_NAME.format(number)) for number in range(len(pieces))]
     damaged = {entry["path"]: entry["damaged"] for entry in entries if entry["damaged"]}
     for path, reason in damaged.items():
@@ -167,20 +146,15 @@ class Layout:
     """
 
     def __init__(self, indices: list[np.ndarray], test_fraction: float):
-        numbers = np.array([len(index) for index in indices])
         everything = np.concatenate(indices)
+        unique = ~pd.DataFrame(everything["hash"]).duplicated().to_numpy()
         # One empty line between two documents of a part.
-        offsets = [np.cumsum(np.concatenate([[0], index["size"][:-1] + 1]))[: len(index)] for index in indices]
-        hashes = np.ascontiguousarray(everything["hash"])
-        order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: the first of equal ones comes first
-        is_first = np.ones(len(order), dtype=bool)
-        is_first[1:] = (hashes[order[1:]] != hashes[order[:-1]]).any(1)
-        unique = np.sort(order[is_first])
-        self.part = np.repeat(np.arange(len(indices)), numbers)[unique]
+        offsets = [np.cumsum(index["size"] + 1) - index["size"] - 1 for index in indices]
+        self.part = np.repeat(np.arange(len(indices)), list(map(len, indices)))[unique]
         self.offset = np.concatenate(offsets)[unique]
         self.size = everything["size"][unique]
-        self.is_test = hashes[unique, 0] < np.float64(test_fraction) * 2.0**64
-        self.duplicates = len(everything) - len(unique)
+        self.is_test = everything["hash"][unique, 0] < np.float64(test_fraction) * 2.0**64
+        self.duplicates = len(everything) - len(self.size)
 
     def of(self, shard: Shard, shards: int) -> np.ndarray:
         """The documents of a shard, one of `shards` of its split: consecutive ones, as many in each shard."""
@@ -223,12 +197,8 @@ def count_documents(counts: Counter[str], layout: Layout, options: argparse.Name
 def train_wordpiece(texts: Callable[[], Iterable[str]], size: int, do_lower_case: bool) -> list[str]:
     """The entries, by id, of a WordPiece vocabulary (Schuster and Nakajima 2012; Devlin et al. 2019) trained on text.
 
-    The special tokens come first, then single characters, then pieces in the order of their merges.
-
-    Args:
-        texts: returns the lines of the text; called twice, because they are read twice.
-        size: number of entries with the special tokens; a small text gives fewer.
-        do_lower_case: whether the text is lower-cased and loses its accents; the vocabulary's tokenizer must do the same.
+    The special tokens come first, then single characters, then pieces in the order of their merges: `size` entries in all, or
+    fewer of a small text. `texts()` gives the lines of the text; it is called twice. `do_lower_case` also strips accents.
     """
     tokenizer = Tokenizer(WordPiece(unk_token=SPECIAL_TOKENS[1]))
     tokenizer.normalizer = normalizers.BertNormalizer(strip_accents=None, lowercase=do_lower_case)
@@ -267,36 +237,22 @@ def vocabulary_bytes(options: argparse.Namespace, shards: list[Shard]) -> bytes:
     def lines() -> Iterator[str]:
         """From the beginning of each shard, `VOCABULARY_BYTES` in all."""
         for path in training:
-            size = 0
             with open(path, "rb") as file:
-                while size < VOCABULARY_BYTES // len(training) and (line := file.readline()):
-                    size += len(line)
-                    yield line.decode()
+                yield from map(bytes.decode, file.readlines(VOCABULARY_BYTES // len(training) - 1))
 
     return "".join(f"{word}\n" for word in train_wordpiece(lines, options.vocab_size, bool(options.do_lower_case))).encode()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpus = parser.add_argument_group("corpus")
-    corpus.add_argument(
-        "--dataset",
-        required=True,
-        help=f"a file or a folder (.txt and .jsonl, also .gz and .zst, .parquet, .arrow), {' or '.join(HUB_NAMES)}, or the "
-        "name of another data set on the hub, which is used only with HF_HUB_OFFLINE=0",
-    )
+    dataset = "a file or a folder (.txt and .jsonl, also .gz and .zst, .parquet, .arrow), or a data set of the hub, such as "
+    dataset += f"{' or '.join(HUB_NAMES)} (only with HF_HUB_OFFLINE=0)"
+    corpus.add_argument("--dataset", required=True, help=dataset)
     corpus.add_argument("--text-column", default="text", help="column or key of the text; default text")
-    corpus.add_argument(
-        "--txt-documents",
-        choices=TXT_DOCUMENTS,
-        default=TXT_DOCUMENTS[0],
-        help="document of a .txt file: the text between two empty lines, a line, or the file; default blank-line",
-    )
-    corpus.add_argument(
-        "--sentences-a-document",
-        type=positive_int,
-        help="above 1: a row is one sentence, which is not split, and this number of rows in order is one document; "
-        "default 1, for bookcorpus 256",
-    )
+    unit = "document of a .txt file: the text between two empty lines, a line, or the file; default blank-line"
+    corpus.add_argument("--txt-documents", choices=TXT_DOCUMENTS, default="blank-line", help=unit)
+    rows = "above 1: a row is a sentence, and this number of rows in order is a document; default 1, for bookcorpus 256"
+    corpus.add_argument("--sentences-a-document", type=positive_int, help=rows)
     corpus.add_argument("--config-name", help="configuration of a hub data set")
     corpus.add_argument("--split", default="train", help="split of a hub data set; default train")
     corpus.add_argument("--revision", help="revision of a hub data set; default for the two named above: their parquet files")
@@ -308,12 +264,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     add_folder_arguments(files)
     files.add_argument("--vocab-file", help="copy this WordPiece vocabulary to vocab.txt; default: train one")
-    files.add_argument(
-        "--vocab-size", type=positive_int, default=30_522, help="entries of a trained vocabulary; default 30522, BERT's"
-    )
-    files.add_argument(
-        "--do_lower_case", type=int, choices=(0, 1), default=1, help="whether it is of lower-case text; default 1"
-    )
+    entries = "entries of a trained vocabulary; default 30522, BERT's"
+    files.add_argument("--vocab-size", type=positive_int, default=30_522, help=entries)
+    lower_case = "whether it is of lower-case text; default 1"
+    files.add_argument("--do_lower_case", type=int, choices=(0, 1), default=1, help=lower_case)
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--shard-num", type=positive_int, default=200, help="training shards; default 200")
     sizes.add_argument("--test-shard-num", type=non_negative_int, default=10, help="test shards; default 10")
@@ -333,42 +287,26 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError("--test-fraction 1: leaves nothing to train on")
 
 
-def find_pieces(options: argparse.Namespace, reading: Reading) -> tuple[list[Piece], list]:
-    """The pieces of the corpus, and what identifies it."""
-    path = Path(options.dataset)
-    if not path.exists():
-        return hub_pieces(options.dataset, reading), [options.dataset, options.config_name, options.split, options.revision]
-    files = find_files(path)
-    return local_pieces(files, reading), [identity(file, path) for file in files]
-
-
 def generate(options: argparse.Namespace) -> None:
     """Write the text that the command line asks for."""
     check_options(options)
     executor = executor_options(options, local="processes")
-    reading = Reading(options.text_column, options.txt_documents, options.config_name, options.split, options.revision)
-    rules = Normalisation(options.unicode, options.min_words, options.language)
-    rows = options.sentences_a_document or SENTENCES_PER_DOCUMENT.get(options.dataset, 1)
-    pieces, corpus = find_pieces(options, reading)
+    flags = vars(options)
+    flags["sentences_a_document"] = options.sentences_a_document or SENTENCES_PER_DOCUMENT.get(options.dataset, 1)
+    reading = Reading(**{field.name: flags[field.name] for field in dataclasses.fields(Reading)})
+    pieces, corpus = find_pieces(options.dataset, reading)
+    of_hub = ("config_name", "split", "revision")  # in `corpus`
     read_from = {
         "source": "corpus",
         "corpus": hashlib.sha256(json.dumps(corpus).encode()).hexdigest(),
-        "text_column": reading.column,
-        "txt_documents": reading.txt_documents,
-        "sentences_a_document": rows,
-        "unicode": rules.unicode,
-        "min_words": rules.min_words,
-        "language": rules.language,
+        **{name: value for name, value in dataclasses.asdict(reading).items() if name not in of_hub},
         "range_bytes": RANGE_BYTES,
         "sentencex": versions("sentencex")["sentencex"],
     }
     trained = f"WordPiece of {options.vocab_size} entries, lower case {options.do_lower_case}"
     made_from = {
         **read_from,
-        "skip_damaged": options.skip_damaged,
-        "shard_num": options.shard_num,
-        "test_shard_num": options.test_shard_num,
-        "test_fraction": options.test_fraction,
+        **{name: flags[name] for name in ("skip_damaged", "shard_num", "test_shard_num", "test_fraction")},
         "vocabulary": trained if options.vocab_file is None else sha256(options.vocab_file),
     }
     folder = options.save_path
@@ -376,7 +314,7 @@ def generate(options: argparse.Namespace) -> None:
     text = TextFolder(folder, made_from, number_shards(options), options.overwrite)
     counts: Counter[str] = Counter()
     if text.missing_shards:
-        write_part = functools.partial(make_part, parts.absolute(), reading, rules, rows)
+        write_part = functools.partial(make_part, parts.absolute(), reading)
         counts = make_parts(parts, pieces, read_from, write_part, options.skip_damaged, executor)
         layout = Layout([np.load(parts / INDEX_NAME.format(number)) for number in range(len(pieces))], options.test_fraction)
         count_documents(counts, layout, options)

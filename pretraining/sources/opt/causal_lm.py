@@ -43,15 +43,11 @@ def find_device(name: str | None) -> str:
 
 
 def load_causal_lm(name: str, device: str, dtype: torch.dtype) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", str]:
-    """A causal language model and its tokenizer, without executing or unpickling anything from the model's folder.
+    """A causal language model without gradients, its tokenizer and `model_sha256`; no file of its folder is executed.
 
     Args:
         name: a local folder, or a name on the hub (its local cache only, unless the environment says HF_HUB_OFFLINE=0).
-        device: cpu or cuda.
         dtype: of the model's arithmetic; the weights are read in float32 and converted.
-
-    Returns:
-        model, in evaluation mode and without gradients; tokenizer; SHA-256 of `model_sha256`.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -63,14 +59,8 @@ def load_causal_lm(name: str, device: str, dtype: torch.dtype) -> tuple["PreTrai
         raise InputError(f"--model-name {name}: no such folder; give the folder of a causal language model, or its hub name")
     offline = hub_is_off()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            local_files_only=offline,
-            trust_remote_code=False,
-            weights_only=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        safety: dict[str, Any] = {"local_files_only": offline, "trust_remote_code": False, "weights_only": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **safety, dtype=torch.float32, output_loading_info=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"--model-name {name}: its weights hold more than tensors, and reading them could run a program "
@@ -129,10 +119,7 @@ def _check_causal(model: "PreTrainedModel", name: str) -> None:
 
 
 def model_sha256(model: "PreTrainedModel") -> str:
-    """Hexadecimal SHA-256 of a model's function, whatever the kind of its weights file.
-
-    It covers what differs from the defaults of its configuration class, and the weights as float32, by name.
-    """
+    """Hexadecimal SHA-256 of a model's settings that are no defaults of its class, and of its weights as float32, by name."""
     facts = {key: value for key, value in model.config.to_diff_dict().items() if key not in _INCIDENTAL}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for key, tensor in sorted(model.state_dict().items()):
@@ -149,13 +136,10 @@ class Restriction(Schema):
     model_name: str  # as given on the command line; for people
     model_sha256: str  # see `model_sha256`
     kept: list[pydantic.NonNegativeInt]  # (V,) ids of the kept tokens in the model's vocabulary, the most frequent first
-    # pieces: (V,) the same as words of the text (`pretraining.sources.opt.escaped_tokens`); kept[i] has the id i + 5 in
-    # vocab.txt
-    pieces: list[str]
+    pieces: list[str]  # (V,) the same as words of the text (`escaped_tokens`); kept[i] has the id i + 5 in vocab.txt
     counts: list[pydantic.NonNegativeInt]  # (V,) occurrences of each in the sample
-    # start_id, end_id: ids of the start and the end token in the model's vocabulary
-    start_id: pydantic.NonNegativeInt
-    end_id: pydantic.NonNegativeInt
+    start_id: pydantic.NonNegativeInt  # of the start token in the model's vocabulary
+    end_id: pydantic.NonNegativeInt  # of the end token, likewise
     max_tokens: pydantic.PositiveInt  # maximum number of tokens per sentence (M above), without start and end token
     estimated: dict[str, Any]  # origin of the counts: seed, sentences, tokens, device, dtype
 
@@ -169,9 +153,7 @@ class Restriction(Schema):
 
 def read_restriction(path: Path | str) -> Restriction:
     """The restriction in a folder of text, or in a file."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / TOP_TOKENS
+    path = Path(path) / TOP_TOKENS if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; it is written by generate_pretraining.py --source opt")
     return read_schema(Restriction, path, "damaged, or of another version: make it again")
@@ -187,32 +169,21 @@ def check_model(restriction: Restriction, source: Path | str, model_name: str, d
 
 
 class RestrictedLM:
-    """A causal model restricted to its kept tokens.
+    """A causal model of transformers restricted to its kept tokens; the arguments are those of `Restriction`.
 
-    Tokens are columns everywhere: column j stands for the token `kept[j]`, the last one, `end` = V, for the end token.
-
-    Args:
-        model: of transformers, in evaluation mode. It is not changed. If its output layer is a plain linear one, this
-            object uses a copy that has only the rows of kept tokens and end token, and shares all other weights.
-        kept: (V,) ids of the kept tokens in the model's vocabulary.
-        start_id, end_id, max_tokens: as in `Restriction`.
-
-    Attributes:
-        model: called as transformers' models are, with the model's ids (`ids`) and `past_key_values`; its logits go to
-            `log_probabilities` as they are.
-        kept: (V,) int64 on the device.
-        end: V, the column of the end token.
+    Tokens are columns everywhere: column j stands for the token `kept[j]`, the last one, `end` = V, for the end token. The
+    attribute `model` takes the model's own ids (`ids`), and its logits go to `log_probabilities` as they are.
     """
 
     def __init__(self, model: "PreTrainedModel", kept: Sequence[int], start_id: int, end_id: int, max_tokens: int):
         self.device = next(model.parameters()).device
-        self.kept = torch.as_tensor(kept, dtype=torch.int64, device=self.device)
         self.start_id = start_id
-        self.end_id = end_id
         self.max_tokens = max_tokens
-        self.end = len(self.kept)
+        self.end = len(kept)
+        self._columns = torch.tensor([*kept, end_id], device=self.device)  # (V + 1,)
+        self.kept = self._columns[:-1]
         size = model.config.vocab_size
-        if max(start_id, end_id, *self.kept.tolist()) >= size:
+        if max(start_id, int(self._columns.max())) >= size:
             raise InputError(f"top tokens: the model has the ids 0..{size - 1} only; give the model that they were made with")
         # The end token is never an input, so at most the start token and M - 1 others are.
         positions = getattr(model.config, "max_position_embeddings", None)
@@ -220,7 +191,6 @@ class RestrictedLM:
             raise InputError(
                 f"--length-limit {max_tokens + 1}: the model has {positions} positions; give at most {positions + 1}"
             )
-        self._columns = torch.cat([self.kept, torch.tensor([end_id], device=self.device)])  # (V + 1,)
         self.model = _with_restricted_head(model, self._columns)
         self._is_head_restricted = self.model is not model
 
@@ -242,14 +212,9 @@ class RestrictedLM:
         return self._columns[tokens]
 
     def log_probabilities(self, logits: torch.Tensor, first: bool) -> torch.Tensor:
-        """log p over kept tokens and end token.
+        """log p over kept tokens and end token, (..., V + 1) float32 nats, from `logits` (..., W) of `model`.
 
-        Args:
-            logits: (..., W) of `model`.
-            first: whether they are of the position after the start token, where a sentence can't end.
-
-        Returns:
-            (..., V + 1) float32 nats; the end token's, the last column, is -inf if `first`.
+        `first`: they are of the position after the start token, where a sentence can't end: the last column is -inf.
         """
         logits = (logits if self._is_head_restricted else logits[..., self._columns]).float()
         if first:
@@ -259,10 +224,9 @@ class RestrictedLM:
 
 
 def _with_restricted_head(model: "PreTrainedModel", columns: torch.Tensor) -> "PreTrainedModel":
-    """A copy of `model` that shares its weights and computes the logits of `columns` only.
+    """A copy of `model` that shares its weights and computes the logits of `columns` only, two thirds of OPT-125M's work.
 
-    It is the model itself if that has no plain linear output layer as a direct child. Logits of other tokens are a third of
-    OPT-125M's work.
+    It is the model itself if that has no plain linear output layer as a direct child.
     """
     head = model.get_output_embeddings()
     name = next((name for name, child in model.named_children() if child is head), None)

@@ -50,14 +50,11 @@ class MaskedTexts:
     def of(
         cls, flat: np.ndarray, lengths: np.ndarray, sentence: np.ndarray, position: np.ndarray
     ) -> tuple["MaskedTexts", np.ndarray]:
-        """The contexts of some positions.
+        """The contexts of M masked positions, and (M,) int64 the index of each position's context.
 
         Args:
             flat: columns of all sentences, one after the other; lengths: (n,) of each.
             sentence, position: (M,) the masked ones, positions from 0.
-
-        Returns:
-            The contexts, and (M,) int64 the index of each masked position's context.
 
         >>> sentence, position = np.array([0, 1, 2]), np.array([0, 0, 0])
         >>> texts, which = MaskedTexts.of(np.array([3, 5, 4, 5, 5]), np.array([2, 2, 1]), sentence, position)
@@ -73,22 +70,16 @@ class MaskedTexts:
 
     def groups(self) -> np.ndarray:
         """(G + 1,) int64: contexts ends[g] .. ends[g + 1] - 1 have one T and one t."""
-        shape = np.stack([self.lengths, self.positions])
-        changes = np.flatnonzero((shape[:, 1:] != shape[:, :-1]).any(axis=0)) + 1
+        changes = np.flatnonzero(np.diff(self.lengths) | np.diff(self.positions)) + 1
         return np.concatenate([[0], changes, [len(self)]])
 
 
 class _SharedPrefix(DynamicLayer):
-    """Keys and values of prefixes in one layer, for rows that share them; those of the input tokens are not stored.
+    """Keys and values of prefixes in one layer, for rows that share them; those of the input tokens are not stored."""
 
-    Args:
-        layer: with keys and values (G, heads, P, head width).
-        prefix: (rows,) int64, the prefix of each row.
-    """
-
-    def __init__(self, layer: Any, prefix: torch.Tensor):
+    def __init__(self, layer: Any, prefix: torch.Tensor):  # prefix: (rows,) int64, the prefix of each row
         super().__init__()
-        self.keys = layer.keys
+        self.keys = layer.keys  # (prefixes, heads, P, head width)
         self.values = layer.values
         self._prefix = prefix
         self.is_initialized = True
@@ -114,62 +105,43 @@ class LogJoints:
 
     Row u * V + w is candidate w of context u. Other batches do not affect the values of a batch; its first and last row affect
     them by rounding only.
-
-    Args:
-        restricted: the language, V kept tokens.
-        texts: the contexts.
-        batch_tokens: tokens per forward pass; None for `BATCH_TOKENS`.
-
-    Attributes:
-        words: V.
-        rows: U * V.
     """
 
     def __init__(self, restricted: RestrictedLM, texts: MaskedTexts, batch_tokens: int | None = None):
         self.restricted = restricted
         self.texts = texts
-        self.words = restricted.end
-        self.rows = len(texts) * self.words
-        self.batch_tokens = batch_tokens or BATCH_TOKENS[restricted.device.type]
-        self._groups = texts.groups()
+        self.words = restricted.end  # V
+        self.rows = len(texts) * self.words  # U * V
+        self.batch_tokens = batch_tokens or BATCH_TOKENS[restricted.device.type]  # per forward pass
+        # (U,) input tokens per candidate of each context: the factors of J except the first
+        self.input_tokens = texts.lengths - texts.positions - (texts.lengths == restricted.max_tokens)
+        # (2, U + 1): the first row of each context, and the input tokens of all rows before it
+        tokens_before = np.concatenate([[0], np.cumsum(self.input_tokens)])
+        self._tokens_before = np.stack([np.arange(len(texts) + 1), tokens_before]) * float(self.words)
         self._weights = weight_number(restricted.model)
         self._last = threading.local()
 
-    def input_tokens(self, texts: int | slice = slice(None)) -> np.ndarray:
-        """Input tokens per candidate of each context: the factors of J except the first."""
-        lengths = self.texts.lengths[texts]
-        return lengths - self.texts.positions[texts] - (lengths == self.restricted.max_tokens)
-
     def operations(self, first: int, last: int) -> float:
         """Additions and multiplications of the rows first .. last - 1, without those of attention scores and prefixes."""
-        context = first // self.words
-        whole = np.cumsum(self.input_tokens(slice(context, -(-last // self.words)))) * self.words
-        rest = first % self.words
-        tokens = (
-            whole[-1] - rest * self.input_tokens(context) - (-last % self.words) * self.input_tokens((last - 1) // self.words)
-        )
-        return 2.0 * self._weights * float(tokens)
+        before_first, before_last = np.interp([first, last], *self._tokens_before)
+        return 2.0 * self._weights * float(before_last - before_first)
 
-    def batch_end(self, first: int) -> int:
-        """The end of the batch that begins at row `first`: when it has enough tokens, or at the end of its (T, t)."""
-        context = first // self.words
-        end = self._groups[np.searchsorted(self._groups, context, side="right")]
-        prefix = int(self.texts.positions[context]) + 1
-        size = max(1, int(self.batch_tokens / (self.input_tokens(context) + prefix / self.words)))
-        return min(first + size, int(end) * self.words)
+    def _batches(self, first: int) -> Iterator[tuple[int, int]]:
+        """First row and end of each batch from row `first` on; it ends with its (T, t), or when it has enough tokens."""
+        groups = self.texts.groups()
+        while first < self.rows:
+            context = first // self.words
+            group_end = int(groups[np.searchsorted(groups, context, side="right")])
+            prefix = int(self.texts.positions[context]) + 1
+            size = max(1, int(self.batch_tokens / (self.input_tokens[context] + prefix / self.words)))
+            end = min(first + size, group_end * self.words)
+            yield first, end
+            first = end
 
     def compute_from(self, first: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield (first, last, `compute(first, last)`) of the batches from row `first` to the end, in order."""
-
-        def batches() -> Iterator[tuple[int, int]]:
-            start = first
-            while start < self.rows:
-                end = self.batch_end(start)
-                yield start, end
-                start = end
-
         with map_on_cores(self.restricted.device) as run:
-            yield from run(lambda batch: (*batch, self.compute(*batch)), batches())
+            yield from run(lambda batch: (*batch, self.compute(*batch)), self._batches(first))
 
     @torch.inference_mode()  # of the thread
     def compute(self, first: int, last: int) -> np.ndarray:
@@ -226,14 +198,7 @@ class LogJoints:
 
 
 def conditionals(log_joint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """P(w) and log P(w) from log J(w).
-
-    Args:
-        log_joint: (m, V) float64.
-
-    Returns:
-        Two of (m, V) float64; the rows of the first add up to 1.
-    """
+    """P(w), whose rows add up to 1, and log P(w), from log J(w): each (m, V) float64."""
     shifted = log_joint - log_joint.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return np.exp(log_p), log_p

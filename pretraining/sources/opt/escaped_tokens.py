@@ -14,6 +14,7 @@ space. Words are first cut where GPT-2's tokenizer cuts them (Radford et al. 201
 before 's 't 're 've 'm 'll 'd.
 """
 
+import itertools
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -30,11 +31,9 @@ if TYPE_CHECKING:
 
 SPACED, JOINED = "Ġ", "‿"
 OPEN, CLOSE = "⟨", "⟩"
-_RESERVED = (SPACED, JOINED, OPEN, CLOSE)
-# Where str.splitlines cuts.
-LINE_BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
-# Longer words are [UNK]: the time of WordPiece's search grows with the square of a word's length.
-LONGEST_WORD = 1_000
+_RESERVED = (" ", SPACED, JOINED, OPEN, CLOSE)  # a space is printable
+LINE_BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines cuts
+LONGEST_WORD = 1_000  # longer ones are [UNK]: the time of WordPiece's search grows with the square of a word's length
 
 
 def escape(token: bytes) -> str:
@@ -43,21 +42,13 @@ def escape(token: bytes) -> str:
     >>> escape(b" the"), escape(b"s"), escape(b" \\n"), escape(bytes.fromhex("e280"))
     ('Ġthe', '‿s', 'Ġ⟨0A⟩', '‿⟨E280⟩')
     """
-    mark, token = (SPACED, token[1:]) if token.startswith(b" ") else (JOINED, token)
-    body = []
-    escaped = b""
+    piece = SPACED if token.startswith(b" ") else JOINED
     # A byte that belongs to no whole character becomes a lone surrogate, U+DC80 to U+DCFF, which is not printable.
-    for character in token.decode("utf-8", "surrogateescape"):
-        if character.isprintable() and not character.isspace() and character not in _RESERVED:
-            body.append(_group(escaped) + character)
-            escaped = b""
-        else:
-            escaped += character.encode("utf-8", "surrogateescape")
-    return mark + "".join(body) + _group(escaped)
-
-
-def _group(escaped: bytes) -> str:
-    return f"{OPEN}{escaped.hex().upper()}{CLOSE}" if escaped else ""
+    text = token.removeprefix(b" ").decode("utf-8", "surrogateescape")
+    for is_plain, group in itertools.groupby(text, lambda character: character.isprintable() and character not in _RESERVED):
+        characters = "".join(group)
+        piece += characters if is_plain else f"{OPEN}{characters.encode('utf-8', 'surrogateescape').hex().upper()}{CLOSE}"
+    return piece
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
@@ -70,22 +61,19 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
 
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     kinds = _types(description["decoder"]) | _types(description["pre_tokenizer"])
-    if "ByteLevel" in kinds:
-        table = {character: byte for byte, character in bytes_to_unicode().items()}
-
-        def decode(entry: str) -> bytes:
-            return bytes(table[character] for character in entry)
-    elif kinds & {"Metaspace", "ByteFallback"}:
-
-        def decode(entry: str) -> bytes:
-            if re.fullmatch("<0x[0-9A-F]{2}>", entry):
-                return bytes.fromhex(entry[3:5])
-            return entry.replace("▁", " ").encode()
-    else:
+    if not kinds & {"ByteLevel", "Metaspace", "ByteFallback"}:
         raise InputError(
             f"--model-name {tokenizer.name_or_path}: its tokenizer is neither byte-level BPE nor sentencepiece, so "
             "the bytes of its tokens are not known; give another model"
         )
+    table = {character: byte for byte, character in bytes_to_unicode().items()}
+
+    def decode(entry: str) -> bytes:
+        if "ByteLevel" in kinds:
+            return bytes(table[character] for character in entry)
+        is_byte = re.fullmatch("<0x[0-9A-F]{2}>", entry)
+        return bytes.fromhex(entry[3:5]) if is_byte else entry.replace("▁", " ").encode()
+
     added = {int(index): token for index, token in tokenizer.added_tokens_decoder.items()}
     special = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
     entries = ((entry, index) for entry, index in tokenizer.get_vocab().items() if index not in special)

@@ -4,14 +4,13 @@
         --datafile opt_dataset/test0.txt --save-path lookup.hdf5 --max-sentences 1000 --positions-per-sentence 2
 
 That takes hours on a CPU, about 4e12 operations per position (`pretraining.sources.opt.conditionals` has the formula). A
-version for a laptop: a small model's text, or fewer sentences. The progress bar shows the measured rate of operations.
+version for a laptop: a small model's text, or fewer sentences.
 
 --max-sentences takes the first sentences of the text, which are as good as any: they were drawn independently of each other.
 --positions-per-sentence takes K random positions of each, a function of (--seed, number of the sentence). Fewer positions of
 more sentences give a smaller error for the same work. Equal contexts are computed once.
 
-The numbers so far are kept in a folder next to the table, FILE.partial, and written to the disk every 20 seconds; after an
-interruption the same command resumes there. The table (`pcfg.lookup`) is made from it at the end, complete or absent.
+The numbers so far are in a folder next to the table, FILE.partial; after an interruption the same command resumes there.
 """
 
 import argparse
@@ -38,24 +37,17 @@ from pcfg.lookup import TableOrigin, add_table_arguments, print_table, stored_dt
 from pretraining.sources.opt.causal_lm import RestrictedLM, Restriction, find_device, read_restriction
 from pretraining.sources.opt.conditionals import LogJoints, MaskedTexts, conditionals
 
-# Contexts whose conditionals are in memory at a time: 64 MiB of float64 at 2,000 words.
-BLOCK_CONTEXTS = 4096
+BLOCK_CONTEXTS = 4096  # whose conditionals are in memory at a time: 64 MiB of float64 at 2,000 words
 PARTIAL_FORMAT = "partial array, 1"
-# Between two writings of a partial array to the disk.
-SECONDS = 20.0
+SECONDS = 20.0  # between two writings of a partial array to the disk
 
 
 class PartialArray:
     """A float64 array that is filled from its beginning to its end over hours; a kill loses the last seconds only.
 
     Its folder has the numbers, `values`, and `progress.json`: their origin, how many are certain to be on the disk, and their
-    CRC-32. A context manager, which writes at its end, also on an exception.
-
-    Args:
-        folder: made if missing.
-        made_from: what decides the numbers, as plain values.
-        length: of the array.
-        overwrite: begin anew in a folder of another origin, instead of refusing it.
+    CRC-32. A context manager, which writes at its end, also on an exception. `overwrite`: begin anew in a folder of another
+    origin, instead of refusing it.
     """
 
     def __init__(self, folder: Path | str, made_from: dict, length: int, overwrite: bool = False):
@@ -232,8 +224,8 @@ def write_table(options: argparse.Namespace, restriction: Restriction, selection
             f"plan: {len(which):,} positions of {len(selection.lengths):,} sentences, {len(texts):,} of them different, "
             f"{columns:,} candidates each; {total:.2g} operations"
         )
-        done = joints.operations(0, partial.done) if partial.done else 0.0
-        if partial.done:
+        done = joints.operations(0, partial.done)
+        if done:
             print(f"plan: {partial.done / joints.rows:.1%} of the candidates are computed already")
         try:
             with tqdm(total=total, initial=done, desc="conditionals", unit="op", unit_scale=True) as progress:

@@ -8,10 +8,9 @@ This writes 200 million sentences and needs a GPU. With a small model's folder, 
         --test-shard-num 1 --test-sentence-num 1000 --frequency-sentences 2000
 
 `pretraining.sources.opt.causal_lm` defines the distribution of a sentence; the temperature is 1. A token is drawn by inverting
-the cumulative probabilities, in float64, at one uniform number; sentence i of a shard has the same numbers in any batch. So a
-shard is a function of the model, the kept tokens, the seed, its kind and number, and of the rounding of the model's arithmetic.
-The rounding depends on the kind of device and the dtype, which are part of the folder's record, and on --batch-size, which
-changes one token in some hundred thousand (float32).
+the cumulative probabilities, in float64, at one uniform number; sentence i of a shard has the same numbers in any batch. The
+rounding depends on device and dtype, which the folder's record names, and on --batch-size, which changes one token in some
+hundred thousand (float32).
 """
 
 import argparse
@@ -19,6 +18,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from pcfg.common.cli import non_negative_int, positive_int
 from pcfg.common.executors import add_processes_argument, end_if_asked, run_jobs
-from pcfg.common.files import InputError, Manifest, atomic_folder, keyed_rng
+from pcfg.common.files import InputError, atomic_folder, keyed_rng
 from pcfg.common.schema import write_schema
 from pretraining.data.vocabulary import SPECIAL_TOKENS, TOKENIZER_FILES, Vocabulary
 from pretraining.data.wordpiece import OWN_TOKENIZER, write_tokenizer
@@ -46,14 +46,7 @@ from pretraining.sources.opt.causal_lm import (
     read_restriction,
 )
 from pretraining.sources.opt.escaped_tokens import build_tokenizer, escape, token_bytes, why_excluded
-from pretraining.sources.text_shards import (
-    Shard,
-    TextFolder,
-    add_folder_arguments,
-    add_shard_arguments,
-    list_shards,
-    write_sentences,
-)
+from pretraining.sources.text_shards import Shard, TextFolder, add_folder_arguments, add_shard_arguments, list_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,13 +96,9 @@ def sample(restricted: RestrictedLM, uniform: np.ndarray) -> np.ndarray:
 
 
 def invert(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The first column up to which the probabilities add up to more than `uniform` times their sum.
+    """The first column, (n,) int64, up to which probabilities (n, W) add up to more than `uniform` (n,) times their sum.
 
-    Args:
-        probabilities: (n, W) float64, not negative; uniform: (n,) float64 in [0, 1).
-
-    Returns:
-        (n,) int64; never a column of probability 0.
+    All are float64, `uniform` in [0, 1). A column of probability 0 is never the first.
 
     >>> invert(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]] * 4).double(), torch.tensor([0.0, 0.49, 0.5, 1 - 2**-53]).double())
     tensor([1, 1, 3, 3])
@@ -121,34 +110,33 @@ def invert(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
 
 
-def _count(unrestricted: RestrictedLM, seed: int, batch_size: int, job: tuple[int, int]) -> np.ndarray:
-    """Occurrences of each column in the sentences of one job, (number of the job, sentences)."""
-    number, sentences = job
-    rng = keyed_rng(seed, "language-model-frequencies", number)
-    counts = np.zeros(unrestricted.end + 1, dtype=np.int64)
+def sample_batches(restricted: RestrictedLM, batch_size: int, sentences: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield `sample` of `sentences` sentences, `batch_size` at a time."""
     for first in range(0, sentences, batch_size):
         end_if_asked()
-        uniform = rng.random((min(batch_size, sentences - first), unrestricted.max_tokens))
-        counts += np.bincount(sample(unrestricted, uniform).ravel(), minlength=len(counts))
-    return counts[:-1]
+        yield sample(restricted, rng.random((min(batch_size, sentences - first), restricted.max_tokens)))
 
 
 def count_tokens(
     model: "PreTrainedModel", start_id: int, end_id: int, max_tokens: int, seed: int, sentences: int, batch_size: int, jobs: int
 ) -> np.ndarray:
-    """Occurrences of each token in `sentences` non-empty sentences of the unrestricted model, from `jobs` threads.
+    """(vocabulary,) int64: occurrences of each token in non-empty sentences of the unrestricted model; 0 for the end token."""
+    size = model.config.vocab_size
+    columns = [token for token in range(size) if token != end_id]
+    unrestricted = RestrictedLM(model, columns, start_id, end_id, max_tokens)
 
-    Returns:
-        (model's vocabulary,) int64; 0 for the end token.
-    """
-    counts = np.zeros(model.config.vocab_size, dtype=np.int64)
-    columns = np.delete(np.arange(len(counts)), end_id)
-    count = functools.partial(_count, RestrictedLM(model, columns.tolist(), start_id, end_id, max_tokens), seed, batch_size)
-    firsts = range(0, sentences, SENTENCES_PER_COUNT)
-    blocks = [(number, min(SENTENCES_PER_COUNT, sentences - first)) for number, first in enumerate(firsts)]
-    with contextlib.closing(run_jobs(count, blocks, jobs, "token frequencies", "threads")) as results:
-        for _, block_counts in results:
-            counts[columns] += block_counts
+    def count(number: int) -> np.ndarray:
+        """Occurrences of each column in the sentences of job `number`."""
+        rng = keyed_rng(seed, "language-model-frequencies", number)
+        job_sentences = min(SENTENCES_PER_COUNT, sentences - number * SENTENCES_PER_COUNT)
+        batches = sample_batches(unrestricted, batch_size, job_sentences, rng)
+        return np.sum([np.bincount(batch.ravel(), minlength=size)[:-1] for batch in batches], axis=0)
+
+    counts = np.zeros(size, dtype=np.int64)
+    numbers = list(range(math.ceil(sentences / SENTENCES_PER_COUNT)))
+    with contextlib.closing(run_jobs(count, numbers, jobs, "token frequencies", "threads")) as results:
+        for _, job_counts in results:
+            counts[columns] += job_counts
     return counts
 
 
@@ -176,8 +164,7 @@ def draw_text(
     restricted: RestrictedLM, pieces: list[str], batch_size: int, sentences: int, rng: np.random.Generator
 ) -> Iterator[tuple[bytes, int]]:
     """Yield text, an empty line between two sentences, and its number of words, one batch at a time; pieces: (V,)."""
-    for first in range(0, sentences, batch_size):
-        tokens = sample(restricted, rng.random((min(batch_size, sentences - first), restricted.max_tokens)))
+    for tokens in sample_batches(restricted, batch_size, sentences, rng):
         lengths = (tokens != restricted.end).sum(axis=1)
         rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
         lines = (" ".join([pieces[column] for column in row[:length]]) for row, length in rows)
@@ -194,7 +181,7 @@ def make_shard(
             progress(text.count(b"\n\n") + 1)
             yield text, words
 
-    return {**write_sentences(folder, shard, blocks()), "batch_size": batch_size}
+    return {**shard.write(folder, blocks()), "batch_size": batch_size}
 
 
 class Language:
@@ -202,24 +189,20 @@ class Language:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.max_tokens = options.length_limit - 1
         self.device = find_device(options.device)
         is_fast = self.device == "cuda" and torch.cuda.is_bf16_supported()
         self.dtype = options.dtype or ("bfloat16" if is_fast else "float32")
         self.jobs = 1 if self.device == "cuda" else min(options.n_processes, os.cpu_count() or 1)
         self.model, self.tokenizer, self.sha256 = load_causal_lm(options.model_name, self.device, DTYPES[self.dtype])
-        self.start_id, self.end_id = self._special_ids()
-        self._facts: dict[str, Any] = {
-            "format": FORMAT,
-            "model_name": options.model_name,
-            "model_sha256": self.sha256,
-            "start_id": self.start_id,
-            "end_id": self.end_id,
-            "max_tokens": self.max_tokens,
-        }
+        start_id, end_id = self._special_ids()
+        self._ends = {"start_id": start_id, "end_id": end_id, "max_tokens": options.length_limit - 1}
+        model_facts = {"format": FORMAT, "model_name": options.model_name, "model_sha256": self.sha256}
+        self._facts: dict[str, Any] = model_facts | self._ends
         self.file_restriction = None if options.top_tokens_file is None else self._read_restriction()
-        kept = self.file_restriction.kept if self.file_restriction else None
-        self.top_tokens = len(kept) if kept else options.top_tokens or 2000
+        self.top_tokens = len(self.file_restriction.kept) if self.file_restriction else options.top_tokens or 2000
+        # Refuse --top-tokens and --length-limit that are too large for the model before anything is sampled.
+        self._choose_tokens(np.zeros(self.model.config.vocab_size))
+        RestrictedLM(self.model, [0], **self._ends)
 
     def _special_ids(self) -> tuple[int, int]:
         """The ids of the start token (the tokenizer's bos, else its eos) and of the end token (eos)."""
@@ -262,77 +245,54 @@ class Language:
             "frequencies": frequencies,
             "drawing": DRAWING,
             "seed": options.seed,
-            "max_words": self.max_tokens,
+            "max_words": options.length_limit - 1,
             "sentence_num": options.sentence_num,
             "test_sentence_num": options.test_sentence_num,
             "device": self.device,
             "dtype": self.dtype,
         }
 
-    def check_sizes(self) -> None:
-        """Refuse a --top-tokens or --length-limit that is too large for the model, before anything is sampled."""
-        self._choose_tokens(np.zeros(self.model.config.vocab_size))
-        RestrictedLM(self.model, [0], self.start_id, self.end_id, self.max_tokens)
-
     def _choose_tokens(self, counts: np.ndarray) -> tuple[list[int], list[str]]:
         # A tokenizer may have more tokens than its model.
         tokens = {index: token for index, token in token_bytes(self.tokenizer).items() if index < len(counts)}
-        return choose_tokens(counts, tokens, self.top_tokens, self.end_id)
+        return choose_tokens(counts, tokens, self.top_tokens, self._ends["end_id"])
 
     def restriction(self) -> Restriction:
         """The kept tokens: those of --top-tokens-file, else the most frequent ones of a sample."""
         if self.file_restriction:
             return self.file_restriction
         options = self.options
-        seed = options.seed
-        sentences = options.frequency_sentences
-        batch_size = options.batch_size
-        counts = count_tokens(self.model, self.start_id, self.end_id, self.max_tokens, seed, sentences, batch_size, self.jobs)
+        sampling = {"seed": options.seed, "sentences": options.frequency_sentences}
+        counts = count_tokens(self.model, **self._ends, **sampling, batch_size=options.batch_size, jobs=self.jobs)
         kept, pieces = self._choose_tokens(counts)
         frequencies = counts[kept]
         total = int(counts.sum())
         print(f"top tokens: {len(kept):,} make up {frequencies.sum() / total:.2%} of {total:,} sampled tokens")
         if not frequencies.all():
             print(f"top tokens: {(frequencies == 0).sum():,} of them never occurred; give more --frequency-sentences")
-        where = {"tokens": total, "device": self.device, "dtype": self.dtype}
-        estimated = {"seed": seed, "sentences": sentences, **where, "batch_size": batch_size}
+        where = {"device": self.device, "dtype": self.dtype}
+        estimated = {**sampling, "tokens": total, **where, "batch_size": options.batch_size}
         return Restriction(**self._facts, kept=kept, pieces=pieces, counts=frequencies.tolist(), estimated=estimated)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "--model-name",
-        default="facebook/opt-125m",
-        help="folder of a causal language model of transformers, or its name on the hub (the hub is off unless "
-        "HF_HUB_OFFLINE=0); default facebook/opt-125m",
-    )
+    text = "folder of a causal language model, or its name on the hub (off unless HF_HUB_OFFLINE=0); default facebook/opt-125m"
+    files.add_argument("--model-name", default="facebook/opt-125m", help=text)
     add_folder_arguments(files)
-    files.add_argument(
-        "--top-tokens-file",
-        type=Path,
-        help="keep the tokens of this top_tokens.json (or of the one in this folder); default: the most frequent of a sample",
-    )
+    text = "keep the tokens of this top_tokens.json (or of the one in this folder); default: the most frequent of a sample"
+    files.add_argument("--top-tokens-file", type=Path, help=text)
     sizes = parser.add_argument_group("sizes")
-    sizes.add_argument(
-        "--top-tokens", type=positive_int, help="number of tokens to keep; default 2000, or all of --top-tokens-file"
-    )
-    sizes.add_argument(
-        "--frequency-sentences",
-        type=positive_int,
-        default=20_000,
-        help="sentences of the unrestricted model from which the frequencies of its tokens are estimated; default 20000",
-    )
+    sizes.add_argument("--top-tokens", type=positive_int, help="tokens to keep; default 2000, or all of --top-tokens-file")
+    text = "sentences of the unrestricted model from which the frequencies of its tokens are estimated; default 20000"
+    sizes.add_argument("--frequency-sentences", type=positive_int, default=20_000, help=text)
     add_shard_arguments(sizes, length_limit=24)
     running = parser.add_argument_group("running")
     running.add_argument("--seed", type=non_negative_int, default=0, help="seed of all random numbers; default 0")
     running.add_argument("--batch-size", type=positive_int, default=256, help="sentences per batch; default 256")
     running.add_argument("--device", choices=("cpu", "cuda"), help="where the model runs; default: cuda if available")
-    running.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="number format of the model's arithmetic; default: bfloat16 on a cuda device that supports it, else float32",
-    )
+    text = "number format of the model's arithmetic; default: bfloat16 on a cuda device that supports it, else float32"
+    running.add_argument("--dtype", choices=DTYPES, help=text)
     add_processes_argument(running)
 
 
@@ -349,32 +309,27 @@ def write_tokens(restriction: Restriction, text: TextFolder) -> None:
         text.manifest.add(name)
 
 
-def refuse_other_files(folder: Path, manifest: Manifest) -> None:
-    """Refuse to replace a tokenizer or top_tokens.json that the manifest does not list."""
-    for name in (OWN_TOKENIZER, TOP_TOKENS):
-        if not manifest.names() and (folder / name).exists():
-            raise InputError(f"{folder / name}: not of this script; give another --save-path, or --overwrite to replace it")
-
-
 def generate(options: argparse.Namespace) -> None:
     """Write the text that the command line asks for."""
     shards = list_shards(options)
     # Shards are sampled in threads, each on one core, so that the number of cores does not change a sum.
     torch.set_num_threads(1)
     language = Language(options)
+    folder = options.save_path
+    text = TextFolder(folder, language.made_from(), shards, options.overwrite)
+    if not options.overwrite and not text.manifest.names():
+        for path in (folder / OWN_TOKENIZER, folder / TOP_TOKENS):
+            if path.exists():
+                raise InputError(f"{path}: not of this script; give another --save-path, or --overwrite to replace it")
     try:
-        _generate(options, language, shards)
+        _write_text(options, language, text)
     except torch.OutOfMemoryError as error:
         message = f"--batch-size {options.batch_size}: not enough memory on {language.device}; give a smaller one"
         raise InputError(message) from error
 
 
-def _generate(options: argparse.Namespace, language: Language, shards: list[Shard]) -> None:
-    language.check_sizes()
+def _write_text(options: argparse.Namespace, language: Language, text: TextFolder) -> None:
     folder = options.save_path
-    text = TextFolder(folder, language.made_from(), shards, options.overwrite)
-    if not options.overwrite:
-        refuse_other_files(folder, text.manifest)
     if all(map(text.manifest.is_complete, TOKEN_FILES)):
         restriction = read_restriction(folder)
     else:

@@ -123,7 +123,7 @@ def test_operations_add_up():
     texts, *_ = contexts_of([[0, 1, 2, 0], [2, 1]])
     joints = LogJoints(restricted, texts)
     # the first position of 4 takes w and two more tokens, the last none; the second sentence ends, which takes its last token
-    assert joints.input_tokens().tolist() == [2, 1, 3, 2, 1, 0]
+    assert joints.input_tokens.tolist() == [2, 1, 3, 2, 1, 0]
     weights = 2 * (4 * 16 * 16 + 2 * 16 * 32) + 4 * 16  # two layers, and the head of the kept and the end token
     assert weight_number(restricted.model) == weights
     assert joints.operations(0, 18) == 2 * weights * 3 * 9
