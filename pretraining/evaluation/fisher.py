@@ -144,7 +144,7 @@ class GhostNorms:
             words: (m,) int64, one word per context.
 
         Returns:
-            (m,) for each name of `pretraining.evaluation.estimates.measured_parameters`, in the dtype of the model. Their sum
+            (m,) for each name of `pretraining.evaluation.hessian.measured_parameters`, in the dtype of the model. Their sum
             over the names is the whole.
         """
         at_logits = -self.f

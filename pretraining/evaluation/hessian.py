@@ -21,21 +21,21 @@ sentence (or block) and the draw, so that neither batches nor ranks change the r
 """
 
 import dataclasses
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from pcfg.common.files import InputError, keyed_rng, sha256
 from pcfg.common.ranks import Ranks
 from pcfg.lookup import LookupTable
 from pretraining.data.contexts import Contexts, check_length
-from pretraining.evaluation.estimates import Estimate, Partitions, difference, is_reached, measured_parameters, stops
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
 from pretraining.evaluation.inputs import Inputs
 from pretraining.evaluation.records import HessianRecord, is_measured, write_record
@@ -49,13 +49,191 @@ PROBES = {
 }
 WINDOW = 512  # sentences whose conditionals a rank has in memory at a time
 SOFT_WORDS = 4096  # largest vocabulary to sum over
-# Before a relative error is trusted: labels, probes, sentences.
+# Before a relative error is trusted: labels and sentences (fisher), probes and blocks of sentences (hutchinson).
 MIN_DRAWS = {"fisher": 1000, "hutchinson": 64}
-MIN_SENTENCES = 32
+MIN_UNITS = {"fisher": 32, "hutchinson": 2}
 COMPARED = 128  # sentences on which Hutchinson's trace is compared with fisher's: it is ten times as expensive
-
+LEFT_OUT = ("decoder_bias",)  # as in the released code; the model has no pooler
+TABLES = {
+    "embeddings.words.weight": "word_table",  # as the input and as the decoder, with their cross term
+    "embeddings.positions.weight": "position_table",
+    "embeddings.token_types.weight": "token_type_table",
+}
+GROUPS = (*TABLES.values(), "encoder_matrices", "vectors", "head")
 # From contexts (m,) to probabilities of words, (m, vocab_size), on the device of the model.
 Distribution = Callable[[np.ndarray], torch.Tensor]
+# Of some units (m,): their indices (m,), a share (m, 1 or 2, columns) float64 of their values, number of contexts in it.
+Values = Iterator[tuple[np.ndarray, np.ndarray, int]]
+
+
+def measured_parameters(model: MaskedLM) -> dict[str, torch.nn.Parameter]:
+    """The parameters in the trace, by name: all but those in `LEFT_OUT`, the tied word table once."""
+    return {name: parameter for name, parameter in model.named_parameters() if name not in LEFT_OUT}
+
+
+def group_of(name: str) -> str:
+    """The member of `GROUPS` that a parameter belongs to.
+
+    >>> group_of("layers.0.attention.qkv.weight"), group_of("layers.0.attention.qkv.bias"), group_of("head_dense.bias")
+    ('encoder_matrices', 'vectors', 'head')
+    """
+    if name in TABLES:
+        return TABLES[name]
+    if name.startswith("head_"):
+        return "head"
+    return "vectors" if name.endswith(".bias") or "norm" in name else "encoder_matrices"
+
+
+def layer_of(name: str) -> str:
+    """The layer of a parameter: "embeddings" (with the word table's part as the decoder), "layer_0", .., "head".
+
+    >>> layer_of("layers.3.output.weight"), layer_of("final_norm.bias"), layer_of("head_norm.weight")
+    ('layer_3', 'final_norm', 'head')
+    """
+    if match := re.match(r"layers\.(\d+)\.", name):
+        return f"layer_{match[1]}"
+    return "head" if name.startswith("head_") else name.split(".")[0]
+
+
+class Partitions:
+    """The columns of a table of values: the whole trace, its groups, its layers. Each partition sums to the whole."""
+
+    def __init__(self, model: MaskedLM):
+        measured = measured_parameters(model)
+        self.names = list(measured)  # in the order in which `columns` takes their values
+        self.parameters = sum(parameter.numel() for parameter in measured.values())  # count of numbers that the trace is over
+        groups = list(map(group_of, self.names))
+        layers = list(map(layer_of, self.names))
+        self.groups = [group for group in GROUPS if group in groups]
+        self.layers = list(dict.fromkeys(layers))
+        sums = [[True] * len(self.names)]
+        sums += [[name == group for name in groups] for group in self.groups]
+        sums += [[name == layer for name in layers] for layer in self.layers]
+        self._sums = np.array(sums, float).T  # (parameters, columns)
+
+    def __len__(self) -> int:
+        return self._sums.shape[1]
+
+    def stack(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Values (m,) of each parameter, by its name, as (m, parameters) float64."""
+        return torch.stack([values[name] for name in self.names], -1).double()
+
+    def columns(self, values: np.ndarray) -> np.ndarray:
+        """(..., parameters) float64 -> (..., columns)."""
+        return values @ self._sums
+
+    def described(self, means: np.ndarray, errors: np.ndarray) -> dict[str, dict]:
+        """{"groups": {name: {"value", "standard_error"}}, "layers": {...}} of the columns after the first."""
+        parts = [{"value": float(mean), "standard_error": float(error)} for mean, error in zip(means, errors, strict=True)]
+        end = 1 + len(self.groups)
+        groups = dict(zip(self.groups, parts[1:end], strict=True))
+        return {"groups": groups, "layers": dict(zip(self.layers, parts[end:], strict=True))}
+
+
+def mean_and_error(values: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over sentences and their standard errors, from values of independent units.
+
+    Args:
+        values: (n, columns), the mean over each unit's sentences; n is 2 or more.
+        sizes: (n,) sentences of each unit.
+
+    Returns:
+        The mean R = sum s_i y_i / sum s_i, and sqrt(n / (n - 1) sum s_i^2 (y_i - R)^2) / sum s_i (Cochran, Sampling
+        Techniques, section 2.11), (columns,) each.
+
+    >>> mean_and_error(np.array([[1.0], [3.0]]), np.array([1, 1]))
+    (array([2.]), array([1.]))
+    """
+    number = len(values)
+    total = sizes.sum()
+    if number < 2:
+        raise InputError(
+            f"--nsamples: {number} sentence, or block of sentences, has no standard error; it takes at least 2 of them"
+        )
+    mean = sizes @ values / total
+    spread = ((values - mean) * sizes[:, None]) ** 2
+    return mean, np.sqrt(spread.sum(0) * number / (number - 1)) / total
+
+
+def whole(values: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
+    """Mean and standard error of the first column."""
+    mean, error = mean_and_error(values[:, :1], sizes)
+    return {"value": float(mean[0]), "standard_error": float(error[0])}
+
+
+@dataclasses.dataclass
+class Estimate:
+    """An estimate of the trace."""
+
+    partitions: Partitions  # meaning of the columns
+    values: np.ndarray  # (n, columns) float64, mean over the sentences of a unit: a sentence (fisher), a block (hutchinson)
+    sizes: np.ndarray  # (n,) int64, sentences of each unit
+    contexts: int  # number of masked positions
+    draws: int  # number of labels or probes
+    target: float | None  # the relative error to stop at, or None
+    true_values: np.ndarray | None = None  # fisher with labels from the true conditionals, if they are known
+
+    @property
+    def sentences(self) -> int:
+        return int(self.sizes.sum())
+
+    def described(self) -> dict[str, Any]:
+        """Fields of a record."""
+        means, errors = mean_and_error(self.values, self.sizes)
+        fields = {
+            "value": float(means[0]),
+            "standard_error": float(errors[0]),
+            "n": len(self.values),
+            "sentences": self.sentences,
+            "contexts": self.contexts,
+            "draws": self.draws,
+            "mean": "over sentences of the mean over their masked positions",
+            "parameters": self.partitions.parameters,
+            "left_out": list(LEFT_OUT),
+            "parts": self.partitions.described(means, errors),
+        }
+        if self.target is not None:
+            fields["relative_error"] = float(errors[0] / abs(means[0]))
+            fields["target_reached"] = is_reached(self.values, self.sizes, self.target)
+        if self.true_values is not None:
+            true = whole(self.true_values, self.sizes)
+            fields["true_labels"] = {**true, "difference": whole(self.values - self.true_values, self.sizes)}
+        return fields
+
+
+def difference(fisher: Estimate, hutchinson: Estimate) -> dict[str, float] | None:
+    """Fisher's trace minus Hutchinson's, on the blocks of sentences that both have: value, standard error, blocks (n).
+
+    None for fewer than two such blocks.
+    """
+    number = int((np.cumsum(hutchinson.sizes) <= fisher.sentences).sum())
+    if number < 2:
+        return None
+    sizes = hutchinson.sizes[:number]
+    starts = np.cumsum(sizes) - sizes
+    in_blocks = np.add.reduceat(fisher.values[: sizes.sum()], starts) / sizes[:, None]
+    return {**whole(in_blocks - hutchinson.values[:number], sizes), "n": number}
+
+
+def stops(total: int, first: int, target: float | None) -> list[int]:
+    """Numbers of units after which to check the error: first, 2 first, 4 first, .., total; without a target only total.
+
+    >>> stops(1000, 200, 0.01)
+    [200, 400, 800, 1000]
+    """
+    numbers = []
+    while target is not None and first < total:
+        numbers.append(first)
+        first *= 2
+    return [*numbers, total]
+
+
+def is_reached(values: np.ndarray, sizes: np.ndarray, target: float | None) -> bool:
+    """Whether the relative standard error of the first column is at most `target`; always without a target."""
+    if target is None:
+        return True
+    mean, error = mean_and_error(values[:, :1], sizes)
+    return bool(error[0] <= target * abs(mean[0]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +262,10 @@ class Sampling:
         return {**dataclasses.asdict(self), "nsamples": self.nsamples or "all", "positions": self.positions or "all"}
 
 
+def _device(model: MaskedLM) -> torch.device:
+    return next(model.parameters()).device
+
+
 @dataclasses.dataclass
 class Truth:
     """True conditionals of the sentences."""
@@ -95,13 +277,11 @@ class Truth:
         """P at contexts (m,) of the sentences low .. high - 1: (m, vocab_size) float64 on the model's device."""
         rows = self.table.conditionals(low, high)
         offset = contexts.offsets[low]
-        width = model.config.vocab_size
-        device = next(model.parameters()).device
 
         def distribution(batch: np.ndarray) -> torch.Tensor:
-            full = np.zeros((len(batch), width))
+            full = np.zeros((len(batch), model.config.vocab_size))
             full[:, self.columns] = rows[batch - offset]
-            return torch.from_numpy(full).to(device)
+            return torch.from_numpy(full).to(_device(model))
 
         return distribution
 
@@ -131,96 +311,44 @@ def label_numbers(contexts: Contexts, measured: np.ndarray, sampling: Sampling) 
     return np.concatenate(numbers, axis=1)
 
 
-def _windows(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
-    for low in range(first, last, step):
-        yield low, min(low + step, last)
-
-
-def fisher_columns(
+def _fisher_values(
     model: MaskedLM,
     contexts: Contexts,
-    measured: np.ndarray,
     sampling: Sampling,
+    truth: Truth | None,
+    batch_size: int,
     partitions: Partitions,
-    truth: Distribution | None,
-    size: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Squared gradient norms of the contexts `measured` (n,), averaged over their labels, in batches of `size`.
+    sentences: np.ndarray,
+) -> Values:
+    """Squared gradient norms at the measured positions of sentences (n,), averaged over their labels.
 
-    Args:
-        truth: P, to take labels from P too; or None.
-
-    Yields:
-        contexts (m,) and (m, 1 or 2, columns) float64: labels from f, and from P.
+    A unit is a sentence. With `truth`, the two values are those of labels from f and of labels from P.
     """
-    device = next(model.parameters()).device
-    numbers = None if sampling.soft_labels else torch.from_numpy(label_numbers(contexts, measured, sampling)).to(device)
-    for batch in contexts.batches(measured, size):
-        ghost = GhostNorms(model, *contexts.batch(batch, device))
-        distributions = [ghost.f] if truth is None else [ghost.f, truth(batch)]
-        sizes = None if sampling.plain_labels else residuals(ghost.f)
-        sums = [torch.zeros(len(batch), len(partitions.names), dtype=torch.float64, device=device) for _ in distributions]
-        if numbers is None:
-            for word in range(ghost.f.shape[1]):
-                norms = partitions.stack(ghost(torch.full((len(batch),), word, device=device)))
-                sums = [total + p[:, word, None] * norms for total, p in zip(sums, distributions, strict=True)]
-        else:
-            for uniform in numbers[:, np.searchsorted(measured, batch)]:
-                # The same number for both: where f is near P they draw the same label, so that the difference has less noise.
-                for index, p in enumerate(distributions):
-                    words, weights = draw_words(p, uniform, sizes)
-                    sums[index] = sums[index] + partitions.stack(ghost(words)) * weights[:, None] / sampling.draws
-        yield batch, partitions.columns(torch.stack(sums, 1).cpu().numpy())
-
-
-def fisher_trace(
-    model: MaskedLM,
-    contexts: Contexts,
-    sampling: Sampling,
-    truth: Truth | None = None,
-    batch_size: int = 128,
-    ranks: Ranks | None = None,
-    source: Path | str = "",
-) -> Estimate:
-    """The estimator of the paper: the mean squared gradient norm, with labels drawn from the model.
-
-    Args:
-        model: in eval mode, with eager attention.
-        truth: true conditionals, to take labels from them too.
-        batch_size: contexts of one length per forward pass; the results do not depend on it.
-        ranks: the processes that share the sentences; None for this one alone.
-        source: the data file, for errors.
-    """
-    check_length(contexts, model.config.max_position_embeddings, source)
-    words = model.config.vocab_size
-    if sampling.soft_labels and words > SOFT_WORDS:
-        raise InputError(f"--soft-labels: a backward pass for each of {words} words; at most {SOFT_WORDS}, draw labels instead")
-    ranks = ranks or Ranks()
-    partitions = Partitions(model)
     counts = sampling.counts(contexts)
-    target = sampling.target_relative_error
-    labels = np.cumsum(counts) * (words if sampling.soft_labels else sampling.draws)
-    first = max(MIN_SENTENCES, 1 + int(np.searchsorted(labels, sampling.min_draws or MIN_DRAWS["fisher"])))
-    values = np.zeros((0, 1 if truth is None else 2, len(partitions)))
-    progress = tqdm(desc="fisher", total=len(counts), unit="sentence", leave=False, disable=not ranks.is_main)
-    for stop in stops(len(counts), first, target):
-        start = len(values)
-        values = np.concatenate([values, np.zeros((stop - start, *values.shape[1:]))])
-        for low, high in _windows(start, stop, WINDOW * ranks.size):
-            window = None if truth is None else truth.window(contexts, low, high, model)
-            measured = measured_contexts(contexts, ranks.own(range(low, high)), sampling)
-            for batch, columns in fisher_columns(model, contexts, measured, sampling, partitions, window, batch_size):
-                sentence = contexts.sentence[batch]
-                np.add.at(values, sentence, columns / counts[sentence, None, None])
-            progress.update(high - low)
-        ranks.sum_on_host(values[start:])
-        sizes = np.ones(stop, np.int64)
-        if is_reached(values[:, 0], sizes, target):
-            break
-    progress.close()
-    positions = int(counts[: len(values)].sum())
-    true_values = None if truth is None else values[:, 1]
-    return Estimate(partitions, values[:, 0], sizes, positions, int(labels[len(values) - 1]), target, true_values)
+    device = _device(model)
+    for start in range(0, len(sentences), WINDOW):
+        window = sentences[start : start + WINDOW]
+        measured = measured_contexts(contexts, window, sampling)
+        conditionals = None if truth is None else truth.window(contexts, int(window[0]), int(window[-1]) + 1, model)
+        numbers = None if sampling.soft_labels else torch.from_numpy(label_numbers(contexts, measured, sampling)).to(device)
+        for batch in contexts.batches(measured, batch_size):
+            ghost = GhostNorms(model, *contexts.batch(batch, device))
+            distributions = [ghost.f] if conditionals is None else [ghost.f, conditionals(batch)]
+            sizes = None if sampling.plain_labels else residuals(ghost.f)
+            sums = [torch.zeros(len(batch), len(partitions.names), dtype=torch.float64, device=device) for _ in distributions]
+            if numbers is None:
+                for word in range(ghost.f.shape[1]):
+                    norms = partitions.stack(ghost(torch.full((len(batch),), word, device=device)))
+                    sums = [total + p[:, word, None] * norms for total, p in zip(sums, distributions, strict=True)]
+            else:
+                for uniform in numbers[:, np.searchsorted(measured, batch)]:
+                    # The same number for both: near f = P they draw the same label, so that the difference has less noise.
+                    for index, p in enumerate(distributions):
+                        words, weights = draw_words(p, uniform, sizes)
+                        sums[index] = sums[index] + partitions.stack(ghost(words)) * weights[:, None] / sampling.draws
+            sentence = contexts.sentence[batch]
+            columns = partitions.columns(torch.stack(sums, 1).cpu().numpy())
+            yield sentence, columns / counts[sentence, None, None], len(batch)
 
 
 def draw_probe(model: MaskedLM, kind: str, seed: int, block: int, draw: int) -> list[torch.Tensor]:
@@ -230,61 +358,49 @@ def draw_probe(model: MaskedLM, kind: str, seed: int, block: int, draw: int) -> 
     return [torch.from_numpy(PROBES[kind](rng, tuple(p.shape))).to(p.device, p.dtype) for p in parameters]
 
 
-def quadratic_forms(
+def _hutchinson_values(
     model: MaskedLM,
     contexts: Contexts,
-    batches: list[np.ndarray],
-    targets: Distribution,
-    probes: Sequence[Callable[[], list[torch.Tensor]]],
-) -> np.ndarray:
-    """v_p^T (H v)_p for each parameter p. Their sum over p is v^T H v; the expectation of each is the trace of p's own block.
+    sampling: Sampling,
+    truth: Truth | None,
+    batch_size: int,
+    partitions: Partitions,
+    blocks: np.ndarray,
+) -> Values:
+    """v_p^T (H v)_p for each parameter p, averaged over the probes v of each block (n,) of sentences.
 
-    H is the Hessian of the loss -sum_c sum_w targets_cw log f_c[w], over the contexts c of all batches.
-
-    Args:
-        model: in eval mode, with eager attention.
-        batches: contexts (m,), each batch of one length.
-        targets: weights of the words.
-        probes: functions that return a probe v, as `draw_probe` does.
-
-    Returns:
-        (probes, parameters) float64.
+    Their sum over p is v^T H v; the expectation of each is the trace of p's own block of H. A unit is a block of sentences with
+    probes of its own: the units are independent, and their spread includes the error of the probes and that of the sentences.
     """
+    counts = sampling.counts(contexts)
     parameters = list(measured_parameters(model).values())
-    device = parameters[0].device
-    forms = np.zeros((len(probes), len(parameters)))
-    for batch in batches:
-        log_f = torch.log_softmax(model(*contexts.batch(batch, device)), -1)  # (m, vocab_size)
-        loss = -(targets(batch).to(log_f.dtype) * log_f).sum()
-        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
-        for draw, probe in enumerate(probes):
-            vector = probe()
-            products = torch.autograd.grad(gradients, parameters, vector, retain_graph=draw + 1 < len(probes))
-            form = torch.stack([(v * hv).sum(dtype=torch.float64) for v, hv in zip(vector, products, strict=True)])
-            forms[draw] += form.cpu().numpy()
-    return forms
+    device = _device(model)
+    for block in blocks.tolist():
+        low = block * sampling.block_size
+        high = min(low + sampling.block_size, len(counts))
+        conditionals = None if truth is None else truth.window(contexts, low, high, model)
+        measured = measured_contexts(contexts, range(low, high), sampling)
+        forms = np.zeros((sampling.probe_num, len(parameters)))
+        for batch in contexts.batches(measured, batch_size):
+            weight = torch.from_numpy(1.0 / (counts[contexts.sentence[batch]] * (high - low))).to(device)  # in the mean
+            if conditionals is None:
+                labels = one_hot(torch.from_numpy(contexts.label[batch]).to(device), model.config.vocab_size)
+            else:
+                labels = conditionals(batch)
+            log_f = torch.log_softmax(model(*contexts.batch(batch, device)), -1)  # (m, vocab_size)
+            loss = -((weight[:, None] * labels).to(log_f.dtype) * log_f).sum()
+            gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+            for draw in range(sampling.probe_num):
+                probe = draw_probe(model, sampling.probe, sampling.seed, block, draw)
+                retain_graph = draw + 1 < sampling.probe_num
+                products = torch.autograd.grad(gradients, parameters, probe, retain_graph=retain_graph)
+                form = torch.stack([(v * hv).sum(dtype=torch.float64) for v, hv in zip(probe, products, strict=True)])
+                forms[draw] += form.cpu().numpy()
+        yield np.array([block]), partitions.columns(forms.mean(0))[None, None], len(measured)
 
 
-def _block_targets(
-    contexts: Contexts, low: int, high: int, counts: np.ndarray, model: MaskedLM, truth: Truth | None
-) -> Distribution:
-    """P or the words of the text at contexts of the sentences low .. high - 1, times their weight in the mean."""
-    window = None if truth is None else truth.window(contexts, low, high, model)
-    device = next(model.parameters()).device
-
-    def targets(batch: np.ndarray) -> torch.Tensor:
-        weight = 1.0 / (counts[contexts.sentence[batch]] * (high - low))
-        if window is not None:
-            labels = window(batch)
-        else:
-            labels = torch.from_numpy(contexts.label[batch]).to(device)
-            labels = torch.nn.functional.one_hot(labels, model.config.vocab_size)
-        return torch.from_numpy(weight).to(device)[:, None] * labels
-
-    return targets
-
-
-def hutchinson_trace(
+def estimate_trace(
+    estimator: str,
     model: MaskedLM,
     contexts: Contexts,
     sampling: Sampling,
@@ -293,40 +409,47 @@ def hutchinson_trace(
     ranks: Ranks | None = None,
     source: Path | str = "",
 ) -> Estimate:
-    """Hutchinson's estimator. Every block of sentences has its own probes, so that the blocks are independent.
+    """The trace by "fisher" or "hutchinson", from sentences or blocks of them until the relative error is reached.
 
-    The spread of the blocks includes the error of the probes and that of the sentences. Arguments as in `fisher_trace`; without
-    `truth` the labels are the words of the text.
+    Args:
+        model: in eval mode, with eager attention.
+        truth: P. Fisher takes labels from P too; Hutchinson's takes the words of the text without it.
+        batch_size: contexts of one length per forward pass; the results do not depend on it.
+        ranks: the processes that share the sentences; None for this one alone.
+        source: the data file, for errors.
     """
     check_length(contexts, model.config.max_position_embeddings, source)
+    words = model.config.vocab_size
+    is_fisher = estimator == "fisher"
+    if is_fisher and sampling.soft_labels and words > SOFT_WORDS:
+        raise InputError(f"--soft-labels: a backward pass for each of {words} words; at most {SOFT_WORDS}, draw labels instead")
     ranks = ranks or Ranks()
     partitions = Partitions(model)
     counts = sampling.counts(contexts)
     target = sampling.target_relative_error
-    blocks = list(_windows(0, len(counts), sampling.block_size))
-    sizes = np.array([high - low for low, high in blocks])
-    first = max(2, -(-(sampling.min_draws or MIN_DRAWS["hutchinson"]) // sampling.probe_num))
-    values = np.zeros((0, len(partitions)))
-    progress = tqdm(desc="hutchinson", total=len(blocks), unit="block", leave=False, disable=not ranks.is_main)
-    for stop in stops(len(blocks), first, target):
+    starts = np.arange(0, len(counts), 1 if is_fisher else sampling.block_size)
+    sizes = np.diff(starts, append=len(counts))
+    labels = counts * (words if sampling.soft_labels else sampling.draws)
+    draws = np.cumsum(labels if is_fisher else np.full(len(starts), sampling.probe_num))
+    first = max(MIN_UNITS[estimator], 1 + int(np.searchsorted(draws, sampling.min_draws or MIN_DRAWS[estimator])))
+    measure = _fisher_values if is_fisher else _hutchinson_values
+    values = np.zeros((0, 2 if is_fisher and truth is not None else 1, len(partitions)))
+    progress = tqdm(desc=estimator, total=int(counts.sum()), unit="position", leave=False, disable=not ranks.is_main)
+    for stop in stops(len(starts), first, target):
         start = len(values)
-        values = np.concatenate([values, np.zeros((stop - start, len(partitions)))])
-        for block in ranks.own(range(start, stop)).tolist():
-            low, high = blocks[block]
-            targets = _block_targets(contexts, low, high, counts, model, truth)
-            batches = contexts.batches(measured_contexts(contexts, range(low, high), sampling), batch_size)
-            probes = [
-                partial(draw_probe, model, sampling.probe, sampling.seed, block, draw) for draw in range(sampling.probe_num)
-            ]
-            values[block] = partitions.columns(quadratic_forms(model, contexts, batches, targets, probes).mean(0))
-            progress.update(ranks.size)
+        values = np.concatenate([values, np.zeros((stop - start, *values.shape[1:]))])
+        own = ranks.own(range(start, stop))
+        for unit, columns, positions in measure(model, contexts, sampling, truth, batch_size, partitions, own):
+            np.add.at(values, unit, columns)
+            progress.update(positions * ranks.size)
         ranks.sum_on_host(values[start:])
-        if is_reached(values, sizes[:stop], target):
+        if is_reached(values[:, 0], sizes[:stop], target):
             break
     progress.close()
     sizes = sizes[: len(values)]
+    true_values = values[:, 1] if values.shape[1] == 2 else None
     positions = int(counts[: sizes.sum()].sum())
-    return Estimate(partitions, values, sizes, positions, len(values) * sampling.probe_num, target)
+    return Estimate(partitions, values[:, 0], sizes, positions, int(draws[len(values) - 1]), target, true_values)
 
 
 def measure_trace(
@@ -340,22 +463,22 @@ def measure_trace(
     if inputs.table is not None and inputs.columns is not None:
         truth = Truth(inputs.table, inputs.columns)
 
-    def run(trace: Callable[..., Estimate], sampling: Sampling) -> tuple[Estimate, dict[str, Any]]:
+    def run(estimator: str, sampling: Sampling) -> tuple[Estimate, dict[str, Any]]:
         started = time.monotonic()
-        estimate = trace(model, inputs.contexts, sampling, truth, batch_size, ranks, inputs.source)
+        estimate = estimate_trace(estimator, model, inputs.contexts, sampling, truth, batch_size, ranks, inputs.source)
         return estimate, {**estimate.described(), "seconds": time.monotonic() - started}
 
     if estimator == "hutchinson":
-        return {"hutchinson": run(hutchinson_trace, sampling)[1]}
-    fisher, fields = run(fisher_trace, sampling)
+        return {"hutchinson": run("hutchinson", sampling)[1]}
+    fisher, fields = run("fisher", sampling)
     results = {"fisher": fields}
     sentences = min(fisher.sentences, COMPARED)
     if estimator == "both":
-        hutchinson, results["hutchinson"] = run(hutchinson_trace, sampling)
+        hutchinson, results["hutchinson"] = run("hutchinson", sampling)
         other = results["hutchinson"]
     elif truth is not None and sentences > sampling.block_size:
         some = dataclasses.replace(sampling, nsamples=sentences, target_relative_error=None)
-        hutchinson, other = run(hutchinson_trace, some)
+        hutchinson, other = run("hutchinson", some)
     else:
         return results
     fields["hutchinson"] = {key: other[key] for key in ("value", "standard_error", "n", "sentences", "draws")}

@@ -31,9 +31,8 @@ from pcfg.grammar import RULES_FOLDER, Grammar, find_rules
 from pcfg.sampler import Sampler
 from pretraining.data.contexts import Contexts, from_texts
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
-from pretraining.evaluation.estimates import Partitions, mean_and_error, measured_parameters
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
-from pretraining.evaluation.hessian import Sampling, fisher_trace
+from pretraining.evaluation.hessian import Partitions, Sampling, estimate_trace, mean_and_error, measured_parameters
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 
@@ -125,7 +124,7 @@ def fisher_cost(bench: Bench, plain_labels: bool = False) -> Cost:
     contexts = bench.contexts
     sampling = Sampling(nsamples=len(contexts.lengths), positions=1, plain_labels=plain_labels)
     start = cpu_seconds()
-    values = fisher_trace(bench.model, contexts, sampling, batch_size=BATCH).values[:, :1]
+    values = estimate_trace("fisher", bench.model, contexts, sampling, batch_size=BATCH).values[:, :1]
     seconds = (cpu_seconds() - start) / len(values)
     mean, error = mean_and_error(values, np.ones(len(values)))
     return Cost(mean[0], error[0], values.var(ddof=1), seconds)

@@ -13,24 +13,21 @@ from pcfg.common.ranks import Ranks
 from pcfg.common.text import read_texts
 from pretraining.data.contexts import Contexts, from_texts
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.evaluation.estimates import (
-    Estimate,
-    Partitions,
-    difference,
-    group_of,
-    layer_of,
-    mean_and_error,
-    measured_parameters,
-)
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
 from pretraining.evaluation.hessian import (
+    Estimate,
+    Partitions,
     Sampling,
     Truth,
+    difference,
     draw_probe,
-    fisher_trace,
-    hutchinson_trace,
+    estimate_trace,
+    group_of,
     label_numbers,
+    layer_of,
+    mean_and_error,
     measured_contexts,
+    measured_parameters,
 )
 
 VARIANTS = [(mode, norm) for mode in ("pre-ln", "post-ln") for norm in ("pytorch", "rms_norm")]
@@ -107,7 +104,7 @@ def test_fisher_against_the_full_matrix(small_model, sentences, mode, norm):
     contexts, truth = sentences
     model = small_model(mode, norm)
     flat = Flat(model, contexts)
-    found = fisher_trace(model, contexts, Sampling(nsamples=4, soft_labels=True), truth).described()
+    found = estimate_trace("fisher", model, contexts, Sampling(nsamples=4, soft_labels=True), truth).described()
     check_parts(found, flat.by_parameter(flat.fisher(flat.f()).diagonal()))
     true = flat.fisher(true_labels(contexts, truth, model)).trace().item()
     assert found["true_labels"]["value"] == pytest.approx(true, rel=1e-9)
@@ -131,11 +128,11 @@ def test_hutchinson_against_the_full_hessian(small_model, sentences, mode, norm)
             probe = torch.cat([piece.reshape(-1) for piece in draw_probe(model, sampling.probe, 7, block, draw)])
             forms.append(probe * (hessian @ probe))
     expected = (3 * (forms[0] + forms[1]) + (forms[2] + forms[3])) / 8  # means over sentences
-    estimate = hutchinson_trace(model, contexts, sampling, truth)
+    estimate = estimate_trace("hutchinson", model, contexts, sampling, truth)
     check_parts(estimate.described(), flat.by_parameter(expected))
     assert estimate.sizes.tolist() == [3, 1] and estimate.draws == 4
 
-    many = hutchinson_trace(model, contexts, dataclasses.replace(sampling, probe_num=40), truth).values[:, 0]
+    many = estimate_trace("hutchinson", model, contexts, dataclasses.replace(sampling, probe_num=40), truth).values[:, 0]
     assert (np.abs(many - traces) < 4 * np.array(errors)).all()
 
 
@@ -147,7 +144,7 @@ def test_hutchinson_with_the_texts_words(small_model, sentences):
     probe = torch.cat([piece.reshape(-1) for piece in draw_probe(model, "rademacher", 0, 0, 0)])
     expected = probe @ flat.hessian(labels, range(2)) @ probe
     assert set(probe.tolist()) == {-1.0, 1.0}
-    found = hutchinson_trace(model, contexts, Sampling(nsamples=4, probe_num=1, block_size=2)).values[0, 0]
+    found = estimate_trace("hutchinson", model, contexts, Sampling(nsamples=4, probe_num=1, block_size=2)).values[0, 0]
     assert found == pytest.approx(expected.item(), rel=1e-9)
 
 
@@ -175,10 +172,10 @@ def test_the_three_agree_where_the_model_is_the_true_distribution(small_model, s
     model = small_model(layers=1)
     flat = Flat(model, contexts)
     truth = Truth(OwnDistribution(flat.f(), contexts), np.arange(13))
-    found = fisher_trace(model, contexts, Sampling(nsamples=4, soft_labels=True), truth).described()
+    found = estimate_trace("fisher", model, contexts, Sampling(nsamples=4, soft_labels=True), truth).described()
     check_parts(found, flat.by_parameter(flat.hessian(flat.f(), range(4)).diagonal()))
     assert found["true_labels"]["difference"]["value"] == pytest.approx(0, abs=1e-9)
-    drawn = fisher_trace(model, contexts, Sampling(nsamples=4, draws=3), truth).described()
+    drawn = estimate_trace("fisher", model, contexts, Sampling(nsamples=4, draws=3), truth).described()
     assert drawn["true_labels"]["difference"]["value"] == pytest.approx(0, abs=1e-9)
 
 
@@ -202,7 +199,7 @@ def every_word(small_model, many):
 
 
 def drawn_values(contexts, sampling, f, norms) -> np.ndarray:
-    """What `fisher_trace` averages, (sentences, 1), from norms that are known already."""
+    """What `estimate_trace` averages, (sentences, 1), from norms that are known already."""
     chosen, total = measured_contexts(contexts, range(len(contexts.lengths)), sampling), np.zeros(len(contexts.label))
     for uniform in torch.from_numpy(label_numbers(contexts, chosen, sampling)):
         words, weights = draw_words(f, uniform, None if sampling.plain_labels else residuals(f))
@@ -213,7 +210,7 @@ def drawn_values(contexts, sampling, f, norms) -> np.ndarray:
 @pytest.mark.parametrize("plain", [False, True])
 def test_drawn_labels_are_those_of_the_keys(small_model, many, every_word, plain):
     sampling = Sampling(nsamples=60, draws=2, seed=5, plain_labels=plain)
-    found = fisher_trace(small_model(layers=1), many, sampling).values[:, :1]
+    found = estimate_trace("fisher", small_model(layers=1), many, sampling).values[:, :1]
     np.testing.assert_allclose(found, drawn_values(many, sampling, *every_word), rtol=1e-9)
 
 
@@ -246,9 +243,9 @@ def test_some_positions_of_each_sentence(small_model, many):
     # A position's labels do not depend on which others are measured.
     numbers = label_numbers(many, np.arange(len(many.label)), sampling)
     np.testing.assert_array_equal(label_numbers(many, chosen, sampling), numbers[:, chosen])
-    estimate = fisher_trace(small_model(), many, sampling)
+    estimate = estimate_trace("fisher", small_model(), many, sampling)
     assert (estimate.contexts, estimate.draws, estimate.sentences) == (120, 120, 60)
-    everything = fisher_trace(small_model(), many, dataclasses.replace(sampling, positions=50))
+    everything = estimate_trace("fisher", small_model(), many, dataclasses.replace(sampling, positions=50))
     assert everything.contexts == len(many.label)
 
 
@@ -262,15 +259,15 @@ class OneOf(Ranks):
         return array
 
 
-@pytest.mark.parametrize("trace", [fisher_trace, hutchinson_trace])
-def test_neither_batches_nor_ranks_matter(small_model, many, trace):
+@pytest.mark.parametrize("estimator", ["fisher", "hutchinson"])
+def test_neither_batches_nor_ranks_matter(small_model, many, estimator):
     model, sampling = small_model(layers=1).float(), Sampling(nsamples=14, draws=2, block_size=3, probe_num=2)
-    values = trace(model, many, sampling, batch_size=32).values
+    values = estimate_trace(estimator, model, many, sampling, batch_size=32).values
     for size in (1, 7, 500):
-        found = trace(model, many, sampling, batch_size=size).values
+        found = estimate_trace(estimator, model, many, sampling, batch_size=size).values
         np.testing.assert_allclose(found[:, 0].mean(), values[:, 0].mean(), rtol=1e-6)
         np.testing.assert_allclose(found[:, 0], values[:, 0], rtol=1e-4, atol=1e-3)
-    dealt = [trace(model, many, sampling, ranks=OneOf(rank, 3)).values for rank in range(3)]
+    dealt = [estimate_trace(estimator, model, many, sampling, ranks=OneOf(rank, 3)).values for rank in range(3)]
     assert all((part == 0).all(1).any() for part in dealt)
     np.testing.assert_allclose(sum(dealt)[:, 0].mean(), values[:, 0].mean(), rtol=1e-6)
 
@@ -278,15 +275,17 @@ def test_neither_batches_nor_ranks_matter(small_model, many, trace):
 def test_stopping_at_a_relative_error(small_model, many):
     model = small_model(layers=1)
     sampling = Sampling(nsamples=60, target_relative_error=0.9, min_draws=300)
-    early = fisher_trace(model, many, sampling)
+    early = estimate_trace("fisher", model, many, sampling)
     assert early.draws >= 300 and early.sentences == 1 + np.searchsorted(np.cumsum(many.counts), 300) < 60
     assert early.described()["target_reached"] is True
-    np.testing.assert_array_equal(early.values, fisher_trace(model, many, Sampling(nsamples=early.sentences)).values)
-    never = fisher_trace(model, many, dataclasses.replace(sampling, target_relative_error=1e-6))
+    np.testing.assert_array_equal(
+        early.values, estimate_trace("fisher", model, many, Sampling(nsamples=early.sentences)).values
+    )
+    never = estimate_trace("fisher", model, many, dataclasses.replace(sampling, target_relative_error=1e-6))
     assert never.sentences == 60 and never.described()["target_reached"] is False
     assert never.described()["relative_error"] > 1e-6
-    blocks = hutchinson_trace(
-        model, many, Sampling(nsamples=60, target_relative_error=0.999, min_draws=8, block_size=4, probe_num=2)
+    blocks = estimate_trace(
+        "hutchinson", model, many, Sampling(nsamples=60, target_relative_error=0.999, min_draws=8, block_size=4, probe_num=2)
     ).described()
     assert blocks["n"] in (4, 8, 15) and (blocks["target_reached"] or blocks["n"] == 15)
 
@@ -310,4 +309,4 @@ def test_means_and_differences(small_model):
 def test_too_many_words_for_soft_labels(small_model, many, monkeypatch):
     monkeypatch.setattr("pretraining.evaluation.hessian.SOFT_WORDS", 12)
     with pytest.raises(InputError, match="--soft-labels: .*13 words; at most 12"):
-        fisher_trace(small_model(), many, Sampling(nsamples=60, soft_labels=True))
+        estimate_trace("fisher", small_model(), many, Sampling(nsamples=60, soft_labels=True))

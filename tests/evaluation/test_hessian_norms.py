@@ -11,8 +11,8 @@ from pretraining.data.contexts import from_samples
 from pretraining.data.samples import sample_paths
 from pretraining.data.vocabulary import Vocabulary
 from pretraining.evaluation import fisher
-from pretraining.evaluation.estimates import measured_parameters
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
+from pretraining.evaluation.hessian import measured_parameters
 
 VARIANTS = [(mode, norm) for mode in ("pre-ln", "post-ln") for norm in ("pytorch", "rms_norm")]
 
