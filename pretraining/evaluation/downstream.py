@@ -42,15 +42,10 @@ class DownstreamArguments:
     tokenizer_name: str | None = flag(
         default=None, help="tokenizer, looked up in the model folder first; its vocabulary must be that of the model"
     )
-    task_name: str | None = flag(
-        default=None,
-        help=f"a GLUE task ({', '.join(GLUE)}), from the hub, or from files with its columns",
-    )
+    task_name: str | None = flag(default=None, help=f"a GLUE task ({', '.join(GLUE)}), from the hub or files with its columns")
     train_file: str | None = flag(default=None, help="file to train on: CSV text,label; with --task_name: the columns of GLUE")
     validation_file: str | None = flag(default=None, help="file to measure the accuracy on, in the same format")
-    max_train_samples: int | None = flag(
-        default=None, help="train on the first sentences of the training file only; default: all"
-    )
+    max_train_samples: int | None = flag(default=None, help="train on the first sentences of --train_file only; default: all")
     max_seq_length: int = flag(
         default=32,
         help="positions of the concatenated features, in tokens with [CLS] and [SEP]; a longer sentence is an error, except in "
@@ -99,6 +94,14 @@ class DownstreamTrainingArguments(TrainingArguments):
             raise ValueError("--save_strategy: a measurement keeps no checkpoints; leave it out")
 
 
+# The training flags that a training always depends on.
+TRAINING_FLAGS = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("lr_scheduler_type", "warmup_steps"),
+)
+# Flags that change neither training nor result.
+HARMLESS = {"per_device_eval_batch_size", "output_dir", "seed", "do_train", "do_eval", "report_to", "disable_tqdm"}
 # Training flags whose values neither argparse nor TrainingArguments checks: the accepted range, in words and as a test.
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
@@ -125,9 +128,6 @@ def parse_arguments(parser: HfArgumentParser, arguments: list[str] | None) -> tu
     """The two dataclasses of the parser, and the training flags with another value than their default.
 
     An unknown flag or a value that TrainingArguments refuses is a usage error: exit code 2.
-
-    Returns:
-        options; training; changed: dict from flag to value, sorted.
     """
     namespace, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -179,12 +179,6 @@ def training_steps(training: TrainingArguments, sentences: int) -> int:
     return steps
 
 
-def data_arguments(options: DownstreamArguments, seeds: list[int]) -> dict[str, Any]:
-    """The flags on data and seeds, for a record."""
-    names = ("max_seq_length", "max_train_samples", "tokenization")
-    return {**{name: getattr(options, name) for name in names}, "seeds": seeds}
-
-
 def plain_flags(training: TrainingArguments, names: tuple[str, ...]) -> dict[str, Any]:
     """The values of some training flags, for a record: enumerations by their value."""
     return {name: getattr(getattr(training, name), "value", getattr(training, name)) for name in names}
@@ -195,28 +189,35 @@ def measure_accuracy(
     name: str,
     kind: type[ProbeRecord] | type[FinetuneRecord],
     task: Task,
-    seeds: list[int],
-    run: Callable[[], tuple[list[dict[str, Any]], dict[str, Any]]],
-    inputs: dict[str, dict],
-    arguments: dict[str, Any],
-    device: str,
-    overwrite: bool,
-) -> AccuracyRecord | None:
-    """Measure over seeds and write record `name` of `folder`; None if it exists already.
+    options: DownstreamArguments,
+    training: TrainingArguments,
+    model: dict[str, str],
+    flags: dict[str, Any],
+    run: Callable[[list[int]], tuple[list[dict[str, Any]], dict[str, Any]]],
+    further_files: tuple[str, ...] = (),
+) -> None:
+    """Measure over seeds and write record `name` of `folder`, unless it is complete.
 
     `value` is the mean over seeds of the accuracy at the end of training. `standard_error` is over seeds (None with one seed).
     `sampling_standard_error` is sqrt(a (1 - a) / n), the standard deviation over validation samples of n sentences.
 
     Args:
-        run: returns one dict per seed ("last" and "best" validation accuracy, "train" on the training part), and further fields
-            of the record.
-        overwrite: measure again, even with a complete record.
+        model: description of the model, for the record.
+        flags: arguments that the value depends on, in addition to those on data and seeds.
+        run: from seeds to one dict each ("last" and "best" validation accuracy, "train" on the training part), and further
+            fields of the record.
+        further_files: other results in `folder`; without one of them the record is not complete.
     """
-    if is_measured(folder, name, inputs, arguments, overwrite):
+    seeds = parse_seeds(options, training)
+    inputs = {**task.inputs(), "model": model}
+    data_flags = {flag: getattr(options, flag) for flag in ("max_seq_length", "max_train_samples", "tokenization")}
+    arguments = {**flags, **data_flags, "seeds": seeds}
+    is_complete = is_measured(folder, name, inputs, arguments, options.overwrite)
+    if is_complete and all((folder / file).exists() for file in further_files):
         print(f"{folder}: {name} is measured already, skipped (--overwrite measures again)")
-        return None
+        return
     started = time.monotonic()
-    runs, details = run()
+    runs, details = run(seeds)
     last = np.array([result["last"] for result in runs])
     n = len(task.validation)
     value = float(last.mean())
@@ -242,12 +243,11 @@ def measure_accuracy(
         inputs=inputs,
         arguments=arguments,
         seconds=time.monotonic() - started,
-        device=device,
+        device=str(training.device),
         **fields,
     )
     write_record(folder, name, record)
     print(f"{folder}: {record.measurement} {task.name}: {describe_accuracy(record)}")
-    return record
 
 
 def describe_accuracy(record: AccuracyRecord) -> str:

@@ -9,7 +9,7 @@ import csv
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,29 +21,22 @@ from pcfg.common.files import atomic_open
 from pretraining.data.contexts import Contexts, concatenate, sentence_batch
 from pretraining.data.tasks import Part, Task, encode_task
 from pretraining.evaluation.downstream import (
+    HARMLESS,
+    TRAINING_FLAGS,
     DownstreamArguments,
-    data_arguments,
     flag,
     measure_accuracy,
-    parse_seeds,
     plain_flags,
     training_steps,
 )
-from pretraining.evaluation.records import AccuracyRecord, FinetuneRecord, is_measured
+from pretraining.evaluation.records import FinetuneRecord
 from pretraining.evaluation.solvers import linear_head
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import describe_model, load_model
 
-# Always in the record, even at their defaults. The other flags are in it if they have another value.
-FLAGS = (
-    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("lr_scheduler_type", "warmup_steps"),
-)
-# Flags that do not change the result; eval_strategy and eval_steps do, since they decide the best accuracy.
-HARMLESS = {
-    *("per_device_eval_batch_size", "output_dir", "seed", "do_train", "do_eval", "report_to", "disable_tqdm", "run_name"),
-    *("logging_dir", "logging_first_step", "logging_steps", "logging_strategy", "save_steps"),
+# Further flags that do not change the result; eval_strategy and eval_steps do, since they decide the best accuracy.
+FINETUNING_HARMLESS = HARMLESS | {
+    *("logging_dir", "logging_first_step", "logging_steps", "logging_strategy", "save_steps", "run_name"),
     *("dataloader_num_workers", "dataloader_pin_memory", "log_level", "do_predict"),
 }
 
@@ -53,8 +46,7 @@ class FinetuningArguments(DownstreamArguments):
     """End of training and predictions, in addition to model and data."""
 
     test_file: str | None = flag(
-        default=None,
-        help="file to predict the labels of, with --do_predict; in the same format, the label column may be missing",
+        default=None, help="file to predict the labels of, with --do_predict; same format, the label column may be missing"
     )
     early_stopping_patience: int | None = flag(
         default=None, help="evaluations without a better accuracy after which training stops; default: no early stopping"
@@ -62,23 +54,13 @@ class FinetuningArguments(DownstreamArguments):
 
 
 class ClassificationModel(nn.Module):
-    """Encoder and linear head on the concatenated hidden states.
-
-    Args:
-        language_model: its MLM head is not used and gets no gradient.
-        max_seq_length: positions of the features.
-        seed: of the head's initialisation.
-    """
+    """Encoder and linear head on the concatenated hidden states; the MLM head is not used and gets no gradient."""
 
     def __init__(self, language_model: MaskedLM, max_seq_length: int, classes: int, seed: int):
         super().__init__()
         self.language_model = language_model
-        for parameter in (
-            *language_model.head_dense.parameters(),
-            *language_model.head_norm.parameters(),
-            language_model.decoder_bias,
-        ):
-            parameter.requires_grad_(False)
+        for unused in (language_model.head_dense, language_model.head_norm, language_model.decoder_bias):
+            unused.requires_grad_(False)
         self.max_seq_length = max_seq_length
         self.head = linear_head(max_seq_length * language_model.config.hidden_size, classes, seed)
 
@@ -105,11 +87,6 @@ class SentenceDataset(torch.utils.data.Dataset):
         ids, mask = sentence_batch(self.contexts, np.asarray(indices))
         labels = {} if self.labels is None else {"labels": self.labels[indices]}
         return {"input_ids": ids, "input_mask": mask, **labels}
-
-
-def _identity(batch: Any) -> Any:
-    """The collator of the Trainer: `SentenceDataset` returns whole batches."""
-    return batch
 
 
 def _share_correct(prediction: EvalPrediction) -> dict[str, float]:
@@ -149,7 +126,7 @@ def finetune(
         trainer = Trainer(
             model,
             training,
-            data_collator=_identity,
+            data_collator=lambda batch: cast(dict, batch),  # `SentenceDataset` returns whole batches
             train_dataset=SentenceDataset(parts[0], task.train.labels),
             eval_dataset=SentenceDataset(parts[1], task.validation.labels),
             compute_metrics=_share_correct,
@@ -178,53 +155,33 @@ def write_predictions(path: Path, task: Task, test: Part, seeds: list[int], pred
         writer.writerows(zip(*columns.values(), strict=True))
 
 
-def _further_fields(
-    folder: Path, task: Task, seeds: list[int], runs: list[dict[str, Any]], predictions_file: str
-) -> dict[str, Any]:
-    """Steps of each run. For a test part: writes the predictions, and returns their accuracies if it has labels."""
-    fields: dict[str, Any] = {"steps": [result["steps"] for result in runs]}
-    if task.test is not None:
-        predictions = [result["predictions"] for result in runs]
-        write_predictions(folder / predictions_file, task, task.test, seeds, predictions)
-        fields["predictions_file"] = predictions_file
-        if task.test.labels is not None:
-            fields["test_n"] = len(task.test)
-            fields["test_accuracies"] = [float((indices == task.test.labels).mean()) for indices in predictions]
-    return fields
-
-
 def finetune_model(
     folder: Path, task: Task, options: FinetuningArguments, training: TrainingArguments, changed: dict[str, Any]
-) -> AccuracyRecord | None:
-    """Fine-tune the model in `folder` once per seed.
+) -> None:
+    """Fine-tune the model in `folder` once per seed, and write `finetune_TASK.json` (and the predictions of a test part).
 
     Args:
-        changed: the training flags that have another value than their default.
-
-    Returns:
-        The record, written as `finetune_TASK.json`; None if it exists already.
+        changed: the training flags that have another value than their default. The record has them, and `TRAINING_FLAGS`.
     """
-    further = {name: value for name, value in changed.items() if name not in HARMLESS and name not in FLAGS}
-    seeds = parse_seeds(options, training)
     patience = options.early_stopping_patience
-    name = f"finetune_{task.name}.json"
     predictions_file = f"finetune_{task.name}_predictions.csv"
-    inputs = {**task.inputs(), "model": describe_model(folder)}
-    arguments = {
-        **plain_flags(training, FLAGS),
-        **further,
-        "early_stopping_patience": patience,
-        **data_arguments(options, seeds),
-    }
 
-    def run() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def run(seeds: list[int]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         training_steps(training, len(task.train))  # refuses a warm-up longer than the training
         parts = encode_task(task, folder, load_model(folder).config, options)
         runs = [finetune(folder, task, parts, options.max_seq_length, training, seed, patience) for seed in seeds]
-        return runs, _further_fields(folder, task, seeds, runs, predictions_file)
+        fields: dict[str, Any] = {"steps": [result["steps"] for result in runs]}
+        if task.test is not None:
+            predictions = [result["predictions"] for result in runs]
+            write_predictions(folder / predictions_file, task, task.test, seeds, predictions)
+            fields["predictions_file"] = predictions_file
+            if task.test.labels is not None:
+                fields["test_n"] = len(task.test)
+                fields["test_accuracies"] = [float((indices == task.test.labels).mean()) for indices in predictions]
+        return runs, fields
 
-    is_complete = is_measured(folder, name, inputs, arguments, options.overwrite)
-    is_lost = is_complete and task.test is not None and not (folder / predictions_file).exists()
-    overwrite = options.overwrite or is_lost
-    device = str(training.device)
-    return measure_accuracy(folder, name, FinetuneRecord, task, seeds, run, inputs, arguments, device, overwrite)
+    further = {name: value for name, value in changed.items() if name not in (*FINETUNING_HARMLESS, *TRAINING_FLAGS)}
+    flags = {**plain_flags(training, TRAINING_FLAGS), **further, "early_stopping_patience": patience}
+    name = f"finetune_{task.name}.json"
+    files = () if task.test is None else (predictions_file,)
+    measure_accuracy(folder, name, FinetuneRecord, task, options, training, describe_model(folder), flags, run, files)

@@ -31,15 +31,15 @@ from pretraining.data.contexts import Contexts, concatenate
 from pretraining.data.masking import check_lengths
 from pretraining.data.tasks import Task, encode_task
 from pretraining.evaluation.downstream import (
+    HARMLESS,
+    TRAINING_FLAGS,
     DownstreamArguments,
     DownstreamTrainingArguments,
-    data_arguments,
     flag,
     measure_accuracy,
-    parse_seeds,
     plain_flags,
 )
-from pretraining.evaluation.records import AccuracyRecord, ProbeRecord
+from pretraining.evaluation.records import ProbeRecord
 from pretraining.evaluation.solvers import (
     SOLVERS,
     ProbeData,
@@ -61,13 +61,7 @@ BLOCK_SENTENCES = 512  # of a lookup table in memory at a time
 # Per encoder pass: more do not fit into the cache of a CPU (20% slower at 32,768), and a GPU needs more.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 # The training flags that AdamW depends on; the other TrainingArguments configure the Trainer, which a probe does not use.
-FLAGS = (
-    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "eval_strategy", "eval_steps"),
-)
-# Flags that never change the result of a probe.
-HARMLESS = {"per_device_eval_batch_size", "output_dir", "seed", "do_train", "do_eval", "report_to", "disable_tqdm", "use_cpu"}
+FLAGS = (*TRAINING_FLAGS, "lr_scheduler_kwargs", "eval_strategy", "eval_steps")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -133,10 +127,8 @@ def hidden_features(
     float32: bfloat16, with its 8 bits, changes the accuracy of a probe.
 
     Args:
-        model: in eval mode.
         contexts: the sentences; only their `input_ids` and `lengths` are used.
         positions: of the concatenated features, at least the longest length.
-        pool: see the module.
         batch_tokens: tokens per batch, approximately; None for the default of the device.
 
     Returns:
@@ -158,10 +150,7 @@ def hidden_features(
 
 
 def _put(features: Tensor, sentence: np.ndarray, word: np.ndarray, vectors: Tensor, counts: np.ndarray, pool: str) -> None:
-    """Put the vectors (m, size) of words `word` (m,) of sentences `sentence` (m,) into their features.
-
-    `counts` (sentences,) are the words of each sentence.
-    """
+    """Put the vectors (m, size) of words (m,) of sentences (m,) into their features; `counts` (sentences,) are of words."""
     rows = torch.from_numpy(sentence)
     if pool == "concat":
         features.view(len(features), -1, vectors.shape[1])[rows, torch.from_numpy(word)] = vectors
@@ -176,8 +165,7 @@ def conditional_features(
     """Conditionals f(x_-t) that a model predicts at every word position t, over its whole vocabulary; concatenated or the mean.
 
     Returns:
-        (sentences, feature_width(pool, max_words, vocab_size)) float32 probabilities, on the CPU. Concatenated ones have zeros
-        beyond the end of a sentence.
+        (sentences, feature_width(pool, max_words, vocab_size)) float32, on the CPU; zeros beyond the end of a sentence.
     """
     features = _allocate(len(contexts.lengths), feature_width(pool, max_words, model.config.vocab_size))
     device = next(model.parameters()).device
@@ -194,8 +182,7 @@ def table_features(table: LookupTable, max_words: int, pool: str = "concat", sen
     """The true conditionals P(. | x_-t) of the first `sentences` of a lookup table (None: all); concatenated or the mean.
 
     Returns:
-        (sentences, feature_width(pool, max_words, words)) float32 probabilities. Concatenated ones have zeros beyond the end of
-        a sentence.
+        (sentences, feature_width(pool, max_words, words)) float32; zeros beyond the end of a sentence.
     """
     lengths = np.asarray(table.lengths[:sentences], np.int64)
     features = _allocate(len(lengths), feature_width(pool, max_words, len(table.words)))
@@ -209,14 +196,7 @@ def table_features(table: LookupTable, max_words: int, pool: str = "concat", sen
 
 def ineffective_flags(changed: dict[str, Any], solver: str) -> list[str]:
     """The training flags in `changed` that a probe by `solver` ignores."""
-    return sorted(changed.keys() - set(FLAGS if solver == "adamw" else ()) - HARMLESS)
-
-
-def record_name(options: ProbeArguments, task: Task, is_table: bool = False) -> str:
-    """`probe_TASK.json`, with other choices than the defaults before the task: features of a model, solver, pooling."""
-    features = "hidden" if is_table else options.features  # a table has one kind of features only
-    choices = (features, "hidden"), (options.solver, "adamw"), (options.pool, "concat")
-    return "_".join(["probe", *(choice for choice, default in choices if choice != default), task.name]) + ".json"
+    return sorted(changed.keys() - set(FLAGS if solver == "adamw" else ()) - HARMLESS - {"use_cpu"})
 
 
 # From (n,) int64 resampled training sentences to a head.
@@ -226,12 +206,7 @@ Refit = Callable[[np.ndarray], nn.Linear]
 def fit(
     data: ProbeData, options: ProbeArguments, training: TrainingArguments, seeds: list[int]
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Fit the probe once per seed, and to resampled sentences for --bootstrap.
-
-    Returns:
-        One dict per seed: "last" and "best" validation accuracy, and "train", the accuracy on the training part. Further fields
-        of the record.
-    """
+    """Fit the probe once per seed, and to resampled sentences for --bootstrap; returns as `run` of `measure_accuracy`."""
     fields: dict[str, Any] = {}
     if options.solver == "lbfgs":
         standardise(data)
@@ -271,19 +246,23 @@ def _optima(data: ProbeData, seeds: list[int]) -> tuple[list[nn.Linear], dict[st
 
 def _measure(
     folder: Path,
-    name: str,
     model: dict[str, str],
     task: Task,
     options: ProbeArguments,
     training: TrainingArguments,
     compute_features: Callable[[], tuple[list[Tensor], int]],
-) -> AccuracyRecord | None:
-    """Fit the probe, and write the record; `compute_features` gives those of both parts, and their full width."""
-    seeds = parse_seeds(options, training)
+) -> None:
+    """Fit the probe, and write the record; `compute_features` gives those of both parts, and their full width.
+
+    The record is `probe_TASK.json`, with choices that are not the defaults before the task: features, solver, pooling.
+    """
+    features = "hidden" if model.get("name") == LOOKUP_TABLE else options.features  # a table has one kind of features only
+    choices = (features, "hidden"), (options.solver, "adamw"), (options.pool, "concat")
+    name = "_".join(["probe", *(choice for choice, default in choices if choice != default), task.name]) + ".json"
     own = {name: getattr(options, name) for name in ("features", "pool", "solver", "bootstrap")}
     flags = plain_flags(training, FLAGS) if options.solver == "adamw" else {}
 
-    def run() -> tuple[list[dict[str, float]], dict[str, Any]]:
+    def run(seeds: list[int]) -> tuple[list[dict[str, float]], dict[str, Any]]:
         features, width = compute_features()
         labels = [torch.from_numpy(part.labels) for part in (task.train, task.validation)]
         train, validation, *labels = _placed(training.device, *features, *labels)
@@ -291,10 +270,7 @@ def _measure(
         runs, fields = fit(data, options, training, seeds)
         return runs, {"features": options.features, **fields}
 
-    inputs = {**task.inputs(), "model": model}
-    arguments = {**flags, **own, **data_arguments(options, seeds)}
-    device = str(training.device)
-    return measure_accuracy(folder, name, ProbeRecord, task, seeds, run, inputs, arguments, device, options.overwrite)
+    measure_accuracy(folder, name, ProbeRecord, task, options, training, model, {**flags, **own}, run)
 
 
 def _placed(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -304,14 +280,8 @@ def _placed(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(device) for tensor in tensors)
 
 
-def probe_model(
-    folder: Path, task: Task, options: ProbeArguments, training: DownstreamTrainingArguments
-) -> AccuracyRecord | None:
-    """Probe the model in `folder`: its hidden states, or its predicted conditionals (`options.features`).
-
-    Returns:
-        The record, written under `record_name`; None if it exists already.
-    """
+def probe_model(folder: Path, task: Task, options: ProbeArguments, training: DownstreamTrainingArguments) -> None:
+    """Probe the model in `folder`: its hidden states, or its predicted conditionals (`options.features`)."""
 
     def compute_features() -> tuple[list[Tensor], int]:
         model = load_model(folder, training.device)
@@ -323,10 +293,10 @@ def probe_model(
         features = [conditional_features(model, part, longest - 2, options.pool) for part in parts]
         return features, feature_width(options.pool, options.max_seq_length - 2, model.config.vocab_size)
 
-    return _measure(folder, record_name(options, task), describe_model(folder), task, options, training, compute_features)
+    _measure(folder, describe_model(folder), task, options, training, compute_features)
 
 
-def probe_lookup_table(task: Task, options: ProbeArguments, training: DownstreamTrainingArguments) -> AccuracyRecord | None:
+def probe_lookup_table(task: Task, options: ProbeArguments, training: DownstreamTrainingArguments) -> None:
     """Probe the true conditionals of the task's sentences; the record goes into --output_dir, a folder without weights."""
     grammar_sha256, open_tables = _tables(task, options)
     folder = _record_folder(str(training.record_folder), grammar_sha256)
@@ -341,7 +311,7 @@ def probe_lookup_table(task: Task, options: ProbeArguments, training: Downstream
         return features, feature_width(options.pool, options.max_seq_length - 2, len(pairs[0][0].words))
 
     model = {"name": LOOKUP_TABLE, "grammar_sha256": grammar_sha256}
-    return _measure(folder, record_name(options, task, True), model, task, options, training, compute_features)
+    _measure(folder, model, task, options, training, compute_features)
 
 
 def _tables(task: Task, options: ProbeArguments) -> tuple[str, Callable[[], list[LookupTable]]]:
