@@ -33,17 +33,13 @@ def add_processes_argument(parser: argparse._ActionsContainer) -> None:
 def add_executor_arguments(parser: argparse._ActionsContainer) -> None:
     """Add --n_processes, --executor and --ray-address to a parser or a group of it; `executor_options` reads them."""
     add_processes_argument(parser)
-    parser.add_argument(
-        "--executor",
-        choices=("local", "ray"),
-        default="local",
-        help="process files on this machine, or as Ray Core tasks of one core each (`pip install ray`); default local",
+    text = "process files on this machine, or as Ray Core tasks of one core each (`pip install ray`); default local"
+    parser.add_argument("--executor", choices=("local", "ray"), default="local", help=text)
+    text = (
+        "HOST:PORT of a Ray cluster, or auto; its machines must see the same folders, and each of its cores processes one "
+        "file; default: Ray is started on this machine, with --n_processes"
     )
-    parser.add_argument(
-        "--ray-address",
-        help="HOST:PORT of a Ray cluster, or auto; its machines must see the same folders, and each of its cores processes one "
-        "file; default: Ray is started on this machine, with --n_processes",
-    )
+    parser.add_argument("--ray-address", help=text)
 
 
 def executor_options(options: argparse.Namespace, local: str) -> dict:
@@ -108,11 +104,7 @@ def end_if_asked() -> None:
 
 def _on_threads(function: Callable, jobs: list, workers: int, what: str) -> Generator[tuple, None, None]:
     end = threading.Event()
-
-    def prepare() -> None:
-        _thread.end = end
-
-    with concurrent.futures.ThreadPoolExecutor(workers, what, prepare) as pool:
+    with concurrent.futures.ThreadPoolExecutor(workers, what, setattr, (_thread, "end", end)) as pool:
         futures = {pool.submit(function, job): job for job in jobs}
         try:
             for future in concurrent.futures.as_completed(futures):

@@ -192,12 +192,7 @@ FILES = "files"
 def check_file(path: Path, manifest: Path, content: dict, advice: str = "make it again", digest: str | None = None) -> None:
     """Refuse a file that is missing, or not the one that its manifest lists: the one checker of the project.
 
-    Args:
-        path: the file, in the manifest's folder or below.
-        manifest: the JSON file, for messages.
-        content: of the manifest.
-        advice: what the user can do.
-        digest: SHA-256 of the file's bytes, where the caller has read them; None: the file is read here.
+    The file is in the folder of the manifest, or below, and read here unless `digest` is the SHA-256 of its bytes.
     """
     name = path.relative_to(manifest.parent).as_posix()
     if name not in content[FILES]:
@@ -218,7 +213,6 @@ class Manifest:
     """The record next to a set of files: what they were made from, and each file's size and SHA-256.
 
     Args:
-        path: the manifest's JSON file.
         made_from: everything that decides the bytes of the files (hashes of inputs, seed, arguments), without the number of
             files: a set may be extended later. None: whatever the manifest on disk says.
         overwrite: forget a manifest of files that were made from something else, instead of refusing it.

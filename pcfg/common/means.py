@@ -16,7 +16,7 @@ class SentenceMeans:
     the length would hide their differences.
 
     >>> means = SentenceMeans()
-    >>> means.add(np.array([1.0, 1.0, 4.0]), np.array([2, 1]))
+    >>> _ = means.add(np.array([1.0, 1.0, 4.0]), np.array([2, 1]))
     >>> means.by_pairs()[0], means.by_sentences()[0]
     (2.0, 2.5)
     """
@@ -27,8 +27,8 @@ class SentenceMeans:
         self._moments = np.zeros((3, 3))
         self._origin = 0.0
 
-    def add(self, values: npt.ArrayLike, counts: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> None:
-        """Add sentences.
+    def add(self, values: npt.ArrayLike, counts: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> "SentenceMeans":
+        """Add sentences; returns itself.
 
         Args:
             values: (sum of counts,), a sentence's positions one after the other.
@@ -54,6 +54,7 @@ class SentenceMeans:
         self._moments += facts.T @ facts + np.outer(shift, shift) * (self.number * number / total)
         self._mean += shift * (number / total)
         self.number = total
+        return self
 
     def by_pairs(self) -> tuple[float, float]:
         """Mean over all (sentence, position) pairs, and its standard error with sentences as clusters.
@@ -80,15 +81,11 @@ class SentenceMeans:
 
 def mean_by_pairs(values: npt.ArrayLike, counts: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> tuple[float, float]:
     """`SentenceMeans.by_pairs` of a single block; arguments as in `SentenceMeans.add`."""
-    means = SentenceMeans()
-    means.add(values, counts, lengths)
-    return means.by_pairs()
+    return SentenceMeans().add(values, counts, lengths).by_pairs()
 
 
 def mean_by_sentences(
     values: npt.ArrayLike, counts: npt.ArrayLike, lengths: npt.ArrayLike | None = None
 ) -> tuple[float, float]:
     """`SentenceMeans.by_sentences` of a single block; arguments as in `SentenceMeans.add`."""
-    means = SentenceMeans()
-    means.add(values, counts, lengths)
-    return means.by_sentences()
+    return SentenceMeans().add(values, counts, lengths).by_sentences()

@@ -12,6 +12,9 @@ import numpy as np
 from pcfg.common.files import InputError
 from pcfg.common.text import decode_block, shown
 
+# The white space of `str.split` beyond ASCII: its two or three bytes of UTF-8, as a number.
+WIDE_SPACES = tuple(int.from_bytes(chr(code).encode()) for code in range(128, 0x3001) if chr(code).isspace())
+
 
 def not_in_grammar(word: str) -> str:  # noqa: ARG001 (the reason is the same for every word)
     """The end of the error about an unknown word, for the words of a grammar."""
@@ -165,21 +168,14 @@ def _is_ascii_space(byte):
 @numba.njit
 def _wide_space(text, place):
     """Bytes of the white space character beyond ASCII that begins at `place`, 0 if none does."""
-    after = len(text) - place - 1
     first = text[place]
-    second = text[place + 1] if after >= 1 else 0
-    third = text[place + 2] if after >= 2 else 0
-    if first == 0xC2:  # U+0085, U+00A0
-        return 2 if second == 0x85 or second == 0xA0 else 0
-    if first == 0xE1:  # U+1680
-        return 3 if second == 0x9A and third == 0x80 else 0
-    if first == 0xE2 and second == 0x80:  # U+2000 to U+200A, U+2028, U+2029, U+202F
-        return 3 if 0x80 <= third <= 0x8A or third == 0xA8 or third == 0xA9 or third == 0xAF else 0
-    if first == 0xE2:  # U+205F
-        return 3 if second == 0x81 and third == 0x9F else 0
-    if first == 0xE3:  # U+3000
-        return 3 if second == 0x80 and third == 0x80 else 0
-    return 0
+    if first != 0xC2 and not 0xE1 <= first <= 0xE3:  # most letters
+        return 0
+    length = 2 if first == 0xC2 else 3
+    code = 0
+    for byte in text[place : place + length]:
+        code = code << 8 | byte
+    return length if code in WIDE_SPACES else 0
 
 
 @numba.njit(cache=True, nogil=True)

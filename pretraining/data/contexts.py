@@ -37,10 +37,9 @@ class Contexts:
         return np.bincount(self.sentence, minlength=len(self.lengths))
 
     def batch(self, rows: np.ndarray, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Model inputs for the contexts `rows`, trimmed to the longest of them.
+        """Model inputs for the contexts `rows`, trimmed to the longest: input_ids (m, length) int64, flat positions (m,).
 
-        Returns:
-            input_ids (m, length) int64, input_mask (m, length) or None when nothing is padded, flat_positions (m,).
+        Between them is input_mask (m, length), or None when nothing is padded.
         """
         lengths = self.lengths[self.sentence[rows]]
         longest = int(lengths.max())
@@ -73,12 +72,7 @@ class Contexts:
 
 
 def from_texts(texts: list[str], vocabulary: Vocabulary, source: object, table: LookupTable | None = None) -> Contexts:
-    """Every position of every sentence, masked alone: x_-t for all t.
-
-    Args:
-        source: the file of the sentences, for messages.
-        table: of the sentences; if it has some positions only, they are the contexts.
-    """
+    """Every position of every sentence, masked alone: x_-t for all t; with a table of some positions, only these."""
     tokens, words = vocabulary.encode(texts, source)
     sentences, longest = tokens.shape
     input_ids = np.full((sentences, longest + 2), vocabulary.pad_id, np.int64)
@@ -107,12 +101,7 @@ def table_columns(table: LookupTable, vocabulary: Vocabulary, source: object) ->
 
 
 def check_words(table: LookupTable, contexts: Contexts, columns: np.ndarray, source: object) -> None:
-    """Refuse a lookup table that does not begin with the sentences of the contexts.
-
-    Args:
-        columns: (words,) the vocabulary id of each word of the table.
-        source: the table's file, for messages.
-    """
+    """Refuse a table that does not begin with the sentences of the contexts; `columns`: as from `table_columns`."""
     if table.chosen is None and not np.array_equal(table.lengths[: len(contexts.lengths)], contexts.counts):
         raise _other_sentences(source)
     if not np.array_equal(columns[np.asarray(table.true_words[: len(contexts.label)])], contexts.label):
@@ -155,15 +144,9 @@ def sentence_batch(contexts: Contexts, sentences: np.ndarray) -> tuple[torch.Ten
 
 
 def concatenate(vectors: torch.Tensor, mask: torch.Tensor | None, positions: int) -> torch.Tensor:
-    """The vectors of each row, one after the other.
+    """The vectors (batch, length, d) of each row, one after the other, and zeros: (batch, positions * d).
 
-    Args:
-        vectors: (batch, length, d).
-        mask: (batch, length), 0 at padding, whose vectors become zeros; None without padding.
-        positions: width of the result in vectors, at least `length`.
-
-    Returns:
-        (batch, positions * d).
+    `mask` (batch, length) is 0 at padding, whose vectors become zeros; None without padding.
 
     >>> concatenate(torch.ones(1, 2, 2), torch.tensor([[1, 0]]), 3).tolist()
     [[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]]

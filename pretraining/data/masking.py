@@ -91,13 +91,7 @@ class MaskingRule:
 
 
 def check_lengths(words: np.ndarray, max_tokens: int, source: object, limit: str = "--max_seq_length") -> None:
-    """Refuse sentences that are too long: they are never cut.
-
-    Args:
-        words: (n,) words per sentence.
-        max_tokens: per sentence, [CLS] and [SEP] included.
-        limit: the setting behind `max_tokens`, for the message.
-    """
+    """Refuse sentences, of `words` (n,) words, that need more than `max_tokens` tokens with [CLS] and [SEP] (flag `limit`)."""
     longest = int(words.max(initial=0))
     if longest + 2 > max_tokens:
         raise InputError(
@@ -115,7 +109,7 @@ def mask_sentences(
     rng: np.random.Generator,
     source: object = "sentences",
 ) -> Samples:
-    """Masked samples of sentences, one each, in the same order.
+    """Masked samples of sentences, one each, in the same order, with `rule.width` columns of masks and no attributes.
 
     Blocks of sentences with the same generator give the same samples as all sentences in one call.
 
@@ -123,10 +117,6 @@ def mask_sentences(
         flat: (M,) int32 word ids, sentence after sentence, without [CLS] and [SEP], as from `Vocabulary.encode_text`.
         lengths: (n,) int32 words per sentence, 1 or more.
         max_seq_length: tokens per sample, [CLS], [SEP] and padding included.
-        source: the file of the sentences, for messages.
-
-    Returns:
-        Samples with `max_seq_length` and `rule.width` columns and no attributes.
     """
     check_lengths(lengths, max_seq_length, source)
     rows = len(lengths)
@@ -150,19 +140,15 @@ def mask_sentences(
 def remask(
     samples: Samples, rule: MaskingRule, vocabulary: Vocabulary, rng: np.random.Generator, in_place: bool = False
 ) -> Samples:
-    """The same sentences with new masks; the old masks of `samples` are undone first and have no effect.
+    """The same sentences with new masks, in `rule.width` columns; the old masks are undone first and have no effect.
 
     Row r takes the numbers of `rng` from 2 * m * r on, with m the maximum number of masks of a sentence of T - 2 words: its
     masks are a function of the generator's key, r and the sentence, whatever the other rows are.
 
     Args:
-        samples: accepted by `Samples.check`.
-        vocabulary: of the samples.
+        samples: accepted by `Samples.check`; the result shares its `input_mask`, `segment_ids` and `attributes`.
         rng: a new generator.
         in_place: whether the result may reuse the array `samples.input_ids`; else `samples` is not changed.
-
-    Returns:
-        Samples with `rule.width` columns of masks; `input_mask`, `segment_ids` and `attributes` are those of `samples`.
     """
     rows, width = samples.input_ids.shape
     input_ids = samples.input_ids if in_place else samples.input_ids.copy()

@@ -8,7 +8,6 @@ models' pre-training data is one segment.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +57,6 @@ class Part:
         labels = None if self.labels is None else self.labels[:number]
         return Part(self.file, self.texts[:number], pairs, labels)
 
-    def rows(self) -> list[tuple[str, str | None]]:
-        """The sentences, or pairs of them, as keys."""
-        pairs: Sequence[str | None] = self.pairs or [None] * len(self.texts)
-        return list(zip(self.texts, pairs, strict=True))
-
 
 @dataclasses.dataclass
 class Task:
@@ -91,24 +85,19 @@ class Task:
 def read_task(options: Any, with_test: bool = False) -> Task:
     """Read and check the files of a task; odd data that are no error are counted in a printed warning.
 
-    Args:
-        options: `DownstreamArguments`.
-        with_test: read `options.test_file` (of GLUE without files, its test split) too.
+    `options` are `DownstreamArguments`; their test file (of GLUE without files, its test split) is read `with_test` only.
     """
     if options.task_name not in (None, *GLUE):
         raise InputError(f"--task_name {options.task_name}: is none of GLUE's classifications, {', '.join(GLUE)}")
     glue = GLUE.get(options.task_name)
-    files = {split: getattr(options, f"{split}_file", None) for split in GLUE_SPLITS}
+    files = {split: getattr(options, f"{split}_file", None) for split in GLUE_SPLITS if split != "test" or with_test}
     if glue is not None and files["train"] is None:
-        files = {**_hub_files(options.task_name), **{split: file for split, file in files.items() if file is not None}}
-    paths = {}
+        hub = _hub_files(options.task_name)
+        files = {split: file or hub[split] for split, file in files.items()}
     for split, file in files.items():
-        if split == "test" and not with_test:
-            continue
         if file is None:
             raise InputError(f"--{split}_file: give the file, or --task_name for GLUE's data from the hub")
-        paths[split] = Path(file)
-    parts = [_read_part(path, glue, split == "test") for split, path in paths.items()]
+    parts = [_read_part(Path(file), glue, split == "test") for split, file in files.items()]
     if glue is None:
         _check_label_names(parts)
     train, validation, *test = parts
@@ -124,7 +113,7 @@ def read_task(options: Any, with_test: bool = False) -> Task:
     pieces = options.tokenization == "pieces" or (options.tokenization == "auto" and glue is not None)
     if train.pairs is not None and not pieces:
         raise InputError("--tokenization words: is for single sentences; pairs are encoded as pieces")
-    name = options.task_name or paths["train"].stem
+    name = options.task_name or train.file.stem
     return Task(name, train, validation, test[0] if test else None, classes, majority, overlap, pieces)
 
 
@@ -167,25 +156,20 @@ def _hub_files(task: str) -> dict[str, Path]:
     """The files of a GLUE task from the hub (its local cache, unless HF_HUB_OFFLINE=0), by split; refused without delay."""
     from huggingface_hub import snapshot_download  # slow to import
 
-    files: dict[str, Path | None] = {}
-    reason = "files are missing"
     try:
         folder = snapshot_download(
             GLUE_REPOSITORY, repo_type="dataset", allow_patterns=f"{task}/*", local_files_only=hub_is_off()
         )
-        splits = (MNLI_SPLITS if task == "mnli" else GLUE_SPLITS).items()
-        files = {split: next(Path(folder, task).glob(f"{name}-*.parquet"), None) for split, name in splits}
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-    paths = {split: path for split, path in files.items() if path is not None}
-    if len(paths) < len(GLUE_SPLITS):
+        splits = MNLI_SPLITS if task == "mnli" else GLUE_SPLITS
+        return {split: list(Path(folder, task).glob(f"{name}-*.parquet"))[0] for split, name in splits.items()}
+    except (OSError, ValueError, IndexError) as error:
+        reason = "files are missing" if isinstance(error, IndexError) else str(error).splitlines()[0]
         why = "the hub is off; HF_HUB_OFFLINE=0 turns it on" if hub_is_off() else reason
         columns = ",".join((*GLUE[task][0], "label"))
         raise InputError(
             f"--task_name {task}: {GLUE_REPOSITORY} is not in the hub's local cache ({why}); or give --train_file and "
             f"--validation_file with the columns {columns} (.csv, .tsv or the hub's .parquet)"
-        )
-    return paths
+        ) from None
 
 
 def _read_glue(path: Path, columns: tuple[str, ...], names: tuple[str, ...]) -> Part:
@@ -253,8 +237,8 @@ def _warn_of_odd_parts(train: Part, validation: Part) -> int:
         print(f"warning: {unseen} of {len(labels)} sentences of {validation.file} have a label that no training sentence has")
     if len(set(labels)) < 2:
         print(f"warning: all {len(labels)} sentences of {validation.file} have the label {labels[0]}")
-    shared = set(train.rows())
-    if overlap := sum(row in shared for row in validation.rows()):
+    shared = set(zip(train.texts, train.pairs or train.texts, strict=True))
+    if overlap := sum(row in shared for row in zip(validation.texts, validation.pairs or validation.texts, strict=True)):
         print(f"warning: {overlap} of {len(labels)} sentences of {validation.file} are also in {train.file}")
     return overlap
 
