@@ -43,12 +43,7 @@ def _opening(path: Path) -> Iterator[None]:
 
 
 def decode_block(content: bytes, source: object, lines_before: int = 0) -> str:
-    """UTF-8 bytes as text; a byte order mark is a character like any other.
-
-    Args:
-        source: their file, for messages.
-        lines_before: lines of the file before these bytes, for messages.
-    """
+    """UTF-8 bytes of a file after `lines_before` lines as text; a byte order mark is a character like any other."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -65,12 +60,9 @@ def decoded(path: Path) -> str:
 
 
 def csv_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[int], list[dict]]:
-    """The rows of a CSV file and the line on which each row ends.
+    """The line on which each row of a CSV file ends, and the rows, none of which may lack one of the `columns`.
 
     A `.tsv` file is GLUE's kind: tabs between the columns, and quotes are characters like any other.
-
-    Args:
-        columns: columns that the file must have, none of them empty in any row.
     """
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     # strict: a quote that is never closed is an error, and not a sentence that swallows the rest of the file.
@@ -121,10 +113,8 @@ def text_blocks(path: AnyPath, size: int = BLOCK_BYTES) -> Iterator[bytes]:
     """The sentences of `read_texts` as blocks of UTF-8 bytes, in order; memory does not grow with the size of the file.
 
     The blocks of a text file are its bytes (blank lines included) without a byte order mark, cut at line ends. Those of a
-    CSV file, which is read at once, have one sentence per line. Errors come after the blocks before their place.
-
-    Args:
-        size: bytes per block, apart from the rest of its last line.
+    CSV file, which is read at once, have one sentence per line. Errors come after the blocks before their place. `size` is in
+    bytes per block, apart from the rest of its last line.
     """
     path = Path(path)
     if path.suffix == ".csv":
@@ -190,10 +180,8 @@ def shard_paths(folder: AnyPath, split: str) -> list[Path]:
 def write_shard(path: AnyPath, blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write a text shard from blocks of lines, atomically; an empty line is put between two blocks as between sentences.
 
-    Shards are tens of gigabytes that nobody reads again soon, so they are not left in the page cache.
-
-    Returns:
-        size and sha256 of the file, as `Manifest.add` takes them.
+    Shards are tens of gigabytes that nobody reads again soon, so they are not left in the page cache. Returns size and sha256
+    of the file, as `Manifest.add` takes them.
     """
     digest = hashlib.sha256()
     size = 0

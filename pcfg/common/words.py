@@ -50,16 +50,12 @@ class WordIndex:
         self._table = letters, ends, hashes, slots
 
     def encode(self, text: bytes, source: object, first_sentence: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Word indices of the sentences of a text.
+        """Word indices (M,) int32 of a text, sentence after sentence, and the words of each sentence, (n,) int32.
 
         Args:
             text: UTF-8, one sentence per line, words separated by the white space of `str.split` (Unicode's included); lines
                 without words are skipped.
-            source: its file, for messages.
             first_sentence: number of sentences of the file before this text, for messages.
-
-        Returns:
-            flat (M,) int32, the indices of all words, sentence after sentence; lengths (n,) int32, words of each sentence.
         """
         flat = np.empty((len(text) + 1) // 2, dtype=np.int32)
         lengths = np.empty_like(flat)
@@ -180,11 +176,9 @@ def _wide_space(text, place):
 
 @numba.njit(cache=True, nogil=True)
 def _encode(text, letters, ends, hashes, slots, flat, lengths):
-    """Fill `flat` and `lengths`.
+    """Fill `flat` and `lengths`; returns the numbers of words and of sentences, and 0, 0.
 
-    Returns:
-        The numbers of words and of sentences, and 0, 0; or, at the first unknown word, the numbers of words and of whole
-        sentences before it, its first byte and the byte after its last.
+    At the first unknown word: the numbers of words and of whole sentences before it, its first byte and the one after its last.
     """
     place = 0
     words = 0

@@ -22,11 +22,7 @@ BLANK = -1  # the length of a line without words
 
 
 class PieceEncoder:
-    """The ids of texts, by a table of all known words.
-
-    Args:
-        vocabulary: of WordPieces.
-        do_lower_case: whether the tokenizer lower-cases and strips accents.
+    """The ids of texts, by a table of all known words; `do_lower_case` strips accents as well.
 
     >>> from pretraining.data.vocabulary import SPECIAL_TOKENS
     >>> encoder = PieceEncoder(Vocabulary([*SPECIAL_TOKENS, "the", "cat", "##s", "."]), do_lower_case=True)
@@ -50,14 +46,9 @@ class PieceEncoder:
         self._piece_ends = np.zeros(1, dtype=np.int64)  # word w: pieces[piece_ends[w]:piece_ends[w + 1]]
 
     def encode(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a text.
+        """The ids of whole lines of UTF-8 text, (M,) int32, line after line, without [CLS] and [SEP], and their lengths.
 
-        Args:
-            text: UTF-8, whole lines.
-
-        Returns:
-            ids: (M,) int32, line after line, without [CLS] and [SEP].
-            lengths: (lines,) int32, ids per line; `BLANK` for a line of white space only.
+        The lengths (lines,) int32 are ids per line; `BLANK` for a line of white space only.
         """
         if self._words > MAX_WORDS or self._ends[self._words] > MAX_LETTERS:
             self._forget()
@@ -121,10 +112,7 @@ def _is_mark(byte):
 def _find(text, letters, ends, hashes, slots, known, words, lines):
     """Fill `words` with the numbers of the text's words and `lines` with the words per line (BLANK for none).
 
-    Unknown words are added to the table.
-
-    Returns:
-        The number of words of the text, and of the table.
+    Unknown words are added to the table. Returns the number of words of the text, and of the table.
     """
     place = 0
     number = 0

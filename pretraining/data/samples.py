@@ -29,7 +29,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import h5py
 import numpy as np
@@ -77,8 +77,8 @@ class Samples:
 
     def check(self, source: object) -> None:
         """Check attributes, shapes and values against the layout that the module describes; `source` is for messages."""
-        shapes = {name: getattr(self, name).shape for name in DTYPES}
-        _refuse(source, _wrong_attribute(self.attributes) or _wrong_shape(shapes, self.attributes))
+        _check_attributes(self.attributes, source)
+        _check_shapes({name: getattr(self, name).shape for name in DTYPES}, self.attributes, source)
         for name, dtype in DTYPES.items():
             if getattr(self, name).dtype != dtype:
                 _refuse(source, f"{name} is of {getattr(self, name).dtype}, not of {dtype.__name__}")
@@ -102,7 +102,7 @@ class Samples:
                 "masked positions don't ascend": is_mask[:, 1:] & (positions[:, 1:] <= positions[:, :-1]),
                 "a masked id is 0, [PAD]": is_mask & (true_ids == 0),
             }
-            _refuse(source, _first_problem(problems, first))
+            _refuse_first(problems, first, source)
 
     def check_vocabulary(self, vocabulary: Vocabulary, source: object) -> None:
         """Check that samples which `check` accepts were made with `vocabulary` and have its special tokens in their places.
@@ -125,7 +125,7 @@ class Samples:
                 "a special token stands where a word should, and is not masked": is_wrong,
                 "a masked id is a special token": is_special[true_ids],
             }
-            _refuse(source, _first_problem(problems, first))
+            _refuse_first(problems, first, source)
 
     def _blocks(self) -> Iterator[tuple]:
         """Blocks that fit into the caches: the number of the first sample, and the arrays in the order of `DTYPES`."""
@@ -133,19 +133,16 @@ class Samples:
             yield first, *(getattr(self, name)[first : first + ROWS_PER_CHUNK] for name in DTYPES)
 
 
-def _first_problem(problems: dict[str, np.ndarray], first: int) -> str | None:
-    """The first sample of a block that has a problem, in words; `problems`: (rows, any) bool, by description."""
+def _refuse_first(problems: dict[str, np.ndarray], first: int, source: object) -> None:
+    """Refuse the first sample of a block that has one of the problems, (rows, any) bool by description."""
     rows = {problem: int(wrong.any(axis=1).argmax()) for problem, wrong in problems.items() if wrong.any()}
-    if not rows:
-        return None
-    problem, row = min(rows.items(), key=lambda item: item[1])
-    return f"sample {first + row}: {problem}"
+    if rows:
+        problem = min(rows, key=rows.__getitem__)
+        _refuse(source, f"sample {first + rows[problem]}: {problem}")
 
 
-def _refuse(source: object, problem: str | None) -> None:
-    """Raise an `InputError` about samples if there is a problem."""
-    if problem:
-        raise InputError(f"{source}: {problem}; make the samples again with generate_samples.py")
+def _refuse(source: object, problem: str) -> NoReturn:
+    raise InputError(f"{source}: {problem}; make the samples again with generate_samples.py")
 
 
 def check_same_vocabulary(attributes: dict[str, Any], vocabulary: Vocabulary, source: object) -> None:
@@ -157,39 +154,33 @@ def check_same_vocabulary(attributes: dict[str, Any], vocabulary: Vocabulary, so
         )
 
 
-def _wrong_attribute(attributes: dict[str, Any]) -> str | None:
-    """The first required attribute that is missing or of the wrong type, in words; None without a problem."""
+def _check_attributes(attributes: dict[str, Any], source: object) -> None:
     for name, kind in REQUIRED_ATTRIBUTES.items():
         if name not in attributes:
-            return f"attribute {name} is missing"
+            _refuse(source, f"attribute {name} is missing")
         if not isinstance(attributes[name], kind):
-            return f"attribute {name} is {attributes[name]!r}, of the wrong type"
-    return None
+            _refuse(source, f"attribute {name} is {attributes[name]!r}, of the wrong type")
 
 
-def _wrong_shape(shapes: dict[str, tuple], attributes: dict[str, Any]) -> str | None:
-    """The first problem in the shapes of the arrays of samples, in words; None without a problem."""
+def _check_shapes(shapes: dict[str, tuple], attributes: dict[str, Any], source: object) -> None:
     for name, shape in shapes.items():
         if len(shape) != 2 or shape[1] == 0:
-            return f"{name} has shape {shape}, not two dimensions"
+            _refuse(source, f"{name} has shape {shape}, not two dimensions")
     rows, width = shapes["input_ids"]
     if rows == 0:
-        return "no samples"
+        _refuse(source, "no samples")
     if width != attributes["max_seq_length"]:
-        return f"input_ids has {width} columns, the attribute max_seq_length is {attributes['max_seq_length']}"
+        _refuse(source, f"input_ids has {width} columns, the attribute max_seq_length is {attributes['max_seq_length']}")
     for name, shape in shapes.items():
         expected = (rows, shapes["masked_lm_positions" if name.startswith("masked_lm") else "input_ids"][1])
         if shape != expected:
-            return f"{name} has shape {shape}, expected {expected}"
-    return None
+            _refuse(source, f"{name} has shape {shape}, expected {expected}")
 
 
 def write_samples(path: AnyPath, blocks: Iterable[Samples]) -> None:
     """Write samples to an HDF5 file, atomically; the same samples give the same bytes, however they are cut into blocks.
 
-    Args:
-        blocks: the samples in order, with the attributes of the first; each but the last has a multiple of
-            `ROWS_PER_CHUNK` rows.
+    The file's attributes are those of the first block. Each block but the last has a multiple of `ROWS_PER_CHUNK` rows.
     """
     rows = 0
     # In memory (some 20 MB per million samples): h5py reports a full disk as a RuntimeError without a cause.
@@ -200,9 +191,8 @@ def write_samples(path: AnyPath, blocks: Iterable[Samples]) -> None:
                 raise ValueError(f"{rows} rows before the last block are no multiple of {ROWS_PER_CHUNK}")
             samples.check(f"{path}, from row {rows} on" if rows else path)
             datasets = {name: file[name] for name in DTYPES} if rows else _create_datasets(file, samples)
-            for start in range(0, len(samples), ROWS_PER_CHUNK):
-                for name, dataset in datasets.items():
-                    part = getattr(samples, name)[start : start + ROWS_PER_CHUNK]
+            for start, *parts in samples._blocks():
+                for (name, dataset), part in zip(datasets.items(), parts, strict=True):
                     dataset.resize(rows + start + len(part), axis=0)
                     if name != "segment_ids":  # 0 is HDF5's value for chunks that were never written
                         dataset.id.write_direct_chunk((rows + start, 0), _compressed(part, dataset))
@@ -265,7 +255,7 @@ def read_attributes(path: AnyPath) -> dict[str, Any]:
     """The attributes of a file of samples, in the time that its hash takes."""
     with _open(Path(path)) as (_, attributes):
         pass
-    _refuse(path, _wrong_attribute(attributes))
+    _check_attributes(attributes, path)
     return attributes
 
 
@@ -325,8 +315,8 @@ def _parse(file: h5py.File, attributes: dict[str, Any], path: AnyPath) -> Sample
             _refuse(path, f"dataset {name} is missing")
         if dataset.dtype.kind not in "iu":
             _refuse(path, f"dataset {name} is of {dataset.dtype}, not of integers")
-    shapes = {name: dataset.shape or () for name, dataset in datasets.items()}
-    _refuse(path, _wrong_attribute(attributes) or _wrong_shape(shapes, attributes))
+    _check_attributes(attributes, path)
+    _check_shapes({name: dataset.shape or () for name, dataset in datasets.items()}, attributes, path)
     arrays = {}
     for name, dtype in DTYPES.items():
         stored = datasets[name][()]

@@ -33,8 +33,7 @@ GLUE: dict[str, GlueFormat] = {
     "sst2": (("sentence",), ("negative", "positive")),
     "wnli": (("sentence1", "sentence2"), ("not_entailment", "entailment")),
 }
-GLUE_SPLITS = {"train": "train", "validation": "validation", "test": "test"}
-MNLI_SPLITS = {"train": "train", "validation": "validation_matched", "test": "test_matched"}
+GLUE_SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass
@@ -78,8 +77,7 @@ class Task:
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """The files, for a record."""
-        names = ("train", "validation", "test")
-        return {name: describe_file(part.file) for name, part in zip(names, self.parts(), strict=False)}
+        return {split: describe_file(part.file) for split, part in zip(GLUE_SPLITS, self.parts(), strict=False)}
 
 
 def read_task(options: Any, with_test: bool = False) -> Task:
@@ -90,7 +88,8 @@ def read_task(options: Any, with_test: bool = False) -> Task:
     if options.task_name not in (None, *GLUE):
         raise InputError(f"--task_name {options.task_name}: is none of GLUE's classifications, {', '.join(GLUE)}")
     glue = GLUE.get(options.task_name)
-    files = {split: getattr(options, f"{split}_file", None) for split in GLUE_SPLITS if split != "test" or with_test}
+    splits = GLUE_SPLITS if with_test else GLUE_SPLITS[:2]
+    files: dict[str, Any] = {split: getattr(options, f"{split}_file", None) for split in splits}
     if glue is not None and files["train"] is None:
         hub = _hub_files(options.task_name)
         files = {split: file or hub[split] for split, file in files.items()}
@@ -160,8 +159,8 @@ def _hub_files(task: str) -> dict[str, Path]:
         folder = snapshot_download(
             GLUE_REPOSITORY, repo_type="dataset", allow_patterns=f"{task}/*", local_files_only=hub_is_off()
         )
-        splits = MNLI_SPLITS if task == "mnli" else GLUE_SPLITS
-        return {split: list(Path(folder, task).glob(f"{name}-*.parquet"))[0] for split, name in splits.items()}
+        names = {split: f"{split}_matched" if task == "mnli" and split != "train" else split for split in GLUE_SPLITS}
+        return {split: list(Path(folder, task).glob(f"{name}-*.parquet"))[0] for split, name in names.items()}
     except (OSError, ValueError, IndexError) as error:
         reason = "files are missing" if isinstance(error, IndexError) else str(error).splitlines()[0]
         why = "the hub is off; HF_HUB_OFFLINE=0 turns it on" if hub_is_off() else reason
