@@ -46,20 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     group = parser.add_argument_group("estimator")
     group.add_argument("--estimator", choices=(*RECORDS, "both"), default="fisher", help="see above (default fisher)")
-    group.add_argument(
-        "--nsamples",
-        type=positive_int,
-        help=f"sentences, the first of --datafile (default {SENTENCES}, or all of them with --target-relative-error)",
-    )
+    first = f"sentences, the first of --datafile (default {SENTENCES}, or all of them with --target-relative-error)"
+    group.add_argument("--nsamples", type=positive_int, help=first)
     drawn = "masked positions per sentence, drawn at random; sentences have equal weights (default all)"
     group.add_argument("--positions", type=positions, metavar="N|all", help=drawn)
     group.add_argument("--seed", type=non_negative_int, default=0, help="of every random number (default 0)")
-    group.add_argument(
-        "--target-relative-error",
-        type=relative_error,
-        metavar="E",
-        help="stop at standard error / trace <= E, checked after 1, 2, 4, .. times --min-draws (default: all --nsamples)",
-    )
+    target = "stop at standard error / trace <= E, checked after 1, 2, 4, .. times --min-draws (default: all --nsamples)"
+    group.add_argument("--target-relative-error", type=relative_error, metavar="E", help=target)
     least = f"labels (default {MIN_DRAWS['fisher']}) or probes (default {MIN_DRAWS['hutchinson']}) before the first check"
     group.add_argument("--min-draws", type=positive_int, help=least)
     group.add_argument("--bs", type=positive_int, default=128, help="positions per batch; changes no result (default 128)")

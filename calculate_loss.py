@@ -13,12 +13,9 @@ Whether two models have the same loss:
     python calculate_loss.py --model-path OUT --compare-with OUT/B/step0001000 (every model under OUT with that one)
 
 The loss is E[-sum_w P(w | x_-t) log f(x_-t)[w]] in nats over all positions, each masked alone (Liu et al. 2023, section 2).
-The gap to the entropy is the mean of KL(P || f), computed as such. Standard errors are over sentences. Without conditionals:
-the plain MLM loss on HDF5 samples. --compare: the mean over contexts of the difference of the two gaps (a paired comparison).
-
-Writes loss.json and loss.txt (one number, the mean over (sentence, position) pairs) next to the weights. --compare writes
-comparison_HASH.json next to the weights of MODEL_A, with HASH the first 12 digits of the SHA-256 of MODEL_B's weights.
---compare-with writes the same file for each model, and measures MODEL_B once.
+Without conditionals: the plain MLM loss on HDF5 samples. Writes loss.json and loss.txt (one number, the mean over (sentence,
+position) pairs) next to the weights. A comparison is in comparison_HASH.json next to the weights of the first model, with HASH
+the first 12 digits of the SHA-256 of MODEL_B's weights.
 """
 
 import argparse
@@ -41,13 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="a model folder: instead of their losses, measure the differences of all models of --model-path to this one",
     )
     group = parser.add_argument_group("batches")
-    group.add_argument(
-        "--batch-size",
-        type=positive_int,
-        default=256,
-        help="masked sentences per forward pass (default 256, which fits into the cache of a CPU; a GPU takes thousands); "
-        "results do not depend on it",
-    )
+    size = "masked sentences per forward pass; changes no result (default 256, for the cache of a CPU; a GPU takes thousands)"
+    group.add_argument("--batch-size", type=positive_int, default=256, help=size)
     return parser
 
 

@@ -14,12 +14,10 @@ A GLUE task, from the cache of the hub or from files with its columns, and predi
     python run_ft.py --model_name_or_path MODEL --task_name qnli --train_file train.tsv --validation_file dev.tsv \\
         --max_seq_length 128 --do_predict --test_file test.tsv
 
-Estimator: share of validation sentences whose label is argmax_c (W x + b)_c, x the concatenated last hidden states. The
-Trainer of Hugging Face trains encoder, W and b together on the mean cross-entropy (Devlin et al. 2019, section 4; Liu et al.
-2023, appendix A). The record has the accuracy at the end of training, and the best one during training.
-
-Errors: over --seeds (initialisation of the head, order, dropout) and of the validation sample (binomial). The best accuracy is
-chosen on the validation sentences, and with --early_stopping_patience so is the end of training: both are biased upwards.
+Estimator: share of validation sentences whose label is argmax_c (W x + b)_c, x the concatenated last hidden states. Encoder, W
+and b are trained together on the mean cross-entropy (Devlin et al. 2019, section 4; Liu et al. 2023, appendix A). The record
+has the accuracy at the end of training and the best one, with errors over --seeds (initialisation of the head, order, dropout)
+and of the validation sample (binomial).
 
 The record is finetune_TASK.json in the model folder, with TASK the stem of --train_file or --task_name; --do_predict adds
 finetune_TASK_predictions.csv. A model with a record is skipped.

@@ -14,13 +14,8 @@ The same for the lookup table (the conditionals of the language itself):
 On a laptop: --num_train_epochs 10 --seeds 0 (seconds per model of 4 layers and 10,000 sentences).
 
 Estimator: share of validation sentences whose label is argmax_c (W x + b)_c, x the frozen features (Liu et al. 2023,
-section 3). --solver adamw: W, b after AdamW training on the raw x with these flags (Loshchilov and Hutter 2019). --solver
-lbfgs: the minimum of mean cross-entropy + lambda/2 ||W||^2 on standardised x, lambda chosen on held-out training sentences
-(Bishop 2006, 4.3.4).
-
-Errors: over --seeds (initialisation and order of AdamW; the split that chooses lambda), of the validation sample (binomial),
-and with --bootstrap over resampled training and validation sentences. Features are the last hidden states of all positions,
-concatenated (zeros at padding), or their mean or the first one (--pool).
+section 3), W and b by --solver. Errors are over --seeds (initialisation and order of AdamW; the split that chooses the strength
+of L-BFGS), of the validation sample (binomial), and with --bootstrap over resampled training and validation sentences.
 
 The record is probe_TASK.json in the model folder (probe_lbfgs_mean_TASK.json and so on for other choices), with TASK the stem
 of --train_file or --task_name. A model with a record is skipped.

@@ -107,7 +107,6 @@ def finetune(
 
     Args:
         parts: contexts of each of `task.parts()`.
-        training: the settings of the Trainer, except seed and output folder.
         patience: evaluations without a better accuracy after which training stops.
 
     Returns:

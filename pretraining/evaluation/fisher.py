@@ -40,14 +40,14 @@ def _squared_sum(gradient: Tensor) -> Tensor:
     return gradient.sum(-2).square().sum(-1)
 
 
-def _cross(gradient: Tensor, ids: Tensor, at_logits: Tensor, head: Tensor) -> Tensor:
-    """(m,): inner product of the word table's gradient as the input (rows G_t at x_t) and as the decoder (o h^T)."""
-    return (at_logits.gather(1, ids) * (gradient @ head[..., None])[..., 0]).sum(-1)
-
-
 def _gram_is_cheaper(length: int, inputs: int, outputs: int) -> bool:
     """Whether || G^T A ||^2 takes fewer multiplications by inner products of positions."""
     return length * (inputs + outputs) < inputs * outputs
+
+
+def _cross(gradient: Tensor, ids: Tensor, at_logits: Tensor, head: Tensor) -> Tensor:
+    """(m,): inner product of the word table's gradient as the input (rows G_t at x_t) and as the decoder (o h^T)."""
+    return (at_logits.gather(1, ids) * (gradient @ head[..., None])[..., 0]).sum(-1)
 
 
 class _Matrix:
@@ -87,17 +87,10 @@ class _Norm:
 
 
 class GhostNorms:
-    """A forward pass of contexts, which then gives the gradient norms of any number of words at each of them.
-
-    Args:
-        model: in eval mode.
-        ids, mask, flat: its inputs, from `Contexts.batch`: m rows, one masked position each.
-
-    Attributes:
-        f: (m, vocab_size) float64, the model's distribution at each context.
-    """
+    """A forward pass of contexts, which then gives the gradient norms of any number of words at each of them."""
 
     def __init__(self, model: MaskedLM, ids: Tensor, mask: Tensor | None, flat: Tensor):
+        """Inputs of a model in eval mode, from `Contexts.batch`: m rows, one masked position each."""
         self._words = model.embeddings.words
         self._ids = ids
         self._norms: dict[str, Tensor] = {}
@@ -111,7 +104,8 @@ class GhostNorms:
         finally:
             for hook in hooks:
                 hook.remove()
-        self.f = self._logits.detach().double().softmax(-1)  # 1 - f_w, the gradient of a likely word, is a small difference
+        # The model's distribution, (m, vocab_size) float64: 1 - f_w, the gradient of a likely word, is a small difference.
+        self.f = self._logits.detach().double().softmax(-1)
         self._same = (ids[:, :, None] == ids[:, None, :]).to(self._logits.dtype)  # (m, length, length)
 
     def _start_here(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -138,14 +132,10 @@ class GhostNorms:
         self._head = output.detach()  # the last module is the norm of the head: (m, hidden)
 
     def __call__(self, words: Tensor) -> dict[str, Tensor]:
-        """Squared gradient norms of log f[w].
+        """Squared gradient norms of log f[w], for one word w per context: (m,) int64.
 
-        Args:
-            words: (m,) int64, one word per context.
-
-        Returns:
-            (m,) for each name of `pretraining.evaluation.hessian.measured_parameters`, in the dtype of the model. Their sum
-            over the names is the whole.
+        Returns (m,) for each name of `pretraining.evaluation.hessian.measured_parameters`, in the dtype of the model. Their sum
+        over the names is the whole.
         """
         at_logits = -self.f
         at_logits[torch.arange(len(words), device=words.device), words] += 1
@@ -167,19 +157,12 @@ class GhostNorms:
             gram = _gram(gradient)
         as_input = (self._same * gram).sum((-1, -2))
         as_decoder = at_logits.square().sum(-1) * self._head.square().sum(-1)
-        tables["embeddings.words.weight"] = as_input + as_decoder + 2 * _cross(gradient, self._ids, at_logits, self._head)
-        return tables
+        cross = _cross(gradient, self._ids, at_logits, self._head)
+        return {**tables, "embeddings.words.weight": as_input + as_decoder + 2 * cross}
 
 
 def residuals(f: Tensor) -> Tensor:
-    """|| e_w - f ||^2 of every word: (1 - f_w)^2 + sum_{v != w} f_v^2.
-
-    Args:
-        f: (m, vocab_size) float64, rows of sum 1.
-
-    Returns:
-        (m, vocab_size) float64.
-    """
+    """|| e_w - f ||^2 = (1 - f_w)^2 + sum_{v != w} f_v^2 of every word; f and result are (m, vocab_size) float64."""
     squares = f.square()
     return (1 - f).square() + (squares.sum(-1, keepdim=True) - squares).clamp(min=0)
 

@@ -32,37 +32,21 @@ def add_input_arguments(parser: argparse.ArgumentParser, pairs: bool = False) ->
     """Add the flags that the measurements share; with `pairs` also --compare, instead of --model-path."""
     group = parser.add_argument_group("models and data")
     models = group.add_mutually_exclusive_group(required=True) if pairs else group
-    models.add_argument(
-        "--model-path", required=not pairs, help="a model folder, or a folder that holds model folders at any depth"
-    )
+    models.add_argument("--model-path", required=not pairs, help="a model folder, or a folder with model folders at any depth")
     if pairs:
-        models.add_argument(
-            "--compare",
-            nargs=2,
-            metavar=("MODEL_A", "MODEL_B"),
-            help="two model folders: the difference of their gaps, A's minus B's, on the same sentences",
-        )
-    group.add_argument(
-        "--datafile",
-        required=True,
-        help="sentences: a text shard (.txt), a labelled file (.csv), or masked samples (.hdf5)",
-    )
-    group.add_argument(
-        "--vocabfile", required=True, help="vocabulary of the models; a bare name is looked up next to --datafile first"
-    )
+        two = "two model folders: the difference of their gaps, A's minus B's, on the same sentences"
+        models.add_argument("--compare", nargs=2, metavar=("MODEL_A", "MODEL_B"), help=two)
+    sentences = "sentences: a text shard (.txt), a labelled file (.csv), or masked samples (.hdf5)"
+    group.add_argument("--datafile", required=True, help=sentences)
+    vocabulary = "vocabulary of the models; a bare name is looked up next to --datafile first"
+    group.add_argument("--vocabfile", required=True, help=vocabulary)
     truth = group.add_mutually_exclusive_group()
-    truth.add_argument(
-        "--condprobfile",
-        help="true conditionals of --datafile, made by python -m pcfg.lookup or pretraining.sources.opt.lookup",
-    )
+    table = "true conditionals of --datafile, made by python -m pcfg.lookup or pretraining.sources.opt.lookup"
+    truth.add_argument("--condprobfile", help=table)
     truth.add_argument("--rule-path", help="grammar that gives the true conditionals, instead of --condprobfile")
     group = parser.add_argument_group("computation")
-    group.add_argument(
-        "--device",
-        type=device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (default: cuda when available)",
-    )
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    group.add_argument("--device", type=device, default=available, help="cpu or cuda (default: cuda when available)")
     group.add_argument("--overwrite", action="store_true", help="measure again what is measured already (default: skip it)")
 
 
@@ -104,21 +88,6 @@ def _check_data(data: Path, is_exact: bool, needs_truth: bool) -> None:
         )
 
 
-def _open_table(path: str, data: Path, some_positions: bool) -> LookupTable:
-    """The lookup table of a text."""
-    table = LookupTable.open(path)
-    table.check_text(data)
-    if not some_positions:
-        table.check_positions()
-    return table
-
-
-def _describe_table(table: LookupTable) -> dict:
-    """Description of a lookup table in a record: its language; if it has some positions only, also which ones."""
-    described = {"grammar_sha256": table.grammar_sha256}
-    return described if table.chosen is None else {**described, "chosen": table.chosen, "sentences": table.sentences}
-
-
 def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None, for_loss: bool = False) -> Inputs:
     """Read the files that the flags of `add_input_arguments` name, and check that they belong together.
 
@@ -133,7 +102,7 @@ def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None,
     neighbours = [data.parent, data.resolve().parent.parent] if data.suffix in HDF5_SUFFIXES else [data.parent]
     vocabulary_path = find_vocabulary(arguments.vocabfile, neighbours)
     vocabulary = Vocabulary.read(vocabulary_path)
-    described = {"data": describe_file(data), "vocabulary": {"sha256": vocabulary.sha256}}
+    described: dict[str, dict] = {"data": describe_file(data), "vocabulary": {"sha256": vocabulary.sha256}}
     if data.suffix in HDF5_SUFFIXES:
         if arguments.condprobfile or arguments.rule_path:
             flag = "--condprobfile" if arguments.condprobfile else "--rule-path"
@@ -144,7 +113,10 @@ def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None,
     table = columns = None
     if arguments.condprobfile:
         source = arguments.condprobfile
-        table = _open_table(source, data, for_loss)
+        table = LookupTable.open(source)
+        table.check_text(data)
+        if not for_loss:
+            table.check_positions()
         if table.sentences < len(texts):
             print(f"{source}: has the first {table.sentences:,} of {len(texts):,} sentences; only these are measured")
             texts = texts[: table.sentences]
@@ -153,7 +125,9 @@ def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None,
         table = LookupTable.compute(Grammar.read(source), texts, data)
     contexts = from_texts(texts, vocabulary, data, table)
     if table is not None:
-        described["conditionals"] = _describe_table(table)
+        described["conditionals"] = {"grammar_sha256": table.grammar_sha256}
+        if table.chosen is not None:  # some positions only
+            described["conditionals"] |= {"chosen": table.chosen, "sentences": table.sentences}
         columns = table_columns(table, vocabulary, source)
         check_words(table, contexts, columns, source)
     return Inputs(data, vocabulary, vocabulary_path, contexts, table, columns, described)

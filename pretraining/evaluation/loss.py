@@ -96,12 +96,8 @@ class Decoder:
 def divergences(rows: torch.Tensor, log_f: torch.Tensor) -> torch.Tensor:
     """KL(P || f) = sum_w P(w) (log P(w) - log f(w)) of each row, nats.
 
-    Args:
-        rows: P, (m, n) float64, each row of sum 1.
-        log_f: (m, n) float64.
-
-    Returns:
-        (m,) float64, 0 or more up to rounding (1e-15 per nat of log P).
+    P is `rows`, (m, n) float64, each of sum 1; `log_f` is (m, n) float64. Returns (m,) float64, 0 or more up to rounding (1e-15
+    per nat of log P).
 
     >>> p = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     >>> divergences(p, torch.tensor([[0.25, 0.25, 0.5]], dtype=torch.float64).log()).tolist()
@@ -110,19 +106,8 @@ def divergences(rows: torch.Tensor, log_f: torch.Tensor) -> torch.Tensor:
     return (torch.special.xlogy(rows, rows) - rows * log_f).sum(1)
 
 
-def _windows(contexts: Contexts, words: int) -> Iterator[tuple[int, int]]:
-    """Ranges of sentences whose conditionals over `words` words fit into memory."""
-    longest = int(contexts.counts.max())
-    size = max(1, min(WINDOW_SENTENCES, WINDOW_NUMBERS // (longest * words)))
-    for low in range(0, len(contexts.lengths), size):
-        yield low, min(low + size, len(contexts.lengths))
-
-
 def _batches(contexts: Contexts, inside: np.ndarray, size: int) -> Iterator[tuple]:
-    """The contexts `inside` in batches of one length, each distinct input once.
-
-    Args:
-        size: inputs per batch.
+    """The contexts `inside` in batches of one length and at most `size` inputs, each distinct input once.
 
     Yields:
         input_ids (b, length) int64; flat (k,) int64, the distinct masked positions in them (indices into the flattened
@@ -144,13 +129,6 @@ def _batches(contexts: Contexts, inside: np.ndarray, size: int) -> Iterator[tupl
             yield torch.from_numpy(ids[first[start : start + size]]), torch.from_numpy(flat), of_length[part], which
 
 
-@contextlib.contextmanager
-def _parallel_map(device: torch.device) -> Iterator:
-    """`map_on_cores`, with one attention kernel for all threads: the choice is global, and a thread would undo others'."""
-    with map_on_cores(device) as run, contextlib.nullcontext() if run is map else sdpa_kernel(SDPBackend.MATH):
-        yield run
-
-
 def context_losses(
     model: MaskedLM,
     contexts: Contexts,
@@ -159,11 +137,9 @@ def context_losses(
     batch_size: int = 256,
     source: Path | str = "",
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Losses of a model at each context.
+    """Losses of a model in eval mode at each of M contexts.
 
     Args:
-        model: in eval mode.
-        contexts: M masked inputs.
         table: true conditionals of the same sentences; None for the plain MLM loss.
         columns: (words,) int64, the vocabulary id of each word of the table.
         batch_size: masked sentences per forward pass.
@@ -197,8 +173,16 @@ def context_losses(
         return len(rows)
 
     offsets = contexts.offsets
-    with tqdm(total=len(label), desc="loss", unit="context", leave=False) as progress, _parallel_map(device) as run:
-        for low, high in _windows(contexts, len(columns)):
+    sentences = len(contexts.lengths)
+    window = max(1, min(WINDOW_SENTENCES, WINDOW_NUMBERS // (int(contexts.counts.max()) * len(columns))))
+    with (
+        tqdm(total=len(label), desc="loss", unit="context", leave=False) as progress,
+        map_on_cores(device) as run,
+        # The choice of the attention kernel is global: a thread would undo that of another.
+        contextlib.nullcontext() if run is map else sdpa_kernel(SDPBackend.MATH),
+    ):
+        for low in range(0, sentences, window):
+            high = min(low + window, sentences)
             batches = _batches(contexts, np.arange(offsets[low], offsets[high]), batch_size)
             # (contexts of the window, words) float64
             conditionals = table.conditionals(low, high) if table is not None and is_exact else None
@@ -217,12 +201,7 @@ def measure_loss(
     batch_size: int = 256,
     source: Path | str = "",
 ) -> dict[str, Any]:
-    """Loss, entropy and gap of a model; arguments as in `context_losses`.
-
-    Returns:
-        Fields of a loss record: "sampled_loss" always; "loss", "entropy", "gap" and "sampled_minus_exact" with a table, each
-        {"pairs": {"mean", "standard_error"}, "sentences": {...}} in nats; "contexts", "sentences", "seconds".
-    """
+    """Loss, entropy and gap of a model: fields of a `LossRecord`, and "seconds"; arguments as in `context_losses`."""
     started = time.monotonic()
     sampled, gap = context_losses(model, contexts, table, columns, batch_size, source)
     fields: dict[str, Any] = {"sampled_loss": _both_means(sampled, contexts)}
@@ -239,17 +218,13 @@ def measure_loss(
 def compare_losses(
     losses_a: tuple[np.ndarray, np.ndarray | None], losses_b: tuple[np.ndarray, np.ndarray | None], contexts: Contexts
 ) -> dict[str, Any]:
-    """Difference of the losses of two models on the same contexts, a paired comparison.
+    """Difference of the losses of two models on the same contexts, a paired comparison: fields of a `ComparisonRecord`.
 
     The common part of the two losses cancels in the difference at each context, so that its standard error is far below
     theirs. With conditionals, it is the difference of the gaps, E[ sum_w P(w) (log f_B(w) - log f_A(w)) ].
 
     Args:
         losses_a, losses_b: results of `context_losses` for models A and B of one vocabulary.
-
-    Returns:
-        Fields of a comparison record: "difference" of A minus B, and "loss_a", "loss_b" ("gap_a", "gap_b" with a table), each
-        {"pairs": {"mean", "standard_error"}, "sentences": {...}} in nats; "contexts", "sentences".
     """
     (a, gap_a), (b, gap_b) = losses_a, losses_b
     name = "loss"
@@ -288,11 +263,7 @@ def _common_fields(means: dict, inputs: Inputs, described: dict, device: str) ->
 
 
 def measure_models(folders: list[Path], inputs: Inputs, device: str, batch_size: int, overwrite: bool) -> None:
-    """Measure the loss of each model: write loss.json and loss.txt into its folder, and print a line.
-
-    Args:
-        overwrite: measure again; otherwise a measured model is skipped.
-    """
+    """Measure the loss of each model: write loss.json and loss.txt into its folder, and print a line."""
     for folder in folders:
         inputs.check(folder)
         described = {**inputs.described, "model": describe_model(folder)}

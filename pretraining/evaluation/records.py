@@ -58,22 +58,16 @@ class _Part(Schema):
 
 
 class Mean(_Part):
-    """A mean and its standard error."""
-
     mean: Number
     standard_error: Error
 
 
 class Means(_Part):
-    """Two means of one quantity."""
-
     pairs: Mean  # over all (sentence, position) pairs
     sentences: Mean  # over sentences of the mean over positions
 
 
 class TracePart(_Part):
-    """The share of some parameters in a trace."""
-
     value: Number
     standard_error: Error | None = None
 
@@ -149,15 +143,11 @@ class AccuracyRecord(Record):
 
 
 class ProbeRecord(AccuracyRecord):
-    """The accuracy of a linear probe."""
-
     measurement: Literal["probe"] = "probe"
     bootstrap: Bootstrap | None = None  # with --bootstrap
 
 
 class FinetuneRecord(AccuracyRecord):
-    """The accuracy after fine-tuning."""
-
     measurement: Literal["finetune"] = "finetune"
 
 
@@ -184,10 +174,7 @@ def is_measured(folder: Path | str, name: str, inputs: dict, arguments: dict, ov
 
 
 def write_record(folder: Path | str, name: str, record: Record, number_file: bool = False) -> None:
-    """Write record `name` of `folder`, atomically.
-
-    Args:
-        number_file: also write the value alone into a .txt of the same name, as the released code did.
+    """Write record `name` of `folder`, atomically; with `number_file` also the value alone, as a .txt of the same name.
 
     Raises:
         ValueError: a number other than the value is not finite.

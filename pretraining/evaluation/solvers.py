@@ -69,11 +69,9 @@ def linear_head(width: int, classes: int, seed: int) -> nn.Linear:
 def correct(head: nn.Linear, features: Tensor, labels: Tensor, batch_size: int = 4096) -> Tensor:
     """(n,) bool on the CPU: whether the largest logit is that of the label."""
     device = head.weight.device
-    matches = []
     with torch.inference_mode():
-        for rows, truth in zip(features.split(batch_size), labels.split(batch_size), strict=True):
-            matches.append(head(rows.to(device)).argmax(-1).cpu() == truth.cpu())
-    return torch.cat(matches)
+        predictions = [head(rows.to(device)).argmax(-1).cpu() for rows in features.split(batch_size)]
+    return torch.cat(predictions) == labels.cpu()
 
 
 def accuracy(head: nn.Linear, features: Tensor, labels: Tensor) -> float:
@@ -84,19 +82,14 @@ def accuracy(head: nn.Linear, features: Tensor, labels: Tensor) -> float:
 def fit_adamw(
     data: ProbeData, training: TrainingArguments, seed: int, sentences: np.ndarray | None = None
 ) -> tuple[nn.Linear, float]:
-    """Train a linear head with AdamW.
+    """Train a linear head with AdamW. Returns it, and the best validation accuracy at the end or by --eval_strategy.
 
     Columns that are zero in both parts get no gradient and do not change a logit. So the head is trained without them, with the
-    initial weights of the full width, which gives the same numbers.
+    initial weights of the full width, which gives the same numbers. The last batch of an epoch has the rest of the sentences.
 
     Args:
-        training: a batch has per_device_train_batch_size x gradient_accumulation_steps sentences; the last batch of an epoch
-            has the rest.
         seed: of initialisation and order.
         sentences: (n,) int64, the training sentences to train on, with repetitions; None for all, once.
-
-    Returns:
-        The head, and its best validation accuracy over the evaluations of --eval_strategy and the last.
     """
     device = training.device
     batch_size = training.per_device_train_batch_size * training.gradient_accumulation_steps
@@ -104,9 +97,12 @@ def fit_adamw(
     number = len(rows_of_all)
     epoch_steps = math.ceil(number / batch_size)
     steps = training_steps(training, number)
-    head = _first_columns(linear_head(data.width, data.classes, seed), data.features.shape[1]).to(device)
+    head = linear_head(data.width, data.classes, seed)
+    head.weight = nn.Parameter(head.weight[:, : data.features.shape[1]].detach().clone())
+    head.to(device)
     optimizer, scheduler = _optimizer(head, training, steps)
-    every = _evaluation_interval(training, epoch_steps)
+    intervals = {IntervalStrategy.EPOCH: epoch_steps, IntervalStrategy.STEPS: int(training.eval_steps or 0)}
+    every = intervals.get(IntervalStrategy(training.eval_strategy))  # steps between two evaluations; None for none
     # One buffer for all batches: a new one per batch takes longer to allocate than to fill.
     buffer = data.features.new_empty(min(batch_size, number), data.features.shape[1])
     best = 0.0
@@ -132,13 +128,6 @@ def fit_adamw(
     return head, max(best, accuracy(head, data.validation_features, data.validation_labels))
 
 
-def _first_columns(head: nn.Linear, width: int) -> nn.Linear:
-    """The head on the first `width` features alone."""
-    cut = nn.utils.skip_init(nn.Linear, width, head.out_features)
-    cut.load_state_dict({"weight": head.weight[:, :width], "bias": head.bias})
-    return cut
-
-
 def _optimizer(
     head: nn.Linear, training: TrainingArguments, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -157,13 +146,6 @@ def _optimizer(
         scheduler_specific_kwargs=cast(dict | None, training.lr_scheduler_kwargs),
     )
     return optimizer, scheduler
-
-
-def _evaluation_interval(training: TrainingArguments, epoch_steps: int) -> int | None:
-    """Steps between two evaluations during training; None for no evaluations."""
-    if training.eval_strategy == IntervalStrategy.EPOCH:
-        return epoch_steps
-    return int(training.eval_steps or 0) if training.eval_strategy == IntervalStrategy.STEPS else None
 
 
 def standardise(data: ProbeData) -> None:
@@ -249,9 +231,6 @@ def choose_strength(features: Tensor, labels: Tensor, classes: int, seed: int) -
     """The strength of `STRENGTHS` whose fit to 4/5 of the sentences has the least mean cross-entropy on the held-out fifth.
 
     Held-out sentences of a class that only the held-out fifth has are left out: no strength gives them a probability.
-
-    Args:
-        seed: of the held-out fifth.
     """
     held_out = keyed_rng(seed, "probe-held-out").permutation(len(labels))[: len(labels) // HELD_OUT]
     weights = features.new_ones(len(labels))
@@ -282,20 +261,14 @@ def bootstrap(
     Args:
         fitted_correct: (validation sentences,) float, share of the heads of the measurement that are right on each.
         refit: from (n,) int64 resampled training sentences to a head.
-        replicates: 2 or more.
-        seed: of the draws.
     """
-    validation = []
-    training = []
-    both = []
+    accuracies = []
     for replicate in trange(replicates, desc="bootstrap", leave=False):
         rng = keyed_rng(seed, "probe-bootstrap", replicate)
         train_sample = rng.integers(len(data.labels), size=len(data.labels))
         sample = rng.integers(len(fitted_correct), size=len(fitted_correct))
         right = correct(refit(train_sample), data.validation_features, data.validation_labels).numpy()
-        validation.append(fitted_correct[sample].mean())
-        training.append(right.mean())
-        both.append(right[sample].mean())
+        accuracies.append((fitted_correct[sample].mean(), right.mean(), right[sample].mean()))
     names = ("validation_standard_error", "training_standard_error", "standard_error")
-    errors = {name: float(np.std(values, ddof=1)) for name, values in zip(names, (validation, training, both), strict=True)}
+    errors = {name: float(np.std(values, ddof=1)) for name, values in zip(names, zip(*accuracies, strict=True), strict=True)}
     return {"replicates": replicates, **errors}
