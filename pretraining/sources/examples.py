@@ -15,6 +15,7 @@ import csv
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pcfg.common.cli import Parser, positive_int, run_main
 from pcfg.common.files import InputError, atomic_folder
@@ -73,16 +74,9 @@ def write_opt(folder: Path, number: int) -> None:
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        word_embed_proj_dim=32,
-        ffn_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        init_std=0.3,  # large, so that the distributions are far from uniform
-    )
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64, "ffn_dim": 64}
+    # init_std is large, so that the distributions are far from uniform.
+    config = OPTConfig(vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, init_std=0.3, **sizes)
     OPTForCausalLM(config).save_pretrained(folder)
 
 

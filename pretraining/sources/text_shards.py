@@ -74,9 +74,7 @@ def number_shards(options: argparse.Namespace, training_sentences: int = 0, test
 class TextFolder:
     """A folder of shards with their manifest and vocabulary; a rerun of an interrupted command completes it.
 
-    Args:
-        made_from: everything that decides the bytes of the shards.
-        overwrite: replace text made from something else, instead of refusing.
+    `made_from` is everything that decides the bytes of the shards; `overwrite` replaces text made from something else.
     """
 
     def __init__(self, folder: Path, made_from: dict, shards: list[Shard], overwrite: bool):
@@ -103,12 +101,7 @@ class TextFolder:
         self.missing_shards = [shard for shard in shards if shard.name not in complete]
 
     def check_disk(self, sentence_bytes: float, sentences: str) -> None:
-        """Print numbers and sizes, and raise an `InputError` if the disk can't hold the missing shards.
-
-        Args:
-            sentence_bytes: mean bytes of a sentence, with the empty line after it.
-            sentences: their description.
-        """
+        """Print numbers and sizes, from the mean bytes of a sentence and its empty line; refuse a disk that is too small."""
         for split in SPLITS:
             numbers = [shard.sentences for shard in self.shards if shard.split == split]
             size = sum(numbers) * sentence_bytes

@@ -1,9 +1,8 @@
 """Documents of a corpus and their sentences: local files in several formats, or a data set of the hub, in parallel pieces.
 
 Text and JSON lines are read here, line by line, because the readers of `datasets` stop at the first line that is not UTF-8 or
-not JSON. A corpus of millions of documents has such lines; they are dropped and counted. `datasets` reads Parquet, Arrow and
-the hub, streaming. Nothing that comes with a data set is executed. Wikimedia's sentencex, which needs no download, splits the
-normalised text of a document into sentences.
+not JSON; such lines are dropped and counted. `datasets` reads Parquet, Arrow and the hub, streaming. Nothing that comes with a
+data set is executed. Wikimedia's sentencex splits the normalised text of a document into sentences.
 """
 
 import codecs
@@ -36,10 +35,9 @@ RANGE_BYTES = 1 << 26  # per piece of an uncompressed file of lines
 END_BYTES = 1 << 20  # read at both ends of a file for its identity
 ROWS_PER_BATCH = 256
 WRONG_LINES = 100  # at the beginning of a file, after which the file is not taken for JSON lines
-LOOK_BACK = 1 << 16  # bytes before a range in which the end of the line before it is looked for
+LOOK_BACK = 1 << 16  # bytes before a range from which the line before it is read
 TXT_DOCUMENTS = ("blank-line", "line", "file")
-# Names whose repository and revision differ. Both data sets were loading scripts, which are no longer executed; the hub keeps
-# their content as parquet files.
+# Both data sets were loading scripts, which are no longer executed; the hub keeps their content as parquet files.
 HUB_NAMES = {
     "openwebtext": ("Skylion007/openwebtext", "refs/convert/parquet"),
     "bookcorpus": ("bookcorpus/bookcorpus", "refs/convert/parquet"),
@@ -67,10 +65,8 @@ class Piece:
     path: str  # of the file, or the name of the hub data set
     kind: str  # a value of `KINDS`, or "hub"
     compression: str  # a member of `COMPRESSIONS`, or ""
-    # start, stop: bytes of the file; the documents that begin in this range belong to the piece. For the hub: number of the
-    # shard, number of shards.
-    start: int
-    stop: int
+    start: int  # byte of the file; the documents that begin in start .. stop - 1 belong to the piece; of the hub: the shard
+    stop: int  # of the hub: number of shards
     size: int  # bytes to read, for the progress bar; 0 if unknown
 
 
@@ -225,26 +221,15 @@ def _opened(piece: Piece) -> Iterator[Any]:
         raise DamagedError(str(error)) from error
 
 
-def _line_before(file: BinaryIO, start: int) -> bytes:
-    """The part before `start` of the line that ends at `start` or continues after it, at most `LOOK_BACK` bytes."""
-    file.seek(max(0, start - LOOK_BACK))
-    before = file.read(start - file.tell())
-    return before.removesuffix(b"\n").rpartition(b"\n")[2] + (b"\n" if before.endswith(b"\n") else b"")
-
-
 def _lines(file: BinaryIO, start: int) -> Iterator[tuple[int, bytes, bool]]:
     """The lines that begin at byte `start` or later: first byte, line, whether the line before is blank or missing."""
-    place = start
+    place = max(0, start - LOOK_BACK)
+    if place:
+        file.seek(place)
     is_blank = True
-    if start:
-        before = _line_before(file, start)
-        if not before.endswith(b"\n"):
-            rest = file.readline()
-            before += rest
-            place += len(rest)
-        is_blank = not before.strip()
     for line in file:
-        yield place, line, is_blank
+        if place >= start:
+            yield place, line, is_blank
         place += len(line)
         is_blank = not line.strip()
 

@@ -3,13 +3,10 @@
     python generate_pretraining.py --source corpus --dataset FOLDER --save-path corpus_dataset --n_processes 8
 
 The first of two passes reads pieces of the corpus (files, ranges of large ones) in parallel. It writes the documents of each
-piece as sentences, with a hash per document, into SAVE_PATH/parts. The second pass drops duplicates (the first of equal
-documents stays), chooses test documents by their hash, and deals the documents, in order, to the shards. Both passes resume
-after an interruption; then parts/ is removed. During the run the disk holds the text twice. The memory holds 24 bytes per
-document and, per piece, its largest document.
-
-The hash is BLAKE2b over the sentences, so documents that differ only in white space are duplicates. A shard is a function of
-the corpus and the flags; the number of workers does not matter.
+piece as sentences, with a BLAKE2b hash of the sentences per document, into SAVE_PATH/parts. The second pass drops duplicates
+(the first of equal documents stays), chooses test documents by their hash, and deals the documents, in order, to the shards.
+Both passes resume after an interruption; then parts/ is removed. During the run the disk holds the text twice. The memory
+holds some 150 bytes per document and, per piece, its largest document.
 """
 
 import argparse
@@ -52,8 +49,7 @@ PARTS_MANIFEST = "manifest_parts.json"
 COUNTS = "corpus_counts.json"
 PART_NAME = "part{:06d}.txt"
 INDEX_NAME = "part{:06d}.npy"
-# Per document of a part: its hash in two numbers, the bytes of its lines.
-INDEX = np.dtype([("hash", "<u8", 2), ("size", "<i8")])
+INDEX = np.dtype([("hash", "<u8", 2), ("size", "<i8")])  # per document of a part: a hash in two numbers, bytes of its lines
 SENTENCES_PER_DOCUMENT = {"bookcorpus": 256}  # its rows are sentences, and nothing marks the beginning of a book
 VOCABULARY_BYTES = 1 << 28  # of training text that a vocabulary is trained on
 MAX_LETTERS = 1000  # different characters that get an entry, as for BERT
@@ -61,11 +57,9 @@ MIN_PAIRS = 2  # occurrences of a pair of pieces that is merged
 
 
 def make_part(folder: Path, reading: Reading, job: tuple[int, Piece]) -> dict:
-    """Write the part of one numbered piece and its index.
+    """Write the part of one numbered piece and its index; returns the part's entry in the manifest.
 
-    Returns:
-        The part's entry in the manifest: size; sha256; "counts" of what was read or dropped; "path" of the file, and
-        "damaged", the reason why it could not be read to its end, or None.
+    "counts" are of what was read or dropped, "damaged" is the reason why the file could not be read to its end, or None.
     """
     number, piece = job
     counts: Counter[str] = Counter()
@@ -133,26 +127,17 @@ def _is_complete(manifest: Manifest, number: int) -> bool:
 
 
 class Layout:
-    """The distribution of documents to shards.
-
-    Args:
-        indices: of each part, (documents,) of `INDEX`.
-        test_fraction: share of the hashes whose documents are for the test.
-
-    Attributes:
-        part, offset, size: (N,) of each document without its duplicates, in order: its part, its first byte there, its bytes.
-        is_test: (N,) bool.
-        duplicates: number of documents that are left out.
-    """
+    """The distribution of documents to shards; `indices` has an array of `INDEX` per part."""
 
     def __init__(self, indices: list[np.ndarray], test_fraction: float):
         everything = np.concatenate(indices)
         unique = ~pd.DataFrame(everything["hash"]).duplicated().to_numpy()
         # One empty line between two documents of a part.
         offsets = [np.cumsum(index["size"] + 1) - index["size"] - 1 for index in indices]
+        # (N,) of each document, in order, without the duplicates:
         self.part = np.repeat(np.arange(len(indices)), list(map(len, indices)))[unique]
-        self.offset = np.concatenate(offsets)[unique]
-        self.size = everything["size"][unique]
+        self.offset = np.concatenate(offsets)[unique]  # its first byte in the part
+        self.size = everything["size"][unique]  # its bytes
         self.is_test = everything["hash"][unique, 0] < np.float64(test_fraction) * 2.0**64
         self.duplicates = len(everything) - len(self.size)
 
@@ -219,7 +204,6 @@ def train_wordpiece(texts: Callable[[], Iterable[str]], size: int, do_lower_case
         special_tokens=entries,
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
-        continuing_subword_prefix="##",
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
@@ -251,7 +235,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpus.add_argument("--text-column", default="text", help="column or key of the text; default text")
     unit = "document of a .txt file: the text between two empty lines, a line, or the file; default blank-line"
     corpus.add_argument("--txt-documents", choices=TXT_DOCUMENTS, default="blank-line", help=unit)
-    rows = "above 1: a row is a sentence, and this number of rows in order is a document; default 1, for bookcorpus 256"
+    rows = "above 1: a row is a sentence, not split, and this number of rows is a document; default 1, for bookcorpus 256"
     corpus.add_argument("--sentences-a-document", type=positive_int, help=rows)
     corpus.add_argument("--config-name", help="configuration of a hub data set")
     corpus.add_argument("--split", default="train", help="split of a hub data set; default train")

@@ -244,14 +244,9 @@ def main(arguments: list[str] | None = None) -> None:
     stored = stored_dtype(options)  # first, as it checks the files
     restriction = read_restriction(options.data_path)
     selection = select(options, restriction)
-    origin = TableOrigin(
-        language="language model, or other kept tokens",
-        language_sha256=language_sha256(restriction),
-        datafile=options.datafile,
-        stored=stored,
-        sentences=len(selection.lengths),
-        chosen=selection.rule,
-    )
+    language = "language model, or other kept tokens"
+    digest = language_sha256(restriction)
+    origin = TableOrigin(language, digest, options.datafile, stored, len(selection.lengths), selection.rule)
     if not options.overwrite and origin.is_complete(options.save_path):
         print(f"{options.save_path}: skipped, complete already")
     else:

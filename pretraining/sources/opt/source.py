@@ -143,9 +143,7 @@ def count_tokens(
 def choose_tokens(counts: np.ndarray, tokens: dict[int, bytes], number: int, end_id: int) -> tuple[list[int], list[str]]:
     """The ids and the pieces of the `number` most frequent tokens that can be words of the data, ties by id.
 
-    Args:
-        counts: (model's vocabulary,) occurrences of each token.
-        tokens: the bytes of each token that is not special, by id.
+    `counts`, (vocabulary,), are of all tokens of the model; `tokens` has the bytes of those that are not special, by id.
     """
     ids: dict[bytes, int] = {}
     for index in np.argsort(-counts, kind="stable").tolist():
@@ -171,9 +169,7 @@ def draw_text(
         yield ("\n\n".join(lines) + "\n").encode(), int(lengths.sum())
 
 
-def make_shard(
-    draw: Callable, folder: Path, seed: int, batch_size: int, progress: Callable[[int], object], shard: Shard
-) -> dict:
+def make_shard(draw: Callable, folder: Path, seed: int, batch_size: int, progress: Callable, shard: Shard) -> dict:
     """Sample and write one shard; returns its entry in the manifest. `progress` gets the number of sentences per batch."""
 
     def blocks() -> Iterator[tuple[bytes, int]]:
@@ -270,8 +266,7 @@ class Language:
         print(f"top tokens: {len(kept):,} make up {frequencies.sum() / total:.2%} of {total:,} sampled tokens")
         if not frequencies.all():
             print(f"top tokens: {(frequencies == 0).sum():,} of them never occurred; give more --frequency-sentences")
-        where = {"device": self.device, "dtype": self.dtype}
-        estimated = {**sampling, "tokens": total, **where, "batch_size": options.batch_size}
+        estimated = {**sampling, "tokens": total, "device": self.device, "dtype": self.dtype, "batch_size": options.batch_size}
         return Restriction(**self._facts, kept=kept, pieces=pieces, counts=frequencies.tolist(), estimated=estimated)
 
 
