@@ -76,9 +76,7 @@ class DownstreamTrainingArguments(TrainingArguments):
         help="evaluations during training, for the best accuracy: no, steps (every --eval_steps) or epoch",
     )
     save_strategy: SaveStrategy | str = flag(default="no", help="only no: a measurement keeps no checkpoints")
-    output_dir: str | None = flag(
-        default=None, help="folder for the records of a lookup table (run_lp); those of a model go into the model folder"
-    )
+    output_dir: str | None = flag(default=None, help="folder for records of a lookup table (run_lp); a model's go into its own")
     do_train: bool = flag(default=True, help="accepted for compatibility: a measurement always trains")
     do_eval: bool = flag(default=True, help="accepted for compatibility: a measurement always evaluates")
     seed: int = flag(default=0, help="seed without --seeds")

@@ -27,6 +27,9 @@ from torch import Tensor, nn
 
 from pretraining.model.bert import MaskedLM
 
+# From the gradient (m, length, out) at the output of a module to the norms (m,) of its parameters, by name.
+Norms = Callable[[Tensor], dict[str, Tensor]]
+
 
 def _gram(rows: Tensor) -> Tensor:
     """(m, length, width) -> (m, length, length): the inner products of the rows."""
@@ -50,40 +53,35 @@ def _cross(gradient: Tensor, ids: Tensor, at_logits: Tensor, head: Tensor) -> Te
     return (at_logits.gather(1, ids) * (gradient @ head[..., None])[..., 0]).sum(-1)
 
 
-class _Matrix:
+def _matrix_norms(name: str, module: nn.Linear, inputs: Tensor) -> Norms:
     """The norms of a linear module's weight and bias; `inputs` (m, length, in)."""
+    outputs, width = module.weight.shape
+    gram_of_inputs = _gram(inputs) if _gram_is_cheaper(inputs.shape[1], width, outputs) else None
 
-    def __init__(self, name: str, module: nn.Linear, inputs: Tensor):
-        self.name = name
-        self.inputs = inputs
-        outputs, width = module.weight.shape
-        self.gram = _gram(inputs) if _gram_is_cheaper(inputs.shape[1], width, outputs) else None
-
-    def norms(self, gradient: Tensor) -> dict[str, Tensor]:
-        if self.gram is None:
-            weight = (gradient.transpose(-1, -2) @ self.inputs).square().sum((-1, -2))
+    def norms(gradient: Tensor) -> dict[str, Tensor]:
+        if gram_of_inputs is None:
+            weight = (gradient.transpose(-1, -2) @ inputs).square().sum((-1, -2))
             bias = _squared_sum(gradient)
         else:
             gram = _gram(gradient)
-            weight = (self.gram * gram).sum((-1, -2))
+            weight = (gram_of_inputs * gram).sum((-1, -2))
             bias = gram.sum((-1, -2))
-        return {f"{self.name}.weight": weight, f"{self.name}.bias": bias}
+        return {f"{name}.weight": weight, f"{name}.bias": bias}
+
+    return norms
 
 
-class _Norm:
+def _norm_norms(name: str, module: nn.LayerNorm | nn.RMSNorm, inputs: Tensor) -> Norms:
     """The norms of the weight and bias of a LayerNorm, or of the weight of an RMSNorm; `inputs` (m, length, width)."""
+    normalise: Callable[..., Tensor] = F.rms_norm if isinstance(module, nn.RMSNorm) else F.layer_norm
+    normalised = normalise(inputs, module.normalized_shape, eps=module.eps)
+    has_bias = getattr(module, "bias", None) is not None
 
-    def __init__(self, name: str, module: nn.LayerNorm | nn.RMSNorm, inputs: Tensor):
-        self.name = name
-        self.has_bias = getattr(module, "bias", None) is not None
-        normalise: Callable[..., Tensor] = F.rms_norm if isinstance(module, nn.RMSNorm) else F.layer_norm
-        self.normalised = normalise(inputs, module.normalized_shape, eps=module.eps)
+    def norms(gradient: Tensor) -> dict[str, Tensor]:
+        bias = {f"{name}.bias": _squared_sum(gradient)} if has_bias else {}
+        return {f"{name}.weight": _squared_sum(gradient * normalised), **bias}
 
-    def norms(self, gradient: Tensor) -> dict[str, Tensor]:
-        norms = {f"{self.name}.weight": _squared_sum(gradient * self.normalised)}
-        if self.has_bias:
-            norms[f"{self.name}.bias"] = _squared_sum(gradient)
-        return norms
+    return norms
 
 
 class GhostNorms:
@@ -122,11 +120,11 @@ class GhostNorms:
         """
         rows = inputs[0].detach()
         rows = rows if rows.dim() == 3 else rows[:, None]
-        part = _Matrix(name, module, rows) if isinstance(module, nn.Linear) else _Norm(name, module, rows)
+        part = _matrix_norms(name, module, rows) if isinstance(module, nn.Linear) else _norm_norms(name, module, rows)
         norms = self._norms  # not `self`, which holds the graph: the cycle through the graph would never be freed
 
         def take(gradient: Tensor) -> None:
-            norms.update(part.norms(gradient if gradient.dim() == 3 else gradient[:, None]))
+            norms.update(part(gradient if gradient.dim() == 3 else gradient[:, None]))
 
         output.register_hook(take)
         self._head = output.detach()  # the last module is the norm of the head: (m, hidden)

@@ -202,10 +202,7 @@ class Estimate:
 
 
 def difference(fisher: Estimate, hutchinson: Estimate) -> dict[str, float] | None:
-    """Fisher's trace minus Hutchinson's, on the blocks of sentences that both have: value, standard error, blocks (n).
-
-    None for fewer than two such blocks.
-    """
+    """Fisher's trace minus Hutchinson's, on the blocks of sentences (n) that both have; None for fewer than 2 blocks."""
     number = int((np.cumsum(hutchinson.sizes) <= fisher.sentences).sum())
     if number < 2:
         return None
@@ -520,7 +517,6 @@ def measure_models(
     Args:
         models: model folder, weights file, folder for the results of each.
         estimator: "fisher", "hutchinson" or "both".
-        overwrite: measure again; otherwise a measured model is skipped.
     """
     names = RECORDS if estimator == "both" else {estimator: RECORDS[estimator]}
     settings = {"estimator": estimator, **sampling.described()}

@@ -199,10 +199,6 @@ def ineffective_flags(changed: dict[str, Any], solver: str) -> list[str]:
     return sorted(changed.keys() - set(FLAGS if solver == "adamw" else ()) - HARMLESS - {"use_cpu"})
 
 
-# From (n,) int64 resampled training sentences to a head.
-Refit = Callable[[np.ndarray], nn.Linear]
-
-
 def fit(
     data: ProbeData, options: ProbeArguments, training: TrainingArguments, seeds: list[int]
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
@@ -210,8 +206,18 @@ def fit(
     fields: dict[str, Any] = {}
     if options.solver == "lbfgs":
         standardise(data)
-        heads, fields, refit = _optima(data, seeds)
+        # The optimum at the strength that each seed's split chooses.
+        strengths = [choose_strength(data.features, data.labels, data.classes, seed) for seed in seeds]
+        optima = {strength: fit_lbfgs(data.features, data.labels, data.classes, strength) for strength in set(strengths)}
+        heads = [optima[strength].head for strength in strengths]
         bests = [0.0] * len(heads)
+        fields = {"strengths": strengths, "excess_nats": max(optimum.excess for optimum in optima.values())}
+
+        def refit(sentences: np.ndarray) -> nn.Linear:
+            weights = torch.from_numpy(np.bincount(sentences, minlength=len(data.labels))).to(data.features)
+            start = optima[strengths[0]]
+            return fit_lbfgs(data.features, data.labels, data.classes, strengths[0], weights=weights, start=start).head
+
     else:
         fits = [fit_adamw(data, training, seed) for seed in seeds]
         heads = [head for head, _ in fits]
@@ -230,20 +236,6 @@ def fit(
     return runs, fields
 
 
-def _optima(data: ProbeData, seeds: list[int]) -> tuple[list[nn.Linear], dict[str, Any], Refit]:
-    """The optimum at the strength that each seed's split chooses; fields of the record; the refit of the bootstrap."""
-    strengths = [choose_strength(data.features, data.labels, data.classes, seed) for seed in seeds]
-    fits = {strength: fit_lbfgs(data.features, data.labels, data.classes, strength) for strength in set(strengths)}
-    first = fits[strengths[0]]
-
-    def refit(sentences: np.ndarray) -> nn.Linear:
-        weights = torch.from_numpy(np.bincount(sentences, minlength=len(data.labels))).to(data.features)
-        return fit_lbfgs(data.features, data.labels, data.classes, strengths[0], weights=weights, start=first).head
-
-    fields = {"strengths": strengths, "excess_nats": max(optimum.excess for optimum in fits.values())}
-    return [fits[strength].head for strength in strengths], fields, refit
-
-
 def _measure(
     folder: Path,
     model: dict[str, str],
@@ -259,7 +251,7 @@ def _measure(
     features = "hidden" if model.get("name") == LOOKUP_TABLE else options.features  # a table has one kind of features only
     choices = (features, "hidden"), (options.solver, "adamw"), (options.pool, "concat")
     name = "_".join(["probe", *(choice for choice, default in choices if choice != default), task.name]) + ".json"
-    own = {name: getattr(options, name) for name in ("features", "pool", "solver", "bootstrap")}
+    own = {option: getattr(options, option) for option in ("features", "pool", "solver", "bootstrap")}
     flags = plain_flags(training, FLAGS) if options.solver == "adamw" else {}
 
     def run(seeds: list[int]) -> tuple[list[dict[str, float]], dict[str, Any]]:
