@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import WordPiece
 
@@ -130,6 +129,8 @@ class Layout:
     """The distribution of documents to shards; `indices` has an array of `INDEX` per part."""
 
     def __init__(self, indices: list[np.ndarray], test_fraction: float):
+        import pandas as pd  # not in the workers
+
         everything = np.concatenate(indices)
         unique = ~pd.DataFrame(everything["hash"]).duplicated().to_numpy()
         # One empty line between two documents of a part.

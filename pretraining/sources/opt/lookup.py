@@ -188,16 +188,14 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--data-path", required=True, help="folder of the text, with its top_tokens.json")
     source.add_argument("--model-name", required=True, help="the model that the text was made with: a folder, or a hub name")
     source.add_argument("--max-sentences", type=positive_int, help="take the first N sentences; default: all")
-    source.add_argument(
-        "--positions-per-sentence", type=positive_int, metavar="K", help="take K random positions of each; default: all"
-    )
+    positions = "take K random positions of each; default: all"
+    source.add_argument("--positions-per-sentence", type=positive_int, metavar="K", help=positions)
     source.add_argument("--seed", type=non_negative_int, default=0, help="of the choice of positions; default 0")
     add_table_arguments(parser, source)
     running = parser.add_argument_group("running")
     running.add_argument("--device", choices=("cpu", "cuda"), help="where the model runs; default: cuda if available")
-    running.add_argument(
-        "--batch-tokens", type=positive_int, help="tokens per forward pass, of all its candidates; default 1024, on cuda 65536"
-    )
+    tokens = "tokens per forward pass, of all its candidates; default 1024, on cuda 65536"
+    running.add_argument("--batch-tokens", type=positive_int, help=tokens)
     return parser
 
 
