@@ -36,6 +36,11 @@ class Contexts:
         """(sentences,) int64: contexts of each sentence."""
         return np.bincount(self.sentence, minlength=len(self.lengths))
 
+    @property
+    def offsets(self) -> np.ndarray:
+        """(sentences + 1,) int64: the contexts of sentence i are offsets[i] .. offsets[i + 1] - 1."""
+        return np.concatenate([[0], np.cumsum(self.counts)])
+
     def batch(self, rows: np.ndarray, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Model inputs for the contexts `rows`, trimmed to the longest: input_ids (m, length) int64, flat positions (m,).
 
@@ -51,11 +56,6 @@ class Contexts:
             mask = torch.from_numpy(np.arange(longest) < lengths[:, None]).to(device)
         flat = torch.from_numpy(np.arange(len(rows)) * longest + self.position[rows]).to(device)
         return torch.from_numpy(ids).to(device), mask, flat
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """(sentences + 1,) int64: the contexts of sentence i are offsets[i] .. offsets[i + 1] - 1."""
-        return np.concatenate([[0], np.cumsum(self.counts)])
 
     def batches(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
         """The contexts `rows` in batches of one length each, so that nothing is padded.

@@ -22,17 +22,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from pcfg.common.executors import executor_options, run_jobs
-from pcfg.common.files import (
-    AnyPath,
-    InputError,
-    Manifest,
-    atomic_folder,
-    check_file,
-    keyed_rng,
-    read_json,
-    sha256,
-    versions,
-)
+from pcfg.common.files import AnyPath, InputError, Manifest, atomic_folder, check_file, keyed_rng, read_json, sha256, versions
 from pcfg.common.text import SPLITS, TEXT_MANIFEST, shard_paths, text_blocks
 from pretraining.data.masking import MaskingRule, check_lengths, mask_sentences
 from pretraining.data.piece_encoder import BLOCK_BYTES, PieceEncoder

@@ -89,12 +89,13 @@ class Samples:
                 _refuse(source, f"{name} has ids from {low} to {high}, the vocabulary has {size} entries")
         for first, ids, input_mask, segments, positions, true_ids in self._blocks():
             tokens = input_mask.sum(axis=1, dtype=np.int32, keepdims=True)  # (rows, 1)
-            is_token = np.arange(ids.shape[1]) < tokens  # (rows, T)
+            is_token = np.arange(ids.shape[1], dtype=np.int32) < tokens  # (rows, T); int64 would take twice as long
             is_mask = np.logical_and.accumulate(positions != 0, axis=1)  # (rows, P), those before the first 0
+            wrong_mask = input_mask != is_token.view(np.int8)
             is_outside = (positions < 1) | (positions > tokens - 2)
             problems = {
                 "segment_ids is not 0; the models know one segment": segments != 0,
-                "input_mask is not 1 at [CLS], one word or more and [SEP], then 0": (input_mask != is_token) | (tokens < 3),
+                "input_mask is not 1 at [CLS], one word or more and [SEP], then 0": wrong_mask | (tokens < 3),
                 "input_ids is not [PAD] where input_mask is 0, and nowhere else": (ids != 0) != is_token,
                 "no masked position": ~is_mask[:, :1],
                 "a masked position is outside the words of the sentence": is_mask & is_outside,
