@@ -75,7 +75,7 @@ class Grammar:
         self.binary_probability = probability[by_children]
         self._set_emission(rules, sides[emits, 0], rules.first[origin[emits]], probability[emits])
 
-        component, _ = strong_components(len(symbols), *self.unary.T.astype(np.int64))
+        component = strong_components(len(symbols), *self.unary.T.astype(np.int64))
         for rule in np.flatnonzero(component[self.unary[:, 0]] == component[self.unary[:, 1]])[:1]:
             left, child = self.unary[rule]
             place = rules.place(origin[is_unary][rule])
@@ -111,8 +111,8 @@ class Grammar:
             )
         parent = np.append(left, left[second >= 0])
         child = np.append(first, second[second >= 0])
-        component, order = strong_components(len(self.names), parent, child)
-        self.longest = longest_yields(left, first, second, emits, component, order)
+        component = strong_components(len(self.names), parent, child)
+        self.longest = longest_yields(left, first, second, emits, component)
         unused = ~reachable(component, parent, child, 0)
         if unused.any():
             warnings.warn(

@@ -56,7 +56,11 @@ class Sampler:
         _refuse_infinite_length(grammar)
         self.words = grammar.words
         self.width = int(min(max_words, grammar.longest[0]))
-        self.length_probability = _length_probability(grammar, self.width)
+        lengths = np.zeros((self.width + 1, len(grammar.names)))  # (words, nonterminals)
+        lengths[1] = grammar.emission.sum(axis=1)
+        unary = (grammar.unary[grammar.unary_order], grammar.unary_probability[grammar.unary_order])
+        _fill_lengths(lengths, grammar.binary, grammar.binary_probability, *unary, grammar.shortest, grammar.longest)
+        self.length_probability = lengths[:, 0].copy()
         self._refuse_hopeless(1)
         self._shortest = int(grammar.shortest[0])
         self._rules = _rule_tables(grammar)
@@ -132,7 +136,7 @@ def _refuse_infinite_length(grammar: Grammar) -> None:
     edges = np.concatenate([grammar.binary[:, [0, 1]], grammar.binary[:, [0, 2]], grammar.unary])
     parent, child = edges.T.astype(np.int64)
     probability = np.concatenate([grammar.binary_probability, grammar.binary_probability, grammar.unary_probability])
-    component, _ = strong_components(size, parent, child)
+    component = strong_components(size, parent, child)
     within = (component[parent] == component[child]) & reachable(component, parent, child, 0)[parent]
     for block in np.unique(component[parent[within]]):
         members = np.flatnonzero(component == block)
@@ -147,20 +151,6 @@ def _refuse_infinite_length(grammar: Grammar) -> None:
                 f"{radius:.4g}, it must be below 1): the expected length of a sentence is infinite; lower the probabilities of "
                 "their recursive rules"
             )
-
-
-def _length_probability(grammar: Grammar, width: int) -> np.ndarray:
-    """P(the start derives l words), l = 0..width, by the inside recursion over lengths alone; (width + 1,) float64."""
-    lengths = np.zeros((width + 1, len(grammar.names)))  # (words, nonterminals)
-    for words in range(1, width + 1):
-        if words == 1:
-            once = grammar.emission.sum(axis=1)
-        else:
-            once = np.zeros(len(grammar.names))
-            _add_splits(lengths, words, grammar.binary, grammar.binary_probability, grammar.shortest, grammar.longest, once)
-        _add_chains(grammar.unary[grammar.unary_order], grammar.unary_probability[grammar.unary_order], once)
-        lengths[words] = once
-    return lengths[:, 0].copy()
 
 
 def _rule_tables(grammar: Grammar) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -253,21 +243,21 @@ def _alias_table(probability):
 
 
 @numba.njit(cache=True)
-def _add_splits(lengths, words, binary, probability, shortest, longest, once):
-    """once[A] += sum over rules A -> B C and k of P(A -> B C) P(B derives k words) P(C derives words - k words)."""
-    for rule in range(len(binary)):
-        parent, left, right = binary[rule]
-        total = 0.0
-        for k in range(max(shortest[left], words - longest[right]), min(longest[left], words - shortest[right]) + 1):
-            total += lengths[k, left] * lengths[words - k, right]
-        once[parent] += probability[rule] * total
+def _fill_lengths(lengths, binary, binary_probability, unary, unary_probability, shortest, longest):
+    """lengths[l, A] = P(A derives l words), by the inside recursion over lengths alone.
 
-
-@numba.njit(cache=True)
-def _add_chains(unary, probability, once):
-    """once[A] += P(A -> B) once[B] for unary rules, those of B before A -> B."""
-    for rule in range(len(unary)):
-        once[unary[rule, 0]] += probability[rule] * once[unary[rule, 1]]
+    Row 1 has the words' rules already; the unary rules of B come before A -> B.
+    """
+    for words in range(1, len(lengths)):
+        once = lengths[words]
+        for rule in range(len(binary)):
+            parent, left, right = binary[rule]
+            total = 0.0
+            for k in range(max(shortest[left], words - longest[right]), min(longest[left], words - shortest[right]) + 1):
+                total += lengths[k, left] * lengths[words - k, right]
+            once[parent] += binary_probability[rule] * total
+        for rule in range(len(unary)):
+            once[unary[rule, 0]] += unary_probability[rule] * once[unary[rule, 1]]
 
 
 @numba.njit(inline="always")

@@ -87,24 +87,22 @@ def offsets(sizes: Any) -> np.ndarray:
 def possible_widths(grammar: "Grammar") -> np.ndarray:
     """possible[A, w]: whether A derives some string of w words; (N, MAX_WORDS + 1) bool."""
     possible = np.zeros((len(grammar.names), MAX_WORDS + 1), dtype=bool)
-    parent, child = grammar.unary[grammar.unary_order].T
-    for width in range(1, MAX_WORDS + 1):
-        if width == 1:
-            possible[:, 1] = grammar.emission.any(axis=1)
-        _mark_splits(possible, width, grammar.binary)
-        carry(possible[:, width], child, parent)
+    possible[:, 1] = grammar.emission.any(axis=1)
+    _mark_widths(possible, grammar.binary, grammar.unary[grammar.unary_order])
     return possible
 
 
 @njit(cache=True)
-def _mark_splits(possible, width, binary):
-    """Mark possible[A, width] for each A -> B C whose children have yields of as many words together."""
-    for rule in range(len(binary)):
-        parent, first, second = binary[rule]
-        for words in range(1, width):
-            if possible[parent, width]:
-                break
-            possible[parent, width] = possible[first, words] and possible[second, width - words]
+def _mark_widths(possible, binary, unary):
+    """Mark possible[A, w] by the binary rules whose children have yields of w words together, then by the unary rules."""
+    for width in range(1, possible.shape[1]):
+        for rule in range(len(binary)):
+            parent, first, second = binary[rule]
+            for words in range(1, width):
+                if possible[parent, width]:
+                    break
+                possible[parent, width] = possible[first, words] and possible[second, width - words]
+        carry(possible[:, width], unary[:, 1], unary[:, 0])
 
 
 class ChartPlans:

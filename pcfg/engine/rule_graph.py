@@ -1,4 +1,4 @@
-"""Properties that follow from the shape of a grammar's rules alone, in time linear in the rules (but for a heap's logarithm).
+"""Properties that follow from the shape of a grammar's rules alone, in time n log n for n rules.
 
 A graph over nonterminals 0 .. N - 1 consists of edges `parent` and `child`, (E,) integers each: a rule has an edge from its
 left side to each nonterminal on its right. Rules are `left`, `first` and `second`, (R,) integers each; `second` is -1 in a
@@ -18,19 +18,9 @@ UNBOUNDED = 1 << 30
 
 @njit(cache=True)
 def _grouped(size, keys):
-    """Where each of the keys 0 .. size - 1 is: key k at place[start[k] : start[k + 1]]; -1 is left out."""
-    start = np.zeros(size + 1, np.int64)
-    for key in keys:
-        if key >= 0:
-            start[key + 1] += 1
-    start = np.cumsum(start)
-    place = np.empty(start[size], np.int64)
-    free = start.copy()
-    for position in range(keys.size):
-        if keys[position] >= 0:
-            place[free[keys[position]]] = position
-            free[keys[position]] += 1
-    return start, place
+    """Where each of the keys 0 .. size - 1 is: key k at place[start[k] : start[k + 1]], ascending; keys of -1 come before."""
+    place = np.argsort(keys, kind="mergesort")
+    return np.searchsorted(keys[place], np.arange(size + 1)), place
 
 
 @njit(cache=True)
@@ -40,11 +30,10 @@ def strong_components(size, parent, child):
     Tarjan, "Depth-first search and linear graph algorithms" (1972), with a stack of its own: a chain may be long.
 
     Returns:
-        (size,) int64, the number of each node's component, and (size,) int64, the nodes by ascending number.
+        (size,) int64, the number of each node's component.
 
-    >>> component, order = strong_components(4, np.array([0, 1, 2, 2]), np.array([1, 2, 1, 3]))
-    >>> component.tolist(), order.tolist()
-    ([2, 1, 1, 0], [3, 2, 1, 0])
+    >>> strong_components(4, np.array([0, 1, 2, 2]), np.array([1, 2, 1, 3])).tolist()
+    [2, 1, 1, 0]
     """
     start, place = _grouped(size, parent)
     component = np.full(size, -1, np.int64)
@@ -53,8 +42,7 @@ def strong_components(size, parent, child):
     edge = start[:-1].copy()  # the next edge to follow
     path = np.empty(size, np.int64)
     waiting = np.empty(size, np.int64)
-    order = np.empty(size, np.int64)
-    clock = components = waits = done = 0
+    clock = components = waits = 0
     for root in range(size):
         if visit[root] >= 0:
             continue
@@ -83,10 +71,8 @@ def strong_components(size, parent, child):
                 while component[node] < 0:
                     waits -= 1
                     component[waiting[waits]] = components
-                    order[done] = waiting[waits]
-                    done += 1
                 components += 1
-    return component, order
+    return component
 
 
 @njit(cache=True)
@@ -150,15 +136,15 @@ def shortest_yields(left, first, second, emits):
 
 
 @njit(cache=True)
-def longest_yields(left, first, second, emits, component, order):
+def longest_yields(left, first, second, emits, component):
     """The largest number of words of each nonterminal, UNBOUNDED where it is that or more: (N,) int64.
 
     A nonterminal that derives itself is unbounded, as a cycle, never of unary rules alone, adds words. The others are sums
-    over children; `component` and `order` are the `strong_components` of all edges of the rules.
+    over children; `component` has the `strong_components` of all edges of the rules.
 
     >>> left, first, second = np.array([0, 1, 2]), np.array([1, 3, 2]), np.array([1, -1, 3])
     >>> emits = np.array([False, False, False, True])
-    >>> longest_yields(left, first, second, emits, np.array([2, 1, 3, 0]), np.array([3, 1, 0, 2])).tolist()
+    >>> longest_yields(left, first, second, emits, np.array([2, 1, 3, 0])).tolist()
     [2, 1, 1073741824, 1]
     """
     longest = emits.astype(np.int64)
@@ -167,7 +153,7 @@ def longest_yields(left, first, second, emits, component, order):
         if same or (second[rule] >= 0 and component[second[rule]] == component[left[rule]]):
             longest[left[rule]] = UNBOUNDED
     start, place = _grouped(emits.size, left)
-    for node in order:
+    for node in np.argsort(component):  # children first
         for rule in place[start[node] : start[node + 1]]:
             total = longest[first[rule]]
             if second[rule] >= 0:

@@ -1,6 +1,6 @@
 """The kernels of the charts: inside, outside and best-parse sweeps over blocks of sentences of one length, in lockstep.
 
-A block has `lanes(dtype)` sentences; its charts are arrays of lanes with row c N + A for cell c and nonterminal A of a
+A block has 16 (float32) or 8 (float64) sentences; its charts are arrays of lanes with row c N + A for cell c and nonterminal A of a
 `pcfg.engine.chart_plan.ChartPlan`. `best` chooses the semiring: None sums over derivations, anything else takes the best one
 (numba compiles the two apart, so that the choice costs nothing).
 """
@@ -32,6 +32,20 @@ def _add(first, second, total, best):
 
 
 @njit(nogil=True)
+def _quad(plan, number):
+    """left child, first d, last d + 1, right children; numba would unpack an array's row slowly."""
+    quad = plan.quads[number]
+    return quad[0], quad[1], quad[2], quad[3], quad[4], quad[5], quad[6]
+
+
+@njit(nogil=True)
+def _single(plan, number):
+    """left child, first d, last d + 1, right child."""
+    single = plan.singles[number]
+    return single[0], single[1], single[2], single[3]
+
+
+@njit(nogil=True)
 def _products(cell, kind, plan, inside, products, best):
     """products[slot] of one cell: see `pcfg.engine.chart_plan`."""
     zero = splat(inside.dtype.type(0))
@@ -39,13 +53,9 @@ def _products(cell, kind, plan, inside, products, best):
     last_quad = plan.quad_start[kind + 1]
     first_split = plan.split_start[cell] - 1
     for number in range(first_quad, last_quad):
-        left = plan.quads[number, 0]
-        c0 = plan.quads[number, 3]
-        c1 = plan.quads[number, 4]
-        c2 = plan.quads[number, 5]
-        c3 = plan.quads[number, 6]
+        left, start, end, c0, c1, c2, c3 = _quad(plan, number)
         p0 = p1 = p2 = p3 = zero
-        for split in range(first_split + plan.quads[number, 1], first_split + plan.quads[number, 2]):
+        for split in range(first_split + start, first_split + end):
             value = load(inside, plan.split_left[split] + left)
             right = plan.split_right[split]
             p0 = _add(value, load(inside, right + c0), p0, best)
@@ -59,10 +69,9 @@ def _products(cell, kind, plan, inside, products, best):
         store(products, slot + 3, p3)
     slot = QUAD * (last_quad - first_quad)
     for number in range(plan.single_start[kind], plan.single_start[kind + 1]):
-        left = plan.singles[number, 0]
-        right = plan.singles[number, 3]
+        left, start, end, right = _single(plan, number)
         total = zero
-        for split in range(first_split + plan.singles[number, 1], first_split + plan.singles[number, 2]):
+        for split in range(first_split + start, first_split + end):
             value = load(inside, plan.split_left[split] + left)
             total = _add(value, load(inside, plan.split_right[split] + right), total, best)
         store(products, slot, total)
@@ -70,7 +79,7 @@ def _products(cell, kind, plan, inside, products, best):
 
 
 @njit(nogil=True)
-def inside_block(words, columns, factor, plan, inside, products, best):
+def _inside_block(words, columns, factor, plan, inside, products, best):
     """Fill the living entries of `inside`.
 
     Args:
@@ -112,17 +121,13 @@ def _spread(cell, kind, plan, inside, outside, weights):
     last_quad = plan.quad_start[kind + 1]
     first_split = plan.split_start[cell] - 1
     for number in range(first_quad, last_quad):
-        left = plan.quads[number, 0]
-        c0 = plan.quads[number, 3]
-        c1 = plan.quads[number, 4]
-        c2 = plan.quads[number, 5]
-        c3 = plan.quads[number, 6]
+        left, start, end, c0, c1, c2, c3 = _quad(plan, number)
         slot = QUAD * (number - first_quad)
         w0 = load(weights, slot)
         w1 = load(weights, slot + 1)
         w2 = load(weights, slot + 2)
         w3 = load(weights, slot + 3)
-        for split in range(first_split + plan.quads[number, 1], first_split + plan.quads[number, 2]):
+        for split in range(first_split + start, first_split + end):
             place = plan.split_left[split] + left
             right = plan.split_right[split]
             value = load(inside, place)
@@ -137,10 +142,9 @@ def _spread(cell, kind, plan, inside, outside, weights):
             store(outside, right + c3, multiply_add(w3, value, load(outside, right + c3)))
     slot = QUAD * (last_quad - first_quad)
     for number in range(plan.single_start[kind], plan.single_start[kind + 1]):
-        left = plan.singles[number, 0]
-        right = plan.singles[number, 3]
+        left, start, end, right = _single(plan, number)
         weight = load(weights, slot)
-        for split in range(first_split + plan.singles[number, 1], first_split + plan.singles[number, 2]):
+        for split in range(first_split + start, first_split + end):
             place = plan.split_left[split] + left
             other = plan.split_right[split] + right
             value = load(inside, place)
@@ -150,7 +154,7 @@ def _spread(cell, kind, plan, inside, outside, weights):
 
 
 @njit(nogil=True)
-def outside_block(plan, narrowest, inside, outside, weights):
+def _outside_block(plan, narrowest, inside, outside, weights):
     """Fill the living entries of `outside` in cells of `narrowest` words and more; all of a single word's.
 
     A child's outside value does not depend on its own words: the plan leaves out only what cannot have their number.
@@ -188,13 +192,24 @@ def outside_block(plan, narrowest, inside, outside, weights):
 
 
 @njit(nogil=True)
-def gather(tokens, rows, block, words):
-    """words[t, lane] of a block of rows; the last row fills the lanes that are left over."""
+def _scratch(plan, columns):
+    """Arrays of a block, without values: words (T, lanes) int32; inside, outside and products, which are arrays of lanes."""
+    count = LANE_BYTES // columns.itemsize
+    size = plan.cell_begin.size * plan.number
+    inside = np.empty((size, count), columns.dtype)
+    outside = np.empty((size, count), columns.dtype)
+    return np.empty((plan.length, count), np.int32), inside, outside, np.empty((plan.most_slots, count), columns.dtype)
+
+
+@njit(nogil=True)
+def _gather(tokens, rows, block, words):
+    """Fill words[t, lane] for a block of rows, and return how many it has; the last one fills the lanes left over."""
     count = words.shape[1]
     for lane in range(count):
         row = rows[min(block * count + lane, rows.size - 1)]
         for t in range(words.shape[0]):
             words[t, lane] = tokens[row, t]
+    return min(count, rows.size - block * count)
 
 
 @njit(nogil=True, cache=True)
@@ -207,20 +222,16 @@ def score_sweep(tokens, rows, plan, columns, factor, cell, with_outside, symbols
         symbols: nonterminals that live in the cell; places: their columns in `scores`.
         scores: (n, S), filled in the rows and columns named.
     """
-    count = LANE_BYTES // columns.itemsize
-    size = plan.cell_begin.size * plan.number
-    inside = np.empty((size, count), columns.dtype)
-    outside = np.empty((size if with_outside else 0, count), columns.dtype)
-    products = np.empty((plan.most_slots, count), columns.dtype)
-    words = np.empty((plan.length, count), np.int32)
+    words, inside, outside, products = _scratch(plan, columns)
+    count = words.shape[1]
     for block in range((rows.size + count - 1) // count):
-        gather(tokens, rows, block, words)
-        inside_block(words, columns, factor, plan, inside, products, None)
+        used = _gather(tokens, rows, block, words)
+        _inside_block(words, columns, factor, plan, inside, products, None)
         if with_outside:
-            outside_block(plan, plan.cell_width[cell], inside, outside, products)
+            _outside_block(plan, plan.cell_width[cell], inside, outside, products)
         for place in range(symbols.size):
             row = cell * plan.number + symbols[place]
-            for lane in range(min(count, rows.size - block * count)):
+            for lane in range(used):
                 value = inside[row, lane]
                 if with_outside:
                     value *= outside[row, lane]
@@ -230,16 +241,13 @@ def score_sweep(tokens, rows, plan, columns, factor, cell, with_outside, symbols
 @njit(nogil=True, cache=True)
 def chart_sweep(sentence, plan, columns):
     """inside and outside of one sentence (T,): arrays of lanes that are all the same."""
-    count = LANE_BYTES // columns.itemsize
-    size = plan.cell_begin.size * plan.number
-    inside = np.zeros((size, count), columns.dtype)
-    outside = np.zeros((size, count), columns.dtype)
-    products = np.empty((plan.most_slots, count), columns.dtype)
-    words = np.empty((plan.length, count), np.int32)
+    words, inside, outside, products = _scratch(plan, columns)
+    inside[:] = 0
+    outside[:] = 0
     for t in range(plan.length):
         words[t] = sentence[t]
-    inside_block(words, columns, columns.dtype.type(1), plan, inside, products, None)
-    outside_block(plan, 1, inside, outside, products)
+    _inside_block(words, columns, columns.dtype.type(1), plan, inside, products, None)
+    _outside_block(plan, 1, inside, outside, products)
     return inside, outside
 
 
@@ -279,30 +287,24 @@ def word_sweep(tokens, rows, first_row, plan, columns, factor, emission, conditi
         conditionals: (M, V), or (0, V) to leave them out; entropy, log_true: (M,) or (0,).
         totals: (n,), inside of the start symbol over the whole sentence, scaled.
     """
-    count = LANE_BYTES // columns.itemsize
-    word_start, word_symbol, word_probability = emission
-    size = plan.cell_begin.size * plan.number
+    words, inside, outside, products = _scratch(plan, columns)
+    count = words.shape[1]
     vocabulary = columns.shape[0]
-    inside = np.empty((size, count), columns.dtype)
-    outside = np.empty((size, count), columns.dtype)
-    products = np.empty((plan.most_slots, count), columns.dtype)
     joint = np.empty((vocabulary, count), columns.dtype)
-    words = np.empty((plan.length, count), np.int32)
     sums = np.empty((2, count), columns.dtype)
     top = (plan.cell_begin.size - 1) * plan.number
     one = splat(columns.dtype.type(1))
     for block in range((rows.size + count - 1) // count):
-        gather(tokens, rows, block, words)
-        inside_block(words, columns, factor, plan, inside, products, None)
-        outside_block(plan, 1, inside, outside, products)
-        used = min(count, rows.size - block * count)
+        used = _gather(tokens, rows, block, words)
+        _inside_block(words, columns, factor, plan, inside, products, None)
+        _outside_block(plan, 1, inside, outside, products)
         for lane in range(used):
             totals[rows[block * count + lane]] = inside[top, lane]
         for t in range(plan.length):
             cell = plan.cell_of[t, t + 1]
             if cell < 0:
                 continue
-            total = _conditionals(outside, cell * plan.number, word_start, word_symbol, word_probability, joint)
+            total = _conditionals(outside, cell * plan.number, *emission, joint)
             store(sums, 0, total)
             _normalise(joint, divide(one, total), sums, entropy.size > 0)
             for lane in range(used):
@@ -322,19 +324,15 @@ def _children_of_slot(slot, kind, plan):
     if slot < QUAD * quads:
         quad = plan.quads[plan.quad_start[kind] + slot // QUAD]
         return quad[0], quad[1], quad[2], quad[3 + slot % QUAD]
-    single = plan.singles[plan.single_start[kind] + slot - QUAD * quads]
-    return single[0], single[1], single[2], single[3]
+    return _single(plan, plan.single_start[kind] + slot - QUAD * quads)
 
 
 @njit(nogil=True)
 def _best_rewrite(cell, symbol, lane, word_value, inside, plan):
     """How the best derivation of a cell's symbol begins: (WORD, 0, 0), (UNARY, cell, child) or (BINARY, rows of both parts)."""
     kind = plan.cell_kind[cell]
-    row = cell * plan.number
     best = word_value
-    how = WORD
-    first = 0
-    second = 0
+    rewrite = (WORD, 0, 0)
     if plan.cell_width[cell] > 1:
         place = plan.symbol_start[kind]
         while plan.symbols[place] != symbol:
@@ -347,19 +345,15 @@ def _best_rewrite(cell, symbol, lane, word_value, inside, plan):
                 value = inside[left_row, lane] * inside[right_row, lane] * plan.rule_probability[rule]
                 if value > best:
                     best = value
-                    how = BINARY
-                    first = left_row
-                    second = right_row
+                    rewrite = (BINARY, left_row, right_row)
     for chain in range(plan.chain_start[kind], plan.chain_start[kind + 1]):
         if plan.chains[chain, 0] == symbol:
-            child = row + plan.chains[chain, 1]
+            child = cell * plan.number + plan.chains[chain, 1]
             value = inside[child, lane] * plan.chain_probability[chain]
             if value > best:
                 best = value
-                how = UNARY
-                first = child
-                second = 0
-    return how, first, second
+                rewrite = (UNARY, child, 0)
+    return rewrite
 
 
 @njit(nogil=True, cache=True)
@@ -374,11 +368,9 @@ def best_sweep(tokens, rows, plan, columns, factor):
         nodes: (all nodes, 2) int32, nonterminal and number of children (0: a word) of the derivations' nodes in pre-order;
         ends: (m,) int64, where each sentence's nodes end; values: (m,), its scaled probability, 0 without a derivation.
     """
-    count = LANE_BYTES // columns.itemsize
+    words, inside, _, products = _scratch(plan, columns)
+    count = words.shape[1]
     number = plan.number
-    inside = np.empty((plan.cell_begin.size * number, count), columns.dtype)
-    products = np.empty((plan.most_slots, count), columns.dtype)
-    words = np.empty((plan.length, count), np.int32)
     nodes = np.empty((1024, 2), np.int32)
     used = 0
     ends = np.empty(rows.size, np.int64)
@@ -387,9 +379,9 @@ def best_sweep(tokens, rows, plan, columns, factor):
     stack = np.empty(plan.length + 1, np.int64)
     top = (plan.cell_begin.size - 1) * number
     for block in range((rows.size + count - 1) // count):
-        gather(tokens, rows, block, words)
-        inside_block(words, columns, factor, plan, inside, products, True)
-        for lane in range(min(count, rows.size - block * count)):
+        block_rows = _gather(tokens, rows, block, words)
+        _inside_block(words, columns, factor, plan, inside, products, True)
+        for lane in range(block_rows):
             values[block * count + lane] = inside[top, lane]
             stack[0] = top
             depth = 1 if inside[top, lane] > 0 else 0
@@ -408,9 +400,7 @@ def best_sweep(tokens, rows, plan, columns, factor):
                     stack[depth] = first
                     depth += 1
                 if used == len(nodes):
-                    longer = np.empty((2 * used, 2), np.int32)
-                    longer[:used] = nodes
-                    nodes = longer
+                    nodes = np.concatenate((nodes, np.empty_like(nodes)))
                 nodes[used, 0] = symbol
                 nodes[used, 1] = how
                 used += 1
