@@ -36,9 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     rows = parser.add_argument_group("rows")
     rows.add_argument("--sentence-num", type=positive_int, default=10_000, help="training rows; default 10000")
     rows.add_argument("--validation-num", type=positive_int, default=2_000, help="validation rows; default 2000")
-    rows.add_argument(
-        "--min-words", type=positive_int, default=5, help="shortest sentence, in words; at least --position; default 5"
-    )
+    rows.add_argument("--min-words", type=positive_int, default=5, help="shortest sentence; at least --position; default 5")
     rows.add_argument("--length-limit", type=positive_int, default=32, help="sentences have fewer words than this; default 32")
     rows.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     labels = parser.add_argument_group("labels")

@@ -22,6 +22,7 @@ for each of the 2^29 terms of a large chart included), the loss is below 2^-24 o
 which is exact enough down to totals of 2^-1036 before scaling (1e-5 per word at 64 words).
 """
 
+import collections
 import concurrent.futures
 import os
 from collections.abc import Callable, Iterable
@@ -50,16 +51,12 @@ Span = tuple[int, int | None] | None
 
 
 class Chart:
-    """The charts of a grammar's sentences; see the module docstring for the equations.
+    """The charts of a grammar's sentences; see the module docstring for the equations. N nonterminals, V words.
 
     Args:
-        grammar: N nonterminals, V words.
         threads: over groups of sentences (the kernels release the GIL); default: the cores this process may use.
             Results do not depend on it.
-        dtype: float32, with sentences beyond its range repeated in float64, or float64 for everything.
-
-    Attributes:
-        redone: how many sentences were repeated in float64.
+        dtype: float32, with sentences beyond its range repeated in float64 (`redone` counts them), or float64 for everything.
 
     Sentences are `tokens`, (n, T) integers, indices into `grammar.words`, anything beyond a sentence's end, and `lengths`,
     (n,), in words. All methods refuse a sentence of no word or of more than 64.
@@ -84,10 +81,7 @@ class Chart:
         return self._whole_chart(sentence)[0]
 
     def outside(self, sentence: np.ndarray) -> np.ndarray:
-        """outside(i, j, A) of one sentence (T,): (T, T + 1, N) float64 probabilities, not scaled.
-
-        Also zero where A cannot have a yield of j - i words.
-        """
+        """As `inside`, of outside(i, j, A); also zero where A cannot have a yield of j - i words."""
         return self._whole_chart(sentence)[1]
 
     def posteriors(self, sentence: np.ndarray) -> np.ndarray:
@@ -121,8 +115,8 @@ class Chart:
             (sum of lengths, V) probabilities in the chart's dtype, each row summing to 1, and offsets, (n + 1,) int64: the
             rows of sentence s are offsets[s] .. offsets[s + 1].
         """
-        conditionals, _, _, first_row = self._word_results(tokens, lengths, source, first_sentence, reductions=False)
-        return conditionals, first_row
+        results = self.conditionals_and_reductions(tokens, lengths, source, first_sentence, reductions=False)
+        return results[0], results[-1]
 
     def reductions(
         self, tokens: np.ndarray, lengths: np.ndarray, source: Any = "sentences", first_sentence: int = 0
@@ -132,23 +126,54 @@ class Chart:
         Returns:
             entropy -sum_w P(w | x_-t) log P(w | x_-t) and log P(x_t | x_-t), (sum of lengths,) float64, nats, and offsets.
         """
-        return self._word_results(tokens, lengths, source, first_sentence, distributions=False)[1:]
+        return self.conditionals_and_reductions(tokens, lengths, source, first_sentence, distributions=False)[1:]
 
     def conditionals_and_reductions(
-        self, tokens: np.ndarray, lengths: np.ndarray, source: Any = "sentences", first_sentence: int = 0
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        source: Any = "sentences",
+        first_sentence: int = 0,
+        distributions: bool = True,
+        reductions: bool = True,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """All of `conditionals` and `reductions` in one sweep: conditionals, entropy, log P(x_t | x_-t), offsets."""
-        return self._word_results(tokens, lengths, source, first_sentence)
-
-    def span_scores(self, tokens: np.ndarray, lengths: np.ndarray, span: Span = None, rule: str = "likelihood") -> np.ndarray:
-        """Scores of all nonterminals over a span of each sentence.
+        """All of `conditionals` and `reductions` in one sweep: conditionals, entropy, log P(x_t | x_-t), offsets.
 
         Args:
-            rule: "likelihood": inside(start, stop, A); "posterior": inside(start, stop, A) outside(start, stop, A).
+            distributions, reductions: whether to compute the conditionals, and the other two; else these have no rows.
+        """
+        tokens, lengths = self._checked(tokens, lengths, source, first_sentence)
+        first_row = offsets(lengths)
+        positions = int(first_row[-1])
+        conditionals = np.empty((positions if distributions else 0, len(self.grammar.words)), self.dtype)
+        entropy, log_true = np.empty((2, positions if reductions else 0))
+        totals = np.zeros(len(lengths))
 
-        Returns:
-            (n, N) float64, each row up to a positive factor of its own. Zeros where nothing derives the span, and for a
-            sentence that ends before the span does.
+        def sweep(dtype: str, rows: np.ndarray) -> None:
+            def fill(length: int, group: np.ndarray) -> None:
+                plan = self._plans.of(length, (0,), dtype)
+                if plan is not None:
+                    factor = _factor(length, dtype)
+                    emission = self._emission[dtype]
+                    results = (conditionals, entropy, log_true, totals)
+                    word_sweep(tokens, group, first_row, plan, self._columns[dtype], factor, emission, *results)
+
+            self._in_groups(fill, lengths, rows)
+
+        sweep(self.dtype, np.arange(len(lengths)))
+        if self.dtype == "float32":
+            doubtful = np.flatnonzero(~((totals >= 1) & np.isfinite(totals)))
+            self.redone += len(doubtful)
+            sweep("float64", doubtful)
+        for bad in np.flatnonzero(totals == 0)[:1]:
+            raise self._underivable(tokens[bad, : lengths[bad]], source, first_sentence + int(bad) + 1)
+        return conditionals, entropy, log_true, first_row
+
+    def span_scores(self, tokens: np.ndarray, lengths: np.ndarray, span: Span = None, rule: str = "likelihood") -> np.ndarray:
+        """Scores of all nonterminals over a span of each sentence: (n, N) float64, each row up to a factor of its own.
+
+        The rule "likelihood" is inside(start, stop, A), "posterior" is inside(start, stop, A) outside(start, stop, A). Zeros
+        where nothing derives the span, and for a sentence that ends before the span does.
         """
         tokens, lengths = self._checked(tokens, lengths)
         symbols = np.arange(len(self.grammar.names))
@@ -157,10 +182,7 @@ class Chart:
     def labels(
         self, tokens: np.ndarray, lengths: np.ndarray, symbols: np.ndarray, span: Span = None, rule: str = "likelihood"
     ) -> np.ndarray:
-        """The best of some nonterminals over a span of each sentence, by `span_scores`.
-
-        Args:
-            symbols: (S,) numbers of the candidates.
+        """The best of the nonterminals `symbols`, (S,), over a span of each sentence, by `span_scores`.
 
         Returns:
             (n,) int64, index into `symbols`; ties (to 1e-12, relative) take the lowest; -1 where no candidate derives the
@@ -217,18 +239,13 @@ class Chart:
         tokens = np.ascontiguousarray(tokens, np.int32)
         lengths = np.asarray(lengths, np.int64)
         for bad in np.flatnonzero((lengths > MAX_WORDS) | (lengths < 1))[:1]:
-            raise InputError(
-                f"{source}: sentence {first_sentence + bad + 1} has {lengths[bad]} words; "
-                f"charts take 1 to {MAX_WORDS}; remove it"
-            )
+            place = f"{source}: sentence {first_sentence + bad + 1}"
+            raise InputError(f"{place} has {lengths[bad]} words; charts take 1 to {MAX_WORDS}; remove it")
         return tokens, lengths
 
     def _underivable(self, sentence: Iterable[int], source: Any, number: int) -> InputError:
-        text = " ".join(self.grammar.words[word] for word in sentence)
-        return InputError(
-            f"{source}: the grammar can't derive sentence {number} ({text!r}); "
-            "give the grammar that the text was made from, or remove the sentence"
-        )
+        wrong = f"the grammar can't derive sentence {number} ({' '.join(self.grammar.words[word] for word in sentence)!r})"
+        return InputError(f"{source}: {wrong}; give the grammar that the text was made from, or remove the sentence")
 
     def _in_groups(self, function: Callable[[int, np.ndarray], None], lengths: np.ndarray, rows: np.ndarray) -> None:
         """Call function(length, rows) on groups of `rows` of one length, in threads; raises the first group's exception."""
@@ -239,14 +256,12 @@ class Chart:
             for length in range(MAX_WORDS + 1)
             for start in range(bounds[length], bounds[length + 1], SENTENCES_PER_TASK)
         ]
-        workers = max(1, min(self.threads, len(groups)))
-        if workers == 1:
+        if min(self.threads, len(groups)) <= 1:
             for group in groups:
                 function(*group)
             return
-        with concurrent.futures.ThreadPoolExecutor(workers) as executor:
-            for _ in executor.map(lambda group: function(*group), groups):
-                pass
+        with concurrent.futures.ThreadPoolExecutor(min(self.threads, len(groups))) as executor:
+            collections.deque(executor.map(function, *zip(*groups, strict=True)), maxlen=0)
 
     def _scores(
         self, tokens: np.ndarray, lengths: np.ndarray, symbols: np.ndarray, span: Span, with_outside: bool, dtype: str
@@ -264,9 +279,7 @@ class Chart:
             plan = self._plans.of(length, (0,) if with_outside else symbols, dtype)
             if plan is None:
                 return
-            cell = len(plan.cell_begin) - 1
-            if with_outside:
-                cell = plan.cell_of[start, length if stop is None else stop]
+            cell = plan.cell_of[start, length if stop is None else stop] if with_outside else len(plan.cell_begin) - 1
             if cell < 0:
                 return
             kind = plan.cell_kind[cell]
@@ -281,54 +294,17 @@ class Chart:
         self._in_groups(score, used, np.flatnonzero(covered))
         return scores, covered
 
-    def _word_results(
-        self,
-        tokens: np.ndarray,
-        lengths: np.ndarray,
-        source: Any,
-        first_sentence: int,
-        distributions: bool = True,
-        reductions: bool = True,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        tokens, lengths = self._checked(tokens, lengths, source, first_sentence)
-        first_row = offsets(lengths)
-        positions = int(first_row[-1])
-        conditionals = np.empty((positions if distributions else 0, len(self.grammar.words)), self.dtype)
-        entropy, log_true = np.empty((2, positions if reductions else 0))
-        totals = np.zeros(len(lengths))
-
-        def sweep(dtype: str, rows: np.ndarray) -> None:
-            def fill(length: int, group: np.ndarray) -> None:
-                plan = self._plans.of(length, (0,), dtype)
-                if plan is not None:
-                    factor = _factor(length, dtype)
-                    emission = self._emission[dtype]
-                    results = (conditionals, entropy, log_true, totals)
-                    word_sweep(tokens, group, first_row, plan, self._columns[dtype], factor, emission, *results)
-
-            self._in_groups(fill, lengths, rows)
-
-        sweep(self.dtype, np.arange(len(lengths)))
-        if self.dtype == "float32":
-            doubtful = np.flatnonzero(~((totals >= 1) & np.isfinite(totals)))
-            self.redone += len(doubtful)
-            sweep("float64", doubtful)
-        for bad in np.flatnonzero(totals == 0)[:1]:
-            raise self._underivable(tokens[bad, : lengths[bad]], source, first_sentence + int(bad) + 1)
-        return conditionals, entropy, log_true, first_row
-
     def _whole_chart(self, sentence: np.ndarray) -> np.ndarray:
         """inside and outside of all cells of a sentence, reachable or not, (T, T + 1, N) each."""
-        tokens, lengths = self._checked(np.asarray(sentence)[None], [len(sentence)])
-        length = int(lengths[0])
+        tokens, _ = self._checked(np.asarray(sentence)[None], [len(sentence)])
+        length = len(sentence)
         number = len(self.grammar.names)
         result = np.zeros((2, length, length + 1, number))
         plan = self._plans.of(length, None, "float64")
         if plan is not None:
             columns = np.ascontiguousarray(self.grammar.emission.T, np.float64)
             for values, chart in zip(chart_sweep(tokens[0], plan, columns), result, strict=True):
-                cells = values[:, 0].reshape(-1, number)
-                chart[plan.cell_begin, plan.cell_begin + plan.cell_width] = cells
+                chart[plan.cell_begin, plan.cell_begin + plan.cell_width] = values[:, 0].reshape(-1, number)
         return result
 
 

@@ -1,33 +1,108 @@
-"""Probabilistic context-free grammars as index arrays: reading, checks, nltk in and out.
+"""Probabilistic context-free grammars: their files, read, checked and written, as index arrays; nltk in and out.
 
 A rules file has one rule per line, `LHS RHS prob` or `LHS RHS1 RHS2 prob`. A right side of one symbol is a unary rule if the
 symbol is a left side somewhere, else a word (terminal). The first left side is the start symbol. nltk's PCFG format (any
 line with `->`) is read too.
 """
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
+import itertools
 import math
+import operator
 import re
-import typing
 import warnings
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pcfg.common.files import InputError
+from pcfg.common.files import InputError, atomic_open
 from pcfg.common.text import decoded, shown
 from pcfg.common.words import WordIndex, padded
 from pcfg.engine.rule_graph import longest_yields, reachable, shortest_yields, strong_components
-from pcfg.grammar_io import RuleCollector, WeightedRules, parse_grammar
 
-if typing.TYPE_CHECKING:
+if TYPE_CHECKING:
     import nltk
 
+RULES_FOLDER = Path(__file__).parent / "rules"
 SUM_TOLERANCE = 1e-2
 # Nonterminals times words: 1.6 GB of emissions.
 MAX_EMISSIONS = 200_000_000
-RULES_FOLDER = Path(__file__).parent / "rules"
+# Symbols on the right of a rule in nltk's format: a rule of more derives no sentence that a chart can hold.
+MAX_RIGHT_SIDE = 64
+# Lines of the rules format that are split into fields at a time: all at once would be ten times the file in memory.
+LINES_PER_BLOCK = 1 << 12
+# What no text has; most likely the file is no text, or UTF-16. Characters that count as white space are none of them.
+CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
+# nltk's own definitions of a nonterminal and of a quoted word; in brackets any number, as nltk itself prints [1e-05].
+NONTERMINAL = re.compile(r"([\w/][\w/^<>-]*)\s*")
+ARROW = re.compile(r"\s*->\s*")
+START = re.compile(r"%\s*start\s+([\w/][\w/^<>-]*)\s*")
+RIGHT_SIDE = re.compile(
+    r"""(?: \[ (?P<probability>[^\[\]]*) \] | (?P<word>"[^"]*"|'[^']*') | (?P<bar>\|) | (?P<symbol>[\w/][\w/^<>-]*) )\s*""",
+    re.VERBOSE,
+)
+
+# Left side, right side of one or two symbols, probability.
+WeightedRule = tuple[str, tuple[str, ...], float]
+# Left side, first and second symbol of the right side, probability, line.
+RuleLine = tuple[str, str, str | None, float, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedRules:
+    """R rules as they stand in a file, symbols as numbers."""
+
+    source: str  # how messages name the file
+    symbols: list[str]  # the symbol of each number, by first appearance
+    # left, first, second: (R,) int32, left side and right side; `second` is -1 where the right side has one symbol
+    left: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    probability: np.ndarray  # (R,) float64 in [0, 1 + 1e-9]
+    line: np.ndarray  # (R,) int32, from 1
+
+    def place(self, rule: int) -> str:
+        """ "SOURCE:LINE" of a rule, for messages."""
+        return f"{self.source}:{self.line[rule]}"
+
+
+class RuleCollector:
+    """Collects rules from the blocks of a file; `collected` returns them as `WeightedRules`."""
+
+    def __init__(self, source: str):
+        self.source = source
+        self._number: dict[str | None, int] = defaultdict(itertools.count().__next__, {None: -1})
+        self._columns: list[list[np.ndarray]] = [[], [], []]
+        self._probability = array("d")
+        self._line = array("i")
+
+    def extend(self, rules: Sequence[RuleLine]) -> None:
+        """Add rules; the second symbol is None where the right side has one."""
+        if rules:
+            *sides, probability, line = zip(*rules, strict=True)
+            for column, symbols in zip(self._columns, sides, strict=True):
+                column.append(np.fromiter(map(self._number.__getitem__, symbols), np.int32, len(rules)))
+            self._probability.extend(probability)
+            self._line.extend(line)
+
+    def collected(self) -> WeightedRules:
+        """All rules so far; refuses a probability that is not a number in [0, 1 + 1e-9]."""
+        left, first, second = (np.concatenate([np.empty(0, np.int32), *column]) for column in self._columns)
+        probability = np.array(self._probability, np.float64)
+        line = np.array(self._line, np.int32)
+        symbols = [symbol for symbol in self._number if symbol is not None]
+        rules = WeightedRules(self.source, symbols, left, first, second, probability, line)
+        # A comparison with nan is false.
+        for rule in np.flatnonzero(~((probability >= 0.0) & (probability <= 1.0 + 1e-9)))[:1]:
+            raise InputError(f"{rules.place(rule)}: probability {probability[rule]}; it must be a number from 0 to 1")
+        return rules
 
 
 class Grammar:
@@ -91,10 +166,8 @@ class Grammar:
         self.words = sorted(rules.symbols[number] for number in used)
         word_index = {word: number for number, word in enumerate(self.words)}
         if len(self.names) * len(self.words) > MAX_EMISSIONS:
-            raise InputError(
-                f"{rules.source}: {len(self.names):,} nonterminals times {len(self.words):,} words are more than "
-                f"{MAX_EMISSIONS:,}, the maximum; use fewer of them"
-            )
+            sizes = f"{len(self.names):,} nonterminals times {len(self.words):,} words"
+            raise InputError(f"{rules.source}: {sizes} are more than {MAX_EMISSIONS:,}, the maximum; use fewer of them")
         word = np.empty(len(rules.symbols), dtype=np.int64)
         word[used] = [word_index[rules.symbols[number]] for number in used]
         self.emission = np.zeros((len(self.names), len(self.words)))  # (N, V)
@@ -130,13 +203,9 @@ class Grammar:
     def from_rules(cls, rules: list[tuple[str, tuple[str, ...], float]], source: str = "rules") -> "Grammar":
         """The grammar of a list of (left side, right side of one or two symbols, probability).
 
-        Repeated rules add up; each left side is normalised to 1; rules of probability 0 are dropped.
-
-        A right side has one or two symbols, and a binary rule has no word. The probabilities are in [0, 1] and sum to 1 per
-        left side, within 0.01. Unary rules form no cycle, and every nonterminal derives a sentence.
-
-        Args:
-            source: how messages name the list; its first rule is line 1.
+        Repeated rules add up; each left side is normalised to 1; rules of probability 0 are dropped. A binary rule has no
+        word. The probabilities are in [0, 1] and sum to 1 per left side, within 0.01. Unary rules form no cycle, and every
+        nonterminal derives a sentence. Messages name the list `source`; its first rule is line 1.
 
         >>> grammar = Grammar.from_rules([("S", ("A", "A"), 1.0), ("A", ("a",), 0.5), ("A", ("b",), 0.5)])
         >>> grammar.names, grammar.words, grammar.emission[1].tolist(), int(grammar.longest[0])
@@ -144,36 +213,26 @@ class Grammar:
         """
         for number, (left, right, _) in enumerate(rules, 1):
             if len(right) not in (1, 2):
-                place = f"{source}:{number}"
-                raise InputError(f"{place}: {len(right)} symbols on the right of {shown(left)}; a rule has one or two")
+                wrong = f"{len(right)} symbols on the right of {shown(left)}"
+                raise InputError(f"{source}:{number}: {wrong}; a rule has one or two")
         collector = RuleCollector(source)
-        collector.extend(
-            [left for left, _, _ in rules],
-            [right[0] for _, right, _ in rules],
-            [right[1] if len(right) == 2 else None for _, right, _ in rules],
-            [probability for _, _, probability in rules],
-            list(range(1, len(rules) + 1)),
-        )
+        rows = enumerate(rules, 1)
+        collector.extend([(a, b, c[0] if c else None, probability, line) for line, (a, (b, *c), probability) in rows])
         return cls(collector.collected())
+
+    def rules(self) -> Iterator[tuple[int, tuple[str, ...], float, bool]]:
+        """Left side, names on the right side, probability, and whether they are a word: unary rules, binary ones, words."""
+        for sides, probabilities in ((self.unary, self.unary_probability), (self.binary, self.binary_probability)):
+            for (left, *children), probability in zip(sides.tolist(), probabilities.tolist(), strict=True):
+                yield left, tuple([self.names[child] for child in children]), probability, False
+        lefts, words = np.nonzero(self.emission)
+        for left, word, probability in zip(lefts.tolist(), words.tolist(), self.emission[lefts, words].tolist(), strict=True):
+            yield left, (self.words[word],), probability, True
 
     @functools.cached_property
     def sha256(self) -> str:
-        names = self.names
-        lines = [
-            f"{names[a]} {names[b]} {names[c]} {probability!r}"
-            for (a, b, c), probability in zip(self.binary.tolist(), self.binary_probability.tolist(), strict=True)
-        ]
-        lines += [
-            f"{names[a]} {names[b]} {probability!r}"
-            for (a, b), probability in zip(self.unary.tolist(), self.unary_probability.tolist(), strict=True)
-        ]
-        for name, row in zip(names, self.emission, strict=True):
-            emitted = np.flatnonzero(row)
-            lines += [
-                f"{name} {self.words[word]} {probability!r}"
-                for word, probability in zip(emitted.tolist(), row[emitted].tolist(), strict=True)
-            ]
-        return hashlib.sha256("\n".join([names[0], *sorted(lines)]).encode()).hexdigest()
+        lines = [" ".join([self.names[left], *right, repr(probability)]) for left, right, probability, _ in self.rules()]
+        return hashlib.sha256("\n".join([self.names[0], *sorted(lines)]).encode()).hexdigest()
 
     def listed(self, mask: np.ndarray) -> str:
         """The first ten of some nonterminals, `mask` (N,) bool, for a message."""
@@ -186,31 +245,20 @@ class Grammar:
         # nltk takes a second to import, which only its users should pay.
         from nltk.grammar import PCFG, Nonterminal, ProbabilisticProduction
 
-        symbols = [Nonterminal(name) for name in self.names]
-        right_sides: list[list] = [[] for _ in self.names]
-        for (left, child), probability in zip(self.unary, self.unary_probability, strict=True):
-            right_sides[left].append(((symbols[child],), probability))
-        for (left, *children), probability in zip(self.binary, self.binary_probability, strict=True):
-            right_sides[left].append((tuple(symbols[child] for child in children), probability))
-        for left, word in np.argwhere(self.emission > 0):
-            right_sides[left].append(((self.words[word],), self.emission[left, word]))
+        symbols = {name: Nonterminal(name) for name in self.names}
         productions = [
-            ProbabilisticProduction(symbols[left], right, prob=float(probability))
-            for left, sides in enumerate(right_sides)
-            for right, probability in sides
+            ProbabilisticProduction(
+                symbols[self.names[left]], right if is_word else tuple(symbols[name] for name in right), prob=probability
+            )
+            for left, right, probability, is_word in sorted(self.rules(), key=operator.itemgetter(0))
         ]
-        return PCFG(symbols[0], productions)
+        return PCFG(symbols[self.names[0]], productions)
 
     def encode(self, texts: list[str], source: str) -> tuple[np.ndarray, np.ndarray]:
-        """Word indices of sentences.
-
-        Args:
-            texts: n sentences, words separated by spaces; an empty one or an unknown word is refused.
-            source: their file, for messages.
+        """Word indices of n sentences, words separated by spaces; `source` is their file, for messages.
 
         Returns:
-            tokens (n, T) int32, indices into `words`, -1 beyond the end of a sentence; T is the longest length.
-            lengths (n,) int32, words.
+            tokens (n, T) int32, indices into `words`, -1 beyond the end of a sentence; lengths (n,) int32, words.
 
         >>> grammar = Grammar.from_rules([("S", ("S", "S"), 0.3), ("S", ("a",), 0.3), ("S", ("b",), 0.4)])
         >>> grammar.encode(["b a", "a"], "text")[0].tolist()
@@ -223,22 +271,16 @@ class Grammar:
 def _refuse_words_in_binary_rules(rules: WeightedRules, sides: np.ndarray) -> None:
     """`sides`, (R, 3): the nonterminals of the rules, -1 for a word or no symbol."""
     for rule in np.flatnonzero((rules.second >= 0) & (sides < 0).any(axis=1))[:1]:
-        word = rules.symbols[(rules.first if sides[rule, 1] < 0 else rules.second)[rule]]
-        raise InputError(
-            f"{rules.place(rule)}: {shown(word)} in a binary rule is a word (it is no left side); "
-            "give the word a nonterminal of its own"
-        )
+        word = shown(rules.symbols[(rules.first if sides[rule, 1] < 0 else rules.second)[rule]])
+        wrong = f"{word} in a binary rule is a word (it is no left side)"
+        raise InputError(f"{rules.place(rule)}: {wrong}; give the word a nonterminal of its own")
 
 
 def _merged(rules: WeightedRules, left: np.ndarray, first_rule: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rules with repetitions added up, zeros dropped and left sides normalised. fsum: the order does not matter.
 
-    Args:
-        left: (R,), the number of each rule's left side.
-        first_rule: (N,), the first rule of each left side.
-
-    Returns:
-        origin (K,) ascending, the first of the rules behind each merged rule; probability (K,) float64.
+    `left`, (R,), has the number of each rule's left side, and `first_rule`, (N,), the first rule of each left side. Returns
+    origin (K,) ascending, the first of the rules behind each merged rule, and probability (K,) float64.
     """
     order = np.lexsort((rules.second, rules.first, left))
     keys = np.column_stack([left, rules.first, rules.second])[order]
@@ -247,11 +289,8 @@ def _merged(rules: WeightedRules, left: np.ndarray, first_rule: np.ndarray) -> t
     values = probability.tolist()
     sums = np.array([math.fsum(values[start:end]) for start, end in zip(starts[:-1], starts[1:], strict=True)])  # (N,)
     for symbol in np.flatnonzero(np.abs(sums - 1.0) > SUM_TOLERANCE)[:1]:
-        name = shown(rules.symbols[rules.left[first_rule[symbol]]])
-        raise InputError(
-            f"{rules.place(first_rule[symbol])}: the probabilities of {name} add up to {sums[symbol]:.6g}; "
-            "they must add up to 1 (within 0.01)"
-        )
+        wrong = f"the probabilities of {shown(rules.symbols[rules.left[first_rule[symbol]]])} add up to {sums[symbol]:.6g}"
+        raise InputError(f"{rules.place(first_rule[symbol])}: {wrong}; they must add up to 1 (within 0.01)")
     new = np.append(True, (keys[1:] != keys[:-1]).any(axis=1))
     starts = np.append(np.flatnonzero(new), len(keys))
     merged = probability[new]
@@ -262,6 +301,184 @@ def _merged(rules: WeightedRules, left: np.ndarray, first_rule: np.ndarray) -> t
     by_file = np.argsort(origin)
     by_file = by_file[merged[by_file] > 0.0]
     return origin[by_file], merged[by_file]
+
+
+def parse_probabilities(texts: list[str], source: str, lines: list[int]) -> list[float]:
+    """The numbers in `texts`, of `lines`; Python's underscores and digits of other scripts are no numbers here."""
+    together = "".join(texts)
+    if together.isascii() and "_" not in together:
+        # The usual case, at the speed of `map`; the loop below finds the error.
+        with contextlib.suppress(ValueError):
+            return list(map(float, texts))
+    numbers = []
+    for text, line in zip(texts, lines, strict=True):
+        try:
+            numbers.append(float(text if text.isascii() and "_" not in text else "no number"))
+        except ValueError:
+            raise InputError(f"{source}:{line}: probability {shown(text)} is not a number") from None
+    return numbers
+
+
+def parse_grammar(text: str, source: str) -> WeightedRules:
+    """The rules of a text in nltk's PCFG format if a line that is no comment has `->`, else in the rules format."""
+    control = CONTROL_CHARACTER.search(text)
+    if control:
+        line = text.count("\n", 0, control.start()) + 1
+        raise InputError(f"{source}:{line}: the control character {control[0]!r}; a grammar is plain text in UTF-8")
+    lines = text.split("\n")
+    if "->" in text and any("->" in line for line in lines if not line.lstrip().startswith("#")):
+        return parse_nltk(lines, source)
+    return parse_rules(lines, source)
+
+
+def parse_rules(lines: list[str], source: str) -> WeightedRules:
+    """The rules of lines in the rules format: `LHS RHS prob` or `LHS RHS1 RHS2 prob` per line, `#` opens a comment line.
+
+    >>> rules = parse_rules(["# toy", "S A A 1.0", "A word 1.0"], "toy.txt")
+    >>> rules.symbols, rules.left.tolist(), rules.second.tolist(), rules.place(1)
+    (['S', 'A', 'word'], [0, 1], [1, -1], 'toy.txt:3')
+    """
+    collector = RuleCollector(source)
+    for begin in range(0, len(lines), LINES_PER_BLOCK):
+        block = lines[begin : begin + LINES_PER_BLOCK]
+        if not any(map(str.strip, block)):
+            continue
+        fields = [line.split() for line in block]
+        numbers = [begin + row for row, line in enumerate(fields, 1) if line and line[0][0] != "#"]
+        fields = [line for line in fields if line and line[0][0] != "#"]
+        for line, number in zip(fields, numbers, strict=True):
+            if len(line) not in (3, 4):
+                wrong = f"{len(line):,} fields in {shown(lines[number - 1].strip())}"
+                raise InputError(f"{source}:{number}: {wrong}; a rule is `LHS RHS prob` or `LHS RHS1 RHS2 prob`")
+        probabilities = parse_probabilities([line[-1] for line in fields], source, numbers)
+        seconds = (line[2] if len(line) == 4 else None for line in fields)
+        columns = zip(fields, seconds, probabilities, numbers, strict=True)
+        collector.extend([(line[0], line[1], second, probability, number) for line, second, probability, number in columns])
+    return collector.collected()
+
+
+def parse_nltk(lines: list[str], source: str) -> WeightedRules:
+    """The rules of lines in nltk's PCFG format (`S -> NP VP [0.6] | 'word' [0.4]`), binarised; the start's rules first.
+
+    Binarising is done here, as nltk's own `CFG.binarize` forgets the probabilities and gives `A -> B C D` and `A -> B E F`
+    the same new symbol, which would change the language. A new symbol is named by the symbols it stands for, so its one
+    rule has probability 1 and every sentence keeps its probability.
+    """
+    start = None
+    productions: list[_Production] = []
+    pending: list[str] = []
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not pending and (not line or line.startswith("#")):
+            continue
+        if line.endswith("\\"):
+            pending.append(line[:-1].rstrip() + " ")
+            continue
+        line = "".join([*pending, line])
+        pending = []
+        if line.startswith("%"):
+            directive = START.fullmatch(line)
+            if not directive:
+                raise InputError(f"{source}:{number}: {shown(line)} is no directive of nltk's format; it has `%start S` alone")
+            start = directive[1]
+        else:
+            productions += _productions(line, source, number)
+    if pending:
+        raise InputError(f"{source}:{len(lines)}: the file ends in a line that is to go on; remove its last \\, or complete it")
+    if start is not None and not any(production.left == start for production in productions):
+        raise InputError(f"{source}: the start symbol {shown(start)} has no rule")
+    if start is not None:
+        productions.sort(key=lambda production: production.left != start)
+    return _binarised(productions, source)
+
+
+class _Production(NamedTuple):
+    """One alternative of a line in nltk's format."""
+
+    left: str
+    right: list[tuple[str, bool]]  # names, and whether each is a word
+    probability: float
+    line: int
+
+
+def _productions(line: str, source: str, number: int) -> list[_Production]:
+    """The alternatives of one line, read as nltk does: the last number of an alternative is its probability, 0 without."""
+    place = f"{source}:{number}"
+    left = NONTERMINAL.match(line)
+    arrow = left and ARROW.match(line, left.end())
+    if not left or not arrow:
+        raise InputError(f"{place}: {shown(line)} is no rule; a rule is like `S -> NP VP [0.6] | 'word' [0.4]`")
+    right_sides: list[list[tuple[str, bool]]] = [[]]
+    probabilities = ["0"]
+    position = arrow.end()
+    while position < len(line):
+        part = RIGHT_SIDE.match(line, position)
+        if not part:
+            expected = "there should be a symbol, a word in quotes, a number in brackets or |"
+            raise InputError(f"{place}: can't read {shown(line[position:])}; {expected}")
+        position = part.end()
+        if part["bar"]:
+            right_sides.append([])
+            probabilities.append("0")
+        elif part["probability"] is not None:
+            probabilities[-1] = part["probability"]
+        elif part["symbol"]:
+            right_sides[-1].append((part["symbol"], False))
+        else:
+            right_sides[-1].append((part["word"][1:-1], True))
+    numbers = parse_probabilities(probabilities, source, [number] * len(probabilities))
+    productions = [_Production(left[1], right, value, number) for right, value in zip(right_sides, numbers, strict=True)]
+    for right in right_sides:
+        if not right:
+            raise InputError(f"{place}: a right side of {shown(line)} is empty, which is not supported")
+        if len(right) > MAX_RIGHT_SIDE:
+            raise InputError(f"{place}: {len(right):,} symbols on the right of a rule; {MAX_RIGHT_SIDE} are the most")
+        for name, is_word in right:
+            if is_word and len(name.split()) != 1:
+                raise InputError(f"{place}: the word {shown(name)}; a word has no spaces and is not empty")
+    return productions
+
+
+def _binarised(productions: list[_Production], source: str) -> WeightedRules:
+    """Rules of at most two symbols: those of the productions, then those, of probability 1, of the symbols they introduce.
+
+    A word in a longer rule gets the symbol `word:...`, the symbols after the first get their names joined by `+`; neither
+    `:` nor `+` can be in the name of a nonterminal in nltk's format.
+    """
+    rules: list[RuleLine] = []
+    introduced: dict[str, RuleLine] = {}
+    for left, right, probability, line in productions:
+        if len(right) == 1:
+            rules.append((left, right[0][0], None, probability, line))
+            continue
+        names = [f"word:{name}" if is_word else name for name, is_word in right]
+        pairs = [(left, names[0], "+".join(names[1:]))]
+        pairs += [("+".join(names[i:]), names[i], "+".join(names[i + 1 :])) for i in range(1, len(names) - 1)]
+        rules.append((*pairs[0], probability, line))
+        for pair in pairs[1:]:
+            introduced.setdefault(pair[0], (*pair, 1.0, line))
+        for name, (word, is_word) in zip(names, right, strict=True):
+            if is_word:
+                introduced.setdefault(name, (name, word, None, 1.0, line))
+    rules += introduced.values()
+
+    lefts = {left for left, *_ in rules}
+    for production in productions:
+        for name, is_word in production.right:
+            if is_word and name in lefts:
+                raise InputError(f"{source}:{production.line}: {shown(name)} is a word and a nonterminal; rename one of them")
+            if not is_word and name not in lefts:
+                raise InputError(f"{source}:{production.line}: {shown(name)} has no rule; a word would stand in quotes")
+    collector = RuleCollector(source)
+    collector.extend(rules)
+    return collector.collected()
+
+
+def write_rules(path: Path | str, rules: list[WeightedRule], header: list[str]) -> None:
+    """Write a rules file with `header` as comment lines, atomically."""
+    with atomic_open(path) as file:
+        file.writelines(f"# {line}\n" for line in header)
+        file.writelines(f"{left} {' '.join(right)} {probability:.9g}\n" for left, right, probability in rules)
 
 
 def find_rules(name: Path | str) -> Path:

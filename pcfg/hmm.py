@@ -31,9 +31,8 @@ import numpy.typing as npt
 from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError, keyed_rng
 from pcfg.common.text import shown
-from pcfg.grammar import Grammar
-from pcfg.grammar_io import WeightedRule, as_written, write_rules
-from pcfg.random_grammar import check_concentrations, command_line, dirichlet, read_words
+from pcfg.grammar import Grammar, WeightedRule
+from pcfg.random_grammar import add_words_file, check_concentrations, dirichlet, read_words, save_grammar
 
 LENGTH_LAWS = ("geometric", "fixed")
 START = "S"
@@ -80,17 +79,36 @@ def hmm_rules(
     if (end is None) == (length is None):
         raise InputError("give one of `end` and `length`")
     ends = _chances_of_ending(end, length, number)
-    state_names = [f"q{state}" for state in range(number)] if states is None else list(states)
-    word_names = [f"w{word}" for word in range(emitted.shape[1])] if words is None else list(words)
-    if (len(state_names), len(word_names)) != emitted.shape:
-        sizes = f"{len(state_names)} names of states and {len(word_names)} words"
-        raise InputError(f"{sizes} for emissions of shape {emitted.shape}")
-    names = [state_names]
+    states = [f"q{state}" for state in range(number)] if states is None else list(states)
+    words = [f"w{word}" for word in range(emitted.shape[1])] if words is None else list(words)
+    if (len(states), len(words)) != emitted.shape:
+        raise InputError(f"{len(states)} names of states and {len(words)} words for emissions of shape {emitted.shape}")
+    # by position; with one position, the rules lead back to it
+    names = [states]
     if length is not None:
-        names = [[f"{state}@{position}" for state in state_names] for position in range(1, len(ends) + 1)]
-    emitters = [f"W_{state}" for state in state_names]
-    _check_names(state_names, word_names, [START, *itertools.chain(*names), *emitters, *word_names])
-    return _rules(first, following, emitted, ends, names, emitters, word_names)
+        names = [[f"{state}@{position}" for state in states] for position in range(1, len(ends) + 1)]
+    emitters = [f"W_{state}" for state in states]
+    _check_names(states, words, [START, *itertools.chain(*names), *emitters, *words])
+
+    rules: list[WeightedRule] = [(START, (names[0][state],), float(first[state])) for state in np.flatnonzero(first)]
+    reached = first > 0
+    position = 0
+    done = np.zeros((len(names), number), dtype=bool)
+    while reached.any():
+        next_position = min(position + 1, len(names) - 1)
+        going_on = (1.0 - ends[position])[:, None] * following  # (K, K)
+        for state in np.flatnonzero(reached):
+            left = names[position][state]
+            for other in np.flatnonzero(going_on[state]):
+                rules.append((left, (emitters[state], names[next_position][other]), float(going_on[state, other])))
+            if ends[position, state] > 0:
+                rules.append((left, (emitters[state],), float(ends[position, state])))
+        done[position] |= reached
+        reached = (going_on[reached] > 0).any(axis=0) & ~done[next_position]
+        position = next_position
+    for state in np.flatnonzero(done.any(axis=0)):
+        rules += [(emitters[state], (words[word],), float(emitted[state, word])) for word in np.flatnonzero(emitted[state])]
+    return rules
 
 
 def _chances_of_ending(end: float | np.ndarray | None, length: npt.ArrayLike | None, number: int) -> np.ndarray:
@@ -107,39 +125,6 @@ def _chances_of_ending(end: float | np.ndarray | None, length: npt.ArrayLike | N
     return np.broadcast_to((lengths / np.cumsum(lengths[::-1])[::-1])[:, None], (len(lengths), number))
 
 
-def _rules(
-    initial: np.ndarray,
-    transition: np.ndarray,
-    emission: np.ndarray,
-    ends: np.ndarray,
-    names: list[list[str]],
-    emitters: list[str],
-    words: list[str],
-) -> list[WeightedRule]:
-    """`ends` (positions, K) and `names`, by position; with one position, the rules lead back to it."""
-    rules: list[WeightedRule] = [(START, (names[0][state],), float(initial[state])) for state in np.flatnonzero(initial)]
-    reached = initial > 0
-    emits = np.zeros(len(emitters), dtype=bool)
-    position = 0
-    done = np.zeros((len(names), len(emitters)), dtype=bool)
-    while reached.any():
-        following = min(position + 1, len(names) - 1)
-        going_on = (1.0 - ends[position])[:, None] * transition  # (K, K)
-        for state in np.flatnonzero(reached):
-            left = names[position][state]
-            for other in np.flatnonzero(going_on[state]):
-                rules.append((left, (emitters[state], names[following][other]), float(going_on[state, other])))
-            if ends[position, state] > 0:
-                rules.append((left, (emitters[state],), float(ends[position, state])))
-        emits |= reached
-        done[position] |= reached
-        reached = (going_on[reached] > 0).any(axis=0) & ~done[following]
-        position = following
-    for state in np.flatnonzero(emits):
-        rules += [(emitters[state], (words[word],), float(emission[state, word])) for word in np.flatnonzero(emission[state])]
-    return rules
-
-
 def hmm_grammar(initial: npt.ArrayLike, transition: npt.ArrayLike, emission: npt.ArrayLike, **options: Any) -> Grammar:
     """The grammar of a hidden Markov model; the arguments are those of `hmm_rules`.
 
@@ -152,10 +137,8 @@ def hmm_grammar(initial: npt.ArrayLike, transition: npt.ArrayLike, emission: npt
 def _check_distributions(what: str, rows: np.ndarray) -> None:
     wrong = ~((rows >= 0).all(axis=1) & (np.abs(rows.sum(axis=1) - 1.0) <= ROW_TOLERANCE))
     for row in np.flatnonzero(wrong)[:1]:
-        raise InputError(
-            f"{what}, row {row}: probabilities from {rows[row].min(initial=1.0):.6g} on that add up to {rows[row].sum():.9g}; "
-            "they must not be negative, and add up to 1"
-        )
+        sizes = f"probabilities from {rows[row].min(initial=1.0):.6g} on that add up to {rows[row].sum():.9g}"
+        raise InputError(f"{what}, row {row}: {sizes}; they must not be negative, and add up to 1")
 
 
 def _check_names(states: list[str], words: list[str], symbols: list[str]) -> None:
@@ -176,17 +159,12 @@ def build_parser() -> argparse.ArgumentParser:
     shape = parser.add_argument_group("shape")
     shape.add_argument("--states", type=positive_int, default=100, help="hidden states; default 100")
     shape.add_argument("--words", type=positive_int, default=200, help="words; default 200")
-    shape.add_argument(
-        "--words-file",
-        help="vocabulary file, one word per line; lines of two or more letters a-z are used; default: words w0, w1, ...",
-    )
+    add_words_file(shape, None, "words w0, w1, ...")
     lengths = parser.add_argument_group("lengths")
     lengths.add_argument("--length-law", choices=LENGTH_LAWS, required=True, help="see above")
     lengths.add_argument("--mean-length", type=float, help="words, of the geometric law; required with it")
-    lengths.add_argument(
-        "--max-words", type=positive_int, help="words of the longest sentence, of the fixed law; required with it"
-    )
-    lengths.add_argument("--min-words", type=positive_int, help="words of the shortest sentence, of the fixed law; default 1")
+    lengths.add_argument("--max-words", type=positive_int, help="longest sentence of the fixed law, in words; required with it")
+    lengths.add_argument("--min-words", type=positive_int, help="shortest sentence of the fixed law, in words; default 1")
     chances = parser.add_argument_group("probabilities (concentrations of Dirichlet distributions)")
     chances.add_argument("--transition-concentration", type=float, default=0.1, help="of next and of first states; default 0.1")
     chances.add_argument("--emission-concentration", type=float, default=0.1, help="of words; default 0.1")
@@ -231,11 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     initial = dirichlet(rng, options.states, options.transition_concentration)
     transition = [dirichlet(rng, options.states, options.transition_concentration) for _ in range(options.states)]
     emission = [dirichlet(rng, options.words, options.emission_concentration) for _ in range(options.states)]
-    rules = as_written(hmm_rules(initial, transition, emission, words=words, **law))
-    grammar = Grammar.from_rules(rules, options.save_path)
-    facts = f"{len(grammar.names)} nonterminals, {len(grammar.words)} words, {len(rules)} rules; sha256 {grammar.sha256}"
-    write_rules(options.save_path, rules, [command_line("pcfg.hmm", options), facts])
-    print(f"{options.save_path}: {facts}")
+    save_grammar("pcfg.hmm", options, hmm_rules(initial, transition, emission, words=words, **law))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ class Labeller:
     """The labels of one task.
 
     Args:
-        grammar: the grammar of the sentences.
         task: "A", "B", "C" or "state".
         span: words from the sentence's beginning, for B and C; None: 4 and 2.
         rule: "likelihood" or "posterior"; None: the posterior for states, else the likelihood.
@@ -47,8 +46,7 @@ class Labeller:
     Attributes:
         names: the nonterminal, or the state, that each label id stands for.
         task: the argument, followed by the position of a state ("state6").
-        span, rule, position: the arguments, or what None means; `span` is None for labels of the whole sentence and of states.
-        min_words: words of the shortest sentence that can have a label.
+        span, rule: the arguments, or what None means; `span` is None for labels of the whole sentence and of states.
     """
 
     def __init__(
@@ -65,25 +63,19 @@ class Labeller:
         self.task = task if position is None else f"{task}{position}"
         self.span = TASK_SPANS[task] if span is None and task in TASK_SPANS else span
         self.rule = rule or ("posterior" if task == STATE_TASK else "likelihood")
-        self.position = position
         self._cell = (0, self.span)
         if position is not None:
             self._symbols, self._ids, self.names = hidden_states(grammar, position)
             self._cell = (position - 1, None)
         else:
-            self._symbols = _start_children(grammar) if task == "A" else _by_name(grammar)
+            by_name = sorted(range(len(grammar.names)), key=grammar.names.__getitem__)
+            self._symbols = _start_children(grammar) if task == "A" else np.array(by_name)
             self._ids = np.arange(len(self._symbols))
             self.names = [grammar.names[symbol] for symbol in self._symbols]
-        self.min_words = position or self.span or 1
         self._chart = Chart(grammar)
 
     def label(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Label ids of sentences, (n,) int64; -1 where no candidate derives the span (or the sentence is shorter).
-
-        Args:
-            tokens: (n, T) indices into `grammar.words`, anything beyond a sentence's end.
-            lengths: (n,) words.
-        """
+        """Label ids of sentences, as `Chart` takes them: (n,) int64, -1 where nothing derives the span or it is too long."""
         best = self._chart.labels(tokens, lengths, self._symbols, self._cell, self.rule)
         return np.where(best < 0, -1, self._ids[best])
 
@@ -98,10 +90,6 @@ def _start_children(grammar: Grammar) -> np.ndarray:
     return children
 
 
-def _by_name(grammar: Grammar) -> np.ndarray:
-    return np.array(sorted(range(len(grammar.names)), key=grammar.names.__getitem__))
-
-
 def hidden_states(grammar: Grammar, position: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """The nonterminals that stand for the state at a position, from 1, of a hidden Markov model (`pcfg.hmm.hmm_rules`).
 
@@ -110,8 +98,7 @@ def hidden_states(grammar: Grammar, position: int) -> tuple[np.ndarray, np.ndarr
         positions, without the positions that nonterminals carry.
     """
     emits = np.any(grammar.emission > 0, axis=1)
-    start = np.zeros(len(grammar.names), dtype=bool)
-    start[0] = True
+    start = np.arange(len(emits)) == 0
     state = ~emits & ~start
     left, first, second = grammar.binary.T
     parent, child = grammar.unary.T
@@ -139,25 +126,18 @@ def hidden_states(grammar: Grammar, position: int) -> tuple[np.ndarray, np.ndarr
         if (carried[second] == carried[left] + 1).all() and (carried[child[~to_words]] == 1).all():
             names = [name for name, _ in parts]
             at = carried
-    distinct = list(dict.fromkeys(names))
-    number_of = {name: number for number, name in enumerate(distinct)}
-    ids = np.array([number_of[name] for name in names])
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(names))}
     here = at[states] == position
-    return states[here], ids[here], distinct
+    return states[here], np.array([number_of[name] for name in names])[here], list(number_of)
 
 
 class LabelledRows(NamedTuple):
-    """The rows of a split.
+    """The rows of a split."""
 
-    `blocks` have their text in UTF-8, one sentence per line: one Python string per row would be twice the memory.
-    `labels`: (n,) int64; `distinct`: distinct sentences among the rows (by a hash of 64 bits); `dropped`: sentences that
-    were drawn and left out because nothing derives their span.
-    """
-
-    blocks: list[bytes]
-    labels: np.ndarray
-    distinct: int
-    dropped: int
+    blocks: list[bytes]  # text in UTF-8, one sentence per line: one Python string per row would be twice the memory
+    labels: np.ndarray  # (n,) int64
+    distinct: int  # distinct sentences among the rows (by a hash of 64 bits)
+    dropped: int  # sentences that were drawn and left out because nothing derives their span
 
     def texts(self) -> Iterator[str]:
         """The sentences, in the order of `labels`."""
@@ -173,8 +153,7 @@ class LabelledSentences:
     stream of its own.
 
     Args:
-        sampler: the source of sentences.
-        labeller: of the same grammar.
+        sampler, labeller: of the same grammar.
         numbers: rows of "training" and of "validation"; a sentence is validation with probability
             validation / (training + validation).
         seed: of the streams and of the hash.
@@ -187,8 +166,8 @@ class LabelledSentences:
         self._numbers = numbers
         self._seed = seed
         self._min_words = min_words
-        digests = [hashlib.sha256(f"{seed} {word}".encode()).digest()[:8] for word in sampler.words]
-        self._word_key = np.array([int.from_bytes(digest, "big") for digest in digests], dtype=np.uint64)  # (V,)
+        digests = b"".join(hashlib.sha256(f"{seed} {word}".encode()).digest()[:8] for word in sampler.words)
+        self._word_key = np.frombuffer(digests, ">u8").astype(np.uint64)  # (V,)
         self._validation_below = np.uint64(int(numbers["validation"] / sum(numbers.values()) * 2.0**64))
 
     def hashes(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -230,10 +209,8 @@ class LabelledSentences:
             # Sentences after the last row are not counted: they were not dropped for want of a label.
             dropped += int((labelled[-1] + 1 if rows == number else len(ids)) - len(labelled))
             if dropped > rows and (dropped >= 1000 or rows == number):
-                raise InputError(
-                    f"--span: no nonterminal derives the first {self._labeller.span} words of {dropped} of "
-                    f"{dropped + rows} sentences; give a span that suits the grammar"
-                )
+                words = f"the first {self._labeller.span} words of {dropped} of {dropped + rows} sentences"
+                raise InputError(f"--span: no nonterminal derives {words}; give a span that suits the grammar")
             if drawn > limit and rows < number:
                 raise InputError(
                     f"{split}: {rows} rows of {number} after {drawn} sentences were drawn: the grammar has not enough distinct "
@@ -254,9 +231,8 @@ def grammar_facts(grammar: Grammar, sentences: int) -> list[str]:
     unigram = counts[counts > 0] / counts.sum()
     long_enough = lengths >= TASK_WORDS
     lines = [
-        "entropy: {:.3f} +- {:.3f} nats (pairs), {:.3f} +- {:.3f} nats (sentences)".format(
-            *mean_by_pairs(entropy, lengths), *mean_by_sentences(entropy, lengths)
-        ),
+        "entropy: {:.3f} +- {:.3f} nats (pairs), ".format(*mean_by_pairs(entropy, lengths))
+        + "{:.3f} +- {:.3f} nats (sentences)".format(*mean_by_sentences(entropy, lengths)),
         f"unigram entropy: {-(unigram * np.log(unigram)).sum():.3f} nats",
         f"words a sentence: {lengths.min()} to {lengths.max()}, mean {lengths.mean():.2f}; "
         f"{np.mean(long_enough):.1%} have {TASK_WORDS} or more",

@@ -53,7 +53,7 @@ FORMAT = 2  # of all positions
 FORMAT_CHOSEN = 3  # of some
 DTYPES = ("float32", "float16", "none")
 MAKERS = "python -m pcfg.lookup (of a language model's text: pretraining.sources.opt.lookup)"
-# Numbers in a block of conditionals while a table is computed: 16 MiB of float32, small enough for its memory to be used again.
+# Numbers in a block of a dataset: 16 MiB of float32, small enough for its memory to be used again.
 BLOCK_ELEMENTS = 1 << 22
 # Maximum number of sentences of a block, where distributions do not bound it.
 BLOCK_SENTENCES = 1 << 15
@@ -110,9 +110,8 @@ class TableOrigin:
         elif table.stored != self.stored:
             difference = f"made with {'--entropy-only' if table.stored == 'none' else f'--dtype {table.stored}'}"
         elif table.chosen != self.chosen or self.sentences not in (None, table.sentences):
-            difference = (
-                f"made with other sentences or positions ({table.sentences:,} sentences, {table.positions:,} positions)"
-            )
+            sizes = f"{table.sentences:,} sentences, {table.positions:,} positions"
+            difference = f"made with other sentences or positions ({sizes})"
         if difference is not None:
             raise InputError(f"{path}: {difference}; give another --save-path, or --overwrite to replace it")
         return True
@@ -161,8 +160,7 @@ def _check_file(file: h5py.File, path: Path) -> None:
 
 
 def _blocks_of(dataset: h5py.Dataset) -> Iterator[np.ndarray]:
-    step = 1 << 22
-    return (dataset[first : first + step] for first in range(0, len(dataset), step))
+    return (dataset[first : first + BLOCK_ELEMENTS] for first in range(0, len(dataset), BLOCK_ELEMENTS))
 
 
 def _positions_fit(file: h5py.File) -> bool:
@@ -177,20 +175,16 @@ def _positions_fit(file: h5py.File) -> bool:
 class LookupTable:
     """A lookup table, in a file (`open`, which reads each array at its first use) or in memory (`compute`).
 
+    The arrays are those of the file, see above, with integers as int64 and entropies as float64.
+
     Attributes:
-        words: what the V columns stand for.
         sentences, positions: n and M.
-        lengths: (n,) int64, words of each sentence.
-        counts: (n,) int64, positions of each sentence that the table has: all, or the chosen ones.
+        counts: positions of each sentence that the table has: all, or the chosen ones.
         places: (M,) int64, position of each row in its sentence, from 0.
         chosen: how the positions were chosen, {"positions_per_sentence", "seed"}; None in a table of all.
         offsets: (n + 1,) int64: the rows of sentence s are offsets[s] .. offsets[s + 1].
-        true_words: (M,) int32, column of the word at each position.
-        entropy: (M,) float64, entropy of the conditional, nats.
-        log_true: (M,) float64, log P(x_t | x_-t), nats.
         stored: how the conditionals are stored, "float32", "float16" or "none".
         text_sha256: of the file the text was read from; empty if it came from none.
-        grammar_sha256: of the grammar, or of the restricted language model.
     """
 
     def __init__(self, arrays: Any, words: list[str], source: str, text_sha256: str, grammar_sha256: str):
@@ -242,9 +236,9 @@ class LookupTable:
             block = slice(first, first + BLOCK_SENTENCES)
             lengths = self._arrays["lengths"][block]
             counts = lengths if self.chosen is None else self._arrays["counts"][block]
-            last = row + int(counts.sum(dtype=np.int64))
-            means.add(self._arrays["entropy"][row:last], counts, lengths)
-            row = last
+            entropy = self._arrays["entropy"][row : row + int(counts.sum(dtype=np.int64))]
+            means.add(entropy, counts, lengths)
+            row += len(entropy)
         return means
 
     @classmethod
@@ -288,29 +282,24 @@ class LookupTable:
         """Refuse a text file that the table was not made from."""
         text_sha256 = sha256(datafile)
         if text_sha256 != self.text_sha256:
+            other = f"made from another text (sha256 {self.text_sha256[:12] or 'none'})"
             raise InputError(
-                f"{self.source}: this lookup table was made from another text (sha256 {self.text_sha256[:12] or 'none'}) "
-                f"than {datafile} (sha256 {text_sha256[:12]}); make its own with "
+                f"{self.source}: this lookup table was {other} than {datafile} (sha256 {text_sha256[:12]}); make its own with "
                 f"{MAKERS} --datafile {datafile} --save-path LOOKUP"
             )
 
     def check_positions(self) -> None:
         """Refuse a table that has some positions of its sentences only."""
         if self.chosen is not None:
-            number = self.chosen["positions_per_sentence"]
-            raise InputError(
-                f"{self.source}: has only some positions of each sentence, but all are needed here; make it again without "
-                f"--positions-per-sentence {number}"
-            )
+            advice = f"make it again without --positions-per-sentence {self.chosen['positions_per_sentence']}"
+            raise InputError(f"{self.source}: has only some positions of each sentence, but all are needed here; {advice}")
 
     def check_whole(self, sentences: int) -> None:
         """Refuse a table that lacks a position of the first `sentences` sentences of its text."""
         self.check_positions()
         if self.sentences < sentences:
-            raise InputError(
-                f"{self.source}: has the first {self.sentences} sentences of its text only, but {sentences} are needed here; "
-                "make it again with a larger --max-sentences, or take fewer"
-            )
+            part = f"has the first {self.sentences} sentences of its text only, but {sentences} are needed here"
+            raise InputError(f"{self.source}: {part}; make it again with a larger --max-sentences, or take fewer")
 
 
 def _encoded(grammar: Grammar, datafile: Path | str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -336,25 +325,16 @@ def _rows(
             for first in range(0, len(lengths), step):
                 block = tokens[first : first + step]
                 words = lengths[first : first + step]
-                rows = {}
-                if distributions:
-                    results = chart.conditionals_and_reductions(block, words, source, sentence)
-                    rows["conditionals"], entropy, log_true, _ = results
-                else:
-                    entropy, log_true, _ = chart.reductions(block, words, source, sentence)
+                results = chart.conditionals_and_reductions(block, words, source, sentence, distributions)
+                rows = {"entropy": results[1], "log_true": results[2], "lengths": words}
                 rows["true_words"] = block[np.arange(block.shape[1]) < words[:, None]]
-                rows |= {"entropy": entropy, "log_true": log_true, "lengths": words}
-                yield rows
+                yield rows | ({"conditionals": results[0]} if distributions else {})
                 sentence += len(words)
                 progress.update(len(words))
 
 
 def write_table(path: Path | str, grammar: Grammar, origin: TableOrigin) -> int:
-    """Compute the lookup table of a text and write it to `path`.
-
-    Returns:
-        The number of sentences that were repeated in float64: their probabilities are too small for float32.
-    """
+    """Compute and write the table of a text; returns how many sentences, too improbable for float32, were repeated."""
     sizes = [(len(lengths), len(flat)) for flat, lengths in _encoded(grammar, origin.datafile)]
     sentences, positions = map(sum, zip(*sizes, strict=True))
     chart = Chart(grammar)
@@ -377,14 +357,9 @@ def add_table_arguments(parser: argparse.ArgumentParser, source: argparse._Argum
     output = parser.add_argument_group("output")
     output.add_argument("--save-path", required=True, help="the HDF5 file to write")
     stored = output.add_mutually_exclusive_group()
-    stored.add_argument(
-        "--dtype", choices=DTYPES[:2], default="float32", help="of the stored conditionals (rounded last); default float32"
-    )
-    stored.add_argument(
-        "--entropy-only",
-        action="store_true",
-        help="store the entropy and log P of the true word of each position, and no distributions",
-    )
+    stored.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="of the stored conditionals; default float32")
+    reduced = "store the entropy and log P of the true word of each position, and no distributions"
+    stored.add_argument("--entropy-only", action="store_true", help=reduced)
     output.add_argument("--overwrite", action="store_true", help="replace a file made from something else; default: refuse")
 
 
@@ -403,11 +378,8 @@ def print_table(path: Path | str) -> None:
     print(f"{path}: {table.sentences} sentences, {table.positions} positions, {len(table.words)} words")
     if table.sentences > 1:
         means = table.mean_entropy()
-        print(
-            "conditional entropy in nats: {:.4f} +- {:.4f} (pairs), {:.4f} +- {:.4f} (sentences)".format(
-                *means.by_pairs(), *means.by_sentences()
-            )
-        )
+        values = "{:.4f} +- {:.4f} (pairs), {:.4f} +- {:.4f} (sentences)".format(*means.by_pairs(), *means.by_sentences())
+        print(f"conditional entropy in nats: {values}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -27,8 +27,7 @@ from pcfg.common.cli import Parser, non_negative_int, positive_int, probability,
 from pcfg.common.files import InputError, keyed_rng
 from pcfg.common.text import decoded
 from pcfg.engine.chart_plan import MAX_WORDS
-from pcfg.grammar import RULES_FOLDER, Grammar
-from pcfg.grammar_io import WeightedRule, as_written, write_rules
+from pcfg.grammar import RULES_FOLDER, Grammar, WeightedRule, write_rules
 
 # Below this a Dirichlet draw of low concentration is as good as no rule at all; symbols and words must stay in use.
 LEAST_PROBABILITY = 1e-6
@@ -95,10 +94,7 @@ def _check_shape(options: argparse.Namespace, vocabulary: list[str]) -> None:
 
 
 def read_words(path: Path | str) -> list[str]:
-    """The ordinary words of a vocabulary file, one a line: two or more letters a-z and nothing else.
-
-    So comments, special tokens, pieces (`##ing`), single letters and punctuation are left out.
-    """
+    """The words of two or more letters a-z in a vocabulary file, one per line; no comments, special tokens and pieces."""
     words = [word for line in decoded(Path(path)).split("\n") if re.fullmatch(r"[a-z]{2,}", word := line.strip())]
     if not words:
         raise InputError(f"{path}: no word of two or more letters a-z; give a vocabulary file with one word per line")
@@ -118,33 +114,47 @@ def check_concentrations(options: argparse.Namespace, flags: tuple[str, ...]) ->
             raise InputError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: must be above 0")
 
 
-def command_line(module: str, options: argparse.Namespace) -> str:
-    """The command in a file's header: `module` with all of its options."""
+def save_grammar(module: str, options: argparse.Namespace, rules: list[WeightedRule], fact_sentences: int = 0) -> None:
+    """Write the rules file of a command line, whose header has the command and facts, and print the facts.
+
+    Probabilities have nine digits: more would depend on how the machine's logarithm rounds.
+
+    Args:
+        fact_sentences: size of the sample for facts about the sentences; 0: no such facts.
+    """
+    rules = [(left, right, float(f"{share:.9g}")) for left, right, share in rules]
+    grammar = Grammar.from_rules(rules, options.save_path)
     flags = [(f"--{name.replace('_', '-')}", value) for name, value in vars(options).items() if value is not None]
-    return f"command: python -m {module} " + shlex.join(str(part) for flag in flags for part in flag)
+    header = [f"command: python -m {module} " + shlex.join(str(part) for flag in flags for part in flag)]
+    if fact_sentences:
+        # Drawing rules needs no chart; only the facts do.
+        from pcfg.labels import grammar_facts
+
+        header += grammar_facts(grammar, fact_sentences)
+    header.append(f"{len(grammar.names)} nonterminals, {len(grammar.words)} words, {len(rules)} rules; sha256 {grammar.sha256}")
+    write_rules(options.save_path, rules, header)
+    print(*header[1:-1], f"{options.save_path}: {header[-1]}", sep="\n")
+
+
+def add_words_file(parser: argparse._ActionsContainer, default: str | None, words: str) -> None:
+    """Add --words-file, whose default means `words`."""
+    text = f"vocabulary file, one word per line; lines of two or more letters a-z are used; default: {words}"
+    parser.add_argument("--words-file", default=default, help=text)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m pcfg.random_grammar", description=__doc__)
     shape = parser.add_argument_group("shape")
-    shape.add_argument(
-        "--levels", type=positive_int, default=4, help="levels of symbols; sentences have up to 2^levels words; default 4"
-    )
+    shape.add_argument("--levels", type=positive_int, default=4, help="levels; sentences have up to 2^levels words; default 4")
     shape.add_argument("--symbols", type=positive_int, default=10, help="symbols per level; default 10")
     shape.add_argument("--top-symbols", type=positive_int, default=9, help="S1..Sk below the start symbol; default 9")
     shape.add_argument("--rules", type=positive_int, default=20, help="binary rules per symbol; default 20")
     shape.add_argument("--early-word-chance", type=probability, default=1.0, help="chance of a rule to a word; default 1")
     shape.add_argument("--early-word-share", type=probability, default=0.1, help="its probability; default 0.1")
     words = parser.add_argument_group("words")
-    words.add_argument(
-        "--words-file",
-        default=str(RULES_FOLDER / "words.txt"),
-        help="vocabulary file, one word per line; lines of two or more letters a-z are used; default: 400 English words",
-    )
+    add_words_file(words, str(RULES_FOLDER / "words.txt"), "400 English words")
     words.add_argument("--words", type=positive_int, default=200, help="words of the grammar; default 200")
-    words.add_argument(
-        "--words-per-symbol", type=positive_int, default=100, help="words of a symbol of the last level; default 100"
-    )
+    words.add_argument("--words-per-symbol", type=positive_int, default=100, help="per symbol of the last level; default 100")
     chances = parser.add_argument_group("probabilities (concentrations of Dirichlet distributions)")
     chances.add_argument("--concentration", type=float, default=1.0, help="of binary rules; default 1")
     chances.add_argument("--top-concentration", type=float, default=5.0, help="of S1..Sk; default 5")
@@ -152,12 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
     chances.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     output = parser.add_argument_group("output")
     output.add_argument("--save-path", required=True, help="rules file to write; an existing one is replaced")
-    output.add_argument(
-        "--fact-sentences",
-        type=non_negative_int,
-        default=10_000,
-        help="sentences in the sample for the header's facts; 0: no facts; default 10000",
-    )
+    facts = "sentences in the sample for the header's facts; 0: no facts; default 10000"
+    output.add_argument("--fact-sentences", type=non_negative_int, default=10_000, help=facts)
     return parser
 
 
@@ -166,18 +172,8 @@ def main(arguments: list[str] | None = None) -> None:
     check_concentrations(options, ("concentration", "top_concentration", "word_concentration"))
     if not 0.0 < options.early_word_share < 1.0:
         raise InputError(f"--early-word-share {options.early_word_share}: must be above 0 and below 1")
-    rules = as_written(random_rules(options, read_words(options.words_file)))
-    grammar = Grammar.from_rules(rules, options.save_path)
-    header = [command_line("pcfg.random_grammar", options)]
-    if options.fact_sentences:
-        # Drawing rules needs no chart; only the facts do.
-        from pcfg.labels import grammar_facts
-
-        header += grammar_facts(grammar, options.fact_sentences)
-    header.append(f"{len(grammar.names)} nonterminals, {len(grammar.words)} words, {len(rules)} rules; sha256 {grammar.sha256}")
-    write_rules(options.save_path, rules, header)
-    print("\n".join(header[1:]))
-    print(f"{options.save_path}: {len(rules)} rules")
+    rules = random_rules(options, read_words(options.words_file))
+    save_grammar("pcfg.random_grammar", options, rules, options.fact_sentences)
 
 
 if __name__ == "__main__":

@@ -38,10 +38,6 @@ class Sampler:
     A grammar is refused if the expected length is infinite (the expected children of a recursive set of nonterminals have a
     spectral radius of 1 or more), or if less than 1e-4 of the sentences are short enough.
 
-    Args:
-        grammar: the grammar.
-        max_words: words, 1 or more.
-
     Attributes:
         width: the columns of `sample`'s tokens: max_words, or the longest sentence if that is shorter.
         length_probability: (width + 1,) float64, P(number of words = l) in the grammar.
@@ -70,16 +66,11 @@ class Sampler:
     def _refuse_hopeless(self, min_words: int) -> None:
         accepted = self.length_probability[min_words:].sum()
         if accepted < LEAST_ACCEPTED:
-            raise InputError(
-                f"{accepted:.2g} of the grammar's sentences have {min_words} to {self.width} words, too few to wait for; "
-                "choose other limits"
-            )
+            share = f"{accepted:.2g} of the grammar's sentences have {min_words} to {self.width} words"
+            raise InputError(f"{share}, too few to wait for; choose other limits")
 
     def sample(self, number: int, rng: np.random.Generator, min_words: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Draw `number` sentences of min_words to max_words words; at least 1e-4 of the sentences must have such a length.
-
-        Args:
-            rng: gives the 256 bits that seed the draws; the same generator state gives the same sentences.
+        """Draw `number` sentences of min_words to max_words words; `rng` gives the 256 bits that seed the draws.
 
         Returns:
             tokens (number, width) int32, indices into `words`, -1 beyond the end; lengths (number,) int32, words.
@@ -87,27 +78,24 @@ class Sampler:
         self._refuse_hopeless(min_words)
         tokens = np.full((number, self.width), -1, dtype=np.int32)
         lengths = np.empty(number, dtype=np.int32)
-        _draw(_random_state(rng), *self._rules, self._shortest, min_words, tokens, lengths)
+        state = rng.integers(0, 2**64, size=4, dtype=np.uint64)  # of xoshiro256++
+        _draw(state, *self._rules, self._shortest, min_words, tokens, lengths)
         return tokens, lengths
 
     def draw_text(self, number: int, rng: np.random.Generator) -> Iterator[tuple[memoryview, int]]:
         """Draw the sentences of `sample` as UTF-8 text, one per line with an empty line between two, block by block.
 
-        Memory does not grow with `number`, and numba's code runs without Python's global lock.
-
         Yields:
             the text of the next sentences, some 256 KB, valid until the next block, without the empty line between two
             blocks; the number of its words.
         """
-        state = _random_state(rng)
+        state = rng.integers(0, 2**64, size=4, dtype=np.uint64)
         sentences = 0
-        limits = (self._shortest, self.width)
-        spelling = (self._spelling, self._letters)
+        spelling = (self._shortest, self.width, self._spelling, self._letters)
         # Room for the longest sentence, its two line feeds and the excess of the last move after a full buffer.
         text = np.empty(TEXT_BUFFER + self.width * self._longest_word + 2 + CHUNK, dtype=np.uint8)
         while sentences < number:
-            left = number - sentences
-            drawn, words, size = _draw_text(state, *self._rules, *limits, *spelling, left, text, TEXT_BUFFER)
+            drawn, words, size = _draw_text(state, *self._rules, *spelling, number - sentences, text, TEXT_BUFFER)
             sentences += drawn
             # The empty line stands between two sentences, so the last one has none.
             yield text.data[: size - 1], words
@@ -158,17 +146,15 @@ def _rule_tables(grammar: Grammar) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Returns:
         columns (N, 2) int64: the first column of each nonterminal's table, and how many it has.
-        threshold (columns,) uint32: the first outcome's probability in units of 2^-32; 1 is one unit less, which does no
-            harm as the second outcome is the first one's rule again.
+        threshold (columns,) uint32: the first outcome's probability in units of 2^-32. 1 is one unit less: no harm, as the
+            second outcome is the same rule then.
         outcomes (2 * columns, 3) int32: two rules per column, each the left child (word w as -1 - w), the right child or -1,
             and by how many words the rule raises the least length of the sentence.
     """
     size = len(grammar.names)
     left, word = np.nonzero(grammar.emission)
-    none = np.full(len(grammar.unary), -1)
-    rules = np.concatenate(
-        [grammar.binary, np.column_stack([grammar.unary, none]), np.column_stack([left, -1 - word, np.full(len(left), -1)])]
-    )
+    short = np.concatenate([grammar.unary, np.column_stack([left, -1 - word])])
+    rules = np.concatenate([grammar.binary, np.insert(short, 2, -1, axis=1)])
     probability = np.concatenate([grammar.binary_probability, grammar.unary_probability, grammar.emission[left, word]])
     order = np.argsort(rules[:, 0], kind="stable")
     rules = rules[order]
@@ -199,11 +185,6 @@ def _spelling_tables(words: list[str]) -> tuple[np.ndarray, np.ndarray]:
     filled = [word.ljust(-(-len(word) // CHUNK) * CHUNK) for word in encoded]
     begin = np.cumsum([0, *map(len, filled[:-1])])
     return np.column_stack([begin, list(map(len, encoded))]), np.frombuffer(b"".join(filled), dtype=np.uint8)
-
-
-def _random_state(rng: np.random.Generator) -> np.ndarray:
-    """The state of xoshiro256++, (4,) uint64."""
-    return rng.integers(0, 2**64, size=4, dtype=np.uint64)
 
 
 @numba.njit(cache=True)
@@ -269,16 +250,10 @@ def _rotate(value, bits):
 def _derive(state, columns, threshold, outcomes, least, width, stack, row):
     """Fill `row` with the words of a leftmost derivation and return their number; 0 if they would be more than `width`.
 
-    Random numbers: xoshiro256++ (Blackman and Vigna 2021).
-
-    Args:
-        least: the fewest words that the start symbol derives.
-        stack: (width + 1,) int32; each symbol on it is at least one word to come.
+    Random numbers: xoshiro256++ (Blackman and Vigna 2021). `least` is the fewest words that the start symbol derives. Each
+    symbol on the stack, (width + 1,) int32, is at least one word to come.
     """
-    s0 = state[0]
-    s1 = state[1]
-    s2 = state[2]
-    s3 = state[3]
+    s0, s1, s2, s3 = state
     symbol = depth = words = 0
     while True:
         bits = _rotate(s0 + s3, 23) + s0
@@ -311,10 +286,7 @@ def _derive(state, columns, threshold, outcomes, least, width, stack, row):
                 break
             depth -= 1
             symbol = stack[depth]
-    state[0] = s0
-    state[1] = s1
-    state[2] = s2
-    state[3] = s3
+    state[:] = (s0, s1, s2, s3)
     return words
 
 

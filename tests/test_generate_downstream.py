@@ -13,7 +13,7 @@ import generate_downstream
 from generate_downstream import main
 from pcfg.common.files import InputError, sha256
 from pcfg.common.text import read_labelled
-from pcfg.grammar_io import write_rules
+from pcfg.grammar import write_rules
 from pcfg.hmm import hmm_rules
 
 ROOT = Path(generate_downstream.__file__).parent

@@ -124,9 +124,7 @@ class ChartPlans:
     def of(self, length: int, roots: Iterable[int] | None, dtype: str) -> ChartPlan | None:
         """The plan of sentences of `length` words; None where no root derives so many.
 
-        Args:
-            roots: the nonterminals whose value over the whole sentence is needed; None: every nonterminal in every cell.
-            dtype: float32 or float64, of the probabilities.
+        `roots` are the nonterminals whose value over the whole sentence is needed; None: every nonterminal in every cell.
         """
         key = (length, None if roots is None else tuple(roots), dtype)
         if key not in self._plans:
@@ -147,16 +145,13 @@ class ChartPlans:
                 alive[begin, end] &= self._possible[:, width]
                 if not alive[begin, end].any():
                     continue
-                kind = kinds[begin, width] = self._kind(width, alive[begin, end])
+                key = (width, np.packbits(alive[begin, end]).tobytes())
+                if key not in self._kinds:
+                    self._kinds[key] = self._make_kind(width, alive[begin, end])
+                kind = kinds[begin, width] = self._kinds[key]
                 alive[begin, begin + 1 : end] |= kind.left
                 alive[begin + 1 : end, end] |= kind.right
         return kinds
-
-    def _kind(self, width: int, alive: np.ndarray) -> Kind:
-        key = (width, np.packbits(alive).tobytes())
-        if key not in self._kinds:
-            self._kinds[key] = self._make_kind(width, alive)
-        return self._kinds[key]
 
     def _make_kind(self, width: int, alive: np.ndarray) -> Kind:
         alive = alive.copy()
@@ -179,43 +174,30 @@ class ChartPlans:
 
         symbols = np.flatnonzero(alive).astype(np.int32)
         # A rule has as many entries as its pair has runs.
-        runs = np.zeros(len(self._pairs) + 1, dtype=np.int64)
-        np.add.at(runs, pairs[pair] + 1, 1)
-        run_start = np.cumsum(runs)
-        run_number = runs[1:]
+        run_number = np.bincount(pairs[pair], minlength=len(self._pairs))
+        run_start = offsets(run_number)
         rule = np.flatnonzero(alive[self._parent] & (run_number[self._pair_of_rule] > 0))
         rule = rule[np.argsort(self._parent[rule], kind="stable")]
         repeats = run_number[self._pair_of_rule[rule]]
-        within = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+        within = np.arange(repeats.sum()) - np.repeat(offsets(repeats)[:-1], repeats)
         rule = np.repeat(rule, repeats)
-        entries = np.column_stack(
-            [np.searchsorted(symbols, self._parent[rule]), slots[run_start[self._pair_of_rule[rule]] + within]]
-        )
-        return Kind(
-            width,
-            symbols,
-            quads,
-            singles,
-            entries.astype(np.int32),
-            self._probability[rule],
-            self._unary[chained].astype(np.int32),
-            self._unary_probability[chained],
-            *lives,
-        )
+        slot = slots[run_start[self._pair_of_rule[rule]] + within]
+        rules = np.column_stack([np.searchsorted(symbols, self._parent[rule]), slot]).astype(np.int32)
+        chains = self._unary[chained].astype(np.int32)
+        chain_probability = self._unary_probability[chained]
+        return Kind(width, symbols, quads, singles, rules, self._probability[rule], chains, chain_probability, *lives)
 
     def _assemble(self, length: int, living: dict[tuple[int, int], Kind], dtype: str) -> ChartPlan:
         cells = list(living)[::-1]
-        begin, width = np.array(cells, dtype=np.int32).reshape(-1, 2).T
+        begin, width = np.ascontiguousarray(np.array(cells, dtype=np.int32).T)
         cell_of = np.full((length, length + 1), -1, dtype=np.int32)
         cell_of[begin, begin + width] = np.arange(len(cells))
         rows = np.maximum(cell_of, 0) * self._number
-        lefts: list = [rows[i, i + 1 : i + w] for i, w in cells]
-        rights: list = [rows[i + 1 : i + w, i + w] for i, w in cells]
-
         kinds = list({id(kind): kind for kind in living.values()}.values())
         place = {id(kind): number for number, kind in enumerate(kinds)}
-        parents = [np.bincount(kind.rules[:, 0], minlength=len(kind.symbols)) for kind in kinds]
         slots = np.array([QUAD * len(kind.quads) + len(kind.singles) for kind in kinds])
+        rules_of_parent = [np.bincount(kind.rules[:, 0], minlength=len(kind.symbols)) for kind in kinds]
+        rules_of_slot = [np.bincount(kind.rules[:, 1], minlength=number) for kind, number in zip(kinds, slots, strict=True)]
         by_slot = [np.argsort(kind.rules[:, 1], kind="stable") for kind in kinds]
 
         def joined(parts: list, kind: Any = np.int32) -> np.ndarray:
@@ -224,16 +206,16 @@ class ChartPlans:
         return ChartPlan(
             length=length,
             number=self._number,
-            cell_begin=np.ascontiguousarray(begin),
-            cell_width=np.ascontiguousarray(width),
+            cell_begin=begin,
+            cell_width=width,
             cell_kind=np.array([place[id(living[cell])] for cell in cells], dtype=np.int32),
             cell_of=cell_of,
             split_start=offsets(width - 1),
-            split_left=joined(lefts or [[]]),
-            split_right=joined(rights or [[]]),
+            split_left=joined([rows[i, i + 1 : i + w] for i, w in cells]),
+            split_right=joined([rows[i + 1 : i + w, i + w] for i, w in cells]),
             symbol_start=offsets([len(kind.symbols) for kind in kinds]),
             symbols=joined([kind.symbols for kind in kinds]),
-            rule_start=offsets(np.concatenate(parents)),
+            rule_start=offsets(np.concatenate(rules_of_parent)),
             rule_slot=joined([kind.rules[:, 1] for kind in kinds]),
             rule_probability=joined([kind.probability for kind in kinds], dtype),
             quad_start=offsets([len(kind.quads) for kind in kinds]),
@@ -241,9 +223,7 @@ class ChartPlans:
             single_start=offsets([len(kind.singles) for kind in kinds]),
             singles=joined([kind.singles for kind in kinds]),
             slot_start=offsets(slots),
-            back_start=offsets(
-                np.concatenate([np.bincount(k.rules[:, 1], minlength=n) for k, n in zip(kinds, slots, strict=True)])
-            ),
+            back_start=offsets(np.concatenate(rules_of_slot)),
             back_parent=joined([kind.symbols[kind.rules[order, 0]] for kind, order in zip(kinds, by_slot, strict=True)]),
             back_probability=joined([k.probability[order] for k, order in zip(kinds, by_slot, strict=True)], dtype),
             chain_start=offsets([len(kind.chains) for kind in kinds]),
@@ -263,17 +243,13 @@ def _grouped(
     """
     order = np.lexsort((right, last, first, left))
     key = np.column_stack([left, first, last])[order]
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = (key[1:] != key[:-1]).any(axis=1)
-    group = np.cumsum(new) - 1
+    group = np.cumsum(np.diff(key, axis=0, prepend=key[:1]).any(axis=1))
     size = np.bincount(group)
-    within = np.arange(len(order)) - (np.cumsum(size) - size)[group]
+    within = np.arange(len(order)) - offsets(size)[group]
     in_quad = within < (size // QUAD * QUAD)[group]
-    slots = np.empty(len(order), dtype=np.int64)
     quad_runs = order[in_quad]
     single_runs = order[~in_quad]
-    slots[quad_runs] = np.arange(len(quad_runs))
-    slots[single_runs] = len(quad_runs) + np.arange(len(single_runs))
+    slots = np.argsort(np.concatenate([quad_runs, single_runs]))  # which inverts the permutation
     quads = np.column_stack([key[in_quad][::QUAD], right[quad_runs].reshape(-1, QUAD)])
     singles = np.column_stack([key[~in_quad], right[single_runs]])
     return quads.astype(np.int32), singles.astype(np.int32), slots

@@ -4,8 +4,8 @@ Charts work on several sentences of one length in lockstep, so each of their num
 the lanes would keep the running sums of an inner loop in memory. A vector type keeps them in registers, which is many times
 faster. LLVM splits the vectors into what the machine has (two AVX registers, four SSE or NEON ones, one AVX-512 one).
 
-An array of lanes is a C-contiguous array of shape (rows, LANE_BYTES / bytes of a number); `load(array, row)` and `store(array, row, value)` move
-one row. All functions are for use in `numba.njit` code only. `pcfg.engine.plain_lanes` has the same functions without vectors.
+An array of lanes is a C-contiguous array of shape (rows, 16 or 8); `load(array, row)` and `store(array, row, value)` move one
+row. All functions are for use in `numba.njit` code only. `pcfg.engine.plain_lanes` has the same functions without vectors.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Properties that follow from the shape of a grammar's rules alone, in time n log n for n rules.
+"""Properties that follow from the shape of a grammar's rules alone, in time linear in the rules (but for sorting and a heap).
 
 A graph over nonterminals 0 .. N - 1 consists of edges `parent` and `child`, (E,) integers each: a rule has an edge from its
 left side to each nonterminal on its right. Rules are `left`, `first` and `second`, (R,) integers each; `second` is -1 in a
@@ -18,19 +18,26 @@ UNBOUNDED = 1 << 30
 
 @njit(cache=True)
 def _grouped(size, keys):
-    """Where each of the keys 0 .. size - 1 is: key k at place[start[k] : start[k + 1]], ascending; keys of -1 come before."""
-    place = np.argsort(keys, kind="mergesort")
-    return np.searchsorted(keys[place], np.arange(size + 1)), place
+    """Where each of the keys 0 .. size - 1 is: key k at place[start[k] : start[k + 1]], ascending; -1 is left out."""
+    start = np.zeros(size + 1, np.int64)
+    for key in keys:
+        if key >= 0:
+            start[key + 1] += 1
+    start = np.cumsum(start)
+    place = np.empty(start[size], np.int64)
+    free = start.copy()
+    for position in range(keys.size):
+        if keys[position] >= 0:
+            place[free[keys[position]]] = position
+            free[keys[position]] += 1
+    return start, place
 
 
 @njit(cache=True)
 def strong_components(size, parent, child):
-    """The strongly connected components of a graph, numbered so that every edge leads to the same or a lower number.
+    """Each node's strongly connected component, (size,) int64; every edge leads to the same or a lower number.
 
     Tarjan, "Depth-first search and linear graph algorithms" (1972), with a stack of its own: a chain may be long.
-
-    Returns:
-        (size,) int64, the number of each node's component.
 
     >>> strong_components(4, np.array([0, 1, 2, 2]), np.array([1, 2, 1, 3])).tolist()
     [2, 1, 1, 0]
@@ -122,10 +129,8 @@ def shortest_yields(left, first, second, emits):
         if least[node] >= 0:
             continue
         least[node] = words
-        as_first = first_place[first_start[node] : first_start[node + 1]]
-        as_second = second_place[second_start[node] : second_start[node + 1]]
-        for places in (as_first, as_second):
-            for rule in places:
+        for start, place in ((first_start, first_place), (second_start, second_place)):
+            for rule in place[start[node] : start[node + 1]]:
                 unsettled[rule] -= 1
                 if unsettled[rule] == 0 and least[left[rule]] < 0:
                     total = least[first[rule]]

@@ -1,6 +1,6 @@
 """The kernels of the charts: inside, outside and best-parse sweeps over blocks of sentences of one length, in lockstep.
 
-A block has 16 (float32) or 8 (float64) sentences; its charts are arrays of lanes with row c N + A for cell c and nonterminal A of a
+A block has one sentence per lane; its charts are arrays of lanes with row c N + A for cell c and nonterminal A of a
 `pcfg.engine.chart_plan.ChartPlan`. `best` chooses the semiring: None sums over derivations, anything else takes the best one
 (numba compiles the two apart, so that the choice costs nothing).
 """
@@ -80,13 +80,7 @@ def _products(cell, kind, plan, inside, products, best):
 
 @njit(nogil=True)
 def _inside_block(words, columns, factor, plan, inside, products, best):
-    """Fill the living entries of `inside`.
-
-    Args:
-        words: (T, lanes) int32, the words of the block's sentences.
-        columns: (V, N), the emissions of each word; factor: what they are multiplied by.
-        products: scratch of plan.most_slots rows.
-    """
+    """Fill the living entries of `inside`; `columns`, (V, N), are the emissions of each word, times `factor`."""
     zero = splat(inside.dtype.type(0))
     number = plan.number
     for cell in range(plan.cell_begin.size):
@@ -232,9 +226,7 @@ def score_sweep(tokens, rows, plan, columns, factor, cell, with_outside, symbols
         for place in range(symbols.size):
             row = cell * plan.number + symbols[place]
             for lane in range(used):
-                value = inside[row, lane]
-                if with_outside:
-                    value *= outside[row, lane]
+                value = inside[row, lane] * outside[row, lane] if with_outside else inside[row, lane]
                 scores[rows[block * count + lane], places[place]] = value
 
 
@@ -252,8 +244,9 @@ def chart_sweep(sentence, plan, columns):
 
 
 @njit(nogil=True)
-def _conditionals(outside, row, word_start, word_symbol, word_probability, joint):
+def _conditionals(outside, row, emission, joint):
     """joint[w] = sum_A outside(t, t + 1, A) P(A -> w) for all words; returns their sum."""
+    word_start, word_symbol, word_probability = emission
     zero = splat(outside.dtype.type(0))
     total = zero
     for word in range(word_start.size - 1):
@@ -304,7 +297,7 @@ def word_sweep(tokens, rows, first_row, plan, columns, factor, emission, conditi
             cell = plan.cell_of[t, t + 1]
             if cell < 0:
                 continue
-            total = _conditionals(outside, cell * plan.number, *emission, joint)
+            total = _conditionals(outside, cell * plan.number, emission, joint)
             store(sums, 0, total)
             _normalise(joint, divide(one, total), sums, entropy.size > 0)
             for lane in range(used):
@@ -358,11 +351,7 @@ def _best_rewrite(cell, symbol, lane, word_value, inside, plan):
 
 @njit(nogil=True, cache=True)
 def best_sweep(tokens, rows, plan, columns, factor):
-    """Best derivations of the start symbol over whole sentences.
-
-    Args:
-        tokens: (n, T or more) int32; rows: (m,) int64, the sentences.
-        columns: (V, N) scaled emissions, factor: their common factor.
+    """Best derivations of the start symbol over the sentences `rows`, (m,) int64, of `tokens`, (n, T or more) int32.
 
     Returns:
         nodes: (all nodes, 2) int32, nonterminal and number of children (0: a word) of the derivations' nodes in pre-order;
