@@ -109,11 +109,8 @@ def map_on_cores(device: torch.device) -> Iterator[Callable[[Callable, Iterable]
         while waiting:
             yield waiting.popleft().result()
 
-    try:
-        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                yield run
-            finally:
-                pool.shutdown(cancel_futures=True)
-    finally:
-        torch.set_num_threads(cores)  # later threads inherit the last setting
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, cores)  # later threads inherit the last setting
+        pool = stack.enter_context(ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        yield run

@@ -73,8 +73,7 @@ def _add_data_and_model(parser: argparse.ArgumentParser) -> None:
 
     group = _Group(parser, "model")
     group.value("model_type", ("bert-mlm",), "bert-mlm", "kind of model")
-    text = "model folder or hub name of the initial weights; the flags must state its shape (default: new weights, by --seed)"
-    group.value("model_name_or_path", str, None, text)
+    group.value("model_name_or_path", str, None, "initial weights of this shape: folder or hub name (default: new, by --seed)")
     group.value("hidden_size", positive_int, 1024, "width")
     group.value("num_hidden_layers", positive_int, 24, "layers")
     group.value("num_attention_heads", positive_int, 16, "attention heads")
@@ -116,14 +115,13 @@ phi: last hidden states of all positions of the unmasked sentence, concatenated,
 y: one-hot label minus 1 / classes. The gradient goes through the features of both parts."""
     group = _Group(parser, "adversarial term", description)
     group.value("adversarial_weight", non_negative, None, "L; 0: no term, and nothing else changes (default: no term)")
-    text = "CSV file text,label of the task, from generate_downstream.py (default: none; needed if L is not 0)"
-    group.value("adversarial_file", str, None, text)
+    group.value("adversarial_file", str, None, "CSV file text,label of generate_downstream.py, for L above 0 (default: none)")
     text = "labelled sentences per step, distinct and drawn anew from (--seed, step): half to fit W, half to measure it; each "
     group.value("adversarial_batch_size", positive_int, 256, text + "rank computes the term of all of them")
     group.value("adversarial_ridge", non_negative, 1e-3, "r, above 0; the smaller, the further the term can grow")
 
 
-def _add_schedule_and_duration(parser: argparse.ArgumentParser) -> None:
+def _add_schedule_duration_and_precision(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "learning-rate schedule")
     text = "unit of the schedule. step: steps of --max_steps, warmup by --warmup_proportion; constant_step: the same with a "
     text += "warmup of --num_warmup_steps; time: hours of --total_training_time"
@@ -146,11 +144,8 @@ def _add_schedule_and_duration(parser: argparse.ArgumentParser) -> None:
     group.value("early_stop_eval_loss", finite, 2.1, "nats")
     group.value("scale_cnt_limit", positive_int, 100, "with --fp16: stop after this many steps at the lowest loss scale")
 
-
-def _add_precision(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "precision and DeepSpeed")
-    text = "float16 with a dynamic loss scale; on a CPU, with a warning, bf16 if it has instructions for it, else float32"
-    group.switch("fp16", text)
+    group.switch("fp16", "float16 with a dynamic loss scale; on a CPU, with a warning, bf16 if the CPU has it, else float32")
     group.switch("bf16", "bfloat16 arithmetic on float32 weights")
     group.switch("deepspeed", "accepted; the engine is always DeepSpeed's")
     group.value("zero_stage", (0, 1, 2), 0, "split over ranks: 1: optimizer state, 2: also gradients; 0: nothing")
@@ -206,8 +201,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser = Parser(description=description)
     _add_data_and_model(parser)
     _add_optimizer_and_batches(parser)
-    _add_schedule_and_duration(parser)
-    _add_precision(parser)
+    _add_schedule_duration_and_precision(parser)
     _add_validation_and_output(parser)
     return parser
 

@@ -15,17 +15,8 @@ from torch import nn
 from pcfg.common.files import InputError, disk_errors, keyed_rng, versions
 from pcfg.common.ranks import Ranks
 from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer
+from pretraining.model import checkpoints
 from pretraining.model.bert import MaskedLM
-from pretraining.model.checkpoints import (
-    FACTS_FILE,
-    check_folder,
-    check_vocabulary,
-    describe_model,
-    find_model,
-    load_model,
-    read_config,
-    read_facts,
-)
 from pretraining.model.config import ModelConfig
 from pretraining.training import state
 from pretraining.training.adversarial import AdversarialTerm
@@ -61,9 +52,9 @@ def pretrain(options: argparse.Namespace, gap_meter: GapMeter, now: Callable[[],
         initial_weights = start.saved.initial_weights
         model = build_model(config, options.seed)
     elif options.model_name_or_path:
-        folder = find_model(options.model_name_or_path)
-        config = with_rows_of(config, dataclasses.asdict(read_config(folder)))
-        initial_weights = describe_model(folder)
+        folder = checkpoints.find_model(options.model_name_or_path)
+        config = with_rows_of(config, dataclasses.asdict(checkpoints.read_config(folder)))
+        initial_weights = checkpoints.describe_model(folder)
         model = load_initial_model(folder, config, vocabulary)
     else:
         model = build_model(config, options.seed)
@@ -120,8 +111,8 @@ def build_model(config: ModelConfig, seed: int) -> MaskedLM:
 
 def load_initial_model(folder: Path, config: ModelConfig, vocabulary: Vocabulary) -> MaskedLM:
     """A model of `config` with the weights of a model folder, which must have its shape and vocabulary."""
-    check_vocabulary(folder, vocabulary, "the samples' tokenizer")
-    loaded = load_model(folder)
+    checkpoints.check_vocabulary(folder, vocabulary, "the samples' tokenizer")
+    loaded = checkpoints.load_model(folder)
     old = dataclasses.asdict(loaded.config)
     new = dataclasses.asdict(config)
     flags = [f"--{key} {old[key]}" for key in new if key not in FREE_TO_CHANGE and old[key] != new[key]]
@@ -185,11 +176,11 @@ def announce(options: argparse.Namespace, facts: RunFacts, start: State | None, 
 
 def finished_model(job: Path, arguments: dict[str, Any]) -> Path | None:
     """The final model folder, intact, of an earlier run with the same deciding arguments, or None."""
-    for path in sorted(job.glob(f"step*/{FACTS_FILE}")):
+    for path in sorted(job.glob(f"step*/{checkpoints.FACTS_FILE}")):
         try:
-            facts = read_facts(path.parent)
+            facts = checkpoints.read_facts(path.parent)
             if facts.get("final") and not differences(facts.get("arguments", {}), arguments):
-                check_folder(path.parent)
+                checkpoints.check_folder(path.parent)
                 return path.parent
         except InputError as error:
             print(f"warning: {error}")
@@ -226,8 +217,8 @@ def starting_state(options: argparse.Namespace, job: Path) -> State | None:
         return state.find(root, options.load_checkpoint_id)
     if options.overwrite:
         return None
-    for path in sorted(job.glob(f"step*/{FACTS_FILE}")):
-        changes[path.parent] = differences(read_facts(path.parent).get("arguments", {}), arguments)
+    for path in sorted(job.glob(f"step*/{checkpoints.FACTS_FILE}")):
+        changes[path.parent] = differences(checkpoints.read_facts(path.parent).get("arguments", {}), arguments)
     for path, changed in changes.items():
         if changed:
             raise InputError(

@@ -1,9 +1,11 @@
 """The shards of a dataset, as training reads them: checked, masked, and the next one in advance."""
 
+import contextlib
 import functools
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from pretraining.data.vocabulary import Vocabulary
 PATIENCE = 10.0  # seconds to wait for an unneeded reading at the end: a file system may hang
 
 
-class Shards:
+class Shards(contextlib.AbstractContextManager):
     """Shards of one split in the order of their numbers, repeated without end.
 
     While shard `index` is in use, a thread reads `index` + 1, checks it and masks it: at most two are in memory. A single file
@@ -56,7 +58,7 @@ class Shards:
         if self._newest is None or self._newest[0] != key:
             if self._ahead and self._ahead[0].key == key:
                 self._ahead[0].join()  # in the list until it has ended: Ctrl-C may come here
-                samples = self._ahead.pop().samples()
+                samples = self._ahead.pop().samples.result()
             else:
                 self.close()
                 samples = self._loading(index)()
@@ -68,9 +70,6 @@ class Shards:
     def close(self) -> None:
         """End the reading in advance."""
         _end(self._ahead)
-
-    def __enter__(self) -> "Shards":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -115,21 +114,15 @@ class _Reading(threading.Thread):
     def __init__(self, key: tuple, load: Callable[[], Samples]):
         super().__init__(name=f"reading {key[0].name}", daemon=True)
         self.key = key
+        self.samples: Future[Samples] = Future()
         self._load = load
-        self._result: Samples | BaseException
         self.start()
 
     def run(self) -> None:
         try:
-            self._result = self._load()
+            self.samples.set_result(self._load())
         except BaseException as error:  # of any kind: the thread that asks for the samples raises it
-            self._result = error
-
-    def samples(self) -> Samples:
-        """The result of `load`, after `join`; its error is raised."""
-        if isinstance(self._result, BaseException):
-            raise self._result
-        return self._result
+            self.samples.set_exception(error)
 
 
 def _end(ahead: list[_Reading]) -> None:

@@ -22,13 +22,23 @@ from pretraining.training import state
 from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.arguments import job_folder
 from pretraining.training.batches import GlobalBatch, count_masks, global_batches, masked_loss, micro_batch, rank_micro_batches
-from pretraining.training.engine import LOWEST_LOSS_SCALE
+from pretraining.training.engine import LOWEST_LOSS_SCALE, Schedule
 from pretraining.training.metrics import LossWatch, Metrics, Signals, check_finite
 from pretraining.training.sample_stream import Shards
-from pretraining.training.schedules import Schedule, clock
 from pretraining.training.state import Progress, RunFacts
 
 STATE_FOLDER = "training_state"
+
+
+def clock(hours: float = 0.0, now: Callable[[], float] = time.monotonic) -> Callable[[], float]:
+    """A function that returns the hours of training: those since now and `hours` before this process.
+
+    >>> seconds = iter([100.0, 1900.0])
+    >>> clock(hours=2.0, now=lambda: next(seconds))()
+    2.5
+    """
+    start = now() - 3600 * hours
+    return lambda: (now() - start) / 3600
 
 
 @dataclasses.dataclass
@@ -287,8 +297,7 @@ class Trainer:
         self._check_sound()
         if self.metrics is not None:
             self.metrics.sync()  # no state may be ahead of its records
-        root = self.job / STATE_FOLDER
-        state.save(self.engine, root, self.ranks, self.facts, self.progress, self.options.keep_checkpoints)
+        state.save(self.engine, self.job / STATE_FOLDER, self.ranks, self.facts, self.progress, self.options.keep_checkpoints)
         self.saved_step = self.progress.step
 
     def finish(self) -> Path:

@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from pretraining.training.schedules import Schedule, clock
+from pretraining.training.engine import Schedule
+from pretraining.training.trainer import clock
 
 
 def options(**changes):
