@@ -35,7 +35,6 @@ import argparse
 from pcfg.common.cli import run_main
 from pretraining.evaluation.loss import gap_meter
 from pretraining.training import arguments as command_line
-from pretraining.training.arguments import parse_with_config
 from pretraining.training.pretrain import finished_model, pretrain
 
 
@@ -44,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse_with_config(build_parser(), arguments)
+    options = command_line.parse_with_config(build_parser(), arguments)
     command_line.check(options)
     finished = options.resume == "auto" and finished_model(command_line.job_folder(options), vars(options))
     if finished:

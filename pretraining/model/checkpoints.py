@@ -131,9 +131,7 @@ def _check_tied(stored: dict[str, torch.Tensor], pre_ln: bool, source: object) -
         own = stored.get(f"{decoder}.{part}")
         tied = stored.get(_stored_name(name, pre_ln))
         if own is not None and tied is not None and not torch.equal(own, tied):
-            raise InputError(
-                f"{source}: '{decoder}.{part}' is not that of the word table; only models with tied weights can be read"
-            )
+            raise InputError(f"{source}: '{decoder}.{part}' is not that of the word table; only tied weights can be read")
 
 
 def save_model(folder: AnyPath, model: MaskedLM, tokenizer: Any, vocabulary: Vocabulary, facts: dict) -> None:

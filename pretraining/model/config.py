@@ -43,21 +43,16 @@ class ModelConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"--{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name in (
-            *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-            *("intermediate_size", "max_position_embeddings", "type_vocab_size"),
-        ):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(f"--{name}: {getattr(self, name)!r} is not an integer of 1 or more")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps"):
-            value = getattr(self, name)
-            end = 1 if name.endswith("_prob") else math.inf
-            if not isinstance(value, int | float) or not 0.0 <= value < end:
-                raise InputError(f"--{name}: {value!r} is not a number in [0, {end})")
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"--hidden_size: {self.hidden_size} is not a multiple of --num_attention_heads {self.num_attention_heads}"
-            )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            end = 1 if field.name.endswith("_prob") else math.inf
+            if field.type is int and (not isinstance(value, int) or value < 1):
+                raise InputError(f"--{field.name}: {value!r} is not an integer of 1 or more")
+            if field.type is float and (not isinstance(value, int | float) or not 0.0 <= value < end):
+                raise InputError(f"--{field.name}: {value!r} is not a number in [0, {end})")
+        heads = self.num_attention_heads
+        if self.hidden_size % heads:
+            raise InputError(f"--hidden_size: {self.hidden_size} is not a multiple of --num_attention_heads {heads}")
 
     @property
     def parameters(self) -> int:

@@ -13,8 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pcfg.common.files import InputError
 from pretraining.model.config import ModelConfig
 
-Activation = Callable[[Tensor], Tensor]
-ACTIVATION_FUNCTIONS: dict[str, Activation] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "swish": F.silu}
+ACTIVATION_FUNCTIONS: dict[str, Callable] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "swish": F.silu}
 
 APEX_HELP = (
     "NVIDIA apex is not installed (the package of that name on PyPI is another project). Build it where CUDA is: "

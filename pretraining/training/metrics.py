@@ -17,6 +17,7 @@ import torch
 from pcfg.common.files import AnyPath, InputError, atomic_open, disk_errors
 
 METRICS_FILE = "metrics.jsonl"
+DIVERGED = "try a smaller --lr, a longer warmup or --gradient_clipping 1.0; the last training state and model folder are kept"
 
 
 def read_metrics(path: AnyPath) -> list[dict]:
@@ -90,10 +91,7 @@ def start_wandb(folder: Path, options: argparse.Namespace) -> Any:
 def check_finite(loss: float, where: str, what: str) -> None:
     """Refuse a loss that is NaN or infinite; `where` and `what` are words for the message."""
     if not math.isfinite(loss):
-        raise InputError(
-            f"{where}: the {what} is {loss}; try a smaller --lr, a longer warmup or --gradient_clipping 1.0; the last training "
-            "state and model folder are kept"
-        )
+        raise InputError(f"{where}: the {what} is {loss}; {DIVERGED}")
 
 
 class LossWatch:

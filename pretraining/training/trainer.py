@@ -23,7 +23,7 @@ from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.arguments import job_folder
 from pretraining.training.batches import GlobalBatch, count_masks, global_batches, masked_loss, micro_batch, rank_micro_batches
 from pretraining.training.engine import LOWEST_LOSS_SCALE, Schedule
-from pretraining.training.metrics import LossWatch, Metrics, Signals, check_finite
+from pretraining.training.metrics import DIVERGED, LossWatch, Metrics, Signals, check_finite
 from pretraining.training.sample_stream import Shards
 from pretraining.training.state import Progress, RunFacts
 
@@ -327,10 +327,7 @@ class Trainer:
         """Refuse to save what no run can resume from: losses and weights must be finite."""
         self.loss_watch.settle()
         if not torch.stack([parameter.isfinite().all() for parameter in self.engine.module.parameters()]).all():
-            raise InputError(
-                f"step {self.progress.step}: a weight is NaN or infinite; try a smaller --lr, a longer warmup or "
-                "--gradient_clipping 1.0; the last training state and model folder are kept"
-            )
+            raise InputError(f"step {self.progress.step}: a weight is NaN or infinite; {DIVERGED}")
 
     def _write(self, values: dict[str, float]) -> None:
         """A record on the disk and a line on the screen, by the main rank."""
