@@ -63,10 +63,7 @@ class Ranks:
         return tensor
 
     def agree(self, value: float, flag: bool) -> tuple[float, bool]:
-        """Rank 0's value, and whether the flag is set on any rank; the same on all ranks.
-
-        Ranks that read their own clocks, or saw a signal at another step, would diverge.
-        """
+        """Rank 0's value, and whether the flag is set on any rank; the same on all ranks, which would diverge otherwise."""
         value, flags = self.sum_on_host(np.array([value if self.is_main else 0.0, float(flag)])).tolist()
         return value, flags > 0
 

@@ -32,17 +32,14 @@ def ridge_validation_loss(
 
     a sum over classes and a mean over rows: with one-hot targets minus 1/C, a head that predicts 0 costs 1 - 1/C.
 
-    All of it is in float64: the condition number of the matrix, up to rows / ridge, is too large for float32, and neither
-    autocast nor TF32 affects float64. If the Cholesky factorisation fails the loss is NaN: nothing is raised, the host never
-    waits.
+    The gradient goes through both parts' features. All of it is in float64: the condition number of the matrix, up to
+    rows / ridge, is too large for float32, and neither autocast nor TF32 affects float64. If the Cholesky factorisation fails
+    the loss is NaN: nothing is raised, the host never waits.
 
     Args:
         features, targets: (m, d) and (m, C), of the rows to which the head is fitted; not normalised, of any float type.
         validation, validation_targets: (n, d) and (n, C).
         ridge: above 0.
-
-    Returns:
-        Scalar, float64; its gradient goes through both parts' features.
 
     >>> unit = torch.eye(2)
     >>> targets = torch.tensor([[0.5, -0.5], [-0.5, 0.5]])
@@ -67,8 +64,6 @@ class AdversarialTerm:
     Args:
         path: CSV file `text,label`; all copies of a sentence have one label.
         size: sentences per step, even.
-        ridge: see `ridge_validation_loss`.
-        vocabulary: of the model.
         positions: width of the concatenated features in hidden states, zeros at padding.
     """
 

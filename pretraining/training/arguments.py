@@ -277,10 +277,8 @@ def check(options: argparse.Namespace) -> None:
         raise InputError("--adversarial_ridge: 0 leaves the head undetermined; give a number above 0")
     # Measurements pass over hidden folders, and ".." would put the run next to --output_dir.
     if not options.job_name or options.job_name.startswith(".") or "/" in options.job_name + options.current_run_id:
-        raise InputError(
-            f"--job_name, --current_run_id: {job_folder(options).name!r} is no name of a folder here; leave out '/' and a "
-            "'.' at the beginning"
-        )
+        name = job_folder(options).name
+        raise InputError(f"--job_name, --current_run_id: {name!r} is no folder's name here; leave out '/' and a '.' in front")
     model_config(options, vocab_size=1, max_seq_length=1)
 
 
