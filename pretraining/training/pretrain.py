@@ -204,12 +204,9 @@ def agreed_state(options: argparse.Namespace, job: Path, ranks: Ranks) -> State 
 def starting_state(options: argparse.Namespace, job: Path) -> State | None:
     """The training state to resume from: the run's own, else that of `--load_training_checkpoint`, else None."""
     arguments = vars(options)
-    changes: dict[Path, str] = {}
     own = _own_state(options, job)
-    if own is not None:
-        changes[own.folder] = differences(own.saved.arguments, arguments)
-        if not changes[own.folder]:
-            return own
+    if own is not None and not differences(own.saved.arguments, arguments):
+        return own
     if options.load_training_checkpoint:
         root = Path(options.load_training_checkpoint)
         if options.overwrite and root.resolve().is_relative_to(job.resolve()):
@@ -217,10 +214,11 @@ def starting_state(options: argparse.Namespace, job: Path) -> State | None:
         return state.find(root, options.load_checkpoint_id)
     if options.overwrite:
         return None
+    earlier = {} if own is None else {own.folder: own.saved.arguments}
     for path in sorted(job.glob(f"step*/{checkpoints.FACTS_FILE}")):
-        changes[path.parent] = differences(checkpoints.read_facts(path.parent).get("arguments", {}), arguments)
-    for path, changed in changes.items():
-        if changed:
+        earlier[path.parent] = checkpoints.read_facts(path.parent).get("arguments", {})
+    for path, old in earlier.items():
+        if changed := differences(old, arguments):
             raise InputError(
                 f"{path}: from a run with other arguments ({changed}); give another --job_name, --overwrite to delete what "
                 f"is in {job}, or --load_training_checkpoint {job / STATE_FOLDER} to go on from there with the new ones"

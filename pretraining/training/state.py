@@ -213,7 +213,7 @@ def save(engine: DeepSpeedEngine, root: Path, ranks: Ranks, facts: RunFacts, pro
     tag = ranks.of_main(next(tag for tag in tags if not (root / tag).exists()))
     engine.checkpoint_engine = SafeCheckpointEngine()
     with atomic_folder(root / tag) if ranks.is_main else disk_errors(root / tag) as temporary:
-        folder = Path(ranks.of_main(str(temporary)))
+        folder = ranks.of_main(temporary)
         engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         ranks.wait()
         if ranks.is_main:
