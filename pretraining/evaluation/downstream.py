@@ -98,7 +98,7 @@ TRAINING_FLAGS = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("lr_scheduler_type", "warmup_steps"),
 )
-# Flags that change neither training nor result.
+# Flags that change no result; --seed is in a record as `seeds`.
 HARMLESS = {"per_device_eval_batch_size", "output_dir", "seed", "do_train", "do_eval", "report_to", "disable_tqdm"}
 # Training flags whose values neither argparse nor TrainingArguments checks: the accepted range, in words and as a test.
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {

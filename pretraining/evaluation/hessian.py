@@ -456,9 +456,7 @@ def measure_trace(
 
     With both, or with true conditionals, fisher's fields have Hutchinson's trace on (some of) the same sentences too.
     """
-    truth = None
-    if inputs.table is not None and inputs.columns is not None:
-        truth = Truth(inputs.table, inputs.columns)
+    truth = None if inputs.table is None or inputs.columns is None else Truth(inputs.table, inputs.columns)
 
     def run(estimator: str, sampling: Sampling) -> tuple[Estimate, dict[str, Any]]:
         started = time.monotonic()
