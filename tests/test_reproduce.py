@@ -16,13 +16,13 @@ DRIVER = """
 import dataclasses, os, sys
 sys.executable = os.environ["COMMANDS_PYTHON"]
 from pretraining.experiments import reproduce
-from pretraining.experiments.scales import MINI, SCALES, Size
+from pretraining.experiments.plan import SCALES, Size
 SCALES["tiny"] = dataclasses.replace(
-    MINI, name="tiny", shards=1, sentences=1000, test_sentences=40, labelled=200, validation=100,
+    SCALES["mini"], name="tiny", shards=1, sentences=1000, test_sentences=40, labelled=200, validation=100,
     sizes={"small": Size(16, 1, 1), "large": Size(32, 2, 2)}, base="small", batch=32, micro_batch=32, warmup=1, half_life=4,
     sgd_warmup=1, steps=4, checkpoints=(2, 4, 6), weights=(1.0,), adversarial_batch=32, trace_sentences=16,
-    probe="--per_device_train_batch_size 64 --num_train_epochs 2 --learning_rate 1e-3 --seeds 0".split(),
-    finetune="--per_device_train_batch_size 64 --num_train_epochs 1 --learning_rate 1e-4".split(),
+    probe="--per_device_train_batch_size 64 --num_train_epochs 2 --learning_rate 1e-3 --seeds 0",
+    finetune="--per_device_train_batch_size 64 --num_train_epochs 1 --learning_rate 1e-4",
 )
 reproduce.main(sys.argv[1:])
 """

@@ -21,16 +21,15 @@ from pretraining.report.contract import Choice, Weight, write_choice
 from pretraining.report.same_loss import MARGIN, MAX_GAP, SameLoss
 
 
-def probe_of(folder: Path | str, task: str) -> AccuracyRecord:
+def probe_of(folder: str, task: str) -> AccuracyRecord:
     """The record of the model's probe on a task."""
-    name = f"probe_{task}.json"
-    record = read_records(folder).get(name)
+    record = read_records(folder).get(f"probe_{task}.json")
     if not isinstance(record, AccuracyRecord):
-        raise InputError(f"{folder}: has no {name}; measure it with run_lp.py first")
+        raise InputError(f"{folder}: has no probe_{task}.json; measure it with run_lp.py first")
     return record
 
 
-def comparison_with(folder: Path | str, standard: Path | str) -> ComparisonRecord:
+def comparison_with(folder: str, standard: str) -> ComparisonRecord:
     """The record of the loss's comparison with the model in `standard`."""
     digest = weights_sha256(standard)
     for record in read_records(folder).values():
@@ -39,14 +38,10 @@ def comparison_with(folder: Path | str, standard: Path | str) -> ComparisonRecor
     raise InputError(f"{folder}: no comparison with {standard}; measure it with calculate_loss.py --compare-with first")
 
 
-def choose(standard: Path | str, candidates: dict[float, str], task: str, criterion: SameLoss) -> Choice:
-    """The choice among models of several weights.
+def choose(standard: str, candidates: dict[float, str], task: str, criterion: SameLoss) -> Choice:
+    """The choice among models of several weights (`candidates`: their folders), by their probes of `task`.
 
-    Args:
-        standard: folder of the model without the term.
-        candidates: folders by weight.
-        task: of the probe's record.
-        criterion: of the same loss.
+    `standard` is the folder of the model without the term.
     """
     standard_accuracy = probe_of(standard, task).value
     weights = []
@@ -61,17 +56,16 @@ def choose(standard: Path | str, candidates: dict[float, str], task: str, criter
         gaps = [gap.sentences for gap in (comparison.gap_a, comparison.gap_b)]
         are_saturated = all(criterion.is_saturated(gap.mean, gap.standard_error) for gap in gaps)
         probe = probe_of(folder, task)
-        weights.append(
-            Weight(
-                weight=weight,
-                gap_increase=difference.mean,
-                gap_increase_se=difference.standard_error,
-                accuracy=probe.value,
-                accuracy_se=probe.standard_error,
-                standard_accuracy=standard_accuracy,
-                same_loss=are_saturated and criterion.is_equal(difference.mean, difference.standard_error),
-            )
+        tried = Weight(
+            weight=weight,
+            gap_increase=difference.mean,
+            gap_increase_se=difference.standard_error,
+            accuracy=probe.value,
+            accuracy_se=probe.standard_error,
+            standard_accuracy=standard_accuracy,
+            same_loss=are_saturated and criterion.is_equal(difference.mean, difference.standard_error),
         )
+        weights.append(tried)
     allowed = [tried for tried in weights if tried.same_loss and tried.accuracy < standard_accuracy]
     return Choice(
         criterion=f"Lowest probe accuracy on {task}, below the standard model's, among the weights with the standard model's "
@@ -86,13 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m pretraining.experiments.choose", description=__doc__)
     group = parser.add_argument_group("models")
     group.add_argument("--standard", required=True, help="model folder without the adversarial term")
+    names = ("WEIGHT", "FOLDER")
     group.add_argument(
-        "--candidate",
-        nargs=2,
-        action="append",
-        required=True,
-        metavar=("WEIGHT", "FOLDER"),
-        help="a weight and the model folder trained with it; once per weight",
+        "--candidate", nargs=2, action="append", required=True, metavar=names, help="a weight and its model; once per weight"
     )
     group = parser.add_argument_group("choice")
     group.add_argument("--task", required=True, help="name of the probe's task, pcfg_B for probe_pcfg_B.json")
@@ -100,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-gap",
         type=non_negative,
         default=MAX_GAP,
-        help=f"nats; limit of each gap plus 1.96 standard errors (default: {MAX_GAP:g})",
+        help=f"nats; limit of gap + 1.96 standard errors (default: {MAX_GAP:g})",
     )
     group.add_argument(
         "--margin",

@@ -22,11 +22,11 @@ import torch
 
 from pcfg.common.cli import Parser, ascending, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError
-from pretraining.experiments.plan import Planner, Step
+from pretraining.experiments.plan import SCALES, Planner, Step
 from pretraining.experiments.runner import ROOT, Runner, is_done, lock
-from pretraining.experiments.scales import SCALES
 from pretraining.report.contract import NAMES, Experiments, Status, read_experiments, read_statuses, write_experiments
 
+# Of the commands: nothing from a network.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -62,16 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--scale",
         choices=SCALES,
         default="mini",
-        help="mini: for two CPU cores; small: for one GPU; paper: the paper's settings, for nodes of GPUs (default: mini)",
+        help="mini: 2 CPU cores; small: one GPU; paper: nodes of GPUs (default: mini)",
     )
     group.add_argument("--seeds", type=seed_list, default=[0, 1, 2], help="of pre-training, comma-separated (default: 0,1,2)")
     group.add_argument("--task", type=task_list, default=["A", "B", "C"], help="downstream tasks (default: A,B,C)")
     group.add_argument("--out", help="folder of everything (default: reproduction_SCALE)")
     group = parser.add_argument_group("how")
     group.add_argument(
-        "--jobs",
-        type=positive_int,
-        help="commands at a time (default: one per core without a GPU, each with one thread; else 1)",
+        "--jobs", type=positive_int, help="commands at a time (default: without a GPU one per core, each of one thread; else 1)"
     )
     group.add_argument(
         "--launcher",
@@ -91,11 +89,6 @@ def check_same(existing: Experiments, planned: Experiments, out: Path) -> None:
             old, new = (value if isinstance(value, str) else ",".join(map(str, value)) for value in (old, new))
             flag = "--task" if name == "tasks" else f"--{name}"
             raise InputError(f"{flag} {new}: {out} has experiments with {flag} {old}; give another --out, or {flag} {old}")
-
-
-def environment_of(jobs: int, with_gpu: bool) -> dict[str, str]:
-    """Variables of the commands: nothing from a network, and without a GPU one thread each, which also fixes the arithmetic."""
-    return ENVIRONMENT if with_gpu else {**ENVIRONMENT, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
 
 def describe(steps: list[Step], statuses: dict[str, Status], environment: dict[str, str], out: Path) -> str:
@@ -140,7 +133,9 @@ def main(arguments: list[str] | None = None) -> None:
         # The results of other experiments in this folder stay in the report.
         all_names = [name for name in NAMES if name in names or name in {part.name for part in existing.experiments}]
         planned = Planner(scale, all_names, options.seeds, options.task, launcher).plan()[1]
-    environment = environment_of(jobs, gpus > 0)
+    environment = dict(ENVIRONMENT)
+    if not gpus:  # one number of threads, which also fixes the arithmetic
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     if options.dry_run:
         print(describe(steps, read_statuses(out), environment, out))
         return

@@ -64,12 +64,6 @@ def lock(out: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def words_to_run(step: Step, out: Path) -> list[str]:
-    """The command line with its folder, and this Python."""
-    words = [word.replace("$OUT", str(out)) for word in step.words]
-    return [sys.executable, *words[1:]] if words[0] == "python" else words
-
-
 class Runner:
     """Runs the steps of a plan.
 
@@ -79,9 +73,6 @@ class Runner:
         jobs: commands at a time.
         environment: of the commands, in addition to this process's.
         descriptor: of the lock, which the commands inherit.
-
-    Attributes:
-        statuses: the content of `status.json`: how each command ended.
     """
 
     def __init__(self, steps: list[Step], out: Path, jobs: int, environment: dict[str, str], descriptor: int):
@@ -90,7 +81,7 @@ class Runner:
         self.jobs = jobs
         self.descriptor = descriptor
         self.environment = {**os.environ, **environment}
-        self.statuses: dict[str, Status] = {}
+        self.statuses: dict[str, Status] = {}  # how each command ended
         own = {step.name for step in steps}
         self._of_others = {name: status for name, status in read_statuses(out).items() if name not in own}
         self._running: dict[str, tuple[subprocess.Popen, float]] = {}
@@ -116,31 +107,25 @@ class Runner:
                 return True
             if step.name in self.statuses or step.name in self._running:
                 continue
-            if self._settle(step):
+            is_ready = self.statuses.keys() >= {*step.needs, *step.after}
+            if is_ready and self._settle(step):
                 continue
             waiting = True
-            if self._is_ready(step):
+            if is_ready:
                 self._start(step)
         return waiting
 
-    def _state(self, name: str) -> str | None:
-        return self.statuses[name].state if name in self.statuses else None
-
-    def _is_ready(self, step: Step) -> bool:
-        return all(self._state(name) for name in (*step.needs, *step.after))
-
     def _settle(self, step: Step) -> bool:
-        """Record the state of a step that will not be started, once that is known; returns whether it is."""
-        if not self._is_ready(step):
-            return False
-        missing = [name for name in step.needs if self._state(name) != "done"]
-        if step.after and all(self._state(name) != "done" for name in step.after):
+        """Record the state of a step that will not be started; returns whether that is so."""
+        states = {name: self.statuses[name].state for name in (*step.needs, *step.after)}
+        missing = [name for name in step.needs if states[name] != "done"]
+        if step.after and all(states[name] != "done" for name in step.after):
             missing += step.after
         if missing:
             # A step that waits for one that is not due is not due either.
-            states = {self._state(name) for name in missing}
-            why = f"{missing[0]}: {self._state(missing[0])}"
-            self._note(step, Status(state="not due" if states == {"not due"} else "blocked", why=why))
+            is_due = any(states[name] != "not due" for name in missing)
+            why = f"{missing[0]}: {states[missing[0]]}"
+            self._note(step, Status(state="blocked" if is_due else "not due", why=why))
         elif step.requires and not (self.out / step.requires).exists():
             self._note(step, Status(state="not due", why=f"{step.requires} was not made"))
         elif is_done(step, self.out):
@@ -153,6 +138,9 @@ class Runner:
         return Path("logs") / (re.sub(r"[^\w.]+", "_", step.name) + ".log")
 
     def _start(self, step: Step) -> None:
+        words = [word.replace("$OUT", str(self.out)) for word in step.words]
+        if words[0] == "python":
+            words[0] = sys.executable
         path = self.out / self._log(step)
         with disk_errors(path):
             path.parent.mkdir(exist_ok=True)
@@ -160,7 +148,7 @@ class Runner:
                 log.write(f"$ OUT={self.out}; {step.command}\n")
                 log.flush()
                 process = subprocess.Popen(
-                    words_to_run(step, self.out),
+                    words,
                     cwd=ROOT,
                     env=self.environment,
                     stdin=subprocess.DEVNULL,
@@ -180,13 +168,12 @@ class Runner:
             del self._running[step.name]
             seconds = round(time.monotonic() - begun, 1)
             log = self._log(step).as_posix()
-            makes_nothing = not step.makes and not step.records
-            if process.returncode == 0 and (makes_nothing or is_done(step, self.out)):
+            code = process.returncode
+            if code == 0 and (not step.all_makes or is_done(step, self.out)):
                 self._note(step, Status(state="done", seconds=seconds, log=log))
             else:
-                why = "it did not make everything that it should" if process.returncode == 0 else None
-                failure = Status(state="failed", exit_code=process.returncode, why=why, seconds=seconds, log=log)
-                self._note(step, failure)
+                why = "it did not make everything that it should" if code == 0 else None
+                self._note(step, Status(state="failed", exit_code=code, why=why, seconds=seconds, log=log))
 
     def _note(self, step: Step, status: Status, skipped: bool = False) -> None:
         """Record how a step ended, on the disk and on the screen."""

@@ -11,15 +11,14 @@ import pytest
 from pcfg import lookup
 from pretraining.evaluation.downstream import parse_arguments
 from pretraining.experiments import choose, reproduce
-from pretraining.experiments.plan import Planner, Step
-from pretraining.experiments.scales import MINI, SCALES
+from pretraining.experiments.plan import SCALES, Planner, Step
 from pretraining.report.contract import ALGORITHMS, NAMES, SIZES, STEPS, Status, read_experiments, write_experiments
 from pretraining.training.arguments import parse_with_config
 
 ROOT = Path(__file__).parents[2]
 
 
-def plan(scale=MINI, names=NAMES, seeds=(0, 1), tasks=("A", "B"), launcher=("python",)):
+def plan(scale=SCALES["mini"], names=NAMES, seeds=(0, 1), tasks=("A", "B"), launcher=("python",)):
     return Planner(scale, list(names), list(seeds), list(tasks), list(launcher)).plan()
 
 
