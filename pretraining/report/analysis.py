@@ -3,54 +3,37 @@
 Every comparison is between models at the same loss (`pretraining.report.same_loss`); others are left out, with the reason. The
 findings are those of Liu et al. (2023), as sentences computed from numbers:
 
-| experiment | compared | holds if, by 95% intervals |
+| experiment | compared | the paper's side, by 95% intervals |
 | --- | --- | --- |
 | steps, per group | the first checkpoint at the loss of the run's last one with that; paired | trace falls, accuracy rises |
 | sizes | smallest with largest group (Welch over seeds), by both rules of enlarging | trace falls, accuracy rises |
 | algorithms, per group | the first group with this one (Welch over seeds) | trace rises, accuracy falls |
 | algorithms, lookup table | the first group with it | accuracy falls |
 
-The rule was fixed beforehand, and is applied to each accuracy (task and kind) on its own; none is the headline's:
+The README says when a finding holds. The rule was fixed beforehand, and is applied to each accuracy (task and kind) on its own,
+without a correction for the number of comparisons. Nothing is told where a group is missing or has one seed, nor where a trace
+is missing by one of the two rules. The last checkpoint is the last one of the plan.
 
-- holds: the intervals of the changes of both trace and accuracy lie on the paper's side of 0;
-- does not hold: one of them lies on the other side;
-- depends on the rule of enlarging: the verdicts with --tied-scale tables and head differ, and both traces exist;
-- can't be told: otherwise; also where a group is missing or has one seed.
+Models of an inferred contract are compared in pairs, each by the standard errors of its own measurements, and only their traces
+in the parameters of one shape: whether one is larger, by both rules.
 
-The last checkpoint is the last one of the plan. Groups of models take two models at least. There is no correction for the
-number of comparisons. Models of an inferred contract are compared in pairs, each by the standard errors of its own
-measurements, and only their traces in the parameters of one shape: whether one is larger, by both rules.
-
-Means over seeds have standard errors over seeds, single models their measurement's own. Correlations of each accuracy with
-trace and gap are over the models of an experiment at the same loss as the reference. Lookup tables are in no correlation: they
-have no trace, and their features are of another kind.
+Correlations of each accuracy with trace and gap are over the models of an experiment at the same loss as the reference. Lookup
+tables are in no correlation: they have no trace, and their features are of another kind.
 """
 
 import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
 from pcfg.common.files import write_json
 from pcfg.common.schema import Schema
-from pretraining.report import intervals
-from pretraining.report.contract import (
-    ALGORITHMS,
-    MODELS,
-    SIZES,
-    STEPS,
-    Choice,
-    Experiment,
-    Experiments,
-    Status,
-    read_choice,
-    read_experiments,
-    read_statuses,
-)
+from pretraining.report import contract, intervals
+from pretraining.report.contract import ALGORITHMS, MODELS, SIZES, STEPS, Choice, Experiment, Experiments, Status
 from pretraining.report.intervals import Change, Correlation, Mean, change_of_means, correlate, mean_of, paired_change
 from pretraining.report.rows import (
     TRACE,
@@ -60,6 +43,7 @@ from pretraining.report.rows import (
     accuracy_label,
     accuracy_names,
     infer_experiments,
+    is_true,
     join,
     own_error,
     trace_label,
@@ -159,37 +143,6 @@ class Analysis:
         """The models of one experiment."""
         return self.joined.select(self.joined.rows["experiment"] == name)
 
-    def to_json(self) -> dict:
-        """The content of `results.json`; of the commands without times, which no two runs share."""
-        experiments = self.experiments
-        statuses = [self.statuses.get(command.name) for command in experiments.commands]
-        return {
-            "schema": SCHEMA,
-            "scale": experiments.scale,
-            "seeds": list(experiments.seeds),
-            "criteria": {
-                "saturated_nats": experiments.saturated,
-                "margin_nats": experiments.margin,
-                "reference": experiments.reference,
-                "level": intervals.LEVEL,
-                "bootstrap_seed": intervals.SEED,
-            },
-            "findings": [finding.model_dump(mode="json") for finding in self.findings],
-            "tables": {name: [line.model_dump(mode="json") for line in lines] for name, lines in self.tables.items()},
-            "correlations": [correlated.model_dump(mode="json") for correlated in self.correlations],
-            "paper": json.loads(self.paper.to_json(orient="records", double_precision=15)),
-            "choice": None if self.choice is None else self.choice.model_dump(mode="json"),
-            "commands": [
-                {
-                    "name": command.name,
-                    "command": command.command,
-                    "state": status and status.state,
-                    "exit_code": status and status.exit_code,
-                }
-                for command, status in zip(experiments.commands, statuses, strict=True)
-            ],
-        }
-
 
 def analyse(tree: Tree, folder: Path | str, max_gap: float | None = None, margin: float | None = None) -> Analysis:
     """Analyse the experiments of a folder, or its models where it has no `experiments.json`.
@@ -198,10 +151,10 @@ def analyse(tree: Tree, folder: Path | str, max_gap: float | None = None, margin
         tree: of `folder`.
         max_gap, margin: thresholds of the same loss, nats; by default those of `experiments.json`, else those of `SameLoss`.
     """
-    experiments = read_experiments(folder) or infer_experiments(tree)
+    experiments = contract.read_experiments(folder) or infer_experiments(tree)
     thresholds = {"saturated": max_gap, "margin": margin}
     experiments = experiments.model_copy(update={name: value for name, value in thresholds.items() if value is not None})
-    statuses = read_statuses(folder)
+    statuses = contract.read_statuses(folder)
     joined = join(tree, experiments, statuses)
     names = accuracy_names(tree, experiments)
     analysis = Analysis(tree, experiments, statuses, joined, names, {}, [], [], pd.DataFrame())
@@ -214,7 +167,7 @@ def analyse(tree: Tree, folder: Path | str, max_gap: float | None = None, margin
         if experiment.choice is not None:
             path = Path(folder) / experiment.choice
             if path.exists():
-                analysis.choice = read_choice(path)
+                analysis.choice = contract.read_choice(path)
             else:
                 reason = why_missing(experiment.choice, experiments, statuses)
                 analysis.choice_missing = f"{experiment.choice}: missing; {reason}"
@@ -224,40 +177,60 @@ def analyse(tree: Tree, folder: Path | str, max_gap: float | None = None, margin
 
 
 def write_results(path: Path | str, analysis: Analysis) -> None:
-    """Write `results.json`."""
-    write_json(path, analysis.to_json())
+    """Write `results.json`; of the commands it has no times, which no two runs share."""
+    experiments = analysis.experiments
+    ended = [(command, analysis.statuses.get(command.name)) for command in experiments.commands]
+    content = {
+        "schema": SCHEMA,
+        "scale": experiments.scale,
+        "seeds": list(experiments.seeds),
+        "criteria": {
+            "saturated_nats": experiments.saturated,
+            "margin_nats": experiments.margin,
+            "reference": experiments.reference,
+            "level": intervals.LEVEL,
+            "bootstrap_seed": intervals.SEED,
+        },
+        "findings": [finding.model_dump(mode="json") for finding in analysis.findings],
+        "tables": {name: [line.model_dump(mode="json") for line in lines] for name, lines in analysis.tables.items()},
+        "correlations": [correlated.model_dump(mode="json") for correlated in analysis.correlations],
+        "paper": json.loads(analysis.paper.to_json(orient="records", double_precision=15)),
+        "choice": analysis.choice and analysis.choice.model_dump(mode="json"),
+        "commands": [
+            {"name": command.name, "command": command.command}
+            | {"state": status and status.state, "exit_code": status and status.exit_code}
+            for command, status in ended
+        ],
+    }
+    write_json(path, content)
 
 
 def _lines(experiment: Experiment, models: Joined, names: list[str]) -> list[Line]:
     """A line per group and step, groups in the experiment's order."""
     lines = []
     quantities = ["gap", "gap_difference", *trace_names(experiment), *names]
-    for group in experiment.groups:
-        of_group = models.select(models.rows["group"] == group)
-        for step in sorted(of_group.rows["step"].unique(), key=lambda step: -1 if pd.isna(step) else step):
-            members = of_group.select(of_group.rows["step"].isna() if pd.isna(step) else of_group.rows["step"].eq(step))
-            rows = members.rows
-            existing = rows[rows["kind"].notna()]
-            sizes = existing["parameters"].dropna()
-            texts = [
+    by_step = models.rows.sort_values("step", kind="stable", na_position="first")
+    for (group, step), rows in by_step.groupby(["group", "step"], sort=False, dropna=False):
+        members = models.select(rows.index)
+        existing = rows[rows["kind"].notna()]
+        sizes = existing["parameters"].dropna()
+        line = Line(
+            group=group,
+            step=None if pd.isna(step) else int(step),
+            kind=None if existing.empty else existing["kind"].iloc[0],
+            parameters=None if sizes.empty else int(sizes.iloc[0]),
+            models=len(existing),
+            planned=len(rows),
+            saturated=_count(rows["saturated"]),
+            equal=_count(rows["equal"]),
+            same_loss=_count(rows["same_loss"]),
+            values={name: _summary(members.of(name)) for name in quantities},
+            missing=tuple(
                 text if pd.isna(row.seed) else f"seed {row.seed}: {text}" for row in rows.itertuples() for text in row.missing
-            ]
-            lines.append(
-                Line(
-                    group=group,
-                    step=None if pd.isna(step) else int(step),
-                    kind=None if existing.empty else existing["kind"].iloc[0],
-                    parameters=None if sizes.empty else int(sizes.iloc[0]),
-                    models=len(existing),
-                    planned=len(rows),
-                    saturated=_count(rows["saturated"]),
-                    equal=_count(rows["equal"]),
-                    same_loss=_count(rows["same_loss"]),
-                    values={name: _summary(members.of(name)) for name in quantities},
-                    missing=tuple(texts),
-                )
-            )
-    return lines
+            ),
+        )
+        lines.append(line)
+    return sorted(lines, key=lambda line: experiment.groups.index(line.group))
 
 
 def _count(column: pd.Series) -> tuple[int, int]:
@@ -265,25 +238,28 @@ def _count(column: pd.Series) -> tuple[int, int]:
     return int(known.sum()), len(known)
 
 
-def _summary(of_quantity: pd.DataFrame) -> Summary:
-    """Mean over models; over several with the standard error over them, else with the measurement's own."""
+def _mean(of_quantity: pd.DataFrame, with_own_error: bool) -> Mean | None:
+    """Mean over models; of a single one with the error of its own measurement, if `with_own_error`, else with none."""
     known = of_quantity[of_quantity["value"].notna()]
-    if known.empty:
+    if len(known) != 1 or not with_own_error:
+        return None if known.empty else mean_of(known["value"])
+    error = own_error(known).iloc[0]
+    over_seeds = "seeds" in known and not pd.isna(known["se"].iloc[0])
+    degrees = known["seeds"].iloc[0] - 1 if over_seeds else math.inf
+    return Mean(float(known["value"].iloc[0]), None if pd.isna(error) else float(error), degrees, 1)
+
+
+def _summary(of_quantity: pd.DataFrame) -> Summary:
+    mean = _mean(of_quantity, with_own_error=True)
+    if mean is None:
         return Summary()
-    if len(known) == 1:
-        error = _number(own_error(known).iloc[0])
-        return Summary(mean=float(known["value"].iloc[0]), error=error, over=None if error is None else "measurement", n=1)
-    mean = mean_of(known["value"])
-    return Summary(mean=mean.value, error=mean.error, over="seeds", n=mean.n)
-
-
-def _number(value: float) -> float | None:
-    return None if pd.isna(value) else float(value)
+    over = "seeds" if mean.n > 1 else None if mean.error is None else "measurement"
+    return Summary(mean=mean.value, error=mean.error, over=over, n=mean.n)
 
 
 def _correlations(experiment: Experiment, models: Joined, names: list[str]) -> list[Correlated]:
     correlations = []
-    compared = models.select(models.rows["same_loss"].fillna(False).astype(bool) & models.rows["kind"].eq(TRANSFORMER))
+    compared = models.select(is_true(models.rows["same_loss"]) & models.rows["kind"].eq(TRANSFORMER))
     for name, against in itertools.product(names, (*trace_names(experiment), "gap")):
         columns = {"run": compared.rows["run"], "folder": compared.rows["folder"]}
         columns |= {"x": compared.of(against)["value"], "y": compared.of(name)["value"]}
@@ -297,6 +273,19 @@ def _correlations(experiment: Experiment, models: Joined, names: list[str]) -> l
 # findings
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two groups of models, or two models, and the outcome of the search for them."""
+
+    subject: str
+    sides: tuple[Joined, Joined] | None  # before and after; None where there is a reason
+    reason: str | None = None  # why they are not compared
+    basis: str = ""  # in words
+    left_out: tuple[str, ...] = ()  # models that are not compared, and why
+    is_paired: bool = False  # run by run
+    is_table: bool = False  # whether the second side is the lookup table
+
+
 def findings_of(experiment: Experiment, models: Joined, names: list[str], criterion: SameLoss) -> list[Finding]:
     """The findings of one experiment.
 
@@ -306,13 +295,11 @@ def findings_of(experiment: Experiment, models: Joined, names: list[str], criter
     """
     measured = [name for name in names if models.of(name)["value"].notna().any()]
     rules = {STEPS: _steps, SIZES: _sizes, ALGORITHMS: _algorithms, MODELS: _pairs_of_models}
-    return rules[experiment.rule](experiment, models, measured or names, criterion)
+    return [_finding(experiment, pair, measured or names) for pair in rules[experiment.rule](experiment, models, criterion)]
 
 
-def _steps(experiment: Experiment, models: Joined, names: list[str], criterion: SameLoss) -> list[Finding]:
-    """One finding per optimizer."""
-    findings = []
-    traces = trace_names(experiment)
+def _steps(experiment: Experiment, models: Joined, criterion: SameLoss) -> Iterator[Pair]:
+    """One pair per optimizer."""
     for group in experiment.groups:
         of_group = models.rows[models.rows["group"] == group]
         left_out = []
@@ -320,9 +307,9 @@ def _steps(experiment: Experiment, models: Joined, names: list[str], criterion: 
         runs = [run.sort_values("step") for _, run in of_group.groupby("seed", sort=False, dropna=False)]
         for run in runs:
             last = run.iloc[[-1]]
-            saturated = run.iloc[:-1][run.iloc[:-1]["saturated"].fillna(False).astype(bool)]
+            saturated = run.iloc[:-1][is_true(run.iloc[:-1]["saturated"])]
             same = [index for index in saturated.index if criterion.obstacle(run.loc[[index]], last) is None]
-            if not _is_true(last["saturated"].iloc[0]):
+            if not is_true(last["saturated"]).item():
                 left_out.append(f"{_who(last.iloc[0])} (last checkpoint {_loss_of(last.iloc[0])})")
             elif same:
                 pairs.append((same[0], last.index[0]))
@@ -331,124 +318,96 @@ def _steps(experiment: Experiment, models: Joined, names: list[str], criterion: 
                 left_out.append(f"{_who(last.iloc[0])} (no earlier checkpoint {state})")
         if len(pairs) < FEWEST:
             reason = f"{len(pairs)} of {len(runs)} runs can be compared, an interval takes {FEWEST}"
-            findings.append(_finding(experiment, TITLES[STEPS], group, names, traces, {}, "", reason, left_out))
+            yield Pair(group, None, reason, left_out=tuple(left_out))
             continue
         before, after = (models.select(list(side)) for side in zip(*pairs, strict=True))
         steps = [_steps_text(side.rows["step"]) for side in (before, after)]
         basis = f"From the first checkpoint at the same loss ({steps[0]}) to the last ({steps[1]}), {len(pairs)} seeds"
-        changes = {}
-        for name in (*traces, "gap", *names):
-            both = pd.DataFrame({"a": before.of(name)["value"].array, "b": after.of(name)["value"].array}).dropna()
-            changes[name] = paired_change(both["a"], both["b"]) if len(both) else None
-        findings.append(_finding(experiment, TITLES[STEPS], group, names, traces, changes, basis, None, left_out))
-    return findings
+        yield Pair(group, (before, after), None, basis, tuple(left_out), is_paired=True)
 
 
-def _sizes(experiment: Experiment, models: Joined, names: list[str], criterion: SameLoss) -> list[Finding]:
+def _sizes(experiment: Experiment, models: Joined, criterion: SameLoss) -> Iterator[Pair]:
     """Smallest against largest."""
-    traces = trace_names(experiment)
     compared, left_out = _at_same_loss(models)
     groups = {group: compared.select(compared.rows["group"] == group) for group in experiment.groups}
     sized = [(int(of.rows["parameters"].iloc[0]), name) for name, of in groups.items() if len(of.rows) >= FEWEST]
     (few, small), (many, large) = (min(sized), max(sized)) if sized else ((0, ""), (0, ""))
     if few == many:
-        reason = f"no two sizes have {FEWEST} models at the same loss each"
-        return [_finding(experiment, TITLES[SIZES], "no two sizes", names, traces, {}, "", reason, left_out)]
+        yield Pair("no two sizes", None, f"no two sizes have {FEWEST} models at the same loss each", left_out=left_out)
+        return
     before, after = groups[small], groups[large]
-    obstacle = criterion.obstacle(before.rows, after.rows)
     basis = f"From {small} ({few:,} parameters, {len(before.rows)} seeds) to {large} ({many:,}, {len(after.rows)} seeds)"
-    changes = {} if obstacle else _group_changes(before, after, (*traces, "gap", *names))
-    subject = f"{large} against {small}"
-    return [_finding(experiment, TITLES[SIZES], subject, names, traces, changes, basis, obstacle, left_out)]
+    reason = criterion.obstacle(before.rows, after.rows)
+    yield Pair(f"{large} against {small}", (before, after), reason, basis, left_out)
 
 
-def _algorithms(experiment: Experiment, models: Joined, names: list[str], criterion: SameLoss) -> list[Finding]:
+def _algorithms(experiment: Experiment, models: Joined, criterion: SameLoss) -> Iterator[Pair]:
     """Each group against the first."""
     standard, *others = experiment.groups
-    findings = []
     for group in others:
         compared, left_out = _at_same_loss(models.select(models.rows["group"].isin([standard, group])))
         kinds = models.rows.loc[models.rows["group"] == group, "kind"].dropna()
         is_table = bool((kinds != TRANSFORMER).any())
-        title = TABLE_TITLE if is_table else TITLES[ALGORITHMS]
-        subject = f"{group} against {standard}"
         before, after = (compared.select(compared.rows["group"] == name) for name in (standard, group))
-        wanted = [name for name in names if not (is_table and name.startswith("finetune"))]
         sides = ((standard, before, FEWEST), (group, after, 1 if is_table else FEWEST))
         few = [f"{name} has {len(side.rows)}" for name, side, needed in sides if len(side.rows) < needed]
         reason = f"models at the same loss are too few: {_and(few)}" if few else criterion.obstacle(before.rows, after.rows)
-        seeds = "" if is_table else f" ({len(after.rows)} seeds)"
-        basis = f"From {standard} ({len(before.rows)} seeds) to {group}{seeds}"
-        traces = [] if is_table else trace_names(experiment)
-        changes = {} if reason else _group_changes(before, after, (*traces, "gap", *wanted))
-        findings.append(_finding(experiment, title, subject, wanted, traces, changes, basis, reason, left_out))
-    return findings
+        basis = f"From {standard} ({len(before.rows)} seeds) to {group}" + ("" if is_table else f" ({len(after.rows)} seeds)")
+        yield Pair(f"{group} against {standard}", (before, after), reason, basis, left_out, is_table=is_table)
 
 
-def _pairs_of_models(experiment: Experiment, models: Joined, _: list[str], criterion: SameLoss) -> list[Finding]:
-    """The traces of each two models in the parameters of one shape."""
-    findings = []
-    traces = trace_names(experiment)
-    pairs = itertools.combinations(models.rows.index, 2) if experiment.has_common_traces else ()
-    for pair in pairs:
+def _pairs_of_models(experiment: Experiment, models: Joined, criterion: SameLoss) -> Iterator[Pair]:
+    """Each two models of one shape."""
+    for pair in itertools.combinations(models.rows.index, 2) if experiment.has_common_traces else ():
         after, before = (models.select([index]) for index in pair)
         rows = [side.rows.iloc[0] for side in (after, before)]
-        subject = " against ".join(map(_with_step, rows))
-        reasons = [f"{_with_step(row)} {_loss_of(row)}" for row in rows if not _is_true(row["saturated"])]
+        not_saturated = ~is_true(models.rows["saturated"].loc[list(pair)])
+        reasons = [f"{_with_step(row)} {_loss_of(row)}" for row, is_not in zip(rows, not_saturated, strict=True) if is_not]
         reason = "; ".join(reasons) or criterion.obstacle(before.rows, after.rows)
-        changes = {} if reason else _group_changes(before, after, traces)
-        findings.append(_finding(experiment, TITLES[MODELS], subject, [TRACE], traces, changes, "", reason))
-    return findings
+        yield Pair(" against ".join(map(_with_step, rows)), (before, after), reason)
 
 
-def _at_same_loss(models: Joined) -> tuple[Joined, list[str]]:
+def _at_same_loss(models: Joined) -> tuple[Joined, tuple[str, ...]]:
     """The models at the same loss as the reference, each run at its last step; and those that are not, with the reason."""
     last = models.rows.sort_values("step", kind="stable", na_position="first").groupby(["group", "seed"], dropna=False).tail(1)
     at_end = models.select(models.rows.index.isin(last.index))
-    is_same = at_end.rows["same_loss"].fillna(False).astype(bool)
-    return at_end.select(is_same), [f"{_who(row)} ({_loss_of(row)})" for _, row in at_end.rows[~is_same].iterrows()]
+    is_same = is_true(at_end.rows["same_loss"])
+    return at_end.select(is_same), tuple(f"{_who(row)} ({_loss_of(row)})" for _, row in at_end.rows[~is_same].iterrows())
 
 
-def _group_mean(models: Joined, name: str) -> Mean | None:
-    """The mean of a group over its models; a lookup table, or a single model, has the errors of its own measurements."""
-    of_quantity = models.of(name)
-    known = of_quantity[of_quantity["value"].notna()]
-    if known.empty:
-        return None
-    if len(models.rows) > 1:
-        return mean_of(known["value"])
-    error = own_error(known).iloc[0]
-    over_seeds = "seeds" in known and not pd.isna(known["se"].iloc[0])
-    degrees = known["seeds"].iloc[0] - 1 if over_seeds else math.inf
-    return Mean(float(known["value"].iloc[0]), _number(error), degrees, 1)
+def _change(name: str, before: Joined, after: Joined, is_paired: bool) -> Change | None:
+    """The change of a quantity from one side to the other; None where it was not measured on both."""
+    if is_paired:
+        both = pd.DataFrame({"a": before.of(name)["value"].array, "b": after.of(name)["value"].array}).dropna()
+        return paired_change(both["a"], both["b"]) if len(both) else None
+    # A lookup table, or a single model, has the errors of its own measurements.
+    a, b = (_mean(side.of(name), with_own_error=len(side.rows) == 1) for side in (before, after))
+    return change_of_means(a, b) if a and b else None
 
 
-def _group_changes(before: Joined, after: Joined, names: Iterable[str]) -> dict[str, Change | None]:
-    means = {name: (_group_mean(before, name), _group_mean(after, name)) for name in names}
-    return {name: change_of_means(a, b) if a and b else None for name, (a, b) in means.items()}
-
-
-def _finding(
-    experiment: Experiment,
-    title: str,
-    subject: str,
-    names: list[str],
-    traces: list[str],
-    changes: dict[str, Change | None],
-    basis: str,
-    reason: str | None = None,
-    left_out: Iterable[str] = (),
-) -> Finding:
+def _finding(experiment: Experiment, pair: Pair, names: list[str]) -> Finding:
     """A finding with its verdicts; without traces (a lookup table's) accuracy decides alone, without accuracies the trace."""
+    title = TABLE_TITLE if pair.is_table else TITLES[experiment.rule]
+    traces = trace_names(experiment)
+    if pair.is_table:
+        traces = []
+        names = [name for name in names if not name.startswith("finetune")]
+    quantities = [*traces, "gap", *names]
+    if experiment.rule == MODELS:
+        names = [TRACE]
+        quantities = traces
     trace_side, accuracy_side = SIDES[experiment.rule]
+    changes: dict[str, Change | None] = {}
+    if pair.sides and not pair.reason:
+        changes = {name: _change(name, *pair.sides, pair.is_paired) for name in quantities}
     verdicts = dict.fromkeys(names, OPEN)
-    for name in names if reason is None else ():
-        signs = {trace: change.sign() if (change := changes[trace]) else 0 for trace in traces}
+    for name in names if changes else ():
+        signs = {change.sign() if (change := changes[trace]) else 0 for trace in traces}
         if name == TRACE:
-            by_trace = {{1: LARGER, -1: SMALLER, 0: OPEN}[sign] for sign in signs.values()}
+            by_trace = {{1: LARGER, -1: SMALLER, 0: OPEN}[sign] for sign in signs}
         elif change := changes[name]:
             accuracy = change.sign() * accuracy_side
-            by_trace = {_verdict(sign * trace_side, accuracy) for sign in signs.values()} or {_verdict(accuracy)}
+            by_trace = {_verdict(sign * trace_side, accuracy) for sign in signs} or {_verdict(accuracy)}
         else:
             by_trace = {OPEN}
         is_complete = None not in [changes[trace] for trace in traces]
@@ -456,7 +415,7 @@ def _finding(
             verdicts[name] = by_trace.pop()
         elif is_complete:
             verdicts[name] = BY_RULE
-    headline = f"{title} ({subject}): {OPEN}, {reason}" if reason else f"{title} ({subject}): {_in_words(verdicts)}"
+    headline = f"{title} ({pair.subject}): {f'{OPEN}, {pair.reason}' if pair.reason else _in_words(verdicts)}"
     numbers = []
     for name, change in changes.items():
         if name == "gap":
@@ -465,17 +424,17 @@ def _finding(
             numbers.append(describe_change(trace_label(name), change, "", trace_side or None))
         else:
             numbers.append(describe_change(accuracy_label(name), change, " points", accuracy_side))
-    omissions = f"Left out: {'; '.join(left_out)}." if left_out else ""
-    body = f"{'. ' if basis else ''}{basis}: {'; '.join(numbers)}" if numbers else ""
+    omissions = f"Left out: {'; '.join(pair.left_out)}." if pair.left_out else ""
+    body = f"{'. ' if pair.basis else ''}{pair.basis}: {'; '.join(numbers)}" if numbers else ""
     return Finding(
         experiment=experiment.name,
         title=title,
-        subject=subject,
-        basis=basis,
+        subject=pair.subject,
+        basis=pair.basis,
         changes=changes,
         verdicts=verdicts,
-        reason=reason,
-        left_out=tuple(left_out),
+        reason=pair.reason,
+        left_out=pair.left_out,
         numbers=tuple(numbers),
         omissions=omissions,
         headline=headline,
@@ -501,10 +460,6 @@ def _verdict(*sides: int) -> str:
 
 def _and(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def _is_true(value: object) -> bool:
-    return not pd.isna(value) and bool(value)
 
 
 def _who(row: pd.Series) -> str:
@@ -566,8 +521,8 @@ def describe_change(label: str, change: Change | None, unit: str = "", side: int
 # The paper's numbers are those of its PCFG data with 235M-parameter transformers, but for Figure 5, which compares sizes. The
 # grammar that was published with its code is another, shallower one, and other grammars have other entropies, classes and
 # traces: values can't be compared, directions can. Gaps are the published losses less the published minimum, 3.196 nats.
-STANDARD, ADVERSARIAL, TABLE = "standard", "adversarial", "lookup table"  # roles of groups; the first group is the standard one
-SMALLEST, LATER = "smallest", "later"
+SMALLEST, LARGEST, TABLE, LATER = "smallest", "largest", "lookup table", "later"  # roles
+BY_PLACE = ("standard", "adversarial")  # roles of the first two groups
 
 
 def _paper(analysis: Analysis) -> pd.DataFrame:
@@ -576,37 +531,28 @@ def _paper(analysis: Analysis) -> pd.DataFrame:
     The columns `experiment`, `role` and `quantity` say whose counterpart a number is; they are empty where there is none here.
     A quantity is a gap, a trace, or a task, which stands for its probe.
     """
-    table = pd.read_csv(Path(__file__).with_name("published.csv"), dtype=str)
-    counterparts = [_counterpart(row.experiment, row.role, row.quantity, analysis) for row in table.itertuples()]
-    return table.assign(**pd.DataFrame(counterparts, columns=["ours", "error"]))
+    ours: dict[tuple, tuple[float | None, float | None]] = {}
+    for experiment, lines in analysis.tables.items():
+        for role, line in _lines_by_role(lines).items():
+            ours |= {(experiment, role, name): (value.mean, value.error) for name, value in line.values.items()}
+    for finding in [finding for finding in analysis.findings if finding.experiment == STEPS][:1]:
+        changes = {name: change for name, change in finding.changes.items() if change}
+        ours |= {(STEPS, LATER, name): (change.value, change.error or 0.0) for name, change in changes.items()}
+    published = pd.read_csv(Path(__file__).with_name("published.csv"), dtype=str)
+    probes = {task: f"{analysis.experiments.probe}_pcfg_{task}" for task in analysis.experiments.tasks}
+    counterparts = [
+        ours.get((row.experiment, row.role, probes.get(row.quantity, row.quantity)), (None, None))
+        for row in published.itertuples()
+    ]
+    scale = published["quantity"].isin(list(probes)).map({True: 100.0, False: 1.0})
+    return published.join(pd.DataFrame(counterparts, columns=["ours", "error"], dtype=float).mul(scale, axis=0))
 
 
-def _counterpart(experiment: str, role: str, quantity: str, analysis: Analysis) -> tuple[float | None, float | None]:
-    lines = analysis.tables.get(experiment)
-    if not lines:
-        return None, None
-    is_task = quantity in analysis.experiments.tasks
-    name = f"{analysis.experiments.probe}_pcfg_{quantity}" if is_task else quantity
-    if role == LATER:
-        changes = [finding.changes.get(name) for finding in analysis.findings if finding.experiment == STEPS]
-        change = changes[0] if changes else None
-        mean, error = (change.value, change.error or 0.0) if change else (None, None)
-    else:
-        line = _of_role(role, lines)
-        value = line.values.get(name, Summary()) if line else Summary()
-        mean, error = value.mean, value.error
-    scale = 100.0 if is_task else 1.0
-    return None if mean is None else mean * scale, None if error is None else error * scale
-
-
-def _of_role(role: str, lines: list[Line]) -> Line | None:
-    """The line with a role of the paper's: the first group is the standard one, the next one of models the other."""
+def _lines_by_role(lines: list[Line]) -> dict[str, Line]:
+    """The lines with a role of the paper's: the first group is the standard one, the next one of models the other."""
     models = [line for line in lines if line.kind == TRANSFORMER]
-    groups = list(dict.fromkeys(line.group for line in lines if line.kind in (None, TRANSFORMER)))
-    if role == TABLE:
-        return next((line for line in lines if line.kind not in (None, TRANSFORMER)), None)
-    if role in (STANDARD, ADVERSARIAL):
-        place = (STANDARD, ADVERSARIAL).index(role)
-        return next((line for line in models if line.group in groups[place : place + 1]), None)
+    groups = dict.fromkeys(line.group for line in lines if line.kind in (None, TRANSFORMER))
     sized = sorted(models, key=lambda line: line.parameters or 0)
-    return (sized[0] if role == SMALLEST else sized[-1]) if sized else None
+    of_role = {SMALLEST: sized, LARGEST: sized[::-1], TABLE: [line for line in lines if line.kind not in (None, TRANSFORMER)]}
+    of_role |= {role: [line for line in models if line.group == group] for role, group in zip(BY_PLACE, groups, strict=False)}
+    return {role: of[0] for role, of in of_role.items() if of}

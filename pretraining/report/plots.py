@@ -26,7 +26,16 @@ from matplotlib.lines import Line2D
 from pcfg.common.files import atomic_open, atomic_path
 from pretraining.report.analysis import Analysis, Line
 from pretraining.report.contract import ALGORITHMS, MODELS, SIZES, STEPS, Choice
-from pretraining.report.rows import COMMON_TRACES, LOOKUP_TABLE, TRACE, TRANSFORMER, accuracy_label, own_error, trace_names
+from pretraining.report.rows import (
+    COMMON_TRACES,
+    LOOKUP_TABLE,
+    TRACE,
+    TRANSFORMER,
+    accuracy_label,
+    is_true,
+    own_error,
+    trace_names,
+)
 
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
 MARKERS = "osD^vXP<>*p"
@@ -180,7 +189,7 @@ class ExperimentPlots:
                 columns[axis] = of_quantity["value"] * quantity.scale
                 columns[f"{axis}_error"] = own_error(of_quantity).fillna(0.0) * quantity.scale
             points = pd.DataFrame(columns).dropna()
-            is_same = models.rows["same_loss"].reindex(points.index).fillna(False).astype(bool)
+            is_same = is_true(models.rows["same_loss"].reindex(points.index))
             hollow = set(np.flatnonzero(~is_same).tolist())
             _draw_points(axes, self.styles[group], points[["x", "y", "x_error", "y_error"]].values.tolist(), False, hollow)
             x_values += points["x"].tolist()

@@ -171,6 +171,11 @@ def own_error(of_quantity: pd.DataFrame) -> pd.Series:
     return of_quantity["se"].fillna(of_quantity["sampling_se"]) if "sampling_se" in of_quantity else of_quantity["se"]
 
 
+def is_true(column: pd.Series) -> pd.Series:
+    """Nullable booleans as plain ones, where unknown is false."""
+    return column.fillna(False).astype(bool)
+
+
 def losses(tree: Tree, experiments: Experiments) -> pd.DataFrame:
     """The columns `LOSS_COLUMNS` of each model: its gap and what `SameLoss` says of it.
 
