@@ -65,6 +65,11 @@ class Tree:
         """The accuracies that at least one model has, sorted."""
         return [name for name in self.measured.columns.unique(0) if (name, "majority") in self.measured.columns]
 
+    @property
+    def own_sizes(self) -> pd.Series:
+        """The parameters of each model before it was enlarged."""
+        return self.models["enlarged_from_parameters"].fillna(self.models["parameters"])
+
     def digests(self) -> dict[str, str]:
         """Models by the SHA-256 of their weights, as far as a record says it."""
         hashes: dict[str, str] = {}
@@ -90,9 +95,8 @@ def model_folders(folder: Path | str) -> list[Path]:
 
 def _facts(folder: Path, facts: dict) -> dict:
     """The row of `models` of one folder, but for its name."""
-    is_model = is_model_folder(folder)
     row = {
-        "kind": TRANSFORMER if is_model else LOOKUP_TABLE,
+        "kind": TRANSFORMER if is_model_folder(folder) else LOOKUP_TABLE,
         "job": facts.get("job_name") or (folder.parent if "step" in facts else folder).name,
         "step": facts.get("step"),
     }
@@ -117,15 +121,15 @@ def _measurements(records: dict[str, Record], facts: dict) -> dict[tuple[str, st
             for quantity in LOSSES:
                 part, mean = quantity.rsplit("_", 1)
                 if means := getattr(record, part):
-                    cells[quantity, "value"] = getattr(means, mean).mean
-                    cells[quantity, "se"] = getattr(means, mean).standard_error
+                    value = getattr(means, mean)
+                    cells |= {(quantity, "value"): value.mean, (quantity, "se"): value.standard_error}
         elif isinstance(record, AccuracyRecord):
             errors = record.standard_error, record.sampling_standard_error
             values = record.value, *errors, len(record.accuracies), record.best_accuracy, record.n, record.majority
             cells |= {(name, part): value for part, value in zip(ACCURACY_PARTS, values, strict=True)}
-        elif isinstance(record, HessianRecord) and file in TRACE_FILES:
-            cells |= {(TRACE_FILES[file], "value"): record.value, (TRACE_FILES[file], "se"): record.standard_error}
-            if TRACE_FILES[file] == TRACE:
+        elif isinstance(record, HessianRecord) and (trace := TRACE_FILES.get(file)):
+            cells |= {(trace, "value"): record.value, (trace, "se"): record.standard_error}
+            if trace == TRACE:
                 cells |= {(f"trace_{part}", "value"): value for part, value in _trace_parts(record, facts).items()}
     return cells
 
@@ -218,24 +222,24 @@ def infer_experiments(tree: Tree) -> Experiments:
     """
     models = tree.models
     own = models[models["enlarged_rule"].isna()]
+    labels = _labels(own)
+    steps = [None if pd.isna(step) else int(step) for step in own["step"]]
     entries = [
-        Entry(group=str(label), seed=None, step=None if pd.isna(step) else int(step), folder=str(model))
-        for label, step, model in zip(_labels(own), own["step"], own.index, strict=True)
+        Entry(group=str(label), seed=None, step=step, folder=model)
+        for (model, label), step in zip(labels.items(), steps, strict=True)
     ]
     experiments = [Experiment(name=MODELS, entries=tuple(entries))] if entries else []
     digests = tree.digests()
-    others = [
-        digests.get(r.inputs["other"]["sha256"]) for _, _, r in tree.records if isinstance(r, ComparisonRecord) and r.gap_a
-    ]
     known = own.index[tree.measured.loc[own.index, (GAP, "value")].notna()]
+    comparisons = [record for _, _, record in tree.records if isinstance(record, ComparisonRecord) and record.gap_a]
+    others = [digests.get(record.inputs["other"]["sha256"]) for record in comparisons]
     counted = collections.Counter(model for model in others if model in known)
     reference = counted.most_common(1)[0][0] if counted else known[-1] if len(known) else None
     with_trace = models[tree.measured[TRACE]["value"].notna() & (models["kind"] == TRANSFORMER)]
     for shape, members in with_trace.groupby(SHAPE):
         if members["enlarged_rule"].notna().any():
-            labels = dict(zip(own.index, _labels(own), strict=True))
             name = f"{MODELS}_of_{shape[0]}_parameters"
-            experiments.append(Experiment(name=name, kind=MODELS, entries=_of_shape(members, labels, digests)))
+            experiments.append(Experiment(name=name, kind=MODELS, entries=_of_shape(tree, members, labels, digests)))
     return Experiments(
         scale="all models of the folder",
         seeds=(),
@@ -259,7 +263,7 @@ def _labels(models: pd.DataFrame) -> pd.Series:
     return names
 
 
-def _of_shape(members: pd.DataFrame, labels: dict[str, str], digests: dict[str, str]) -> tuple[Entry, ...]:
+def _of_shape(tree: Tree, members: pd.DataFrame, labels: pd.Series, digests: dict[str, str]) -> tuple[Entry, ...]:
     """The entries of models of one shape, each run at its last step: own models, and by rule those enlarged to it."""
     runs: dict[tuple, Entry] = {}
     for model, row in members.sort_values("step", kind="stable", na_position="first").iterrows():
@@ -278,23 +282,23 @@ def _of_shape(members: pd.DataFrame, labels: dict[str, str], digests: dict[str, 
         entry.model_copy(update={"group": f"{group}, {heads} x heads"}) if group in repeated else entry
         for (group, heads), entry in runs.items()
     ]
-    size = members["enlarged_from_parameters"].fillna(members["parameters"])
+    size = tree.own_sizes
     return tuple(sorted(named, key=lambda e: (min(size[m] for m in (e.common.values() or [e.folder])), e.group)))
 
 
 def why_missing(path: str, experiments: Experiments, statuses: dict[str, Status]) -> str:
     """The command that should have made `path`, and its state."""
+    states = {"done": "is done, but did not make it", "blocked": "is blocked", "not due": "is not due", "failed": "failed"}
     reasons = []
     for command in experiments.makers(path):
         status = statuses.get(command.name)
-        if status is None:
-            reasons.append(f"`{command.name}` has not run")
-        elif status.state == "failed":
-            code = "" if status.exit_code is None else f" with exit code {status.exit_code}"
-            reasons.append(f"`{command.name}` failed{code}" + (f", see {status.log}" if status.log else ""))
-        else:
-            state = {"done": " is done, but did not make it", "blocked": " is blocked", "not due": " is not due"}[status.state]
-            reasons.append(f"`{command.name}`{state}" + (f" ({status.why})" if status.why else ""))
+        reason = f"`{command.name}` {states[status.state] if status else 'has not run'}"
+        if status and status.state == "failed":
+            reason += "" if status.exit_code is None else f" with exit code {status.exit_code}"
+            reason += f", see {status.log}" if status.log else ""
+        elif status and status.why:
+            reason += f" ({status.why})"
+        reasons.append(reason)
     return "; ".join(reasons) or "no command of the plan makes it"
 
 
@@ -357,26 +361,22 @@ def join(tree: Tree, experiments: Experiments, statuses: dict[str, Status]) -> J
     """Join the contract with the tree; what is missing is named, with the command that should have made it."""
     identity = []
     traces = []
-    of_losses = losses(tree, experiments)
     names = accuracy_names(tree, experiments)
     for experiment in experiments.experiments:
         runs = runs_of(experiment)
-        traces += [_common_traces(tree, experiment, entry) for entry in experiment.entries]
         for entry in experiment.entries:
-            keys = (experiment.name, entry.group, entry.seed, entry.step, runs[entry.group, entry.seed], entry.folder)
-            identity.append(keys)
+            run = runs[entry.group, entry.seed]
+            identity.append((experiment.name, entry.group, entry.seed, entry.step, run, entry.folder))
+            traces.append(_common_traces(tree, experiment, entry))
     rows = pd.DataFrame(identity, columns=IDENTITY[:6]).astype({"seed": "Int64", "step": "Int64"})
-    rows["kind"] = tree.models["kind"].reindex(rows["folder"]).to_numpy()
-    size = tree.models["enlarged_from_parameters"].fillna(tree.models["parameters"])
-    rows["parameters"] = size.reindex(rows["folder"]).array
-    rows = rows.join(of_losses.reindex(rows["folder"]).reset_index(drop=True))
+    facts = pd.concat([tree.models["kind"], tree.own_sizes.rename("parameters"), losses(tree, experiments)], axis=1)
+    rows = rows.join(facts.reindex(rows["folder"]).reset_index(drop=True))
     by_rule = pd.DataFrame(
         {(COMMON_TRACES[rule], part): [of[rule][part] for of in traces] for rule in TIED_SCALES for part in ("value", "se")}
     )
-    columns = [TRACE, *names]
-    empty = pd.MultiIndex.from_product([[name for name in names if name not in tree.accuracies], ACCURACY_PARTS])
-    known = tree.measured[[name for name in columns if name in tree.measured.columns.unique(0)]]
+    known = tree.measured[[name for name in (TRACE, *names) if name in tree.measured.columns.unique(0)]]
     values = pd.concat([known.reindex(rows["folder"]).reset_index(drop=True), by_rule], axis=1)
+    empty = pd.MultiIndex.from_product([[name for name in names if name not in tree.accuracies], ACCURACY_PARTS])
     values = values.reindex(columns=values.columns.append(empty))
     rows["missing"] = _missing(experiments, statuses, rows, values, names)
     return Joined(rows, values)
@@ -384,30 +384,25 @@ def join(tree: Tree, experiments: Experiments, statuses: dict[str, Status]) -> J
 
 def _common_traces(tree: Tree, experiment: Experiment, entry: Entry) -> dict[str, pd.Series]:
     """By rule the trace of one model, and its error, in the parameters of the experiment's largest one."""
-    unknown = pd.Series({"value": np.nan, "se": np.nan})
-    traces = dict.fromkeys(TIED_SCALES, unknown)
+    traces = dict.fromkeys(TIED_SCALES, pd.Series({"value": np.nan, "se": np.nan}))
     if not experiment.has_common_traces or entry.folder not in tree.paths:
         return traces
     # The largest model itself may be missing: the enlarged ones have its size.
-    folders = {other.folder for other in experiment.entries if other.folder in tree.paths}
-    folders |= {folder for other in experiment.entries if other.folder in tree.paths for folder in other.common.values()}
+    existing = [other for other in experiment.entries if other.folder in tree.paths]
+    folders = {folder for other in existing for folder in (other.folder, *other.common.values())}
     largest = tree.models["parameters"].reindex(list(folders)).max()
-    own = tree.models.loc[entry.folder]
-    size = own["parameters"] if pd.isna(own["enlarged_from_parameters"]) else own["enlarged_from_parameters"]
     for rule in TIED_SCALES:
         folder = entry.common.get(rule, "") if entry.common else entry.folder
         if folder not in tree.paths:
             continue
-        row = tree.models.loc[folder]
-        if entry.common:
-            if (row["enlarged_rule"], row["parameters"], row["enlarged_from_parameters"]) != (rule, largest, size):
-                raise InputError(
-                    f"experiment {experiment.name}, group {entry.group!r}: {folder} is not {entry.folder} enlarged with "
-                    f"--tied-scale {rule} to {largest:,} parameters; enlarge it again"
-                )
-        elif row["parameters"] != largest:
-            continue
-        traces[rule] = tree.measured.loc[folder, TRACE]
+        facts = tree.models.loc[folder, ["enlarged_rule", "parameters", "enlarged_from_parameters"]]
+        if entry.common and tuple(facts) != (rule, largest, tree.own_sizes[entry.folder]):
+            raise InputError(
+                f"experiment {experiment.name}, group {entry.group!r}: {folder} is not {entry.folder} enlarged with "
+                f"--tied-scale {rule} to {largest:,} parameters; enlarge it again"
+            )
+        if facts["parameters"] == largest:
+            traces[rule] = tree.measured.loc[folder, TRACE]
     return traces
 
 
