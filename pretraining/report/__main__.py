@@ -50,12 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max-gap",
         type=non_negative,
-        help=f"nats; a model is saturated if its gap plus 1.96 standard errors is at most this (default: {MAX_GAP:g})",
+        help=f"nats; saturated: the gap + 1.96 standard errors is at most this (default: {MAX_GAP:g})",
     )
     group.add_argument(
         "--margin",
         type=non_negative,
-        help=f"nats; two losses are equal if the 95%% interval of their difference lies inside +- this (default: {MARGIN:g})",
+        help=f"nats; equal: the 95%% interval of the difference is in +- this (default: {MARGIN:g})",
     )
     return parser
 

@@ -43,14 +43,13 @@ from pretraining.report.rows import (
     accuracy_label,
     accuracy_names,
     infer_experiments,
-    is_true,
     join,
     own_error,
     trace_label,
     trace_names,
     why_missing,
 )
-from pretraining.report.same_loss import SameLoss
+from pretraining.report.same_loss import SameLoss, is_true
 
 SCHEMA = 2  # of results.json
 HOLDS, HOLDS_NOT, BY_RULE, OPEN = "holds", "does not hold", "depends on the rule of enlarging", "can't be told"

@@ -6,6 +6,7 @@ The runner writes them and the report reads them.
 """
 
 import functools
+import itertools
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -20,9 +21,8 @@ from pretraining.report.same_loss import SameLoss
 EXPERIMENTS_FILE, STATUS_FILE = "experiments.json", "status.json"
 SCHEMA = 1
 STEPS, SIZES, ALGORITHMS = NAMES = ("steps", "sizes", "algorithms")
-MODELS: Literal["models"] = (
-    "models"  # the kind of an experiment that nobody planned: models are shown and compared, nothing is claimed of them
-)
+# MODELS: the kind of an experiment that nobody planned: models are shown and compared, nothing is claimed of them
+MODELS: Literal["models"] = "models"
 ADVICE = "correct the file, or run the experiment's reproduce_*.sh again, which writes it"
 
 
@@ -36,6 +36,11 @@ def _check_distinct(values: tuple) -> tuple:
     if len(set(values)) < len(values):
         raise ValueError("must not list an entry twice")
     return values
+
+
+def _check_unique(names: list, kind: str) -> None:
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{kind} {repeated[0]!r} occurs more than once")
 
 
 Text = Annotated[str, MinLen(1)]
@@ -70,8 +75,9 @@ class Experiment(Schema):
     def _check(self) -> "Experiment":
         if self.kind is None and self.name not in (*NAMES, MODELS):
             raise ValueError(f"name {self.name!r} is none of {', '.join(NAMES)}, and there is no kind")
-        models = [(entry.group, entry.seed, entry.step) for entry in self.entries]
-        _check_unique(models, f"experiment {self.name}: (group, seed, step)")
+        _check_unique(
+            [(entry.group, entry.seed, entry.step) for entry in self.entries], f"experiment {self.name}: (group, seed, step)"
+        )
         return self
 
     @property
@@ -122,10 +128,9 @@ class Experiments(Schema):
             raise ValueError(f"finetune_tasks has {other[0]!r}, which tasks lacks")
         _check_unique([experiment.name for experiment in self.experiments], "experiment")
         _check_unique([command.name for command in self.commands], "command")
-        for experiment in self.experiments:
-            for entry in experiment.entries:
-                if entry.seed is not None and entry.seed not in self.seeds:
-                    raise ValueError(f"group {entry.group!r} has seed {entry.seed}, which seeds lacks")
+        for entry in itertools.chain.from_iterable(experiment.entries for experiment in self.experiments):
+            if entry.seed is not None and entry.seed not in self.seeds:
+                raise ValueError(f"group {entry.group!r} has seed {entry.seed}, which seeds lacks")
         return self
 
     @property
@@ -188,12 +193,6 @@ class Choice(Schema):
     gap_allowed: Error  # margin of the same loss, nats
     weights: Annotated[tuple[Weight, ...], MinLen(1)]  # all that were tried
     chosen: float | None = None  # one of them; null where none met the criterion
-
-
-def _check_unique(names: list, kind: str) -> None:
-    repeated = [name for name in names if names.count(name) > 1]
-    if repeated:
-        raise ValueError(f"{kind} {repeated[0]!r} occurs more than once")
 
 
 def _read(schema: type[AnySchema], path: Path) -> AnySchema:

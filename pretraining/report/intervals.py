@@ -99,9 +99,8 @@ def change_of_means(before: Mean, after: Mean) -> Change:
 class Correlation(Schema):
     """Rank and linear correlation of two columns over models."""
 
-    # n, runs: numbers of models, and of the runs that they come from
-    n: int
-    runs: int
+    n: int  # models
+    runs: int  # that they come from
     # spearman, pearson: None where there are fewer than `FEWEST` models or one column has no spread
     spearman: float | None = None
     pearson: float | None = None

@@ -65,6 +65,11 @@ class Table:
         return "\n".join([*texts, *self.notes])
 
 
+def _table(title: str, lines: list[list[tuple[str, str]]], notes: list[str]) -> Table:
+    """A table from at least one line of columns and cells."""
+    return Table(title, [column for column, _ in lines[0]], [[cell for _, cell in line] for line in lines], notes)
+
+
 def _number(
     value: float | None, error: float | None = None, digits: int | None = None, scale: float = 1.0, mark: str = ""
 ) -> str:
@@ -75,8 +80,7 @@ def _number(
     """
     if value is None or pd.isna(value):
         return ""
-    known = error is not None and not pd.isna(error)
-    scaled = error * scale if known and error is not None else None
+    scaled = None if error is None or pd.isna(error) else error * scale
     digits = decimals(scaled, MOST_DIGITS) if digits is None else digits
     text = f"{value * scale:.{digits}f}"
     return text if scaled is None else f"{text} ± {scaled:.{digits}f}{mark}"
@@ -88,7 +92,7 @@ def _shown(value: Summary, digits: int | None = None, scale: float = 1.0) -> str
 
 
 def _integer(value: float | None) -> str:
-    return "" if value is None or pd.isna(value) else f"{value:,}"
+    return "" if pd.isna(value) else f"{value:,}"
 
 
 def _yes(value: object) -> str:
@@ -108,34 +112,32 @@ def model_table(analysis: Analysis) -> Table:
     tree = analysis.tree
     measured = tree.measured
     rows = losses(tree, analysis.experiments)
-    sampled = measured["sampled_loss_pairs"]
     # Models measured without true conditionals, or on natural text, have a loss and no gap.
-    only_loss = sampled["value"].notna() & measured[GAP]["value"].isna()
+    only_loss = measured["sampled_loss_pairs"]["value"].notna() & measured[GAP]["value"].isna()
     parts = PARTS if tree.models["enlarged_rule"].notna().any() else []
-    header = ["model", "parameters", "step", "gap (nats)", *(["MLM loss (nats)"] if only_loss.any() else [])]
-    header += ["saturated", "same loss", "trace", *(f"trace: {part.replace('_', ' ')}" for part in parts)]
-    header += [f"{accuracy_label(name)} (%)" for name in tree.accuracies]
+    errors = {name: own_error(measured[name]) for name in tree.accuracies}
     lines = []
     for model, facts in tree.models.iterrows():
         is_table = facts["kind"] == LOOKUP_TABLE
-        gap = measured.loc[model, GAP]
-        line = [
-            f"{model} (lookup table)" if is_table else str(model),
-            _integer(facts["parameters"]),
-            _integer(facts["step"]),
-            "0 by construction" if is_table else _number(gap["value"], gap["se"], 4),
-        ]
+        own = measured.loc[model]
+        gap = "0 by construction" if is_table else _number(own[GAP, "value"], own[GAP, "se"], 4)
+        cells = [("model", f"{model} (lookup table)" if is_table else str(model))]
+        cells += [("parameters", _integer(facts["parameters"])), ("step", _integer(facts["step"])), ("gap (nats)", gap)]
         if only_loss.any():
-            line.append(_number(sampled["value"][model], sampled["se"][model], 4) if only_loss[model] else "")
-        line += [_yes(rows["saturated"][model]), _yes(rows["same_loss"][model])]
-        line += [_number(measured.loc[model, (TRACE, "value")], measured.loc[model, (TRACE, "se")], 2)]
-        line += [_number(measured.loc[model, (f"trace_{part}", "value")], None, 2) for part in parts]
-        for name in tree.accuracies:
-            of_model = measured[name].loc[[model]]
-            mark = OWN if pd.isna(of_model["se"].iloc[0]) else ""
-            line.append(_number(of_model["value"].iloc[0], own_error(of_model).iloc[0], 1, 100, mark))
-        lines.append(line)
-    return Table(TITLES[MODELS], header, lines, _model_notes(analysis, bool(only_loss.any())))
+            cells.append(
+                (
+                    "MLM loss (nats)",
+                    _number(own["sampled_loss_pairs", "value"], own["sampled_loss_pairs", "se"], 4) if only_loss[model] else "",
+                )
+            )
+        cells += [("saturated", _yes(rows["saturated"][model])), ("same loss", _yes(rows["same_loss"][model]))]
+        cells.append(("trace", _number(own[TRACE, "value"], own[TRACE, "se"], 2)))
+        cells += [(f"trace: {part.replace('_', ' ')}", _number(own[f"trace_{part}", "value"], None, 2)) for part in parts]
+        for name, error in errors.items():
+            mark = OWN if pd.isna(own[name, "se"]) else ""
+            cells.append((f"{accuracy_label(name)} (%)", _number(own[name, "value"], error[model], 1, 100, mark)))
+        lines.append(cells)
+    return _table(TITLES[MODELS], lines, _model_notes(analysis, bool(only_loss.any())))
 
 
 def _model_notes(analysis: Analysis, only_loss: bool) -> list[str]:
@@ -168,20 +170,19 @@ def group_table(analysis: Analysis, name: str) -> Table:
     accuracies = [column for column in analysis.names if any(line.values[column].n for line in lines)]
     traces = trace_names(experiment)
     some_missing = any(line.missing for line in lines)
-    header = ["group", *(["step"] if has_steps else []), *(["own parameters"] if sized else []), "seeds", "gap (nats)"]
-    header += ["saturated", "less the reference's (nats)", "equal", *map(trace_label, traces)]
-    header += [f"{accuracy_label(column)} (%)" for column in accuracies] + ([MISSING] if some_missing else [])
     body = []
     for line in lines:
         is_table = line.kind not in (None, TRANSFORMER)
         models = str(line.models) if line.models == line.planned else f"{line.models} of {line.planned}"
-        cells = [line.group, *([_integer(line.step)] if has_steps else []), *([_integer(line.parameters)] if sized else [])]
-        cells += ["no seed" if is_table else models]
-        cells += ["0 by construction" if is_table else _shown(line.values["gap"]), _of(line.saturated)]
-        cells += [_shown(line.values["gap_difference"]), _of(line.equal)]
-        cells += [_shown(line.values[trace]) for trace in traces]
-        cells += [_shown(line.values[column], 1, 100.0) for column in accuracies]
-        body.append(cells + (["; ".join(line.missing)] if some_missing else []))
+        cells = [("group", line.group)]
+        cells += [("step", _integer(line.step))] if has_steps else []
+        cells += [("own parameters", _integer(line.parameters))] if sized else []
+        cells.append(("seeds", "no seed" if is_table else models))
+        cells.append(("gap (nats)", "0 by construction" if is_table else _shown(line.values["gap"])))
+        cells += [("saturated", _of(line.saturated)), ("less the reference's (nats)", _shown(line.values["gap_difference"]))]
+        cells += [("equal", _of(line.equal)), *((trace_label(trace), _shown(line.values[trace])) for trace in traces)]
+        cells += [(f"{accuracy_label(column)} (%)", _shown(line.values[column], 1, 100.0)) for column in accuracies]
+        body.append(cells + ([(MISSING, "; ".join(line.missing))] if some_missing else []))
     notes = [
         "Means over seeds; ± is the standard error over seeds, with * the measurement's own (one model): of gaps and traces "
         "over sentences, of accuracies over the seeds of probe or fine-tuning, or of the validation sample where there is one.",
@@ -195,7 +196,7 @@ def group_table(analysis: Analysis, name: str) -> Table:
         )
     size = max((line.parameters or 0 for line in lines), default=0)
     default = f"Traces in the parameters of one model, {size:,} of them" if sized else TITLES[MODELS]
-    return Table(default if experiment.rule == MODELS else TITLES[experiment.rule], header, body, notes)
+    return _table(default if experiment.rule == MODELS else TITLES[experiment.rule], body, notes)
 
 
 def _interval(interval: tuple[float, float] | None) -> str:
@@ -209,9 +210,7 @@ def _unknown(found: Correlation) -> str:
 def correlation_sentences(analysis: Analysis) -> list[str]:
     """One sentence per experiment and trace: how accuracy goes with it among models of equal loss (in the paper it falls)."""
     sentences: dict[tuple[str, str], list[str]] = {}
-    for correlated in analysis.correlations:
-        if correlated.against == "gap":
-            continue
+    for correlated in [correlated for correlated in analysis.correlations if correlated.against != "gap"]:
         found, label = correlated.found, accuracy_label(correlated.accuracy)
         if found.spearman is None:
             text = f"{label} can't be told ({_unknown(found)})"
@@ -271,9 +270,10 @@ def choice_table(analysis: Analysis) -> Table | None:
     for tried in choice.weights:
         increase = _number(tried.gap_increase, tried.gap_increase_se)
         accuracy = _number(tried.accuracy, tried.accuracy_se, 1, 100)
-        same = "" if tried.same_loss is None else _yes(tried.same_loss)
         chosen = "chosen" if tried.weight == choice.chosen else ""
-        body.append([f"{tried.weight:g}", increase, same, accuracy, f"{100 * tried.standard_accuracy:.1f}", chosen])
+        body.append(
+            [f"{tried.weight:g}", increase, _yes(tried.same_loss), accuracy, f"{100 * tried.standard_accuracy:.1f}", chosen]
+        )
     header = ["weight", "gap increase (nats)", "same loss", "accuracy (%)", "standard accuracy (%)", "chosen"]
     notes = [f"{choice.criterion.rstrip('.')}. Margin of the gap: {choice.gap_allowed:g} nats."]
     return Table(title, header, body, notes + ([] if choice.chosen is not None else ["No weight met the criterion."]))

@@ -7,15 +7,14 @@ error over seeds, single models those of their own measurement. Filled markers h
 
 import base64
 import dataclasses
-import functools
 import io
+import itertools
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -26,16 +25,8 @@ from matplotlib.lines import Line2D
 from pcfg.common.files import atomic_open, atomic_path
 from pretraining.report.analysis import Analysis, Line
 from pretraining.report.contract import ALGORITHMS, MODELS, SIZES, STEPS, Choice
-from pretraining.report.rows import (
-    COMMON_TRACES,
-    LOOKUP_TABLE,
-    TRACE,
-    TRANSFORMER,
-    accuracy_label,
-    is_true,
-    own_error,
-    trace_names,
-)
+from pretraining.report.rows import COMMON_TRACES, LOOKUP_TABLE, TRACE, TRANSFORMER, accuracy_label, own_error, trace_names
+from pretraining.report.same_loss import is_true
 
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
 MARKERS = "osD^vXP<>*p"
@@ -46,6 +37,7 @@ COLUMNS = 2
 DPI = 130
 FILLED = "filled: same loss as the reference"
 FRONTIER = "adversarial_frontier"
+Point = tuple[float, float, float, float, bool]  # x, y, error of x, error of y, whether the marker is filled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +75,11 @@ class Quantity:
         """Whether it was measured for a line."""
         return line.values[self.name].mean is not None
 
-    def point(self, x: float | None, line: Line) -> tuple[float, float, float, float]:
-        """A line's mean at `x`, on the axes: (x, y, error of x, error of y)."""
+    def point(self, x: float | None, line: Line) -> Point:
+        """A line's mean at `x`; filled if all its models have the same loss as the reference."""
         value = line.values[self.name]
-        return x or 0, (value.mean or 0.0) * self.scale, 0.0, (value.error or 0.0) * self.scale
+        number, known = line.same_loss
+        return x or 0, (value.mean or 0.0) * self.scale, 0.0, (value.error or 0.0) * self.scale, number == known > 0
 
 
 def _quantity(name: str) -> Quantity:
@@ -138,8 +131,7 @@ class ExperimentPlots:
         for group in self.experiment.groups:
             lines = [line for line in self.lines if line.group == group and line.step is not None and quantity.is_in(line)]
             points = [quantity.point(line.step, line) for line in lines]
-            hollow = {index for index, line in enumerate(lines) if not _is_same_loss(line)}
-            _draw_points(axes, self.styles[group], points, line=True, hollow=hollow)
+            _draw_points(axes, self.styles[group], points, line=True)
             steps |= {line.step for line in lines if line.step is not None}
             values += [point[1] for point in points]
         _steps_axis(axes, sorted(steps))
@@ -151,7 +143,7 @@ class ExperimentPlots:
         lines = sorted(last.values(), key=lambda line: line.parameters or 0)
         points = [quantity.point(line.parameters, line) for line in lines]
         for line, point in zip(lines, points, strict=True):
-            _draw_points(axes, self.styles[line.group], [point], line=False, hollow=() if _is_same_loss(line) else {0})
+            _draw_points(axes, self.styles[line.group], [point])
         axes.plot([point[0] for point in points], [point[1] for point in points], color=GREY, linewidth=1, zorder=0)
         _size_axis(axes, sorted({line.parameters for line in lines if line.parameters}))
         self._finish(axes, quantity, [point[1] for point in points])
@@ -166,7 +158,7 @@ class ExperimentPlots:
                 continue
             style = self.styles[group]
             point = quantity.point(place, last[group])
-            _draw_points(axes, style, [point], line=False, hollow=() if _is_same_loss(last[group]) else {0})
+            _draw_points(axes, style, [point])
             rows = self.models.rows
             of_line = rows["group"].eq(group) & (rows["step"].eq(last[group].step).fillna(False) | rows["step"].isna())
             single = (self.models.select(of_line).of(quantity.name)["value"].dropna() * quantity.scale).tolist()
@@ -183,15 +175,15 @@ class ExperimentPlots:
         x_values: list[float] = []
         for group in self.experiment.groups:
             models = self.models.select(self.models.rows["group"].eq(group) & self.models.rows["kind"].eq(TRANSFORMER))
-            columns = {}
+            numbers = {}
             for axis, quantity in (("x", trace), ("y", accuracy)):
                 of_quantity = models.of(quantity.name)
-                columns[axis] = of_quantity["value"] * quantity.scale
-                columns[f"{axis}_error"] = own_error(of_quantity).fillna(0.0) * quantity.scale
-            points = pd.DataFrame(columns).dropna()
-            is_same = is_true(models.rows["same_loss"].reindex(points.index))
-            hollow = set(np.flatnonzero(~is_same).tolist())
-            _draw_points(axes, self.styles[group], points[["x", "y", "x_error", "y_error"]].values.tolist(), False, hollow)
+                numbers[axis] = of_quantity["value"] * quantity.scale
+                numbers[f"{axis}_error"] = own_error(of_quantity).fillna(0.0) * quantity.scale
+            points = pd.DataFrame(numbers).dropna()
+            points["is_filled"] = is_true(models.rows["same_loss"].reindex(points.index))
+            columns = [points[name].tolist() for name in ("x", "y", "x_error", "y_error", "is_filled")]
+            _draw_points(axes, self.styles[group], list(zip(*columns, strict=True)))
             x_values += points["x"].tolist()
         axes.set_xlabel(trace.label)
         _scale_axis(axes.xaxis, x_values)
@@ -200,8 +192,6 @@ class ExperimentPlots:
     def _finish(self, axes: Axes, quantity: Quantity, values: list[float]) -> None:
         """Label, grid, scale and reference lines of the vertical axis."""
         axes.set_ylabel(quantity.label)
-        axes.grid(True, color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
         if quantity.name == "gap":
             axes.axhline(self.analysis.experiments.saturated, color=GREY, linestyle=":", linewidth=1.2)
         if quantity.scale == 1.0:
@@ -226,12 +216,6 @@ class ExperimentPlots:
             if not own and (self.analysis.tree.models["kind"] == LOOKUP_TABLE).any():
                 handles.append(Line2D([], [], color="black", linestyle=(0, (6, 3)), label="lookup table"))
         return handles
-
-
-def _is_same_loss(line: Line) -> bool:
-    """Whether all models of a line have the same loss as the reference."""
-    number, known = line.same_loss
-    return number == known > 0
 
 
 SEEDS = "Means over seeds, ± one standard error over seeds; a single model has the error of its own measurement."
@@ -276,8 +260,8 @@ def write_plots(output: Path | str, analysis: Analysis) -> dict[str, list[Plot]]
         _save_svg(figure, Path(output) / f"{name}.svg")
         plots.setdefault(experiment, []).append(Plot(name, title, caption, panels))
 
-    def bind(function: Callable, *quantities: Quantity) -> Callable[[Axes], None]:
-        return lambda axes: function(axes, *quantities)
+    def bind(function: Callable, *of: Any) -> Callable[[Axes], None]:
+        return lambda axes: function(axes, *of)
 
     for name in analysis.tables:
         own = ExperimentPlots(analysis, name, styles)
@@ -310,18 +294,16 @@ def write_plots(output: Path | str, analysis: Analysis) -> dict[str, list[Plot]]
             caption = "What each weight (number at its point) of the adversarial term costs and does; filled: the chosen one. "
             caption += "Dashed: the standard model's accuracy; dotted: the margin of the same loss."
             title = "Gap increase against accuracy over adversarial weights"
-            add(name, FRONTIER, title, caption, [functools.partial(_draw_frontier, choice=analysis.choice, style=style)], [])
+            add(name, FRONTIER, title, caption, [bind(_draw_frontier, analysis.choice, style)], [])
     return plots
 
 
 def _draw_frontier(axes: Axes, choice: Choice, style: Style) -> None:
     tried = sorted(choice.weights, key=lambda weight: weight.weight)
-    points = [
-        (weight.gap_increase, 100 * weight.accuracy, weight.gap_increase_se or 0, 100 * (weight.accuracy_se or 0))
-        for weight in tried
-    ]
-    hollow = {index for index, weight in enumerate(tried) if weight.weight != choice.chosen}
-    _draw_points(axes, style, points, line=True, hollow=hollow)
+    x, x_error = [weight.gap_increase for weight in tried], [weight.gap_increase_se or 0 for weight in tried]
+    y, y_error = [100 * weight.accuracy for weight in tried], [100 * (weight.accuracy_se or 0) for weight in tried]
+    points = list(zip(x, y, x_error, y_error, [weight.weight == choice.chosen for weight in tried], strict=True))
+    _draw_points(axes, style, points, line=True)
     for index, (weight, point) in enumerate(zip(tried, points, strict=True)):
         offset = (0, 9 if index % 2 == 0 else -15)
         axes.annotate(f"{weight.weight:g}", point[:2], offset, textcoords="offset points", ha="center", fontsize=8)
@@ -331,8 +313,6 @@ def _draw_frontier(axes: Axes, choice: Choice, style: Style) -> None:
     axes.margins(0.12)
     axes.set_xlabel("gap increase over the standard model (nats)")
     axes.set_ylabel("accuracy (%)")
-    axes.grid(True, color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
 
 
 def compact(number: float) -> str:
@@ -372,9 +352,7 @@ def _steps_axis(axes: Axes, steps: list[int]) -> None:
     positive = [step for step in steps if step > 0]
     if positive and max(positive) / min(positive) > 3:
         axes.set_xscale("symlog", linthresh=min(positive), linscale=0.5)
-    if len(steps) <= 6:
-        axes.set_xticks(steps, [compact(step) for step in steps])
-        axes.set_xticks([], minor=True)
+    _few_ticks(axes, steps)
     axes.set_xlabel("training steps")
 
 
@@ -383,24 +361,29 @@ def _size_axis(axes: Axes, sizes: list[int]) -> None:
     if len(sizes) > 1:
         axes.set_xscale("log")
         axes.margins(x=0.12)
-    if len(sizes) <= 6 and all(b / a > 1.25 for a, b in zip(sizes, sizes[1:], strict=False)):
-        axes.set_xticks(sizes, [compact(size) for size in sizes])
-        axes.set_xticks([], minor=True)
+    if all(b / a > 1.25 for a, b in itertools.pairwise(sizes)):
+        _few_ticks(axes, sizes)
     axes.set_xlabel("parameters")
 
 
-def _draw_points(axes: Axes, style: Style, points: list, line: bool, hollow: Collection[int] = ()) -> None:
-    """Points (x, y, x error, y error) with error bars, joined by the group's line; those in `hollow` are not filled."""
+def _few_ticks(axes: Axes, numbers: list[int]) -> None:
+    """Ticks at the numbers themselves, if they are few."""
+    if len(numbers) <= 6:
+        axes.set_xticks(numbers, [compact(number) for number in numbers])
+        axes.set_xticks([], minor=True)
+
+
+def _draw_points(axes: Axes, style: Style, points: list[Point], line: bool = False) -> None:
+    """Points with error bars, joined by the group's line if `line`."""
     if not points:
         return
-    x, y, x_error, y_error = zip(*points, strict=True)
+    x, y, x_error, y_error, filled = zip(*points, strict=True)
     axes.errorbar(x, y, y_error, x_error, color=style.colour, linestyle="none", capsize=2, elinewidth=1)
     if line:
         axes.plot(x, y, color=style.colour, linestyle=style.dash, linewidth=1.3)
-    for index, point in enumerate(points):
-        face = "white" if index in hollow else style.colour
-        colours: dict[str, Any] = {"markerfacecolor": face, "markeredgecolor": style.colour}
-        axes.plot(point[0], point[1], marker=style.marker, linestyle="none", **colours)
+    for x_of, y_of, is_filled in zip(x, y, filled, strict=True):
+        colours: dict[str, Any] = {"markerfacecolor": style.colour if is_filled else "white", "markeredgecolor": style.colour}
+        axes.plot(x_of, y_of, marker=style.marker, linestyle="none", **colours)
 
 
 def _make_figure(panels: int) -> tuple[Figure, list[Axes]]:
@@ -412,6 +395,9 @@ def _make_figure(panels: int) -> tuple[Figure, list[Axes]]:
     axes = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
     for unused in axes[panels:]:
         unused.remove()
+    for panel in axes[:panels]:
+        panel.grid(True, color="0.9", linewidth=0.6)
+        panel.set_axisbelow(True)
     return figure, axes[:panels]
 
 

@@ -175,11 +175,6 @@ def own_error(of_quantity: pd.DataFrame) -> pd.Series:
     return of_quantity["se"].fillna(of_quantity["sampling_se"]) if "sampling_se" in of_quantity else of_quantity["se"]
 
 
-def is_true(column: pd.Series) -> pd.Series:
-    """Nullable booleans as plain ones, where unknown is false."""
-    return column.fillna(False).astype(bool)
-
-
 def losses(tree: Tree, experiments: Experiments) -> pd.DataFrame:
     """The columns `LOSS_COLUMNS` of each model: its gap and what `SameLoss` says of it.
 
@@ -418,20 +413,19 @@ def _missing(
         if not isinstance(row.kind, str):
             texts.append([f"missing; {why_missing(entry.folder, experiments, statuses)}"])
             continue
+        unknown = values.loc[row.Index].xs("value", level=1).isna()
         wanted = {}  # file by label, of what does not exist
         if row.kind == TRANSFORMER:
             if pd.isna(row.gap):
                 wanted["gap"] = f"{entry.folder}/loss.json"
             if pd.isna(row.paired) or not row.paired:
                 wanted["comparison with the reference"] = f"{entry.folder}/{COMPARISON}"
-            for name in trace_names(experiment):
-                if pd.isna(values.loc[row.Index, (name, "value")]):
-                    wanted[trace_label(name)] = f"{entry.common.get(name.removeprefix('trace_by_'), entry.folder)}/hessian.json"
-        for name in names:
+            for name in filter(unknown.get, trace_names(experiment)):
+                wanted[trace_label(name)] = f"{entry.common.get(name.removeprefix('trace_by_'), entry.folder)}/hessian.json"
+        for name in filter(unknown.get, names):
             file = f"{entry.folder}/{name}.json"
             # Fine-tuning is expected only where a command says that it makes it.
-            is_expected = not name.startswith("finetune") or experiments.is_named(file)
-            if is_expected and pd.isna(values.loc[row.Index, (name, "value")]):
+            if not name.startswith("finetune") or experiments.is_named(file):
                 wanted[accuracy_label(name)] = file
         reasons: dict[str, list[str]] = {}
         for label, file in wanted.items():
@@ -485,6 +479,5 @@ def results(tree: Tree, experiments: Experiments, joined: Joined) -> pd.DataFram
 def experiment_table(joined: Joined) -> pd.DataFrame:
     """The content of `experiments.csv`."""
     parts = [column for column in joined.values.columns if column[1] in ("value", "se", "sampling_se", "seeds")]
-    traces = [column for column in parts if column[0] in (TRACE, *COMMON_TRACES.values())]
-    accuracies = [column for column in parts if column not in traces]
-    return pd.concat([joined.rows[IDENTITY + LOSS_COLUMNS], _flat(joined.values[[*traces, *accuracies]])], axis=1)
+    parts.sort(key=lambda column: column[0] not in (TRACE, *COMMON_TRACES.values()))  # traces first
+    return pd.concat([joined.rows[IDENTITY + LOSS_COLUMNS], _flat(joined.values[parts])], axis=1)

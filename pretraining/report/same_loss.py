@@ -90,6 +90,11 @@ class SameLoss:
         return f"not the same loss, mean gaps differ by {value:+.4f} ± {error:.4f} nats, margin ±{self.margin:g}"
 
 
+def is_true(column: pd.Series) -> pd.Series:
+    """Nullable booleans as plain ones, where unknown is false."""
+    return column.fillna(False).astype(bool)
+
+
 def mean_difference(before: pd.DataFrame, after: pd.DataFrame) -> tuple[float, float] | None:
     """Mean gap of `after` minus that of `before`, and a bound of its standard error over sentences; None if not known.
 
