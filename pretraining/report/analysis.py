@@ -11,14 +11,15 @@ findings are those of Liu et al. (2023), as sentences computed from numbers:
 | algorithms, lookup table | the first group with it | accuracy falls |
 
 The README says when a finding holds. The rule was fixed beforehand, and is applied to each accuracy (task and kind) on its own,
-without a correction for the number of comparisons. Nothing is told where a group is missing or has one seed, nor where a trace
-is missing by one of the two rules. The last checkpoint is the last one of the plan.
+without a correction for the number of comparisons. Nothing can be told where a group is missing or has one seed. A finding
+depends on the rule of enlarging only where both traces exist. The last checkpoint is the last one of the plan.
 
 Models of an inferred contract are compared in pairs, each by the standard errors of its own measurements, and only their traces
 in the parameters of one shape: whether one is larger, by both rules.
 
-Correlations of each accuracy with trace and gap are over the models of an experiment at the same loss as the reference. Lookup
-tables are in no correlation: they have no trace, and their features are of another kind.
+Means over seeds have standard errors over seeds, single models their measurement's own. Correlations of each accuracy with
+trace and gap are over the models of an experiment at the same loss as the reference. Lookup tables are in no correlation: they
+have no trace, and their features are of another kind.
 """
 
 import dataclasses
