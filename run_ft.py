@@ -23,18 +23,17 @@ The record is finetune_TASK.json in the model folder, with TASK the stem of --tr
 finetune_TASK_predictions.csv. A model with a record is skipped.
 """
 
-from transformers import HfArgumentParser
 from transformers.trainer_utils import IntervalStrategy
 
 from pcfg.common.cli import run_main
 from pcfg.common.files import InputError
 from pretraining.data.tasks import read_task
-from pretraining.evaluation.downstream import DownstreamTrainingArguments, downstream_parser, parse_arguments
+from pretraining.evaluation.downstream import DownstreamParser, DownstreamTrainingArguments, downstream_parser, parse_arguments
 from pretraining.evaluation.finetuning import FinetuningArguments, finetune_model
 from pretraining.model.checkpoints import find_model, model_folders
 
 
-def build_parser() -> HfArgumentParser:
+def build_parser() -> DownstreamParser:
     return downstream_parser(FinetuningArguments, __doc__)
 
 

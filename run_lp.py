@@ -21,17 +21,15 @@ The record is probe_TASK.json in the model folder (probe_lbfgs_mean_TASK.json an
 of --train_file or --task_name. A model with a record is skipped.
 """
 
-from transformers import HfArgumentParser
-
 from pcfg.common.cli import run_main
 from pcfg.common.files import InputError
 from pretraining.data.tasks import read_task
-from pretraining.evaluation.downstream import DownstreamTrainingArguments, downstream_parser, parse_arguments
+from pretraining.evaluation.downstream import DownstreamParser, DownstreamTrainingArguments, downstream_parser, parse_arguments
 from pretraining.evaluation.probes import ProbeArguments, ineffective_flags, probe_lookup_table, probe_model
 from pretraining.model.checkpoints import find_model, model_folders
 
 
-def build_parser() -> HfArgumentParser:
+def build_parser() -> DownstreamParser:
     return downstream_parser(ProbeArguments, __doc__)
 
 

@@ -19,8 +19,8 @@ class Parser(argparse.ArgumentParser):
     'rules.txt'
     """
 
-    def __init__(self, **options: Any):
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)

@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from pcfg.common.cli import Parser
 from pcfg.common.files import InputError
 from pretraining.data.tasks import GLUE, Task
 from pretraining.evaluation.records import AccuracyRecord, FinetuneRecord, ProbeRecord, is_measured, write_record
@@ -116,13 +117,17 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def downstream_parser(options: type[DownstreamArguments], description: str) -> HfArgumentParser:
+class DownstreamParser(Parser, HfArgumentParser):
+    """A parser of dataclasses that takes both spellings of a flag, as all programs do."""
+
+
+def downstream_parser(options: type[DownstreamArguments], description: str) -> DownstreamParser:
     """The parser of a downstream script: its own flags, and those of training."""
     classes: list[Any] = [options, DownstreamTrainingArguments]
-    return HfArgumentParser(classes, description=description, formatter_class=HelpFormatter)
+    return DownstreamParser(classes, description=description, formatter_class=HelpFormatter)
 
 
-def parse_arguments(parser: HfArgumentParser, arguments: list[str] | None) -> tuple[Any, DownstreamTrainingArguments, dict]:
+def parse_arguments(parser: DownstreamParser, arguments: list[str] | None) -> tuple[Any, DownstreamTrainingArguments, dict]:
     """The two dataclasses of the parser, and the training flags with another value than their default.
 
     An unknown flag or a value that TrainingArguments refuses is a usage error: exit code 2.
