@@ -84,7 +84,8 @@ class Samples:
                 _refuse(source, f"{name} is of {getattr(self, name).dtype}, not of {dtype.__name__}")
         size = self.attributes["vocab_size"]
         for name in ("input_ids", "masked_lm_ids"):
-            low, high = getattr(self, name).min(), getattr(self, name).max()
+            low = getattr(self, name).min()
+            high = getattr(self, name).max()
             if low < 0 or high >= size:
                 _refuse(source, f"{name} has ids from {low} to {high}, the vocabulary has {size} entries")
         for first, ids, input_mask, segments, positions, true_ids in self._blocks():

@@ -25,7 +25,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NOT_A_WORD = re.compile(r"##.*|\[unused\d+\]", re.DOTALL)
-VOCABULARY_FILE, TOKENIZER_FILE = "vocab.txt", "tokenizer.json"
+VOCABULARY_FILE = "vocab.txt"
+TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", VOCABULARY_FILE)
 
 

@@ -226,7 +226,8 @@ def compare_losses(
     Args:
         losses_a, losses_b: results of `context_losses` for models A and B of one vocabulary.
     """
-    (a, gap_a), (b, gap_b) = losses_a, losses_b
+    (a, gap_a) = losses_a
+    (b, gap_b) = losses_b
     name = "loss"
     if gap_a is not None and gap_b is not None:
         name = "gap"

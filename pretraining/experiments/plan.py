@@ -18,8 +18,10 @@ from pretraining.report.rows import COMPARISON
 from pretraining.report.same_loss import MARGIN, MAX_GAP
 
 ADVERSARIAL_TASK = "B"
-CHOICE, CHOSEN = "adversarial/choice.json", "adversarial/chosen.json"
-LOOKUP, TABLE_FOLDER = "lookup table", "models/lookup_table"
+CHOICE = "adversarial/choice.json"
+CHOSEN = "adversarial/chosen.json"
+LOOKUP = "lookup table"
+TABLE_FOLDER = "models/lookup_table"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,9 +299,13 @@ class Planner:
         loss = f"python calculate_loss.py {data} --condprobfile $OUT/data/lookup.hdf5"
         add("loss", loss, "loss.json", LOOKUP)
         add("comparison", f"{loss} --compare-with $OUT/{of_reference}", COMPARISON, LOOKUP, reference.name)
-        tasks, source, labelled = self.tasks, "task", "data"
+        tasks = self.tasks
+        source = "task"
+        labelled = "data"
         if for_selection:
-            tasks, source, labelled = [ADVERSARIAL_TASK], "selection task", "data/selection"
+            tasks = [ADVERSARIAL_TASK]
+            source = "selection task"
+            labelled = "data/selection"
         else:
             trace = f"python calculate_hessian.py {data} --nsamples {scale.trace_sentences}"
             add("trace", trace, "hessian.json", "text")

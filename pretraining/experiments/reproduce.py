@@ -84,7 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
 def check_same(existing: Experiments, planned: Experiments, out: Path) -> None:
     """Refuse a folder whose experiments have another scale, seeds or tasks."""
     for name in ("scale", "seeds", "tasks"):
-        old, new = getattr(existing, name), getattr(planned, name)
+        old = getattr(existing, name)
+        new = getattr(planned, name)
         if old != new:
             old, new = (value if isinstance(value, str) else ",".join(map(str, value)) for value in (old, new))
             flag = "--task" if name == "tasks" else f"--{name}"

@@ -36,7 +36,10 @@ from pretraining.data.vocabulary import TOKENIZER_FILE, VOCABULARY_FILE, Vocabul
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 
-CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, FACTS_FILE = "config.json", "model.safetensors", "pytorch_model.bin", "args.json"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PICKLE_FILE = "pytorch_model.bin"
+FACTS_FILE = "args.json"
 
 # (our name, transformers' name) of modules; {base} is "bert" or "roberta_prelayernorm".
 _COMMON = (

@@ -53,8 +53,12 @@ from pretraining.report.rows import (
 from pretraining.report.same_loss import SameLoss, is_true
 
 SCHEMA = 2  # of results.json
-HOLDS, HOLDS_NOT, BY_RULE, OPEN = "holds", "does not hold", "depends on the rule of enlarging", "can't be told"
-LARGER, SMALLER = "is larger", "is smaller"
+HOLDS = "holds"
+HOLDS_NOT = "does not hold"
+BY_RULE = "depends on the rule of enlarging"
+OPEN = "can't be told"
+LARGER = "is larger"
+SMALLER = "is smaller"
 TITLES = {
     STEPS: "Training on after the loss has converged lowers the trace and raises the accuracy",
     SIZES: "A larger model at the same loss has a smaller trace and a higher accuracy",
@@ -335,7 +339,8 @@ def _sizes(experiment: Experiment, models: Joined, criterion: SameLoss) -> Itera
     if few == many:
         yield Pair("no two sizes", None, f"no two sizes have {FEWEST} models at the same loss each", left_out=left_out)
         return
-    before, after = groups[small], groups[large]
+    before = groups[small]
+    after = groups[large]
     basis = f"From {small} ({few:,} parameters, {len(before.rows)} seeds) to {large} ({many:,}, {len(after.rows)} seeds)"
     reason = criterion.obstacle(before.rows, after.rows)
     yield Pair(f"{large} against {small}", (before, after), reason, basis, left_out)
@@ -485,7 +490,8 @@ def _loss_of(row: pd.Series) -> str:
 
 
 def _steps_text(steps: pd.Series) -> str:
-    low, high = steps.min(), steps.max()
+    low = steps.min()
+    high = steps.max()
     return f"step {low:,}" if low == high else f"steps {low:,} to {high:,}"
 
 
@@ -521,7 +527,11 @@ def describe_change(label: str, change: Change | None, unit: str = "", side: int
 # The paper's numbers are those of its PCFG data with 235M-parameter transformers, but for Figure 5, which compares sizes. The
 # grammar that was published with its code is another, shallower one, and other grammars have other entropies, classes and
 # traces: values can't be compared, directions can. Gaps are the published losses less the published minimum, 3.196 nats.
-SMALLEST, LARGEST, TABLE, LATER = "smallest", "largest", "lookup table", "later"  # roles
+# roles
+SMALLEST = "smallest"
+LARGEST = "largest"
+TABLE = "lookup table"
+LATER = "later"
 BY_PLACE = ("standard", "adversarial")  # roles of the first two groups
 
 

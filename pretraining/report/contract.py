@@ -18,7 +18,8 @@ from pcfg.common.schema import AnySchema, Schema, parse_schema
 from pretraining.model.enlarge import TIED_SCALES
 from pretraining.report.same_loss import SameLoss
 
-EXPERIMENTS_FILE, STATUS_FILE = "experiments.json", "status.json"
+EXPERIMENTS_FILE = "experiments.json"
+STATUS_FILE = "status.json"
 SCHEMA = 1
 STEPS, SIZES, ALGORITHMS = NAMES = ("steps", "sizes", "algorithms")
 # MODELS: the kind of an experiment that nobody planned: models are shown and compared, nothing is claimed of them

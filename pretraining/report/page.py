@@ -211,7 +211,8 @@ def correlation_sentences(analysis: Analysis) -> list[str]:
     """One sentence per experiment and trace: how accuracy goes with it among models of equal loss (in the paper it falls)."""
     sentences: dict[tuple[str, str], list[str]] = {}
     for correlated in [correlated for correlated in analysis.correlations if correlated.against != "gap"]:
-        found, label = correlated.found, accuracy_label(correlated.accuracy)
+        found = correlated.found
+        label = accuracy_label(correlated.accuracy)
         if found.spearman is None:
             text = f"{label} can't be told ({_unknown(found)})"
         else:
@@ -263,7 +264,8 @@ def paper_table(analysis: Analysis) -> Table:
 
 def choice_table(analysis: Analysis) -> Table | None:
     """The adversarial weights that were tried; None where nothing is known of them."""
-    title, choice = "Choice of the adversarial weight", analysis.choice
+    title = "Choice of the adversarial weight"
+    choice = analysis.choice
     if choice is None:
         return None if analysis.choice_missing is None else Table(title, ["weight"], [], [analysis.choice_missing])
     body = []

@@ -110,7 +110,8 @@ class ExperimentPlots:
     """
 
     def __init__(self, analysis: Analysis, name: str, styles: dict[str, Style]):
-        self.analysis, self.styles = analysis, styles
+        self.analysis = analysis
+        self.styles = styles
         self.experiment = analysis.experiment(name)
         self.models = analysis.of(name)
         self.lines = analysis.tables[name]
@@ -127,7 +128,8 @@ class ExperimentPlots:
 
     def against_steps(self, axes: Axes, quantity: Quantity) -> None:
         """Means against training steps, a line per group."""
-        steps, values = set(), []
+        steps = set()
+        values = []
         for group in self.experiment.groups:
             lines = [line for line in self.lines if line.group == group and line.step is not None and quantity.is_in(line)]
             points = [quantity.point(line.step, line) for line in lines]
@@ -300,8 +302,10 @@ def write_plots(output: Path | str, analysis: Analysis) -> dict[str, list[Plot]]
 
 def _draw_frontier(axes: Axes, choice: Choice, style: Style) -> None:
     tried = sorted(choice.weights, key=lambda weight: weight.weight)
-    x, x_error = [weight.gap_increase for weight in tried], [weight.gap_increase_se or 0 for weight in tried]
-    y, y_error = [100 * weight.accuracy for weight in tried], [100 * (weight.accuracy_se or 0) for weight in tried]
+    x = [weight.gap_increase for weight in tried]
+    x_error = [weight.gap_increase_se or 0 for weight in tried]
+    y = [100 * weight.accuracy for weight in tried]
+    y_error = [100 * (weight.accuracy_se or 0) for weight in tried]
     points = list(zip(x, y, x_error, y_error, [weight.weight == choice.chosen for weight in tried], strict=True))
     _draw_points(axes, style, points, line=True)
     for index, (weight, point) in enumerate(zip(tried, points, strict=True)):

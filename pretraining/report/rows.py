@@ -35,13 +35,15 @@ from pretraining.model.enlarge import TIED_SCALES
 from pretraining.report.contract import MODELS, Entry, Experiment, Experiments, Status
 from pretraining.report.same_loss import MARGIN, MAX_GAP
 
-TRANSFORMER, LOOKUP_TABLE = "transformer", "lookup table"
+TRANSFORMER = "transformer"
+LOOKUP_TABLE = "lookup table"
 SHAPE = ["parameters", "hidden_size", "layers", "heads", "intermediate_size"]
 ENLARGED = ["enlarged_rule", "enlarged_times", "enlarged_heads", "enlarged_from", "enlarged_from_parameters"]
 FACTS = ["kind", "job", "step", *SHAPE, *ENLARGED]
 INTEGERS = ["step", *SHAPE, "enlarged_times", "enlarged_heads", "enlarged_from_parameters"]
 LOSSES = [f"{part}_{mean}" for part in ("gap", "loss", "entropy", "sampled_loss") for mean in ("sentences", "pairs")]
-GAP, TRACE = "gap_sentences", "trace"
+GAP = "gap_sentences"
+TRACE = "trace"
 TRACE_FILES = {"hessian.json": TRACE, "hessian_hutchinson.json": "trace_hutchinson"}
 PARTS = ["tables", "encoder_matrices", "vectors", "head", "added_layers"]
 ACCURACY_PARTS = ["value", "se", "sampling_se", "seeds", "best", "n", "majority"]
@@ -102,7 +104,8 @@ def _facts(folder: Path, facts: dict) -> dict:
     }
     if (folder / CONFIG_FILE).is_file():
         config = ModelConfig.from_transformers(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
-        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        layers = config.num_hidden_layers
+        heads = config.num_attention_heads
         shape = (config.parameters, config.hidden_size, layers, heads, config.intermediate_size)
         row |= dict(zip(SHAPE, shape, strict=True))
     if enlarged := facts.get("enlarged"):

@@ -36,7 +36,8 @@ from pcfg.common.files import (
 from pcfg.common.ranks import Ranks
 from pcfg.common.schema import Schema, parse_schema
 
-STATE_FILE, LATEST_FILE = "state.json", "latest"
+STATE_FILE = "state.json"
+LATEST_FILE = "latest"
 TAG = re.compile(r"step\d{7,}(-\d+)?")
 DAMAGED = ".damaged"  # appended to the name of a damaged state, until the next one is saved
 # All classes that DeepSpeed puts into a checkpoint of ZeRO 0, 1 or 2, next to tensors and plain types. They hold numbers only.

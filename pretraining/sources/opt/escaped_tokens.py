@@ -29,8 +29,10 @@ from pretraining.data.wordpiece import UNK, add_special_tokens, ordinary_words_c
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPACED, JOINED = "Ġ", "‿"
-OPEN, CLOSE = "⟨", "⟩"
+SPACED = "Ġ"
+JOINED = "‿"
+OPEN = "⟨"
+CLOSE = "⟩"
 _RESERVED = (" ", SPACED, JOINED, OPEN, CLOSE)  # a space is printable
 LINE_BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines cuts
 LONGEST_WORD = 1_000  # longer ones are [UNK]: the time of WordPiece's search grows with the square of a word's length
