@@ -15,7 +15,7 @@ are folds of the same two sweeps: `outside(t, t+1, .)` does not depend on x_t, s
 parse is the inside sweep with maxima in place of sums.
 
 Numbers are probabilities and never logarithms. Each word's emission column is divided by its maximum and multiplied by a factor
-c(T) = 2^(RANGE / T), which multiplies all values of a cell by the same number, so conditionals and labels need no correction.
+c(T) = 2^(RANGE / T). That multiplies all values of a cell by the same number, so conditionals and labels need no correction.
 An inside value over w words is then at most c^w, an outside value at most c^(T - w), and nothing overflows. Underflow loses at
 most 2^-149 per term in float32, which counts at most c^(T - 1) <= 2^96 times in a total. Where the total is 1 or more (one unit
 for each of the 2^29 terms of a large chart included), the loss is below 2^-24 of it. Other sentences are repeated in float64,
@@ -24,12 +24,12 @@ which is exact enough down to totals of 2^-1036 before scaling (1e-5 per word at
 
 import collections
 import concurrent.futures
-import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pcfg.common.executors import available_cores
 from pcfg.common.files import InputError
 from pcfg.engine.chart_plan import MAX_WORDS, ChartPlans, offsets
 from pcfg.engine.sweeps import best_sweep, chart_sweep, score_sweep, word_sweep
@@ -64,7 +64,7 @@ class Chart:
 
     def __init__(self, grammar: Grammar, threads: int | None = None, dtype: str = "float32"):
         self.grammar = grammar
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or available_cores()
         self.dtype = np.dtype(dtype).name
         self.redone = 0
         self._plans = ChartPlans(grammar)

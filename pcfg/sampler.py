@@ -35,8 +35,8 @@ class Sampler:
     A longer sentence is dropped and drawn again, and its derivation ends as soon as it must be longer, so recursion needs no
     depth limit. A sampler can be used by several threads at once.
 
-    A grammar is refused if the expected length is infinite (the expected children of a recursive set of nonterminals have a
-    spectral radius of 1 or more), or if less than 1e-4 of the sentences are short enough.
+    A grammar is refused if less than 1e-4 of its sentences are short enough, or if their expected length is infinite: the
+    expected children of a recursive set of nonterminals have a spectral radius of 1 or more.
 
     Attributes:
         width: the columns of `sample`'s tokens: max_words, or the longest sentence if that is shorter.

@@ -14,6 +14,9 @@ FORBIDDEN = {
     "pretraining.model": ("pretraining.training", "pretraining.evaluation"),
     "pretraining.training": ("pretraining.evaluation",),
 }
+# A researcher can read the project only if it stays small: Python outside tests.
+MAX_FILES = 100
+MAX_LINES = 18_500
 # File names that several folders have: each is the counterpart of the others.
 COUNTERPARTS = {"__init__.py", "__main__.py", "grammar.py", "lookup.py", "source.py", "enlarge.py"}
 
@@ -119,3 +122,9 @@ def test_public_functions_are_typed():
 def test_no_two_modules_share_a_name():
     names = collections.Counter(Path(path).name for path in project_files())
     assert {name for name, number in names.items() if number > 1} <= COUNTERPARTS
+
+
+def test_the_project_stays_small():
+    files = project_files()
+    assert len(files) <= MAX_FILES
+    assert sum((ROOT / path).read_text().count("\n") for path in files) <= MAX_LINES

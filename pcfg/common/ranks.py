@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from pcfg.common.executors import available_cores
+
 
 class Ranks:
     """The processes that share a run or a measurement.
@@ -37,7 +39,7 @@ class Ranks:
             # Ranks on one machine share its cores, unless the user decided otherwise.
             local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
             if "OMP_NUM_THREADS" not in os.environ and local_ranks > 1:
-                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+                torch.set_num_threads(max(1, available_cores() // local_ranks))
             if not dist.is_initialized() and self.size > 1:
                 dist.init_process_group(backend or "gloo")
             elif not dist.is_initialized():

@@ -4,7 +4,7 @@ Most of a chart is dead: a nonterminal can span only as many words as its yields
 roots at the top cell matter. A `ChartPlan` lists the living cells by width and the work in each; the kernels of
 `pcfg.engine.sweeps` read it as plain arrays.
 
-What happens in a cell depends only on its width w and on which nonterminals live there, since a child lives wherever both
+What happens in a cell depends only on its width w and on which nonterminals live there. A child lives wherever both
 children of its rule have yields of a fitting length. Cells of the same kind share a `Kind`, in which each pair of children
 (B, C) with the splits d (words of B) where both are possible is a product
 

@@ -154,14 +154,14 @@ class Vocabulary:
             file.write("\n".join(self.words) + "\n")
 
 
-def find_vocabulary(name: AnyPath, beside: list[Path]) -> Path:
+def find_vocabulary(name: AnyPath, nearby: list[Path]) -> Path:
     """The vocabulary file that a user means by `name`; prints its path and size.
 
-    A path with a folder in it is taken as it is; a bare name is looked up in each folder of `beside`, then in the working
+    A path with a folder in it is taken as it is; a bare name is looked up in each folder of `nearby`, then in the working
     directory.
     """
     name = os.fspath(name)
-    folders = [] if os.path.dirname(name) else beside
+    folders = [] if os.path.dirname(name) else nearby
     places = list(dict.fromkeys([*(Path(folder) / name for folder in folders), Path(name)]))
     for path in places:
         if path.is_file():
@@ -245,15 +245,15 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
     return tokenizer
 
 
-def resolve_tokenizer(name: str, beside: list[Path]) -> Any:
+def resolve_tokenizer(name: str, nearby: list[Path]) -> Any:
     """The tokenizer that a user means by `name`, a fast one whose `name_or_path` is `name`; prints its place.
 
-    Looked up in this order: for each folder of `beside` (samples or a model) its subfolder `name`, then the folder itself if
+    Looked up in this order: for each folder of `nearby` (samples or a model) its subfolder `name`, then the folder itself if
     its tokenizer was saved under that name (model folders); then `name` as a local folder; then the hub (its local cache only,
     unless the environment says HF_HUB_OFFLINE=0).
     """
     candidates = []
-    for folder in map(Path, beside):
+    for folder in map(Path, nearby):
         candidates.append((folder / name, _is_tokenizer_folder(folder / name)))
         candidates.append((folder, _has_name(folder, name)))
     candidates.append((Path(name), _is_tokenizer_folder(Path(name))))

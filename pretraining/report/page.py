@@ -36,7 +36,7 @@ TITLES = {
 }
 RULE = (
     "A finding holds for an accuracy if the 95% intervals of the changes of both trace and accuracy lie on the paper's side of "
-    "0. It does not hold if one of them lies on the other side. Otherwise it can't be told. This rule was fixed beforehand; "
+    "0. It does not hold if one of them lies on the other side. Otherwise it is undecided. This rule was fixed beforehand; "
     "nothing is corrected for the number of comparisons."
 )
 TEXTS = ("missing", "command", "comparable", "what", "name", "models", "against", "accuracy", "state")  # columns of words
@@ -214,7 +214,7 @@ def correlation_sentences(analysis: Analysis) -> list[str]:
         found = correlated.found
         label = accuracy_label(correlated.accuracy)
         if found.spearman is None:
-            text = f"{label} can't be told ({_unknown(found)})"
+            text = f"{label} is undecided ({_unknown(found)})"
         else:
             side = 0 if found.spearman_interval is None else sum(np.sign(found.spearman_interval))
             standing = {-2: "as in the paper", 2: "against the paper"}.get(side, "not distinguishable from 0")
@@ -239,7 +239,7 @@ def correlation_table(analysis: Analysis) -> Table:
         line = [correlated.experiment, accuracy_label(correlated.accuracy), trace_label(correlated.against)]
         line += [str(found.n), str(found.runs)]
         if found.spearman is None:
-            body.append([*line, f"can't be told: {_unknown(found)}", ""])
+            body.append([*line, f"undecided: {_unknown(found)}", ""])
         else:
             line += [f"{found.spearman:+.2f} {_interval(found.spearman_interval)}"]
             body.append([*line, f"{found.pearson:+.2f} {_interval(found.pearson_interval)}"])

@@ -79,7 +79,7 @@ def pretrain(options: argparse.Namespace, gap_meter: GapMeter, now: Callable[[],
 
 def load_data(options: argparse.Namespace, gap_meter: GapMeter) -> tuple[Data, int]:
     """Tokenizer and shards, checked against each other, and the samples' `max_seq_length`."""
-    tokenizer = resolve_tokenizer(options.tokenizer_name, beside=[Path(options.dataset_path)])
+    tokenizer = resolve_tokenizer(options.tokenizer_name, nearby=[Path(options.dataset_path)])
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     dynamic = options.seed if options.dynamic_masking else None
     train = Shards(options.dataset_path, "train", vocabulary, dynamic=dynamic)

@@ -147,7 +147,7 @@ def write_algorithms(root, rng) -> list[Entry]:
 
 
 def write_laboratory(root) -> Experiments:
-    """A laboratory with something of everything: findings that hold, depend on the rule, can't be told; two failures."""
+    """A laboratory with something of everything: findings that hold, depend on the rule, are undecided; two failures."""
     rng = np.random.default_rng(3)
     plan = Experiments(
         scale="made up",
@@ -296,7 +296,7 @@ def test_changes_from_the_csv(numbers):
     degrees = sum(errors) ** 2 / (errors[0] ** 2 / 2 + errors[1] ** 2 / (lookup["probe_pcfg_A_seeds"] - 1))
     theirs = stats.t(degrees, lookup["probe_pcfg_A"] - np.mean(standard), sum(errors) ** 0.5).interval(0.95)
     assert [table["changes"]["probe_pcfg_A"][end] for end in ("low", "high")] == pytest.approx(list(theirs))
-    assert sgd["verdicts"] == dict.fromkeys(sgd["verdicts"], "can't be told")
+    assert sgd["verdicts"] == dict.fromkeys(sgd["verdicts"], "undecided")
 
 
 def test_tables_are_means_over_seeds(numbers):
@@ -312,7 +312,7 @@ def test_tables_are_means_over_seeds(numbers):
 def test_the_page_opens_with_the_findings(laboratory, numbers):
     page = html.unescape((laboratory / "report" / "report.html").read_text())
     verdicts = [finding["verdicts"]["probe_pcfg_A"] for finding in numbers[1]["findings"]]
-    assert verdicts == ["holds", "can't be told", "depends on the rule of enlarging", "holds", "holds"]
+    assert verdicts == ["holds", "undecided", "depends on the rule of enlarging", "holds", "holds"]
     places = [page.index(finding["headline"]) for finding in numbers[1]["findings"]]
     assert places == sorted(places) and places[-1] < page.index("<table>")
     for text in (
@@ -343,7 +343,7 @@ def test_correlations_in_words(laboratory, capsys, monkeypatch, tmp_path):
     assert re.search(
         r"trace in 'steps', .*: probe A -.* over 6 models of 3 runs, the interval of so few runs is rough;", printed
     )
-    assert "fine-tuning B can't be told (fewer than 4 models)." in printed
+    assert "fine-tuning B is undecided (fewer than 4 models)." in printed
 
 
 def test_plots_are_there_in_both_formats(laboratory):
@@ -398,4 +398,4 @@ def test_nothing_is_there_yet(laboratory, tmp_path, capsys):
     report.main([str(tmp_path)])
     assert not list((tmp_path / "report").glob("*.png"))
     printed = capsys.readouterr().out
-    assert printed.count("): can't be told, ") == 5 and "`train large seed1` has not run" in printed
+    assert printed.count("): undecided, ") == 5 and "`train large seed1` has not run" in printed

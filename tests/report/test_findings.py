@@ -1,4 +1,4 @@
-"""The findings' sentences for made-up rows: what holds, what does not, what can't be told, what depends on the rule."""
+"""The findings' sentences for made-up rows: what holds, what does not, what is undecided, what depends on the rule."""
 
 import pandas as pd
 import pytest
@@ -62,10 +62,10 @@ def run(traces, accuracies, gaps=(0.05, 0.015, 0.01), seeds=(0, 1, 2)):
 
 def test_steps_holds_for_one_task_only():
     [finding] = findings("steps", run((50, 40, 30), (0.5, 0.6, 0.65)))
-    assert finding.verdicts == {"probe_pcfg_A": "holds", "probe_pcfg_B": "can't be told"}
+    assert finding.verdicts == {"probe_pcfg_A": "holds", "probe_pcfg_B": "undecided"}
     assert finding.sentence == (
         "Training on after the loss has converged lowers the trace and raises the accuracy (AdamW): holds for probe A; "
-        "can't be told for probe B. From the first checkpoint at the same loss (step 100) to the last (step 200), 3 seeds: "
+        "undecided for probe B. From the first checkpoint at the same loss (step 100) to the last (step 200), 3 seeds: "
         "trace -10.000 [-10.248, -9.752], as in the paper; gap -0.005 nats (no interval: no spread over seeds, or one only); "
         "probe A +5.00 [+4.75, +5.25] points, as in the paper; probe B +0.00 [-0.25, +0.25] points, not distinguishable from 0."
     )
@@ -76,7 +76,7 @@ def test_steps_holds_for_one_task_only():
     [
         ((50, 30, 40), (0.5, 0.6, 0.65), "does not hold"),  # the trace rises
         ((50, 40, 30), (0.5, 0.65, 0.6), "does not hold"),  # the accuracy falls
-        ((50, 40, 40.1), (0.5, 0.6, 0.65), "can't be told"),  # the trace stays
+        ((50, 40, 40.1), (0.5, 0.6, 0.65), "undecided"),  # the trace stays
         ((50, 40, 40.1), (0.5, 0.65, 0.6), "does not hold"),
     ],
 )
@@ -88,7 +88,7 @@ def test_steps_otherwise(traces, accuracies, verdict):
 
 def test_steps_that_can_not_be_compared():
     [one] = findings("steps", run((50, 40, 30), (0.5, 0.6, 0.65), seeds=(0,)))
-    assert "can't be told, 1 of 1 runs can be compared, an interval takes 2." in one.sentence
+    assert "undecided, 1 of 1 runs can be compared, an interval takes 2." in one.sentence
     [late] = findings("steps", run((50, 40, 30), (0.5, 0.6, 0.65), gaps=(0.05, 0.03, 0.01)))
     assert "0 of 3 runs" in late.sentence and "AdamW seed 2 (no earlier checkpoint is saturated)" in late.sentence
     [never] = findings("steps", run((50, 40, 30), (0.5, 0.6, 0.65), gaps=(0.05, 0.01, 0.03)))
@@ -114,7 +114,7 @@ def sizes(head, tables=30, accuracy=0.7, gap=0.01, equal=True):
         (50, 30, 0.7, "depends on the rule of enlarging"),
         (60, 60, 0.7, "does not hold"),
         (60, 30, 0.5, "does not hold"),  # whatever the rule: the accuracy falls
-        (30, 30, 0.6, "can't be told"),
+        (30, 30, 0.6, "undecided"),
     ],
 )
 def test_sizes(head, tables, accuracy, verdict):
@@ -132,9 +132,9 @@ def test_sizes_that_can_not_be_compared():
     for row in rows:
         row.pop("trace_by_head")
     [finding] = findings("sizes", rows)
-    assert finding.verdicts == {"probe_pcfg_A": "can't be told"} and "no trace (head)" in finding.sentence
+    assert finding.verdicts == {"probe_pcfg_A": "undecided"} and "no trace (head)" in finding.sentence
     [finding] = findings("sizes", sizes(30, gap=0.019, equal=False))
-    assert "can't be told, no two sizes have 2 models at the same loss each." in finding.sentence
+    assert "undecided, no two sizes have 2 models at the same loss each." in finding.sentence
     assert "large seed 0 (not equal to the reference within the margin, +0.0090 ± 0.0000 nats)" in finding.sentence
 
 
@@ -157,9 +157,7 @@ def test_algorithms():
     _, higher = findings("algorithms", [*standard, *adversarial, lookup_table(0.8)])
     assert higher.verdicts == {"probe_pcfg_A": "does not hold"}
     first, far = findings("algorithms", [*standard, *group("adversarial", gap=0.05, trace=60), lookup_table(0.5, equal=False)])
-    assert (
-        "can't be told, models at the same loss are too few: adversarial has 0. Left out: adversarial seed 0" in first.sentence
-    )
+    assert "undecided, models at the same loss are too few: adversarial has 0. Left out: adversarial seed 0" in first.sentence
     assert "lookup table has 0" in far.sentence and "lookup table (not equal to the reference" in far.sentence
 
 
@@ -173,7 +171,7 @@ def test_no_verdict_on_groups_that_have_the_reference_s_loss_but_not_each_other_
     standard = group("standard", gap=0.002, trace=30, probe_pcfg_A=0.7)
     adversarial = group("adversarial", gap=0.0185, trace=60, probe_pcfg_A=0.6)
     [finding] = findings("algorithms", [*standard, *adversarial])
-    assert finding.verdicts == {"probe_pcfg_A": "can't be told"} and not finding.changes
+    assert finding.verdicts == {"probe_pcfg_A": "undecided"} and not finding.changes
     assert "not the same loss, mean gaps differ by +0.0165 ± 0.0000 nats, margin ±0.01" in finding.sentence
     [finding] = findings("algorithms", [*standard, *adversarial], SameLoss(margin=0.02))
     assert finding.verdicts == {"probe_pcfg_A": "holds"}

@@ -251,10 +251,10 @@ def test_sizes_are_compared_under_both_rules(grown, capsys):
     for finding in (
         f"{title} (narrow x 2, step 1,000 against wide, step 1,000): depends on the rule of enlarging",
         f"{title} (tiny x 4, step 1,000 against wide, step 1,000): is larger with both rules of enlarging",
-        f"{title} (odd x 8, step 1,000 against wide, step 1,000): can't be told",
+        f"{title} (odd x 8, step 1,000 against wide, step 1,000): undecided",
     ):
         assert finding in printed and finding in html.unescape(page)
-    assert "against wide, step 1,000): can't be told: trace (tables) +0.10 [-0.18, +0.38]; no trace (head)." in printed
+    assert "against wide, step 1,000): undecided: trace (tables) +0.10 [-0.18, +0.38]; no trace (head)." in printed
     table = printed[printed.index("own parameters") :]
     assert re.search(r"narrow x 2 +200 .* 12.00 ± 0.10\* +8.00 ± 0.10\*", table)
     assert re.search(r"wide +[\d,]+ .* 10.00 ± 0.10\* +10.00 ± 0.10\*", table)
@@ -284,7 +284,7 @@ def test_no_verdict_without_the_same_loss(grown, gap, reason, capsys):
             write_gap(path.parent, gap)
     report.main([str(grown)])
     printed = capsys.readouterr().out
-    assert f"(narrow x 2, step 1,000 against wide, step 1,000): can't be told, {reason}." in printed
+    assert f"(narrow x 2, step 1,000 against wide, step 1,000): undecided, {reason}." in printed
     assert "depends on the rule" not in printed
     report.main([str(grown), "--max-gap", "0.04", "--margin", "0.05"])
     assert ("depends on the rule" in capsys.readouterr().out) == (gap is not None)
