@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pcfg.common.executors import available_cores
-from pcfg.common.files import InputError
+from pcfg.common.files import InputError, available_cores
 from pcfg.engine.chart_plan import MAX_WORDS, ChartPlans, offsets
 from pcfg.engine.sweeps import best_sweep, chart_sweep, score_sweep, word_sweep
 from pcfg.grammar import Grammar

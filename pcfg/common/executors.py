@@ -42,11 +42,6 @@ def add_executor_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--ray-address", help=text)
 
 
-def available_cores() -> int:
-    """Number of cores that this process may use; on systems that do not say (macOS), all of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def executor_options(options: argparse.Namespace, local: str) -> dict:
     """The arguments of `run_jobs` for the flags of `add_executor_arguments`; `local` is "processes" or "threads"."""
     if options.ray_address is not None and options.executor != "ray":

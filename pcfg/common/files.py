@@ -160,6 +160,11 @@ def keyed_rng(seed: int, purpose: str, *index: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, purpose_key, *index]))
 
 
+def available_cores() -> int:
+    """Number of cores that this process may use; on systems that do not say (macOS), all of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Versions of Python and of the named packages, for the record of what made a file."""
     # It takes longer to import than the rest of this module together.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from pcfg.common.executors import available_cores
+from pcfg.common.files import available_cores
 
 
 class Ranks:
