@@ -1,0 +1,162 @@
+"""A study: what is trained, measured and compared. A TOML file says it; `study.json` next to the results is its resolved form.
+
+    question = "Does dropout change the flatness at the same loss?"
+    include = "mini.toml"             # another study file: its keys, unless this file has them
+
+    [language.text]                   # flags of generate_pretraining.py
+    rule_path = "my_rules.txt"
+
+    [groups.dropout]                  # one group per value: dropout-0 and dropout-0.1
+    vary = { hidden_dropout_prob = [0, 0.1] }
+
+    [[comparisons]]
+    before = "dropout-0"
+    after = "dropout-0.1"
+
+Flags are those of the scripts' command lines, with `_`. Several studies may share one folder: groups of one name are the same
+models. `[scales.NAME]` has what differs at that scale, in the structure of the file.
+"""
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, MinLen
+
+from pcfg.common.schema import Schema
+
+STUDY_FILE = "study.json"  # of a folder of results: `Studies`
+Flags = dict[str, Any]  # of a script, by name without `--`: numbers, texts, booleans, lists
+Direction = Literal["falls", "rises"]
+
+
+class Models(Schema):
+    """A group at a step: `GROUP@STEP` in the TOML file, where `GROUP` alone means its last step."""
+
+    group: str
+    step: int
+
+
+class Task(Schema):
+    """A downstream task with its labelled files, relative to the folder of results."""
+
+    name: str  # in the names of records: curve_NAME_ridge.json
+    train_file: str
+    validation_file: str
+    generate: Flags  # of generate_downstream.py; empty for one's own files
+
+
+class Choice(Schema):
+    """A flag's value that the selection seeds decide; written as "{NAME}" in the flags of groups.
+
+    The rules, where g is the mean gap over the selection seeds, in nats:
+        lowest_gap         the value of the smallest g
+        largest            the largest value with g <= g of `reference` (default: the smallest g) + `tolerance`
+        lowest_accuracy    of the values that `largest` admits, that of the lowest accuracy on `task` with `labels` labels
+    """
+
+    name: str
+    group: str  # trained once per value
+    flag: str
+    values: Annotated[tuple[float, ...], MinLen(2)]
+    rule: Literal["lowest_gap", "largest", "lowest_accuracy"]
+    reference: Models | None = None
+    tolerance: Annotated[float, Ge(0)] = 0.0
+    task: str | None = None
+    labels: int | None = None
+
+
+class Group(Schema):
+    """Models that differ by their seed alone: `models/NAME/seedS/stepT`, cooled ones `stepT-cooled`."""
+
+    name: str
+    label: str  # for tables and plots
+    flags: Flags  # of run_pretraining.py, all of them but those of seeds and folders
+    start: Models | None  # whose models, seed by seed, are the initial weights
+    seeds: tuple[int, ...]
+    steps: tuple[int, ...]  # that are measured, ascending; counted from the group's own start
+    folders: dict[str, str]  # "SEED@STEP" -> model folder, relative to the folder of results
+
+    def total(self, step: int, groups: dict[str, "Group"]) -> int:
+        """Steps of training before and in this group."""
+        return step + (groups[self.start.group].total(self.start.step, groups) if self.start else 0)
+
+
+class Control(Schema):
+    """A folder of records that no pre-trained model is in: words, untrained, lookup."""
+
+    name: Literal["words", "untrained", "lookup"]
+    folders: tuple[str, ...]  # relative to the folder of results; `untrained`: one per selection seed
+
+
+class Measurement(Schema):
+    """A measurement of one's own: a command with {model} and {record}, and the key of its number in that JSON file."""
+
+    name: str  # the record is {model}/NAME.json
+    command: str
+    value: str = "value"
+    error: str | None = None  # key of its standard error
+    unit: str = ""
+
+
+class Comparison(Schema):
+    """Two groups of models, and what the author expects; `claim` is a sentence for the report."""
+
+    name: str
+    claim: str
+    before: Models
+    after: Models
+    trace: Literal["trace", "balanced"] = "trace"  # the flatness that the verdict is about
+    flatness: Direction | None = None  # expected of it
+    accuracy: Direction | None = None
+    primary: bool = False
+    tasks: tuple[str, ...]  # whose accuracies are compared
+    labels: tuple[int, ...]  # label counts
+
+
+class Criteria(Schema):
+    """Thresholds, fixed before the first accuracy is measured."""
+
+    max_gap: Annotated[float, Gt(0)] = 0.02  # nats
+    margin: Annotated[float, Gt(0)] = 0.01  # nats
+    accuracy_margin: Annotated[float, Gt(0)] = 0.015
+    trace_margin: Annotated[float, Gt(0)] = 0.10  # of the mean of `before`
+
+
+class Study(Schema):
+    """One study, resolved: nothing in it depends on another file."""
+
+    name: str  # of its file, without .toml
+    title: str
+    question: str
+    paper: str | None = None  # steps, sizes or algorithms: the table of Liu et al. (2023) that belongs to it
+    sha256: str  # of the canonical JSON of the resolved study
+    comparisons: tuple[Comparison, ...]
+
+
+class Registration(Schema):
+    """A start of the runner with studies that it had not seen before."""
+
+    time: str  # ISO, UTC
+    sha256: dict[str, str]  # by study
+    accuracies: int  # accuracies of reported seeds on the disk at that time; 0: the study was fixed beforehand
+
+
+class Studies(Schema):
+    """`study.json`: everything that the report has to know besides the records."""
+
+    schema_number: Literal[1] = 1
+    scale: str
+    studies: Annotated[tuple[Study, ...], MinLen(1)]
+    text: Flags  # of generate_pretraining.py
+    samples: Flags  # of generate_samples.py
+    tasks: tuple[Task, ...]
+    readouts: tuple[str, ...]  # solvers of run_lp.py; the first decides, the others are shown
+    label_counts: tuple[int, ...]
+    groups: dict[str, Group]
+    base: Models  # the models whose accuracies decide headroom
+    selection: Group  # the base group's models of the selection seeds
+    controls: tuple[Control, ...]
+    choices: tuple[Choice, ...]
+    measurements: tuple[Measurement, ...]
+    criteria: Criteria
+    registrations: tuple[Registration, ...]
+    commands: dict[str, str]  # of every model folder and record, the command that makes it
