@@ -17,13 +17,19 @@ Flags are those of the scripts' command lines, with `_`. Several studies may sha
 models. `[scales.NAME]` has what differs at that scale, in the structure of the file.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, MinLen
 
-from pcfg.common.schema import Schema
+from pcfg.common.files import AnyPath, InputError, read_json, write_json
+from pcfg.common.schema import Schema, parse_schema, read_schema, write_schema
 
-STUDY_FILE = "study.json"  # of a folder of results: `Studies`
+# Files of a folder of results; the paths in them are relative to it.
+STUDY_FILE = "study.json"  # `Studies`
+STATUS_FILE = "status.json"  # `Status` by name of the command
+FORMER_FILE = "experiments.json"  # of the former experiments, whose names and settings were fixed
+ADVICE = "run `python -m pretraining.experiments` again, which writes it"
 Flags = dict[str, Any]  # of a script, by name without `--`: numbers, texts, booleans, lists
 Direction = Literal["falls", "rises"]
 
@@ -38,7 +44,8 @@ class Models(Schema):
 class Task(Schema):
     """A downstream task with its labelled files, relative to the folder of results."""
 
-    name: str  # in the names of records: curve_NAME_ridge.json
+    name: str  # in the names of records: curve_NAME_ridge.json; the name of the training file without .csv
+    label: str  # the study file's name of it, for tables and plots
     train_file: str
     validation_file: str
     generate: Flags  # of generate_downstream.py; empty for one's own files
@@ -121,6 +128,29 @@ class Criteria(Schema):
     trace_margin: Annotated[float, Gt(0)] = 0.10  # of the mean of `before`
 
 
+class Candidate(Schema):
+    """One value of a choice, over the selection seeds: means and their standard errors."""
+
+    value: float
+    gap: float  # nats
+    gap_error: float | None
+    accuracy: float | None = None
+    accuracy_error: float | None = None
+    admitted: bool  # by its gap
+
+
+class Decision(Schema):
+    """`choices/NAME.json`: what was decided, and from what."""
+
+    schema_number: Literal[1] = 1
+    choice: Choice
+    seeds: tuple[int, ...]
+    reference_gap: float | None = None  # nats, of the choice's reference
+    limit: float | None = None  # nats: gaps up to this are admitted
+    candidates: tuple[Candidate, ...]
+    chosen: float | None  # one of the values; null if none is admitted: then the groups that need it are not trained
+
+
 class Study(Schema):
     """One study, resolved: nothing in it depends on another file."""
 
@@ -149,6 +179,8 @@ class Studies(Schema):
     text: Flags  # of generate_pretraining.py
     samples: Flags  # of generate_samples.py
     tasks: tuple[Task, ...]
+    finetuned: tuple[str, ...] = ()  # names of the tasks that are fine-tuned as well
+    stacked: bool  # whether the seeds of a group are trained in one process
     readouts: tuple[str, ...]  # solvers of run_lp.py; the first decides, the others are shown
     label_counts: tuple[int, ...]
     groups: dict[str, Group]
@@ -160,3 +192,52 @@ class Studies(Schema):
     criteria: Criteria
     registrations: tuple[Registration, ...]
     commands: dict[str, str]  # of every model folder and record, the command that makes it
+
+
+class Status(Schema):
+    """How a command ended, or why it did not run."""
+
+    state: Literal["done", "failed", "blocked", "not due"]
+    exit_code: int | None = None
+    seconds: Annotated[float, Ge(0)] | None = None
+    log: str | None = None
+    why: str | None = None
+
+
+def read_studies(folder: AnyPath) -> Studies | None:
+    """`study.json` of a folder of results; None if it does not exist."""
+    if (Path(folder) / FORMER_FILE).exists():
+        raise InputError(f"{folder}: results of the former reproduce_*.sh ({FORMER_FILE}); give another --out and run again")
+    path = Path(folder) / STUDY_FILE
+    return read_schema(Studies, path, ADVICE) if path.exists() else None
+
+
+def write_studies(folder: AnyPath, studies: Studies) -> None:
+    """Write `study.json` of a folder of results, atomically."""
+    write_schema(Path(folder) / STUDY_FILE, studies)
+
+
+def read_decision(folder: AnyPath, name: str) -> Decision | None:
+    """The decision of a choice; None if it is not made yet."""
+    path = Path(folder) / decision_file(name)
+    return read_schema(Decision, path, "delete it and run the study again") if path.exists() else None
+
+
+def decision_file(name: str) -> str:
+    """The file with the decision of a choice, in a folder of results."""
+    return f"choices/{name}.json"
+
+
+def read_statuses(folder: AnyPath) -> dict[str, Status]:
+    """How the commands ended, by their names; empty where there is no `status.json`."""
+    path = Path(folder) / STATUS_FILE
+    content = read_json(path) if path.exists() else {}
+    return {name: parse_schema(Status, value, f"{path}, command {name!r}", ADVICE) for name, value in content.items()}
+
+
+def write_statuses(folder: AnyPath, statuses: dict[str, Status]) -> None:
+    """Write `status.json` of a folder of results, atomically."""
+    write_json(
+        Path(folder) / STATUS_FILE,
+        {name: status.model_dump(mode="json", exclude_defaults=True) for name, status in statuses.items()},
+    )
