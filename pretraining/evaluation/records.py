@@ -16,7 +16,7 @@ from annotated_types import Len, MinLen
 from pcfg.common.files import InputError, atomic_open, read_json, versions
 from pcfg.common.schema import Schema, parse_schema, write_schema
 
-PREFIXES = ("loss", "comparison", "hessian", "probe_", "finetune_")  # of the files' names
+PREFIXES = ("loss", "comparison", "hessian", "probe_", "curve_", "finetune_")  # of the files' names
 SHA256 = re.compile(r"[0-9a-f]{64}")
 ADVICE = "delete it and measure again"
 
@@ -86,11 +86,22 @@ class Bootstrap(_Part):
     standard_error: Error
 
 
+class CurvePoint(_Part):
+    """The accuracy of probes that are fitted to `labels` sentences, drawn from the training file; one draw per probe."""
+
+    labels: int = pydantic.Field(ge=2)  # sentences per draw
+    draws: int = pydantic.Field(ge=2)  # the same ones for every model and for all features
+    accuracy: Mean  # on all validation sentences; the standard error is over draws
+    missing_classes: int = pydantic.Field(ge=0)  # draws that lack a class of the task
+    sampling_standard_error: Error  # of the mean over draws, on another validation sample of the same size
+    strengths: list[Number]  # of the penalty: one per draw (ridge), or the one of all draws (lbfgs)
+
+
 class Record(_Part):
     """The fields of all records."""
 
     schema_number: Literal[2] = pydantic.Field(2, alias="schema")  # number of this format
-    measurement: str  # the quantity: loss, comparison (of two losses), hessian, probe, finetune
+    measurement: str  # the quantity: loss, comparison (of two losses), hessian, probe, curve, finetune
     value: Number  # the result
     standard_error: Error | None  # of the value; null where one run cannot have one
     unit: Text  # of both
@@ -145,13 +156,29 @@ class AccuracyRecord(Record):
 class ProbeRecord(AccuracyRecord):
     measurement: Literal["probe"] = "probe"
     bootstrap: Bootstrap | None = None  # with --bootstrap
+    gradient_norms: list[Error] | None = None  # of adamw: of the mean training loss at the end, one per seed
+    unfinished: int | None = pydantic.Field(None, ge=0)  # of adamw: seeds whose training loss still falls at the end
+
+
+class CurveRecord(Record):
+    """The accuracy of a linear probe by the number of labelled sentences; value and standard error are those of the most."""
+
+    measurement: Literal["curve"] = "curve"
+    task: Text  # name of the training file, without .csv
+    points: Annotated[list[CurvePoint], MinLen(1)]  # by ascending number of labels
+    majority: Number  # share of the majority class
+    features: Literal["hidden", "words", "conditional"]  # those of `--features`
+    pool: Text  # concat, mean, cls
+    solver: Text  # ridge or lbfgs
+    layer: int | None = None  # whose hidden states; null for the last
+    position: int | None = None  # the one word that is read, from 1; null for all
 
 
 class FinetuneRecord(AccuracyRecord):
     measurement: Literal["finetune"] = "finetune"
 
 
-_KINDS = (LossRecord, ComparisonRecord, HessianRecord, ProbeRecord, FinetuneRecord)
+_KINDS = (LossRecord, ComparisonRecord, HessianRecord, ProbeRecord, CurveRecord, FinetuneRecord)
 RECORDS: dict[str, type[Record]] = {kind.model_fields["measurement"].default: kind for kind in _KINDS}
 
 

@@ -11,6 +11,11 @@ from pretraining.evaluation.records import RECORDS, LossRecord, is_measured, rea
 
 MEANS = {kind: {"mean": 0.1, "standard_error": 0.1} for kind in ("pairs", "sentences")}
 ACCURACY = {"accuracies": [0.5], "best_accuracy": 0.5, "sampling_standard_error": 0.1, "majority": 0.2}
+POINT = {"labels": 50, "draws": 2, "accuracy": MEANS["pairs"], "missing_classes": 0, "strengths": [0.1]}
+CURVE = {
+    **{"task": "pcfg_A", "features": "hidden", "pool": "concat", "solver": "ridge"},
+    "points": [{**POINT, "sampling_standard_error": 0.1}],
+}
 COMPARISON = {"difference": MEANS, "models": ["a", "b"]}
 RECORD = {
     "value": 1.5,
@@ -91,13 +96,17 @@ DAMAGED = [
     ("probe", "accuracies", None),
     ("probe", "accuracies", []),
     ("finetune", "majority", "half"),
+    ("curve", "points", []),
+    ("curve", "points", [POINT]),
+    ("curve", "points", [{**CURVE["points"][0], "draws": 1}]),
+    ("curve", "features", "model"),
 ]
 
 
 @pytest.mark.parametrize("measurement, field, damaged", DAMAGED)
 def test_damaged_fields_are_named(tmp_path, measurement, field, damaged):
     path = tmp_path / f"{measurement}_x.json"
-    record = RECORDS[measurement](**RECORD, gap=MEANS, **ACCURACY, **COMPARISON)
+    record = RECORDS[measurement](**RECORD, gap=MEANS, **ACCURACY, **COMPARISON, **CURVE)
     write_record(tmp_path, path.name, record)
     assert read_records(tmp_path) == {path.name: record}
     content = json.loads(path.read_text())
