@@ -23,7 +23,7 @@ from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError, Manifest, write_json
 from pcfg.common.text import write_labelled
 from pcfg.grammar import Grammar, find_rules
-from pcfg.labels import LABEL_RULES, STATE_TASK, TASK_SPANS, LabelledSentences, Labeller, class_line
+from pcfg.labels import LABEL_RULES, STATE_TASK, TASK_SPANS, LabelledSentences, Labeller, class_line, default_min_words
 from pcfg.sampler import Sampler
 
 
@@ -36,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     rows = parser.add_argument_group("rows")
     rows.add_argument("--sentence-num", type=positive_int, default=10_000, help="training rows; default 10000")
     rows.add_argument("--validation-num", type=positive_int, default=2_000, help="validation rows; default 2000")
-    rows.add_argument("--min-words", type=positive_int, default=5, help="shortest sentence; at least --position; default 5")
+    text = "shortest sentence; at least --position; default 5, or the grammar's longest sentence if that is shorter"
+    rows.add_argument("--min-words", type=positive_int, help=text)
     rows.add_argument("--length-limit", type=positive_int, default=32, help="sentences have fewer words than this; default 32")
     rows.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     labels = parser.add_argument_group("labels")
@@ -47,10 +48,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def shortest_sentence(options: argparse.Namespace) -> int:
+def shortest_sentence(options: argparse.Namespace, grammar: Grammar) -> int:
     """Words of the shortest sentence, checked against the longest."""
-    least = max(options.min_words, options.position or 0)
-    flag = "--min-words" if least == options.min_words else "--position"
+    min_words = options.min_words or default_min_words(grammar)
+    if min_words > grammar.longest[0]:
+        longest = f"the grammar's sentences have up to {grammar.longest[0]} words"
+        raise InputError(f"--min-words {min_words}: {longest}; ask for that many or fewer")
+    least = max(min_words, options.position or 0)
+    flag = "--min-words" if least == min_words else "--position"
     if least >= options.length_limit:
         limit = f"--length-limit {options.length_limit}"
         raise InputError(f"{flag} {least}: no sentence has that many words and fewer than {limit}; change one of them")
@@ -61,9 +66,9 @@ def shortest_sentence(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    min_words = shortest_sentence(options)
     folder = Path(options.save_path)
     grammar = Grammar.read(find_rules(options.rule_path))
+    min_words = shortest_sentence(options, grammar)
     labeller = Labeller(grammar, options.task_type, options.span, options.label_rule, options.position)
     numbers = {"training": options.sentence_num, "validation": options.validation_num}
     made_from = {

@@ -159,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     shape = parser.add_argument_group("shape")
     shape.add_argument("--states", type=positive_int, default=100, help="hidden states; default 100")
     shape.add_argument("--words", type=positive_int, default=200, help="words; default 200")
-    add_words_file(shape, None, "words w0, w1, ...")
+    add_words_file(shape, "words w0, w1, ...")
     lengths = parser.add_argument_group("lengths")
     lengths.add_argument("--length-law", choices=LENGTH_LAWS, required=True, help="see above")
     lengths.add_argument("--mean-length", type=float, help="words, of the geometric law; required with it")

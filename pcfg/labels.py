@@ -30,8 +30,7 @@ TASK_SPANS = {"A": None, "B": 4, "C": 2}  # words; None: the whole sentence
 STATE_TASK = "state"
 LABEL_RULES = ("likelihood", "posterior")
 SENTENCES_PER_DRAW = 1 << 14
-# Shortest sentence of the downstream tasks, in words.
-TASK_WORDS = 5
+TASK_WORDS = 5  # of the shortest sentence of the downstream tasks, where the grammar has sentences that long
 
 
 class Labeller:
@@ -129,6 +128,11 @@ def hidden_states(grammar: Grammar, position: int) -> tuple[np.ndarray, np.ndarr
     number_of = {name: number for number, name in enumerate(dict.fromkeys(names))}
     here = at[states] == position
     return states[here], np.array([number_of[name] for name in names])[here], list(number_of)
+
+
+def default_min_words(grammar: Grammar) -> int:
+    """Words of the shortest sentence of the downstream tasks: 5, or the grammar's longest sentence if that is shorter."""
+    return min(TASK_WORDS, int(grammar.longest[0]))
 
 
 class LabelledRows(NamedTuple):
@@ -229,13 +233,14 @@ def grammar_facts(grammar: Grammar, sentences: int) -> list[str]:
     entropy, *_ = Chart(grammar).reductions(tokens, lengths)
     counts = np.bincount(tokens[tokens >= 0], minlength=len(grammar.words))
     unigram = counts[counts > 0] / counts.sum()
-    long_enough = lengths >= TASK_WORDS
+    min_words = default_min_words(grammar)
+    long_enough = lengths >= min_words
     lines = [
         "entropy: {:.3f} +- {:.3f} nats (pairs), ".format(*mean_by_pairs(entropy, lengths))
         + "{:.3f} +- {:.3f} nats (sentences)".format(*mean_by_sentences(entropy, lengths)),
         f"unigram entropy: {-(unigram * np.log(unigram)).sum():.3f} nats",
         f"words a sentence: {lengths.min()} to {lengths.max()}, mean {lengths.mean():.2f}; "
-        f"{np.mean(long_enough):.1%} have {TASK_WORDS} or more",
+        f"{np.mean(long_enough):.1%} have {min_words} or more",
         f"sample: {sentences} sentences, {len(set(sampler.texts(tokens, lengths)))} of them distinct",
     ]
     for task, span in TASK_SPANS.items():

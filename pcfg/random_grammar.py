@@ -136,10 +136,10 @@ def save_grammar(module: str, options: argparse.Namespace, rules: list[WeightedR
     print(*header[1:-1], f"{options.save_path}: {header[-1]}", sep="\n")
 
 
-def add_words_file(parser: argparse._ActionsContainer, default: str | None, words: str) -> None:
-    """Add --words-file, whose default means `words`."""
+def add_words_file(parser: argparse._ActionsContainer, words: str) -> None:
+    """Add --words-file; without it, the words are `words`."""
     text = f"vocabulary file, one word per line; lines of two or more letters a-z are used; default: {words}"
-    parser.add_argument("--words-file", default=default, help=text)
+    parser.add_argument("--words-file", help=text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -152,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     shape.add_argument("--early-word-chance", type=probability, default=1.0, help="chance of a rule to a word; default 1")
     shape.add_argument("--early-word-share", type=probability, default=0.1, help="its probability; default 0.1")
     words = parser.add_argument_group("words")
-    add_words_file(words, str(RULES_FOLDER / "words.txt"), "400 English words")
+    add_words_file(words, "400 English words")
     words.add_argument("--words", type=positive_int, default=200, help="words of the grammar; default 200")
     words.add_argument("--words-per-symbol", type=positive_int, default=100, help="per symbol of the last level; default 100")
     chances = parser.add_argument_group("probabilities (concentrations of Dirichlet distributions)")
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_concentrations(options, ("concentration", "top_concentration", "word_concentration"))
     if not 0.0 < options.early_word_share < 1.0:
         raise InputError(f"--early-word-share {options.early_word_share}: must be above 0 and below 1")
-    rules = random_rules(options, read_words(options.words_file))
+    rules = random_rules(options, read_words(options.words_file or RULES_FOLDER / "words.txt"))
     save_grammar("pcfg.random_grammar", options, rules, options.fact_sentences)
 
 

@@ -262,6 +262,16 @@ def test_some_sentences_without_a_label_are_dropped_and_counted(tmp_path):
     assert not any(text.split()[1] in "ab" for text in texts)
 
 
+def test_short_languages_have_tasks_without_a_limit_of_words(tmp_path):
+    """All sentences have 4 words, fewer than the 5 that longer languages begin with."""
+    run("rule_mini_headroom.txt", tmp_path / "data", "--task-type", "A", *SMALL)
+    training, labels = read_labelled(tmp_path / "data" / "pcfg_A.csv")
+    assert {len(text.split()) for text in training} == {4} and len(set(labels)) > 3
+    assert json.loads((tmp_path / "data" / "manifest_downstream_A.json").read_text())["made_from"]["min_words"] == 4
+    with pytest.raises(InputError, match="--min-words 5: the grammar's sentences have up to 4 words"):
+        run("rule_mini_headroom.txt", tmp_path / "more", "--task-type", "A", *SMALL, "--min-words", "5")
+
+
 def test_a_missing_grammar_is_exit_code_2_without_a_traceback(tmp_path):
     command = [sys.executable, str(ROOT / "generate_downstream.py"), "--rule-path", "nothing.txt", "--task-type", "B"]
     result = subprocess.run([*command, "--save-path", str(tmp_path)], capture_output=True, text=True)

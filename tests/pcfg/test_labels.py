@@ -7,7 +7,7 @@ from scipy import stats
 from pcfg.chart import Chart
 from pcfg.common.files import InputError
 from pcfg.grammar import RULES_FOLDER, Grammar
-from pcfg.labels import LabelledSentences, Labeller
+from pcfg.labels import LabelledSentences, Labeller, default_min_words
 from pcfg.sampler import Sampler
 
 SHIPPED = sorted(RULES_FOLDER.glob("rule_*.txt"))
@@ -67,7 +67,7 @@ def check_labels(grammar, tokens, lengths, spans=TASKS):
 
 
 def sentences(grammar, max_words):
-    return Sampler(grammar, max_words).sample(200, np.random.default_rng(5), min_words=5)
+    return Sampler(grammar, max_words).sample(200, np.random.default_rng(5), default_min_words(grammar))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -14,7 +14,7 @@ from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.sampler import Sampler
 
 BERT_VOCABULARY = Path(__file__).parents[3] / "shared" / "data" / "vocab.txt"
-SHIPPED = ("rule_deep_mlm.txt", "rule_deeper_mlm.txt", "rule_mini_mlm.txt")
+SHIPPED = ("rule_deep_mlm.txt", "rule_deeper_mlm.txt", "rule_mini_headroom.txt", "rule_mini_mlm.txt")
 SMALL = "--levels 3 --symbols 4 --top-symbols 3 --rules 3 --words 20 --words-per-symbol 6 --fact-sentences 0".split()
 
 
@@ -43,6 +43,7 @@ def test_shipped_grammars_are_what_their_command_makes(name, tmp_path, monkeypat
     [
         ("rule_deep_mlm.txt", 4, 50, 200),
         ("rule_deeper_mlm.txt", 5, 50, 200),
+        ("rule_mini_headroom.txt", 2, 15, 16),
         ("rule_mini_mlm.txt", 3, 21, 20),
     ],
 )
@@ -82,8 +83,11 @@ def test_facts_are_those_of_a_naive_count():
     np.testing.assert_allclose(found, [exact, exact], atol=1e-3)
     unigram = -(0.625 * np.log(0.625) + 0.375 * np.log(0.375))
     assert float(lines[1].split()[2]) == pytest.approx(unigram, abs=0.01)
-    assert lines[2].startswith("words a sentence: 2 to 2, mean 2.00; 0.0% have 5 or more")
-    assert lines[3] == "sample: 4000 sentences, 4 of them distinct" and lines[4].endswith("no labels")
+    assert lines[2].startswith("words a sentence: 2 to 2, mean 2.00; 100.0% have 2 or more")
+    assert lines[3] == "sample: 4000 sentences, 4 of them distinct"
+    # S1 -> A A and S2 -> B A with 1/2 each: aa and ab are S1's; ba and bb are S2's, as P(b | B) = 1 is more than P(b | A)
+    assert re.fullmatch(r"task A \(whole sentence\): 2 classes, majority 7[45]\.[0-9]%", lines[4])
+    assert lines[5] == "task B (span 4): no labels"
 
 
 def test_the_layers_and_their_numbers(tmp_path):
@@ -135,6 +139,16 @@ def test_the_same_command_gives_the_same_bytes_and_another_seed_others(tmp_path,
     assert (tmp_path / "a.txt").read_bytes() == first
     make(tmp_path / "a.txt", "--fact-sentences", 50, "--seed", 1)
     assert (tmp_path / "a.txt").read_bytes() != first
+
+
+def test_the_command_in_the_header_names_no_folder_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make("rules.txt", "--seed", 4)
+    command = header(tmp_path / "rules.txt")[0]
+    assert str(RULES_FOLDER.parent) not in command and "--words-file" not in command and command.endswith(" 0")
+    first = (tmp_path / "rules.txt").read_bytes()
+    random_grammar.main(shlex.split(command)[4:])
+    assert (tmp_path / "rules.txt").read_bytes() == first
 
 
 def test_words_come_from_the_ordinary_words_of_a_vocabulary(tmp_path):
