@@ -7,10 +7,12 @@ two; a CSV file has a column `text` and, where labels are needed, an integer col
 import codecs
 import contextlib
 import csv
+import gzip
 import hashlib
 import io
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,9 +55,14 @@ def decode_block(content: bytes, source: object, lines_before: int = 0) -> str:
 
 
 def decoded(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark."""
+    """The text of a UTF-8 file, without a byte order mark; that of a `.gz` file is decompressed."""
     with _opening(path):
         content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{path}: cut short or damaged ({error}); fetch it again") from None
     return decode_block(content.removeprefix(codecs.BOM_UTF8), path)
 
 
@@ -64,7 +71,7 @@ def csv_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[int], list[dict
 
     A `.tsv` file is GLUE's kind: tabs between the columns, and quotes are characters like any other.
     """
-    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if ".tsv" in path.suffixes[-2:] else {}
     # strict: a quote that is never closed is an error, and not a sentence that swallows the rest of the file.
     reader = csv.DictReader(io.StringIO(decoded(path), newline=""), strict=True, **dialect)
     lines: list[int] = []
