@@ -16,7 +16,7 @@ from annotated_types import Len, MinLen
 from pcfg.common.files import InputError, atomic_open, read_json, versions
 from pcfg.common.schema import Schema, parse_schema, write_schema
 
-PREFIXES = ("loss", "comparison", "hessian", "probe_", "curve_", "finetune_")  # of the files' names
+PREFIXES = ("loss", "comparison", "hessian", "spectrum", "probe_", "curve_", "finetune_")  # of the files' names
 SHA256 = re.compile(r"[0-9a-f]{64}")
 ADVICE = "delete it and measure again"
 
@@ -79,6 +79,33 @@ class TraceParts(_Part):
     layers: dict[str, TracePart]
 
 
+class TensorTrace(_Part):
+    """The trace of one parameter tensor."""
+
+    value: Number
+    squared_norm: Error  # of the tensor, after the shift convention of `pretraining.evaluation.flatness`
+    size: int  # how many numbers it has
+
+
+class BalancedTrace(_Part):
+    """2 sqrt(T H) + M + V at K = 1, and the four parts that sum to the trace: `pretraining.evaluation.flatness`."""
+
+    value: Number | None  # null where it is not defined
+    standard_error: Error | None
+    tables: Number  # T
+    head_norm: Number  # H
+    matrices: Number  # M
+    vectors: Number  # V
+    covariance: Annotated[list[Annotated[list[Number], Len(4, 4)]], Len(4, 4)]  # of the means T, H, M, V
+    reason: Text | None = None  # why it is not defined
+
+
+class OtherTrace(TracePart):
+    """The trace by the other estimator, on the sentences of the record or some of them."""
+
+    difference: TracePart | None = None  # Fisher minus Hutchinson, paired by block of sentences
+
+
 class Bootstrap(_Part):
     """The standard error of an accuracy over resampled training and validation sentences."""
 
@@ -101,7 +128,7 @@ class Record(_Part):
     """The fields of all records."""
 
     schema_number: Literal[2] = pydantic.Field(2, alias="schema")  # number of this format
-    measurement: str  # the quantity: loss, comparison (of two losses), hessian, probe, curve, finetune
+    measurement: str  # the quantity: loss, comparison (of two losses), hessian, spectrum, probe, curve, finetune
     value: Number  # the result
     standard_error: Error | None  # of the value; null where one run cannot have one
     unit: Text  # of both
@@ -137,11 +164,44 @@ class ComparisonRecord(Record):
 
 
 class HessianRecord(Record):
-    """The trace of the Hessian of the loss, as `pretraining.evaluation.hessian` defines it."""
+    """The trace of the Hessian of the loss by one estimator, as `pretraining.evaluation.hessian` defines it."""
 
     measurement: Literal["hessian"] = "hessian"
     estimator: Text | None = None  # fisher or hutchinson
+    quantity: Text | None = None  # Fisher trace, or Hessian trace (Hutchinson)
+    loss: Text | None = None  # whose Hessian it is: exact, or of the text's words
     parts: TraceParts | None = None  # by groups of parameters, and by layers
+    tensors: dict[str, TensorTrace] | None = None  # by parameter tensor; the values sum to the trace
+    balanced: BalancedTrace | None = None  # least trace over the scale of tables against head norm
+    relative: TracePart | None = None  # R, the sum over tensors of squared norm times trace
+    constant_share: TracePart | None = None  # share of the trace in constant directions
+    hutchinson: OtherTrace | None = None  # of a Fisher record
+    fisher: OtherTrace | None = None  # of a Hutchinson record
+
+
+class Eigenvalue(_Part):
+    value: Number
+    residual: Error  # || H u - value u || of its unit vector u
+
+
+class Density(_Part):
+    """A spectral density on a grid, the mean over probes; it integrates to 1."""
+
+    grid: list[Number]  # eigenvalues, nats
+    values: list[Number]  # per nat
+    standard_errors: list[Error]  # over probes
+    width: Error  # standard deviation of the Gaussian that each node became
+
+
+class SpectrumRecord(Record):
+    """The spectrum of the Hessian of the loss; the value is the largest eigenvalue. See `pretraining.evaluation.spectrum`."""
+
+    measurement: Literal["spectrum"] = "spectrum"
+    loss: Text  # as in `HessianRecord`
+    parameters: int  # side of the Hessian
+    eigenvalues: Annotated[list[Eigenvalue], MinLen(1)]  # the largest, descending
+    density: Density  # of all eigenvalues
+    trace: TracePart  # parameters times the density's mean
 
 
 class AccuracyRecord(Record):
@@ -178,7 +238,7 @@ class FinetuneRecord(AccuracyRecord):
     measurement: Literal["finetune"] = "finetune"
 
 
-_KINDS = (LossRecord, ComparisonRecord, HessianRecord, ProbeRecord, CurveRecord, FinetuneRecord)
+_KINDS = (LossRecord, ComparisonRecord, HessianRecord, SpectrumRecord, ProbeRecord, CurveRecord, FinetuneRecord)
 RECORDS: dict[str, type[Record]] = {kind.model_fields["measurement"].default: kind for kind in _KINDS}
 
 
