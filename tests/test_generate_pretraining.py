@@ -167,9 +167,15 @@ def test_a_vocabulary_is_copied_after_a_check(tiny_rules, tmp_path):
     generate(tiny_rules, tmp_path / "data", "--vocab-file", tmp_path / "bert_vocab.txt")
     assert (tmp_path / "data" / "vocab.txt").read_bytes() == (tmp_path / "bert_vocab.txt").read_bytes()
     assert read_texts(tmp_path / "data" / "training0.txt")
-    for missing in ("river", "[MASK]"):
-        (tmp_path / "bad.txt").write_text("\n".join(word for word in words if word != missing))
-        with pytest.raises(InputError, match=rf"bad.txt: '{missing.replace('[', chr(92) + '[')}' is not in this vocabulary"):
+    wrong = {
+        "'river' is not in this vocabulary": [word for word in words if word != "river"],
+        r"special token \[MASK\] is missing": [word for word in words if word != "[MASK]"],
+        "bad.txt:9: entry '' is empty": [*words[:8], "", *words[8:]],
+        "bad.txt:1: starts with a byte order mark": ["\ufeff[PAD]", *words[1:]],
+    }
+    for message, entries in wrong.items():
+        (tmp_path / "bad.txt").write_text("\n".join(entries))
+        with pytest.raises(InputError, match=message):
             generate(tiny_rules, tmp_path / "bad", "--vocab-file", tmp_path / "bad.txt")
     with pytest.raises(InputError, match="absent.txt: no such file"):
         generate(tiny_rules, tmp_path / "bad", "--vocab-file", tmp_path / "absent.txt")

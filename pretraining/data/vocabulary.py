@@ -8,8 +8,10 @@ huggingface_hub retries for 46 s before it gives up. The variable must be set be
 line below, and `local_files_only` for programs that imported it first.
 """
 
+import codecs
 import functools
 import hashlib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -65,12 +67,16 @@ class Vocabulary:
     def _check(self, source: object) -> None:
         if not self.words:
             raise InputError(f"{source}: empty; one entry per line is needed, first {SPECIAL_TOKENS[0]}")
+        # Removing a line would give every later entry another id than in the samples and models made before.
+        spare = next(entry for entry in map("[unused{}]".format, itertools.count()) if entry not in self.ids)
+        advice = f"write {spare} in its place, which keeps the ids of all other entries; do not remove the line"
         for index, word in enumerate(self.words):
             if word.split() != [word]:
-                raise InputError(f"{source}:{index + 1}: entry {word!r} is empty or has white space in it; remove it")
+                raise InputError(f"{source}:{index + 1}: entry {word!r} is empty or has white space in it; {advice}")
             if self.ids[word] != index:
                 last = self.ids[word] + 1
-                raise InputError(f"{source}:{last}: entry {word!r} is on line {index + 1} too; remove one of them")
+                text = f"entry {word!r} is on line {last} too, and tokenizers take the last one"
+                raise InputError(f"{source}:{index + 1}: {text}; {advice}")
         missing = [token for token in SPECIAL_TOKENS if token not in self.ids]
         if missing:
             raise InputError(f"{source}: special token {missing[0]} is missing; the file needs {' '.join(SPECIAL_TOKENS)}")
@@ -89,6 +95,10 @@ class Vocabulary:
         except IsADirectoryError:
             raise InputError(f"{path}: a folder; give the vocabulary file in it") from None
         # Not splitlines(): it would also split at characters like U+2028, which are not line ends in this format.
+        if content.startswith(codecs.BOM_UTF8):
+            raise InputError(
+                f"{path}:1: starts with a byte order mark, which would be part of [PAD]; save it as UTF-8 without one"
+            )
         lines = decode_block(content, path).replace("\r\n", "\n").removesuffix("\n").split("\n")
         return cls([] if lines == [""] else lines, path)
 

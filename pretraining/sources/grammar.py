@@ -7,10 +7,9 @@ from pathlib import Path
 from pcfg.common.cli import non_negative_int
 from pcfg.common.executors import add_executor_arguments, executor_options
 from pcfg.common.files import InputError, keyed_rng, sha256
-from pcfg.common.text import decoded
 from pcfg.grammar import Grammar, find_rules
 from pcfg.sampler import DRAWING, Sampler
-from pretraining.data.vocabulary import SPECIAL_TOKENS
+from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from pretraining.sources.text_shards import Shard, TextFolder, add_folder_arguments, add_shard_arguments, list_shards
 
 SIZE_SAMPLE = 2_000  # sentences from which the mean size of a sentence is estimated
@@ -27,15 +26,14 @@ def vocabulary_bytes(grammar: Grammar, vocab_file: str | None) -> bytes:
     for token in SPECIAL_TOKENS:
         if token in grammar.words:
             raise InputError(f"{token}: a special token as a word of the grammar; rename the word")
-    words = [*SPECIAL_TOKENS, *grammar.words]
     if vocab_file is None:
-        return "".join(f"{word}\n" for word in words).encode()
-    known = set(decoded(Path(vocab_file)).replace("\r\n", "\n").split("\n"))
-    missing = [word for word in words if word not in known]
+        return "".join(f"{word}\n" for word in (*SPECIAL_TOKENS, *grammar.words)).encode()
+    vocabulary = Vocabulary.read(vocab_file)
+    missing = [word for word in grammar.words if word not in vocabulary.ids]
     if missing:
         raise InputError(
-            f"{vocab_file}: {missing[0]!r} is not in this vocabulary ({len(missing)} of {len(grammar.words)} words and "
-            "special tokens missing); one word must be one token: give another vocabulary, or leave --vocab-file out"
+            f"{vocab_file}: {missing[0]!r} is not in this vocabulary ({len(missing)} of {len(grammar.words)} words "
+            "missing); one word must be one token: give another vocabulary, or leave --vocab-file out"
         )
     return Path(vocab_file).read_bytes()
 

@@ -1,6 +1,7 @@
 """The vocabulary file, words as ids, and the tokenizer: built, saved, found again."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,14 +61,36 @@ def test_ordinary_ids_leave_out_pieces_and_reserved_entries(vocabulary):
     assert [vocabulary.words[i] for i in vocabulary.ordinary_ids()] == ["cat", "dog", "runs", "the"]
 
 
+@pytest.mark.parametrize("entries", [["cat", "", "dog", "fish"], ["cat", "dog", "dog", "fish"]])
+def test_the_advice_for_a_blank_or_repeated_line_keeps_the_ids(tmp_path, entries):
+    path = tmp_path / "vocab.txt"
+    lines = [*SPECIAL_TOKENS, *entries]
+    path.write_text("\n".join(lines) + "\n")
+    ids = {line: number for number, line in enumerate(lines)}  # as tokenizers read the file: the last of equal lines counts
+    with pytest.raises(InputError) as caught:
+        Vocabulary.read(path)
+    number, spare = re.search(r"vocab.txt:(\d+): .*; write (\S+) in its place", str(caught.value)).groups()
+    lines[int(number) - 1] = spare
+    path.write_text("\n".join(lines) + "\n")
+    vocabulary = Vocabulary.read(path)
+    assert {word: vocabulary.ids[word] for word in ("cat", "dog", "fish")} == {
+        word: ids[word] for word in ("cat", "dog", "fish")
+    }
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "vocab.txt: empty"),
-        ("\n".join([*SPECIAL_TOKENS, "cat", "dog", "cat"]).encode(), r"vocab.txt:8: entry 'cat' is on line 6"),
+        (
+            "\n".join([*SPECIAL_TOKENS, "cat", "dog", "cat"]).encode(),
+            r"vocab.txt:6: entry 'cat' is on line 8 .* \[unused0\] in its place",
+        ),
         ("\n".join([*SPECIAL_TOKENS[:4], "cat"]).encode(), r"special token \[MASK\] is missing"),
         ("\n".join(["cat", *SPECIAL_TOKENS]).encode(), r"vocab.txt:1: the first entry is 'cat'"),
-        ("\n".join([*SPECIAL_TOKENS, "", "cat"]).encode(), r"vocab.txt:6: entry '' is empty"),
+        ("\n".join([*SPECIAL_TOKENS, "", "cat"]).encode(), r"vocab.txt:6: entry '' is empty .* \[unused0\] in its place"),
+        ("\n".join([*SPECIAL_TOKENS, "[unused0]", "", "cat"]).encode(), r"vocab.txt:7: .* \[unused1\] in its place"),
+        ("\n".join(["\ufeff[PAD]", *SPECIAL_TOKENS[1:], "cat"]).encode(), "vocab.txt:1: starts with a byte order mark"),
         ("\n".join([*SPECIAL_TOKENS, "a cat"]).encode(), r"vocab.txt:6: entry 'a cat' .* white space"),
         ("\n".join(SPECIAL_TOKENS).encode(), "no words but special tokens"),
         ("\n".join(SPECIAL_TOKENS).encode() + b"\ncat\n\xff\n", r"vocab.txt:7: not UTF-8"),
