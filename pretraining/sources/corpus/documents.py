@@ -1,23 +1,26 @@
 """Documents of a corpus and their sentences: local files in several formats, or a data set of the hub, in parallel pieces.
 
 Text and JSON lines are read here, line by line, because the readers of `datasets` stop at the first line that is not UTF-8 or
-not JSON; such lines are dropped and counted. `datasets` reads Parquet, Arrow and the hub, streaming. Nothing that comes with a
-data set is executed. Wikimedia's sentencex splits the normalised text of a document into sentences.
+not JSON; such lines are dropped and counted. pyarrow reads Parquet and Arrow, `datasets` the hub, streaming. Nothing that
+comes with a data set is executed. Wikimedia's sentencex splits the normalised text of a document into sentences.
 """
 
 import codecs
+import collections
 import contextlib
 import dataclasses
+import fnmatch
 import gzip
 import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
@@ -33,7 +36,9 @@ COMPRESSIONS = (".gz", ".zst")
 KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 RANGE_BYTES = 1 << 26  # per piece of an uncompressed file of lines
 END_BYTES = 1 << 20  # read at both ends of a file for its identity
+METADATA_BYTES = 1 << 24  # of a larger JSON file nobody asks whether it is metadata
 ROWS_PER_BATCH = 256
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 WRONG_LINES = 100  # at the beginning of a file, after which the file is not taken for JSON lines
 LOOK_BACK = 1 << 16  # bytes before a range from which the line before it is read
 TXT_DOCUMENTS = ("blank-line", "line", "file")
@@ -101,30 +106,90 @@ def _format(path: Path) -> tuple[str, str]:
     return ("" if compression and kind not in ("text", "json") else kind), compression
 
 
-def find_pieces(dataset: str, reading: Reading) -> tuple[list[Piece], list]:
-    """The pieces of the corpus --dataset, and what identifies it."""
+Patterns = Sequence[str]  # of `fnmatch`
+
+
+def find_pieces(dataset: str, reading: Reading, include: Patterns = (), exclude: Patterns = ()) -> tuple[list[Piece], list]:
+    """The pieces of the corpus --dataset, and what identifies it; `include` and `exclude` as in `find_files`."""
     path = Path(dataset)
     if not path.exists():
+        if include or exclude:
+            raise InputError(f"--include and --exclude: only for a folder; there is no {dataset}")
         return hub_pieces(dataset, reading), [dataset, reading.config_name, reading.split, reading.revision]
-    files = find_files(path)
+    files = find_files(path, reading.text_column, include, exclude)
     return local_pieces(files, reading), [identity(file, path) for file in files]
 
 
-def find_files(path: Path) -> list[Path]:
-    """The files of the corpus at `path`, by name: the file itself, or all supported files in the folder and below."""
+def find_files(path: Path, text_column: str = "text", include: Patterns = (), exclude: Patterns = ()) -> list[Path]:
+    """The files of the corpus at `path`, by name: the file itself, or all supported files in the folder and below.
+
+    Links are followed, and each file is read once. What is left out is printed: files of other kinds, JSON files of metadata,
+    links to nothing and to what is read anyway, and what can't be read.
+
+    Args:
+        include, exclude: patterns for paths relative to the folder. Only files of `include`, if there are any
+            patterns, and none of `exclude`; a JSON file of metadata is read if a pattern of `include` fits it.
+    """
     supported = ", ".join(KINDS) + "; .txt and .jsonl also with .gz or .zst"
     if path.is_file():
         if not _format(path)[0]:
             raise InputError(f"--dataset {path}: can't tell what it is from its name; supported are {supported}")
         return [path]
-    every = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    files = [file for file in every if _format(file)[0]]
+    left_out: dict[str, list[str]] = collections.defaultdict(list)
+    files: dict[Path, Path] = {}  # by the real path
+    for file in sorted(_walk(path, left_out)):
+        name = file.relative_to(path).as_posix()
+        is_named = any(fnmatch.fnmatch(name, pattern) for pattern in include)
+        if not file.exists():
+            left_out["links to nothing"].append(name)
+        elif (include and not is_named) or any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
+            left_out["not asked for by --include and --exclude"].append(name)
+        elif not _format(file)[0]:
+            left_out["of other kinds"].append(name)
+        elif not os.access(file, os.R_OK):
+            left_out["not readable"].append(name)
+        elif not is_named and _is_metadata(file, text_column):
+            left_out[f"metadata, one JSON object without {text_column!r}"].append(name)
+        elif file.resolve() in files:
+            left_out["links to a file that is read"].append(name)
+        else:
+            files[file.resolve()] = file
+    summary = [f"{len(names):,} {reason} ({names[0]} first)" for reason, names in left_out.items()]
     if not files:
-        raise InputError(f"--dataset {path}: none of the {len(every)} files there is of a supported kind ({supported})")
-    if len(files) < len(every):
-        other = next(file for file in every if not _format(file)[0])
-        print(f"{path}: {len(every) - len(files)} files of other kinds are left out, {other.name} first")
-    return files
+        reasons = f": {'; '.join(summary)}" if summary else ", the folder is empty"
+        raise InputError(f"--dataset {path}: no file of a supported kind ({supported}){reasons}")
+    for line in summary:
+        print(f"{path}: left out: {line}")
+    return list(files.values())
+
+
+def _walk(root: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
+    """All files below a folder but hidden ones, through links; each real folder once, since links can form a circle."""
+
+    def unreadable(error: OSError) -> None:
+        left_out["folders that can't be read"].append(str(error.filename))
+
+    visited = {root.resolve()}
+    for parent, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        for name in sorted(folders):
+            folder = Path(parent, name)
+            if folder.resolve() in visited:
+                left_out["links to a folder that is read"].append(folder.relative_to(root).as_posix())
+                folders.remove(name)
+            visited.add(folder.resolve())
+        folders.sort()  # the order in which os.walk goes on, and so which name of a folder is the first
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def _is_metadata(file: Path, text_column: str) -> bool:
+    """Whether a `.json` file is one JSON object without the text's column, such as `dataset_info.json`: no rows."""
+    if file.suffix != ".json" or file.stat().st_size > METADATA_BYTES:
+        return False
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):  # JSON lines are no JSON
+        return False
+    return isinstance(content, dict) and text_column not in content
 
 
 def identity(file: Path, root: Path) -> list:
@@ -240,6 +305,8 @@ def _line_groups(piece: Piece, documents: str) -> Iterator[list[bytes]]:
     group: list[bytes] = []
     with _opened(piece) as file:
         for place, line, after_blank in _lines(file, piece.start):
+            if not place and line.startswith(UTF16):
+                raise InputError(f"{piece.path}: is UTF-16; make it UTF-8, by iconv -f UTF-16 -t UTF-8, or give --exclude")
             starts = (after_blank and line.strip()) if documents == "blank-line" else documents == "line" or not place
             if starts:
                 if group:
@@ -292,19 +359,49 @@ def _table_rows(piece: Piece, reading: Reading) -> Iterator[dict]:
     import datasets
     import pyarrow
 
+    batches = _hub_batches if piece.kind == "hub" else _file_batches
     try:
-        if piece.kind == "hub":
-            rows = _hub(piece.path, reading).shard(num_shards=piece.stop, index=piece.start)
-        else:
-            rows = datasets.load_dataset(piece.kind, data_files=[piece.path], split="train", streaming=True)
-        columns = rows.column_names
-        if columns is not None:  # other columns are not decoded
-            rows = rows.select_columns([reading.text_column]) if reading.text_column in columns else rows.take(1)
-        for batch in rows.iter(batch_size=ROWS_PER_BATCH):
+        for batch in batches(piece, reading):
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise DamagedError(str(error)) from error
+
+
+def _hub_batches(piece: Piece, reading: Reading) -> Iterator[dict[str, list]]:
+    """The columns of each batch of rows; if they have the text's, that one alone."""
+    rows = _hub(piece.path, reading).shard(num_shards=piece.stop, index=piece.start)
+    columns = rows.column_names
+    if columns is not None:  # other columns are not decoded
+        rows = rows.select_columns([reading.text_column]) if reading.text_column in columns else rows.take(1)
+    yield from rows.iter(batch_size=ROWS_PER_BATCH)
+
+
+def _file_batches(piece: Piece, reading: Reading) -> Iterator[dict[str, list]]:
+    """The same of a local file; of one without the text's column a single row."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.OSFile(piece.path) as file:
+        if piece.kind == "parquet":
+            table = pyarrow.parquet.ParquetFile(file)
+            names = table.schema_arrow.names
+            columns = [reading.text_column] if reading.text_column in names else names
+            batches = table.iter_batches(ROWS_PER_BATCH, columns=columns)
+        else:
+            try:
+                batches = pyarrow.ipc.open_stream(file)
+                names = batches.schema.names
+            except pyarrow.ArrowInvalid:  # the other format of such files
+                reader = pyarrow.ipc.open_file(file)
+                names = reader.schema.names
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+        for batch in batches:
+            if reading.text_column in names:
+                yield {reading.text_column: batch.column(reading.text_column).to_pylist()}
+            elif len(batch):
+                yield batch[:1].to_pydict()
+                return
 
 
 def read_sentences(piece: Piece, reading: Reading, counts: Counter) -> Iterator[list[str]]:

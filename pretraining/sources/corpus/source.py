@@ -167,6 +167,16 @@ def make_shard(folder: Path, layout: Layout, shards_per_split: dict[str, int], s
     return {**facts, "documents": len(documents), "sentences": sentences}
 
 
+# Why a corpus has no document at all, and what to do.
+ADVICE = {
+    "lines that are no JSON object": "JSON lines have one object per line, not one array or object over the whole file",
+    "not a string": "give the column of the text by --text-column",
+    "null": "give the column of the text by --text-column",
+    "rows without the column": "give the column of the text by --text-column",
+    "lines that are not UTF-8": "convert the files to UTF-8",
+}
+
+
 def count_documents(counts: Counter[str], layout: Layout, options: argparse.Namespace) -> None:
     """Add the numbers of documents to `counts`, and refuse fewer documents than shards."""
     counts["documents that were there before"] = layout.duplicates
@@ -175,9 +185,12 @@ def count_documents(counts: Counter[str], layout: Layout, options: argparse.Name
         counts[f"{split} documents"] = documents
         if documents < number:
             flags = "--test-shard-num or a larger --test-fraction" if split == "test" else "--shard-num"
-            raise InputError(
-                f"--dataset {options.dataset}: {documents} {split} documents for {number} shards; give fewer {flags}"
-            )
+            why = "; ".join(f"{what}: {count:,}" for what, count in counts.items() if count) or "the files have no rows"
+            advice = f"give fewer {flags}"
+            if not len(layout.size):
+                advice = next((ADVICE[what] for what in ADVICE if counts[what]), "give files with text")
+            have = f"{documents} {split} documents for {number} shards"
+            raise InputError(f"--dataset {options.dataset}: {have} ({why}); {advice}")
 
 
 def train_wordpiece(texts: Callable[[], Iterable[str]], size: int, do_lower_case: bool) -> list[str]:
@@ -233,6 +246,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dataset = "a file or a folder (.txt and .jsonl, also .gz and .zst, .parquet, .arrow), or a data set of the hub, such as "
     dataset += f"{' or '.join(HUB_NAMES)} (only with HF_HUB_OFFLINE=0)"
     corpus.add_argument("--dataset", required=True, help=dataset)
+    patterns = "read only files of a folder whose paths in it fit a pattern, such as '*.jsonl' (default: all)"
+    corpus.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help=patterns)
+    patterns = "leave out files whose paths fit a pattern (default: none)"
+    corpus.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help=patterns)
     corpus.add_argument("--text-column", default="text", help="column or key of the text; default text")
     unit = "document of a .txt file: the text between two empty lines, a line, or the file; default blank-line"
     corpus.add_argument("--txt-documents", choices=TXT_DOCUMENTS, default="blank-line", help=unit)
@@ -279,7 +296,7 @@ def generate(options: argparse.Namespace) -> None:
     flags = vars(options)
     flags["sentences_a_document"] = options.sentences_a_document or SENTENCES_PER_DOCUMENT.get(options.dataset, 1)
     reading = Reading(**{field.name: flags[field.name] for field in dataclasses.fields(Reading)})
-    pieces, corpus = find_pieces(options.dataset, reading)
+    pieces, corpus = find_pieces(options.dataset, reading, options.include, options.exclude)
     of_hub = ("config_name", "split", "revision")  # in `corpus`
     read_from = {
         "source": "corpus",

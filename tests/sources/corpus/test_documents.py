@@ -161,22 +161,83 @@ def test_files_that_are_cut_short(tmp_path, name):
 
 
 def test_what_is_no_corpus(tmp_path, capsys):
-    with pytest.raises(InputError, match="none of the 0 files there"):
+    with pytest.raises(InputError, match=r"no file of a supported kind .*the folder is empty"):
         find_files(tmp_path)
     (tmp_path / "a.docx").write_text("x")
     with pytest.raises(InputError, match="can't tell what it is from its name"):
         find_files(tmp_path / "a.docx")
     (tmp_path / "b.parquet.gz").write_text("x")
-    with pytest.raises(InputError, match="none of the 2 files there"):
+    with pytest.raises(InputError, match=r"no file of a supported kind .*: 2 of other kinds \(a.docx first\)"):
         find_files(tmp_path)
     write(tmp_path, "c.txt", TEXTS)
     assert [file.name for file in find_files(tmp_path)] == ["c.txt"]
-    assert "2 files of other kinds are left out, a.docx first" in capsys.readouterr().out
+    assert "left out: 2 of other kinds (a.docx first)" in capsys.readouterr().out
     (tmp_path / "d.jsonl").write_text("no JSON at all\n" * 200)
     with pytest.raises(InputError, match=r"d.jsonl: its first 100 lines are no JSON objects"):
         read(tmp_path / "d.jsonl")
     with pytest.raises(InputError, match="--dataset openwebtext: no such file or folder, and the hub is off"):
         hub_pieces("openwebtext", Reading())
+
+
+def test_links_are_followed_and_each_file_is_read_once(tmp_path, capsys):
+    """The real folder lies outside the corpus, which has it twice, with a link to nothing and one to the corpus itself."""
+    real = tmp_path / "real"
+    corpus = tmp_path / "corpus"
+    (real / "deep").mkdir(parents=True)
+    corpus.mkdir()
+    write(real, "a.txt", TEXTS)
+    write(real / "deep", "b.jsonl", TEXTS)
+    write(corpus, "own.txt", TEXTS)
+    (corpus / "first").symlink_to(real)
+    (corpus / "second").symlink_to(real)
+    (corpus / "copy.txt").symlink_to(corpus / "own.txt")
+    (corpus / "gone.txt").symlink_to(tmp_path / "nothing")
+    (real / "deep" / "up").symlink_to(corpus)
+    (corpus / "self").symlink_to(corpus)
+    names = [file.relative_to(corpus).as_posix() for file in find_files(corpus)]
+    assert names == ["copy.txt", "first/a.txt", "first/deep/b.jsonl"]
+    out = capsys.readouterr().out
+    assert "1 links to nothing (gone.txt first)" in out
+    assert "1 links to a file that is read (own.txt first)" in out
+    assert "3 links to a folder that is read (second first)" in out
+    assert len(read(corpus)) == 3 * len(TEXTS)
+
+
+def test_files_of_metadata_are_no_corpus(tmp_path, capsys):
+    write(tmp_path, "a.txt", TEXTS)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"splits": {"train": 3}}, indent=2))
+    (tmp_path / "state.json").write_text(json.dumps({"_fingerprint": "0"}))
+    write(tmp_path, "rows.json", TEXTS)
+    write(tmp_path, "one.json", TEXTS[:1])  # a single row is no metadata
+    assert [file.name for file in find_files(tmp_path)] == ["a.txt", "one.json", "rows.json"]
+    assert "2 metadata, one JSON object without 'text' (dataset_info.json first)" in capsys.readouterr().out
+    assert [file.name for file in find_files(tmp_path, include=["*.json"])] == [
+        *("dataset_info.json", "one.json", "rows.json", "state.json"),
+    ]
+    assert [file.name for file in find_files(tmp_path, exclude=["*.json"])] == ["a.txt"]
+    assert [file.name for file in find_files(tmp_path, include=["*.json"], exclude=["[ds]*"])] == ["one.json", "rows.json"]
+    with pytest.raises(InputError, match=r"no file of a supported kind .*5 not asked for by --include and --exclude"):
+        find_files(tmp_path, include=["*.parquet"])
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_table_without_rows_is_not_damaged(tmp_path, name):
+    write(tmp_path, name, [])
+    counts = Counter()
+    assert read(tmp_path, counts) == [] and not counts
+
+
+def test_the_file_format_of_arrow(tmp_path):
+    table = pyarrow.table({"text": TEXTS, "id": [0, 1, 2]})
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    assert read(tmp_path) == TEXTS
+
+
+def test_utf16_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("A line of ASCII.\n" * 3, encoding="utf-16")
+    with pytest.raises(InputError, match=r"a.txt: is UTF-16; make it UTF-8"):
+        read(tmp_path)
 
 
 def test_identity(tmp_path):

@@ -178,7 +178,7 @@ def test_damaged_files(source, tmp_path):
 def test_refusals(source, made, tmp_path):
     with pytest.raises(InputError, match="vocabulary was 'WordPiece of 200 entries, lower case 1', now"):
         generate(source, made, "--do_lower_case", 0)
-    with pytest.raises(InputError, match=r"test documents for 50 shards; give fewer --test-shard-num or a larger"):
+    with pytest.raises(InputError, match=r"test documents for 50 shards \(.*; give fewer --test-shard-num or a larger"):
         generate(source, tmp_path / "x", "--test-shard-num", 50)
     with pytest.raises(InputError, match="--test-shard-num 2 --test-fraction 0: both are 0 or neither"):
         generate(source, tmp_path / "x", "--test-fraction", 0)
@@ -190,6 +190,28 @@ def test_refusals(source, made, tmp_path):
     with pytest.raises(InputError, match=r"a\.txt.*none|no column|can't tell"):
         (tmp_path / "a.csv").write_text("text\n")
         generate(tmp_path / "a.csv", tmp_path / "z")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            json.dumps([{"text": "A sentence."}]),
+            r"\(lines that are no JSON object: 1\); JSON lines have one object per",
+        ),
+        (
+            "a.jsonl",
+            '{"text": 5}\n{"text": null}\n',
+            r"\(not a string: 1; null: 1\); give the column of the text by --text-column",
+        ),
+        ("a.txt", "", r"\(the files have no rows\); give files with text"),
+    ],
+)
+def test_a_corpus_without_documents_says_why(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=rf"0 training documents for \d+ shards {message}"):
+        generate(tmp_path / name, tmp_path / "out")
 
 
 @pytest.mark.parametrize("seed", range(5))
