@@ -114,9 +114,10 @@ def _other_sentences(source: object) -> InputError:
 
 def from_samples(path: AnyPath, vocabulary: Vocabulary, max_sentences: int | None = None) -> Contexts:
     """The masked positions of (the first `max_sentences`) HDF5 samples, with the masks of the file."""
-    samples = read_samples(path)
+    samples = read_samples(path, vocabulary)
     if samples.attributes.get("vocab_sha256") != vocabulary.sha256:
         raise InputError(f"{path}: made with another vocabulary than --vocabfile; give its own, or make the samples again")
+    samples.check_vocabulary(vocabulary, path)  # files of other programs say nothing of their vocabulary
     positions = samples.masked_lm_positions[:max_sentences]
     sentence, slot = np.nonzero(positions)  # position 0 is [CLS] and stands for "none"
     return Contexts(

@@ -8,7 +8,8 @@
     masked_lm_positions     (n, P)  columns of input_ids, ascending, then 0 where a sample has fewer than P masks
     masked_lm_ids           (n, P)  the words at these positions, 0 where there is no mask
 
-The file's attributes say how it was made; `REQUIRED_ATTRIBUTES` are those that a reader needs.
+The file's attributes say how it was made; `REQUIRED_ATTRIBUTES` are those that a reader needs. Files of other programs have
+none of them: the vocabulary that the reader is given takes their place, and next-sentence labels are not read.
 
 Format 2 leaves no byte unchecked: zlib's Adler-32 covers each chunk, HDF5 1.10's checksums cover all structures, and text has a
 fixed length, which keeps it in these structures. Files of format 1, and files of other programs, are read as well. Before a
@@ -95,7 +96,7 @@ class Samples:
             wrong_mask = input_mask != is_token.view(np.int8)
             is_outside = (positions < 1) | (positions > tokens - 2)
             problems = {
-                "segment_ids is not 0; the models know one segment": segments != 0,
+                "segment_ids is not 0: made for next-sentence prediction; the models know one segment": segments != 0,
                 "input_mask is not 1 at [CLS], one word or more and [SEP], then 0": wrong_mask | (tokens < 3),
                 "input_ids is not [PAD] where input_mask is 0, and nowhere else": (ids != 0) != is_token,
                 "no masked position": ~is_mask[:, :1],
@@ -242,27 +243,30 @@ def _compressed(array: np.ndarray, dataset: h5py.Dataset) -> bytes:
     return compressor.compress(np.ascontiguousarray(planes).data) + compressor.flush()
 
 
-def read_samples(path: AnyPath) -> Samples:
+def read_samples(path: AnyPath, vocabulary: Vocabulary | None = None) -> Samples:
     """The samples in an HDF5 file.
 
     The file is read once: the bytes that are compared with the manifest are those that the samples are taken from.
+
+    Args:
+        vocabulary: of the samples, for files of other programs, which do not say it.
     """
-    with _open(Path(path)) as (file, attributes):
+    with _open(Path(path), vocabulary) as (file, attributes):
         samples = _parse(file, attributes, path)
     samples.check(path)
     return samples
 
 
-def read_attributes(path: AnyPath) -> dict[str, Any]:
-    """The attributes of a file of samples, in the time that its hash takes."""
-    with _open(Path(path)) as (_, attributes):
+def read_attributes(path: AnyPath, vocabulary: Vocabulary | None = None) -> dict[str, Any]:
+    """The attributes of a file of samples, in the time that its hash takes; `vocabulary` as in `read_samples`."""
+    with _open(Path(path), vocabulary) as (_, attributes):
         pass
     _check_attributes(attributes, path)
     return attributes
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
+def _open(path: Path, vocabulary: Vocabulary | None) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
     """The HDF5 file of the bytes at `path`, in memory, and its attributes; errors of h5py become an `InputError`."""
     try:
         content = path.read_bytes()
@@ -273,8 +277,11 @@ def _open(path: Path) -> Iterator[tuple[h5py.File, dict[str, Any]]]:
     is_listed = _check_manifest(path, content)
     try:
         with h5py.File.in_memory(content) as file:
+            attributes = _attributes(file, path, is_listed)
+            if vocabulary is not None and not attributes.keys() & REQUIRED_ATTRIBUTES.keys():
+                attributes |= _attributes_of_others(file, path, content, vocabulary)
             del content  # HDF5 has its own copy
-            yield file, _attributes(file, path, is_listed)
+            yield file, attributes
     except HDF5_ERRORS as error:
         _refuse(path, f"not a readable HDF5 file ({error})")
 
@@ -307,6 +314,14 @@ def _attributes(file: h5py.File, path: Path, is_listed: bool) -> dict[str, Any]:
         attributes[name] = value.item() if isinstance(value, np.generic) else value
     attributes.pop("format_version", None)
     return attributes
+
+
+def _attributes_of_others(file: h5py.File, path: Path, content: bytes, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What a file of another program does not say, by the vocabulary that its user gives."""
+    ids = file.get("input_ids")
+    width = ids.shape[1] if isinstance(ids, h5py.Dataset) and len(ids.shape or ()) == 2 else 0
+    facts: dict[str, Any] = {"vocab_sha256": vocabulary.sha256, "vocab_size": vocabulary.size, "max_seq_length": width}
+    return facts | {"source": path.name, "source_sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _parse(file: h5py.File, attributes: dict[str, Any], path: AnyPath) -> Samples:

@@ -39,7 +39,7 @@ class Shards(contextlib.AbstractContextManager):
             raise InputError(f"{folder}: has no {split}_shard_*.hdf5; make them with generate_samples.py")
         self.vocabulary = vocabulary
         self._seed = dynamic
-        attributes = read_attributes(self.paths[0])
+        attributes = read_attributes(self.paths[0], vocabulary)
         check_same_vocabulary(attributes, vocabulary, self.paths[0])
         if dynamic is not None:
             MaskingRule.from_attributes(attributes, self.paths[0])
@@ -95,7 +95,7 @@ def _load(
     """The samples of a file, or `loaded` if given; with new masks, if there is a generator."""
     samples = loaded
     if samples is None:
-        samples = read_samples(path)
+        samples = read_samples(path, vocabulary)
         samples.check_vocabulary(vocabulary, path)
         if samples.attributes["max_seq_length"] != max_seq_length:
             raise InputError(

@@ -117,6 +117,32 @@ def test_files_with_wider_integers_are_read(tmp_path):
     assert np.array_equal(read_samples(tmp_path / "a.hdf5").input_ids, samples.input_ids)
 
 
+def test_files_of_other_programs_take_the_vocabulary_that_the_user_gives(tmp_path):
+    """They have no attributes, and labels of next sentences."""
+    samples = make_samples()
+    path = tmp_path / "train_shard_0.hdf5"
+    write_raw(path, dataclasses.replace(samples, attributes={}))
+    with h5py.File(path, "a") as file:
+        file["next_sentence_labels"] = np.zeros(len(samples), np.int8)
+    with pytest.raises(InputError, match="attribute vocab_sha256 is missing"):
+        read_samples(path)
+    read = read_samples(path, VOCABULARY)
+    read.check_vocabulary(VOCABULARY, path)
+    assert all(np.array_equal(getattr(read, name), getattr(samples, name)) for name in DTYPES)
+    facts = {"vocab_sha256": VOCABULARY.sha256, "vocab_size": VOCABULARY.size, "max_seq_length": samples.input_ids.shape[1]}
+    facts |= {"source": path.name, "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert read.attributes == read_attributes(path, VOCABULARY) == facts
+    with pytest.raises(InputError, match=r"the vocabulary has 6 entries"):
+        read_samples(path, Vocabulary([*SPECIAL_TOKENS, "cat"]))
+    mixed = Vocabulary([SPECIAL_TOKENS[0], "cat", *SPECIAL_TOKENS[1:], *map(str, range(20))])  # [CLS] has another id
+    with pytest.raises(InputError, match=r"sample 0: input_ids doesn't begin with \[CLS\]"):
+        read_samples(path, mixed).check_vocabulary(mixed, path)
+    spoilt = dataclasses.replace(samples, attributes={}, segment_ids=samples.input_mask)
+    write_raw(path, spoilt)
+    with pytest.raises(InputError, match="sample 0: segment_ids is not 0: made for next-sentence prediction"):
+        read_samples(path, VOCABULARY)
+
+
 def write_raw(path, samples, dtypes=DTYPES, leave_out=()):
     """A file as another program would write it, without any check."""
     with h5py.File(path, "w") as file:

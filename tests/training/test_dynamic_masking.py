@@ -172,7 +172,7 @@ def test_shards_are_masked_by_number_and_epoch_wherever_one_begins(tmp_path, mon
     for number in numbers:
         write_samples(tmp_path / f"train_shard_{number}.hdf5", [make_samples([3, 8, 12] * 20, seed=number)])
     reads = []
-    monkeypatch.setattr(module, "read_samples", lambda path: reads.append(path) or read_samples(path))
+    monkeypatch.setattr(module, "read_samples", lambda path, _: reads.append(path) or read_samples(path))
     with Shards(tmp_path, "train", VOCABULARY, dynamic=5) as shards:
         for epoch in range(6):
             number = numbers[epoch % len(numbers)]

@@ -53,9 +53,9 @@ def reads(monkeypatch):
     """(file name, thread) of every file that is read."""
     found = []
 
-    def spy(path):
+    def spy(path, vocabulary):
         found.append((path.name, threading.current_thread()))
-        return read_samples(path)
+        return read_samples(path, vocabulary)
 
     monkeypatch.setattr(module, "read_samples", spy)
     return found
@@ -166,7 +166,7 @@ how, folder, vocabulary = sys.argv[1:]
 shards = module.Shards(folder, "train", Vocabulary.read(vocabulary))
 if how == "hanging":
     read, module.PATIENCE = module.read_samples, 0.1
-    module.read_samples = lambda path: read(path) if "_0" in path.name else threading.Event().wait()
+    module.read_samples = lambda path, _: read(path) if "_0" in path.name else threading.Event().wait()
 shards.read(0)
 if how != "normal":
     raise KeyboardInterrupt
