@@ -1,4 +1,4 @@
-"""Labelled sentences for downstream tasks: a training and a validation CSV file that share no sentence.
+"""Labelled sentences for downstream tasks: CSV files for training and validation that share no sentence.
 
     python generate_downstream.py --rule-path rule_deep_mlm.txt --save-path pcfg_dataset --sentence-num 10000 --task-type B
 
@@ -8,9 +8,16 @@ A version for a laptop:
         --validation-num 200
 
 Writes into --save-path, for task B: pcfg_B.csv and pcfg_B_validation.csv (columns text,label), pcfg_B_labels.json (the
-nonterminal of each label id) and manifest_downstream_B.json. For the sixth state of a hidden Markov model (--task-type state
---position 6, a grammar of python -m pcfg.hmm): pcfg_state6.csv and so on. pcfg/labels.py defines the labels. A rerun of the
-same command skips complete files. Memory: about 60 bytes per row and 200 MB.
+nonterminal of each label id) and manifest_downstream_B.json. Tasks, which pcfg/labels.py defines:
+
+    A, B, C                         the nonterminal over the whole sentence, its first 4 and its first 2 words
+    span --span 2:5                 over the third to the fifth word, a slice as in Python: pcfg_span_2-5.csv
+    span --span=-3:                 over the last 3 words: pcfg_span_-3-end.csv
+    depth                           the depth of the most probable parse: pcfg_depth.csv
+    state --position 6              the sixth state of a hidden Markov model (python -m pcfg.hmm): pcfg_state6.csv
+
+Sentences that no nonterminal derives have no label. They are left out and counted; more of them than rows is an error, unless
+--drop-unlabelled allows it. A rerun of the same command skips complete files. Memory: about 60 bytes per row and 200 MB.
 """
 
 import argparse
@@ -23,7 +30,7 @@ from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError, Manifest, write_json
 from pcfg.common.text import write_labelled
 from pcfg.grammar import Grammar, find_rules
-from pcfg.labels import LABEL_RULES, STATE_TASK, TASK_SPANS, LabelledSentences, Labeller, class_line, default_min_words
+from pcfg.labels import LABEL_RULES, TASKS, LabelledSentences, Labeller, class_line, default_min_words
 from pcfg.sampler import Sampler
 
 
@@ -36,29 +43,40 @@ def build_parser() -> argparse.ArgumentParser:
     rows = parser.add_argument_group("rows")
     rows.add_argument("--sentence-num", type=positive_int, default=10_000, help="training rows; default 10000")
     rows.add_argument("--validation-num", type=positive_int, default=2_000, help="validation rows; default 2000")
-    text = "shortest sentence; at least --position; default 5, or the grammar's longest sentence if that is shorter"
+    text = "rows for --adversarial_file, which share no sentence with the others; default 0: no such file"
+    rows.add_argument("--adversarial-num", type=non_negative_int, default=0, help=text)
+    text = "shortest sentence; at least what the label needs; default 5, or the grammar's longest sentence if that is shorter"
     rows.add_argument("--min-words", type=positive_int, help=text)
     rows.add_argument("--length-limit", type=positive_int, default=32, help="sentences have fewer words than this; default 32")
     rows.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     labels = parser.add_argument_group("labels")
-    labels.add_argument("--task-type", choices=[*TASK_SPANS, STATE_TASK], required=True, help="the task, see above")
+    labels.add_argument("--task-type", choices=TASKS, required=True, help="the task, see above")
     labels.add_argument("--label-rule", choices=LABEL_RULES, help="the score; default: posterior for states, else likelihood")
-    labels.add_argument("--span", type=positive_int, help="words under the label of B or C; default 4 for B, 2 for C")
+    text = "words under the label, START:STOP for the task span; their number for B (default 4) and C (default 2)"
+    labels.add_argument("--span", type=span_argument, help=text)
     labels.add_argument("--position", type=positive_int, help="of the state, in words from 1; required with --task-type state")
+    text = "leave out sentences without a label, however many; default: an error if they are more than the rows"
+    labels.add_argument("--drop-unlabelled", action="store_true", help=text)
     return parser
 
 
-def shortest_sentence(options: argparse.Namespace, grammar: Grammar) -> int:
+def span_argument(text: str) -> int | str:
+    """An argparse type: a number of words, or a slice as it is."""
+    return text if ":" in text else positive_int(text)
+
+
+def shortest_sentence(options: argparse.Namespace, grammar: Grammar, labeller: Labeller) -> int:
     """Words of the shortest sentence, checked against the longest."""
     min_words = options.min_words or default_min_words(grammar)
-    if min_words > grammar.longest[0]:
-        longest = f"the grammar's sentences have up to {grammar.longest[0]} words"
-        raise InputError(f"--min-words {min_words}: {longest}; ask for that many or fewer")
-    least = max(min_words, options.position or 0)
-    flag = "--min-words" if least == min_words else "--position"
+    least = max(min_words, labeller.min_words)
+    cause = f"--min-words {least}"
+    if least > min_words:
+        cause = f"--span {labeller.span}" if options.position is None else f"--position {least}"
+    if least > grammar.longest[0]:
+        raise InputError(f"{cause}: the grammar's sentences have up to {grammar.longest[0]} words; ask for fewer")
     if least >= options.length_limit:
-        limit = f"--length-limit {options.length_limit}"
-        raise InputError(f"{flag} {least}: no sentence has that many words and fewer than {limit}; change one of them")
+        limit = f"{least} words and fewer than --length-limit {options.length_limit}"
+        raise InputError(f"{cause}: no sentence has at least {limit}; change one of them")
     if options.length_limit > MAX_WORDS + 1:
         raise InputError(f"--length-limit {options.length_limit}: must be {MAX_WORDS + 1} or less")
     return least
@@ -68,9 +86,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     folder = Path(options.save_path)
     grammar = Grammar.read(find_rules(options.rule_path))
-    min_words = shortest_sentence(options, grammar)
     labeller = Labeller(grammar, options.task_type, options.span, options.label_rule, options.position)
+    min_words = shortest_sentence(options, grammar, labeller)
     numbers = {"training": options.sentence_num, "validation": options.validation_num}
+    if options.adversarial_num:
+        numbers["adversarial"] = options.adversarial_num
     made_from = {
         "grammar_sha256": grammar.sha256,
         "task": labeller.task,
@@ -83,13 +103,14 @@ def main(arguments: list[str] | None = None) -> None:
         "split_by": "SplitMix64 of words",
     }
     manifest = Manifest(folder / f"manifest_downstream_{labeller.task}.json", made_from, options.overwrite)
-    names = {"training": f"pcfg_{labeller.task}.csv", "validation": f"pcfg_{labeller.task}_validation.csv"}
+    names = {split: f"pcfg_{labeller.task}{'' if split == 'training' else f'_{split}'}.csv" for split in numbers}
     label_file = f"pcfg_{labeller.task}_labels.json"
     missing = [split for split, name in names.items() if not manifest.is_complete(name)]
     for split in (split for split in names if split not in missing):
         print(f"{folder / names[split]}: skipped, complete already")
-    sentences = LabelledSentences(Sampler(grammar, options.length_limit - 1), labeller, numbers, options.seed, min_words)
-    # Both are drawn before either is written: a grammar that cannot fill one leaves no file behind.
+    sampler = Sampler(grammar, options.length_limit - 1)
+    sentences = LabelledSentences(sampler, labeller, numbers, options.seed, min_words, options.drop_unlabelled)
+    # All are drawn before any is written: a grammar that cannot fill one leaves no file behind.
     for split, rows in {split: sentences.draw(split) for split in missing}.items():
         write_labelled(folder / names[split], rows.texts(), rows.labels)
         facts = {"rows": len(rows.labels), "distinct": rows.distinct, "classes": len(np.unique(rows.labels))}

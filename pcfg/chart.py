@@ -212,8 +212,40 @@ class Chart:
         """
         tokens, lengths = self._checked(tokens, lengths)
         trees: list = [None] * len(lengths)
-        scale = np.log2(self._column_scale)
         words = np.array(self.grammar.words, dtype=object)
+        scale = np.log2(self._column_scale)
+
+        def build(row: int, nodes: list, value: float, factor: float) -> None:
+            sentence = tokens[row, : lengths[row]]
+            probability = np.log2(value) - lengths[row] * np.log2(factor) + scale[sentence].sum()
+            trees[row] = _tree(nodes, words[sentence], self.grammar.names, float(probability))
+
+        self._for_each_parse(tokens, lengths, build)
+        return trees
+
+    def depths(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Rules from the root down to the deepest word of each sentence's best parse, that of `parses`: (n,) int64.
+
+        S -> A B, A -> a, B -> b has the depth 2. -1 for a sentence that the grammar cannot derive.
+        """
+        tokens, lengths = self._checked(tokens, lengths)
+        depths = np.full(len(lengths), -1)
+
+        def measure(row: int, nodes: list, *_: float) -> None:
+            finished: list[int] = []  # depths of subtrees, as in `_tree`
+            for _symbol, children in reversed(nodes):
+                finished.append(1 + max((finished.pop() for _ in range(children)), default=0))
+            depths[row] = finished[0]
+
+        self._for_each_parse(tokens, lengths, measure)
+        return depths
+
+    def _for_each_parse(self, tokens: np.ndarray, lengths: np.ndarray, use: Callable[[int, list, float, float], None]) -> None:
+        """Call use(sentence, nodes, value, factor) for the best parse of each sentence that has one.
+
+        `nodes` are in pre-order, [nonterminal, number of children]. `value` is the probability times factor^T, with emission
+        columns divided by their maxima.
+        """
 
         def parse(length: int, rows: np.ndarray) -> None:
             plan = self._plans.of(length, (0,), "float64")
@@ -225,12 +257,9 @@ class Chart:
             nodes = nodes.tolist()
             for row, start, end, value in zip(rows, starts, ends, values, strict=True):
                 if value > 0:
-                    sentence = tokens[row, :length]
-                    probability = np.log2(value) - length * np.log2(factor) + scale[sentence].sum()
-                    trees[row] = _tree(nodes[start:end], words[sentence], self.grammar.names, float(probability))
+                    use(row, nodes[start:end], value, factor)
 
         self._in_groups(parse, lengths, np.arange(len(lengths)))
-        return trees
 
     def _checked(
         self, tokens: Any, lengths: Any, source: Any = "sentences", first_sentence: int = 0

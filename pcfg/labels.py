@@ -5,12 +5,15 @@ With `inside` and `outside` as in `pcfg.chart`, the label of a sentence of T wor
     task A:      argmax over A in the unary children of the start symbol, in the order of the rules, of inside(0, T, A)
     task B:      argmax over all nonterminals A, sorted by name, of inside(0, 4, A)
     task C:      the same over the first 2 words
+    task span:   the same over the words i .. j - 1 that a slice `START:STOP` means, of inside(i, j, A)
     task state:  argmax over the states A of a hidden Markov model (`pcfg.hmm`) of inside(t, T, A) outside(t, T, A), which is
                  proportional to P(the state at the position t + 1 is A | sentence); positions count from 1
+    task depth:  the number of rules from the root down to the deepest word of the most probable parse
 
-The rule "likelihood" of A, B and C uses inside alone, with no prior and no context, as the code published with the paper
-does. The rule "posterior" uses inside(0, j, A) outside(0, j, A) over the same cell. The label's id is its place in the list;
-ties take the lowest id. Other grammars may need other spans than 4 and 2 words.
+The rule "likelihood" of A, B, C and span uses inside alone, with no prior and no context, as the code published with the
+paper does. The rule "posterior" uses inside(i, j, A) outside(i, j, A) over the same cell. The label's id is its place in the
+list, or the depth; ties take the lowest id. Slices are Python's: 2:5 is the third to the fifth word, -3: the last three,
+1:-1 all but the first and the last. So 0:4 is task B, and 0:2 is task C.
 """
 
 import hashlib
@@ -27,56 +30,136 @@ from pcfg.grammar import Grammar
 from pcfg.sampler import Sampler
 
 TASK_SPANS = {"A": None, "B": 4, "C": 2}  # words; None: the whole sentence
+SPAN_TASK = "span"
 STATE_TASK = "state"
+DEPTH_TASK = "depth"
+TASKS = (*TASK_SPANS, SPAN_TASK, STATE_TASK, DEPTH_TASK)
 LABEL_RULES = ("likelihood", "posterior")
 SENTENCES_PER_DRAW = 1 << 14
 TASK_WORDS = 5  # of the shortest sentence of the downstream tasks, where the grammar has sentences that long
+
+
+class Words(NamedTuple):
+    """The words of a sentence that a Python slice means: start counts from 0, negative numbers from the sentence's end."""
+
+    start: int
+    stop: int | None  # None: to the end
+
+    @classmethod
+    def parse(cls, text: str) -> "Words":
+        """`START:STOP`, each of which may be missing.
+
+        >>> Words.parse("2:5"), Words.parse("-3:").cell(7), Words.parse("2:5").cell(4)
+        (Words(start=2, stop=5), (4, 7), None)
+        """
+        match = re.fullmatch(r"(-?[0-9]{1,3})?:(-?[0-9]{1,3})?", text)
+        if not match:
+            raise InputError(f"--span {text}: task {SPAN_TASK} takes START:STOP, counted from 0, such as 2:5, 1:-1 or -3:")
+        words = cls(int(match[1] or 0), None if match[2] is None else int(match[2]))
+        if not words.shortest():
+            raise InputError(f"--span {text}: no sentence of up to {MAX_WORDS} words has such words; START comes before STOP")
+        return words
+
+    def __str__(self) -> str:
+        return f"{self.start}:{'' if self.stop is None else self.stop}"
+
+    def cell(self, length: int) -> tuple[int, int] | None:
+        """Start and stop in a sentence of `length` words, both from 0; None if it is too short for them."""
+        start = self.start if self.start >= 0 else length + self.start
+        stop = length if self.stop is None else self.stop if self.stop >= 0 else length + self.stop
+        return (start, stop) if 0 <= start < stop <= length else None
+
+    def shortest(self) -> int:
+        """Length of the shortest sentence that has these words; 0 if none has."""
+        return next((length for length in range(1, MAX_WORDS + 1) if self.cell(length)), 0)
 
 
 class Labeller:
     """The labels of one task.
 
     Args:
-        task: "A", "B", "C" or "state".
-        span: words from the sentence's beginning, for B and C; None: 4 and 2.
-        rule: "likelihood" or "posterior"; None: the posterior for states, else the likelihood.
+        task: one of `TASKS`.
+        span: for B and C, words from the sentence's beginning (None: 4 and 2); for the task "span", a slice `START:STOP`.
+        rule: "likelihood" or "posterior"; None: the posterior for states, else the likelihood. The task "depth" has none.
         position: of the state, from 1; for the task "state" only.
 
     Attributes:
-        names: the nonterminal, or the state, that each label id stands for.
-        task: the argument, followed by the position of a state ("state6").
+        names: the nonterminal, the state or the depth that each label id stands for.
+        task: the argument, followed by the slice of a span ("span_2-5", "span_-3-end") or the position of a state ("state6").
         span, rule: the arguments, or what None means; `span` is None for labels of the whole sentence and of states.
+        words: those that a label is about.
+        min_words: of a sentence that has the words of the tasks "span" and "state"; 1 for other tasks.
     """
 
     def __init__(
-        self, grammar: Grammar, task: str, span: int | None = None, rule: str | None = None, position: int | None = None
+        self, grammar: Grammar, task: str, span: int | str | None = None, rule: str | None = None, position: int | None = None
     ):
-        if (position is not None) != (task == STATE_TASK):
-            raise InputError(f"--position {position}: tasks other than {STATE_TASK!r} have none, and that task needs one")
-        if span is not None and task in ("A", STATE_TASK):
-            raise InputError(f"--span {span}: task {task} labels whole sentences; leave it out, or take task B or C")
-        if span is not None and span > MAX_WORDS:
-            raise InputError(f"--span {span}: must be {MAX_WORDS} or less")
-        if task == STATE_TASK and rule == "likelihood":
-            raise InputError(f"--label-rule {rule}: a state's label is by its posterior; leave the flag out")
-        self.task = task if position is None else f"{task}{position}"
-        self.span = TASK_SPANS[task] if span is None and task in TASK_SPANS else span
-        self.rule = rule or ("posterior" if task == STATE_TASK else "likelihood")
-        self._cell = (0, self.span)
-        if position is not None:
-            self._symbols, self._ids, self.names = hidden_states(grammar, position)
-            self._cell = (position - 1, None)
-        else:
-            by_name = sorted(range(len(grammar.names)), key=grammar.names.__getitem__)
-            self._symbols = _start_children(grammar) if task == "A" else np.array(by_name)
-            self._ids = np.arange(len(self._symbols))
-            self.names = [grammar.names[symbol] for symbol in self._symbols]
+        _check_arguments(task, span, rule, position)
+        self.task = task
+        self.span = TASK_SPANS.get(task) if span is None else span
+        self.rule = rule or {STATE_TASK: "posterior", DEPTH_TASK: "most probable parse"}.get(task, "likelihood")
+        self.words = Words(0, self.span if isinstance(self.span, int) else None)
+        if task == SPAN_TASK:
+            self.words = Words.parse(str(span))
+            self.task = f"{task}_{self.words.start}-{'end' if self.words.stop is None else self.words.stop}"
+            self.span = str(self.words)
+        elif position is not None:
+            self.words = Words(position - 1, None)
+            self.task = f"{task}{position}"
+        self.min_words = self.words.shortest() if task in (SPAN_TASK, STATE_TASK) else 1
+        self._symbols, self._ids, self.names = _candidates(grammar, task, position)
         self._chart = Chart(grammar)
 
     def label(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Label ids of sentences, as `Chart` takes them: (n,) int64, -1 where nothing derives the span or it is too long."""
-        best = self._chart.labels(tokens, lengths, self._symbols, self._cell, self.rule)
+        if self.task == DEPTH_TASK:
+            return self._chart.depths(tokens, lengths)
+        best = np.full(len(lengths), -1)
+        for length in np.unique(lengths):
+            rows = np.flatnonzero(lengths == length)
+            if cell := self.words.cell(int(length)):
+                best[rows] = self._chart.labels(tokens[rows], lengths[rows], self._symbols, cell, self.rule)
         return np.where(best < 0, -1, self._ids[best])
+
+
+def _check_arguments(task: str, span: int | str | None, rule: str | None, position: int | None) -> None:
+    """Refuse arguments of `Labeller` that its task does not have."""
+    if (position is not None) != (task == STATE_TASK):
+        raise InputError(f"--position {position}: tasks other than {STATE_TASK!r} have none, and that task needs one")
+    if span is None:
+        if task == SPAN_TASK:
+            raise InputError(f"--task-type {task}: give the words as --span START:STOP, such as --span 2:5 or --span=-3:")
+    elif task in ("A", STATE_TASK, DEPTH_TASK):
+        raise InputError(f"--span {span}: task {task} labels whole sentences; leave it out, or take task B, C or {SPAN_TASK}")
+    elif task != SPAN_TASK and isinstance(span, str):
+        raise InputError(f"--span {span}: task {task} takes a number of words; take --task-type {SPAN_TASK}")
+    elif isinstance(span, int) and span > MAX_WORDS:
+        raise InputError(f"--span {span}: must be {MAX_WORDS} or less")
+    if (task == STATE_TASK and rule == "likelihood") or (task == DEPTH_TASK and rule is not None):
+        by = "its posterior" if task == STATE_TASK else "the most probable parse"
+        raise InputError(f"--label-rule {rule}: the label of task {task} is by {by}; leave the flag out")
+
+
+def _candidates(grammar: Grammar, task: str, position: int | None) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Nonterminals that may be labels, (S,), the label id of each, and the names of all ids."""
+    if position is not None:
+        return hidden_states(grammar, position)
+    if task == DEPTH_TASK:
+        # A path has at most one binary rule or emission per word, and a chain of unary rules before each.
+        deepest = min(int(grammar.longest[0]), MAX_WORDS) * (1 + _longest_chain(grammar))
+        return np.empty(0, np.int64), np.empty(0, np.int64), [str(depth) for depth in range(deepest + 1)]
+    by_name = sorted(range(len(grammar.names)), key=grammar.names.__getitem__)
+    symbols = _start_children(grammar) if task == "A" else np.array(by_name)
+    return symbols, np.arange(len(symbols)), [grammar.names[symbol] for symbol in symbols]
+
+
+def _longest_chain(grammar: Grammar) -> int:
+    """Rules of the longest chain of unary rules, which have no cycles."""
+    chain = np.zeros(len(grammar.names), np.int64)
+    parent, child = grammar.unary.T
+    while not np.array_equal(chain[parent], longer := np.maximum(chain[parent], chain[child] + 1)):
+        np.maximum.at(chain, parent, longer)
+    return int(chain.max())
 
 
 def _start_children(grammar: Grammar) -> np.ndarray:
@@ -84,7 +167,7 @@ def _start_children(grammar: Grammar) -> np.ndarray:
     if not len(children):
         raise InputError(
             f"--task-type A: the start symbol {grammar.names[0]!r} has no unary rules, so there are no classes; "
-            "take task B or C, or a grammar with rules such as 'S S1 0.5'"
+            "take --task-type span --span START:STOP, B or C, or write a grammar with rules such as 'S S1 0.5'"
         )
     return children
 
@@ -111,7 +194,7 @@ def hidden_states(grammar: Grammar, position: int) -> tuple[np.ndarray, np.ndarr
     if not well_formed or len(owners) != np.count_nonzero(state):
         raise InputError(
             "--task-type state: the grammar is no hidden Markov model with rules of the form S -> q, q -> W_q r, q -> W_q and "
-            "W_q -> word; make one with python -m pcfg.hmm, or take task A, B or C"
+            "W_q -> word; make one with python -m pcfg.hmm, or take task A, B, C or span"
         )
     if position > grammar.longest[0]:
         raise InputError(f"--position {position}: the grammar's sentences have up to {grammar.longest[0]} words")
@@ -150,7 +233,7 @@ class LabelledRows(NamedTuple):
 
 
 class LabelledSentences:
-    """Labelled sentences of a grammar, dealt into two splits that share no sentence.
+    """Labelled sentences of a grammar, dealt into splits that share no sentence.
 
     A hash of the seed and the sentence decides its split, so the same sentence never lands in both. Within its split a
     sentence is as frequent as in the language (rows may repeat), and labels keep their frequencies. Each split has a random
@@ -158,13 +241,22 @@ class LabelledSentences:
 
     Args:
         sampler, labeller: of the same grammar.
-        numbers: rows of "training" and of "validation"; a sentence is validation with probability
-            validation / (training + validation).
+        numbers: rows of "training" and of other splits; a sentence belongs to a split with probability
+            rows / (rows of all splits).
         seed: of the streams and of the hash.
         min_words: shortest sentence.
+        drop_unlabelled: whether most sentences may be without a label; else that is an error. They are never rows.
     """
 
-    def __init__(self, sampler: Sampler, labeller: Labeller, numbers: dict[str, int], seed: int, min_words: int):
+    def __init__(
+        self,
+        sampler: Sampler,
+        labeller: Labeller,
+        numbers: dict[str, int],
+        seed: int,
+        min_words: int,
+        drop_unlabelled: bool = False,
+    ):
         self._sampler = sampler
         self._labeller = labeller
         self._numbers = numbers
@@ -172,7 +264,11 @@ class LabelledSentences:
         self._min_words = min_words
         digests = b"".join(hashlib.sha256(f"{seed} {word}".encode()).digest()[:8] for word in sampler.words)
         self._word_key = np.frombuffer(digests, ">u8").astype(np.uint64)  # (V,)
-        self._validation_below = np.uint64(int(numbers["validation"] / sum(numbers.values()) * 2.0**64))
+        self._drop_unlabelled = drop_unlabelled
+        # Hashes below the first bound are the first split's, and so on; training has those above the last.
+        self._splits = [*(split for split in numbers if split != "training"), "training"]
+        shares = np.cumsum([numbers[split] for split in self._splits[:-1]]) / sum(numbers.values())
+        self._bounds = np.array([int(share * 2.0**64) for share in shares], np.uint64)
 
     def hashes(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """64 bits of each sentence, (n,) uint64, from the seed and the words alone: h <- mix(h + key(word)), from h = 0.
@@ -203,7 +299,7 @@ class LabelledSentences:
             tokens, lengths = self._sampler.sample(SENTENCES_PER_DRAW, rng, self._min_words)
             drawn += len(lengths)
             hashed = self.hashes(tokens, lengths)
-            ours = np.flatnonzero((hashed < self._validation_below) == (split == "validation"))
+            ours = np.flatnonzero(np.searchsorted(self._bounds, hashed, "right") == self._splits.index(split))
             ids = self._labeller.label(tokens[ours], lengths[ours])
             labelled = np.flatnonzero(ids >= 0)[: number - rows]
             rows += len(labelled)
@@ -212,9 +308,12 @@ class LabelledSentences:
             hashes.append(hashed[ours[labelled]])
             # Sentences after the last row are not counted: they were not dropped for want of a label.
             dropped += int((labelled[-1] + 1 if rows == number else len(ids)) - len(labelled))
-            if dropped > rows and (dropped >= 1000 or rows == number):
-                words = f"the first {self._labeller.span} words of {dropped} of {dropped + rows} sentences"
-                raise InputError(f"--span: no nonterminal derives {words}; give a span that suits the grammar")
+            if dropped > rows and (dropped >= 1000 or rows == number) and not self._drop_unlabelled:
+                words = f"the words {self._labeller.words} of {dropped} of {dropped + rows} sentences"
+                raise InputError(
+                    f"task {self._labeller.task}: no nonterminal derives {words}; give a --span that suits the grammar, or "
+                    "--drop-unlabelled to leave such sentences out"
+                )
             if drawn > limit and rows < number:
                 raise InputError(
                     f"{split}: {rows} rows of {number} after {drawn} sentences were drawn: the grammar has not enough distinct "

@@ -212,17 +212,42 @@ def test_states_of_a_hidden_markov_model(tmp_path):
         assert names[str(label)] == ("low" if text.split()[5] in "ab" else "high")
     with pytest.raises(InputError, match="--position 11: the grammar's sentences have up to 10 words"):
         run(rules, tmp_path / "more", "--task-type", "state", "--position", "11", *SMALL)
+    with pytest.raises(InputError, match="--position 6: no sentence has at least 6 words and fewer than --length-limit 6"):
+        run(rules, tmp_path / "more", "--task-type", "state", "--position", "6", "--length-limit", "6", *SMALL)
+
+
+def test_files_of_spans_depths_and_adversarial_sentences(rules, tmp_path):
+    flags = [*SMALL, "--adversarial-num", "100", "--drop-unlabelled"]
+    for name, task, span in (("span_2-5", "span", "2:5"), ("span_-7-end", "span", "-7:"), ("depth", "depth", None)):
+        run(rules, tmp_path, "--task-type", task, *([f"--span={span}"] if span else []), *flags)
+        files = [tmp_path / f"pcfg_{name}{split}.csv" for split in ("", "_validation", "_adversarial")]
+        training, validation, adversarial = (read_labelled(file) for file in files)
+        assert [len(texts) for texts, _ in (training, validation, adversarial)] == [200, 50, 100]
+        assert not set(training[0]) & set(validation[0])
+        assert not set(adversarial[0]) & set(training[0] + validation[0])
+        names = json.loads((tmp_path / f"pcfg_{name}_labels.json").read_text())
+        assert names["span"] == span and names["names"].keys() >= set(map(str, training[1]))
+        # the label of a span may need longer sentences than the default of 5 words
+        assert names["min_words"] == (7 if span == "-7:" else 5) <= min(len(text.split()) for text in training[0])
+    # five rules lead to each word: S -> S1, S1 -> A B, A -> C E, C -> D D, D -> a, and as many through F and W
+    assert set(training[1]) == {5}
 
 
 ERRORS = [
     (["--task-type", "state"], "--position None"),
-    (["--task-type", "state", "--position", "32"], "--position 32: no sentence has that many words"),
     (["--task-type", "state", "--position", "3"], "--task-type state: the grammar is no hidden Markov model"),
     (["--task-type", "B", "--position", "3"], "--position 3"),
     (["--task-type", "A", "--span", "3"], "--span 3: task A labels whole sentences"),
     (["--task-type", "B", "--min-words", "9", "--length-limit", "9"], "--min-words 9"),
     (["--task-type", "B", "--length-limit", "66"], "--length-limit 66"),
-    (["--task-type", "B", "--span", "20"], "no nonterminal derives the first 20 words"),
+    (["--task-type", "B", "--span", "20"], "no nonterminal derives the words 0:20 of .* or --drop-unlabelled"),
+    (["--task-type", "B", "--span", "2:5"], "--span 2:5: task B takes a number of words; take --task-type span"),
+    (["--task-type", "span"], "--task-type span: give the words as --span START:STOP"),
+    (["--task-type", "span", "--span", "3"], "--span 3: task span takes START:STOP"),
+    (["--task-type", "span", "--span", "5:2"], "--span 5:2: no sentence of up to 64 words has such words"),
+    (["--task-type", "span", "--span", "a:2"], "--span a:2: task span takes START:STOP"),
+    (["--task-type", "span", "--span", "8:40"], "--span 8:40: the grammar's sentences have up to 8 words"),
+    (["--task-type", "depth", "--label-rule", "posterior"], "--label-rule posterior: the label of task depth is by the most"),
 ]
 
 
@@ -270,6 +295,19 @@ def test_short_languages_have_tasks_without_a_limit_of_words(tmp_path):
     assert json.loads((tmp_path / "data" / "manifest_downstream_A.json").read_text())["made_from"]["min_words"] == 4
     with pytest.raises(InputError, match="--min-words 5: the grammar's sentences have up to 4 words"):
         run("rule_mini_headroom.txt", tmp_path / "more", "--task-type", "A", *SMALL, "--min-words", "5")
+
+
+def test_more_unlabelled_sentences_than_rows_are_dropped_on_request(tmp_path, capsys):
+    """Nothing derives the first 2 words of 80% of the sentences."""
+    path = tmp_path / "drop.txt"
+    path.write_text("S P T 0.2\nS W T 0.8\nT P Q 1.0\nP W V 1.0\nQ W V 1.0\nW a 0.4\nW b 0.6\nV c 0.1\nV d 0.2\nV e 0.7\n")
+    with pytest.raises(InputError, match=r"task C: no nonterminal derives the words 0:2 of .* or --drop-unlabelled"):
+        run(path, tmp_path / "data", "--task-type", "C", *SMALL)
+    run(path, tmp_path / "data", "--task-type", "C", *SMALL, "--drop-unlabelled")
+    facts = json.loads((tmp_path / "data" / "manifest_downstream_C.json").read_text())["files"]["pcfg_C.csv"]
+    # 200 / 0.2 - 200 = 800 are expected to be dropped on the way to 200 rows, give or take 63
+    assert facts["rows"] == 200 and abs(facts["dropped"] - 800) < 4 * 63
+    assert f"{facts['dropped']} sentences without a label dropped" in capsys.readouterr().out
 
 
 def test_a_missing_grammar_is_exit_code_2_without_a_traceback(tmp_path):

@@ -145,13 +145,14 @@ def text_blocks(path: AnyPath, size: int = BLOCK_BYTES) -> Iterator[bytes]:
 
 
 def read_labelled(path: AnyPath) -> tuple[list[str], list[int]]:
-    """The sentences of a CSV file with the columns `text` and `label`, and the labels, integers of 0 or more."""
+    """The sentences of a CSV file with the columns `text` and `label`, and the labels, integers of at most 9 digits."""
     path = Path(path)
     lines, rows = csv_rows(path, ("text", "label"))
     labels = []
     for line, row in zip(lines, rows, strict=True):
-        if not re.fullmatch(r"[0-9]+", row["label"].strip()):
-            raise InputError(f"{path}:{line}: label {row['label']!r}; it must be an integer of 0 or more")
+        if not re.fullmatch(r"[0-9]{1,9}", row["label"].strip()):
+            wrong = f"label {shown(row['label'])}; it must be an integer of 0 or more, of at most 9 digits"
+            raise InputError(f"{path}:{line}: {wrong}; number the classes, or remove sentences without one")
         labels.append(int(row["label"]))
     return [row["text"].strip() for row in rows], labels
 

@@ -1,7 +1,17 @@
 """Downstream tasks: labelled sentences from CSV files or GLUE, their checks, and their encoding for a model.
 
 A CSV file has the columns `text,label`, one word of the data is one token, and a word that the model does not know is an error:
-these are sentences of a known language. A GLUE task (Wang et al. 2019) is natural text, of single sentences or of pairs, in
+these are sentences of a known language. One's own labels are such files, too:
+
+    text,label
+    "learn great mark piece",0
+    "great enough shade shade",3
+
+A label is the number of a class, and each sentence has one. The name of the task is that of the training file, without .csv.
+Names of classes are optional, in TASK_labels.json next to the training file: {"names": {"0": "verb", "3": "noun"}}. A label
+that is not among them is an error.
+
+A GLUE task (Wang et al. 2019) is natural text, of single sentences or of pairs, in
 the columns and labels of the hub's nyu-mll/glue. The tokenizer splits its words, unknown ones become [UNK], and sentences that
 are too long are cut; all of these are counted. Only [SEP] separates the two sentences of a pair, [CLS] a [SEP] b [SEP]: the
 models' pre-training data is one segment.

@@ -1,4 +1,6 @@
+import functools
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from pcfg.sampler import Sampler
 
 SHIPPED = sorted(RULES_FOLDER.glob("rule_*.txt"))
 TASKS = {"A": None, "B": 4, "C": 2}
+SLICES = {span: span for span in ("1:3", "-3:", "1:-1", "-4:3")}
 
 
 def cyk_labels(grammar, words, spans):
@@ -51,17 +54,28 @@ def cyk_labels(grammar, words, spans):
     labels = {}
     for task, span in spans.items():
         candidates = [child for parent, child, _ in unary if parent == names[0]] if task == "A" else sorted(names)
-        cell = chart.get((0, span or len(words)), {})
+        cell = chart.get(cell_of(span, len(words)), {})
         best = max((cell.get(name, 0.0) for name in candidates), default=0.0)
         labels[task] = next((i for i, name in enumerate(candidates) if best and cell.get(name, 0) >= best * (1 - 1e-9)), -1)
     return labels
+
+
+def cell_of(span, length):
+    """Start and stop of a number of words, or of the task span's slice by Python's own slicing; None where it is cut short."""
+    if not isinstance(span, str):
+        return 0, span or length
+    start, stop = (int(part) if part else None for part in span.split(":"))
+    places = range(length)[start:stop]
+    complete = all(bound is None or -length <= bound <= length for bound in (start, stop))
+    return (places[0], places[-1] + 1) if len(places) and complete else None
 
 
 def check_labels(grammar, tokens, lengths, spans=TASKS):
     """Compare the labels of every sentence with those of CYK; returns them by task."""
     texts = [[grammar.words[word] for word in row[:length]] for row, length in zip(tokens, lengths, strict=True)]
     expected = [cyk_labels(grammar, text, spans) for text in texts]
-    found = {task: Labeller(grammar, task, span).label(tokens, lengths).tolist() for task, span in spans.items()}
+    labellers = {task: Labeller(grammar, "span" if ":" in task else task, span) for task, span in spans.items()}
+    found = {task: labeller.label(tokens, lengths).tolist() for task, labeller in labellers.items()}
     assert found == {task: [labels[task] for labels in expected] for task in spans}
     return found
 
@@ -89,9 +103,9 @@ def test_labels_of_random_grammars_equal_cyk(random_grammars):
     for grammar in random_grammars:
         lengths = rng.integers(2, 9, size=200)
         tokens = rng.integers(len(grammar.words), size=(200, 8))
-        spans = TASKS if (grammar.unary[:, 0] == 0).any() else {"B": 4, "C": 2}
+        spans = SLICES | (TASKS if (grammar.unary[:, 0] == 0).any() else {"B": 4, "C": 2})
         found.append(check_labels(grammar, tokens, lengths, spans))
-    for task in TASKS:
+    for task in TASKS | SLICES:
         labels = [set(labels[task]) for labels in found if task in labels]
         assert sum(len(names - {-1}) > 1 for names in labels) >= 5  # there was something to tell apart
         assert sum(-1 in names for names in labels) >= 3
@@ -124,7 +138,60 @@ def test_labels_of_a_recursive_grammar_equal_cyk(recursive):
     assert all(len(set(labels)) > 1 for labels in found.values())
 
 
-@pytest.mark.parametrize(("task", "span"), [("A", None), ("B", 3), ("C", None)])
+def all_parses(grammar, sentence):
+    """(probability, rules from the root to the deepest word) of every parse of a sentence, rule by rule."""
+    unary = list(zip(grammar.unary.tolist(), grammar.unary_probability, strict=True))
+    binary = list(zip(grammar.binary.tolist(), grammar.binary_probability, strict=True))
+
+    @functools.cache
+    def parses(symbol, i, j):
+        ways = []
+        if j == i + 1 and grammar.emission[symbol, sentence[i]] > 0:
+            ways.append((grammar.emission[symbol, sentence[i]], 1))
+        for (parent, child), probability in unary:
+            if parent == symbol:
+                ways += [(probability * value, 1 + depth) for value, depth in parses(child, i, j)]
+        for (parent, left, right), probability in binary:
+            for k in range(i + 1, j) if parent == symbol else ():
+                pairs = itertools.product(parses(left, i, k), parses(right, k, j))
+                ways += [(probability * first * second, 1 + max(a, b)) for (first, a), (second, b) in pairs]
+        return ways
+
+    return parses(0, 0, len(sentence))
+
+
+def check_depths(grammar, tokens, lengths):
+    """Compare the depth of the best parse with enumeration; returns depths, and the mean number of parses of a sentence."""
+    labeller = Labeller(grammar, "depth")
+    depths = labeller.label(tokens, lengths)
+    parses = [all_parses(grammar, row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)]
+    for depth, ways in zip(depths.tolist(), parses, strict=True):
+        best = max((probability for probability, _ in ways), default=0.0)
+        # Several parses may be equally probable.
+        assert depth in ({deep for probability, deep in ways if probability >= best * (1 - 1e-9)} or {-1})
+        assert all(labeller.names[deep] == str(deep) for _, deep in ways)
+    return depths, np.mean([len(ways) for ways in parses])
+
+
+def test_depths_of_best_parses_equal_enumeration(random_grammars, recursive):
+    rng = np.random.default_rng(8)
+    kinds = []
+    for grammar in random_grammars:
+        depths, _ = check_depths(grammar, rng.integers(len(grammar.words), size=(20, 3)), rng.integers(1, 4, size=20))
+        kinds.append(set(depths.tolist()))
+    assert sum(-1 in depths for depths in kinds) >= 3 and sum(len(depths - {-1}) > 1 for depths in kinds) >= 5
+    tokens, lengths = Sampler(recursive, 5).sample(30, np.random.default_rng(9))
+    depths, ways = check_depths(recursive, tokens, lengths)
+    assert (depths > 0).all() and len(set(depths.tolist())) > 3 and ways > 5
+
+
+def test_depths_equal_the_heights_of_nltk_trees(recursive):
+    tokens, lengths = Sampler(recursive, 12).sample(200, np.random.default_rng(10))
+    heights = [tree.height() - 1 for tree in Chart(recursive).parses(tokens, lengths)]
+    assert Labeller(recursive, "depth").label(tokens, lengths).tolist() == heights and len(set(heights)) > 5
+
+
+@pytest.mark.parametrize(("task", "span"), [("A", None), ("B", 3), ("C", None), ("span", "1:-1"), ("span", "-2:")])
 def test_posterior_labels_equal_naive_inside_times_outside(recursive, naive, task, span):
     tokens, lengths = Sampler(recursive, 7).sample(60, np.random.default_rng(6), min_words=5)
     labeller = Labeller(recursive, task, span, "posterior")
@@ -133,8 +200,8 @@ def test_posterior_labels_equal_naive_inside_times_outside(recursive, naive, tas
     reference, expected = naive(recursive), []
     for row, length in zip(tokens, lengths, strict=True):
         sentence = row[:length]
-        width = {"A": int(length), "B": 3, "C": 2}[task]
-        score = (reference.inside(sentence)[0, width] * reference.outside(sentence, 0, width))[order]
+        cell = cell_of({"A": None, "B": 3, "C": 2, "span": span}[task], int(length))
+        score = (reference.inside(sentence)[cell] * reference.outside(sentence, *cell))[order]
         expected.append(int(np.argmax(score >= score.max() * (1 - 1e-9))))
     assert found.tolist() == expected
     assert found.tolist() != Labeller(recursive, task, span).label(tokens, lengths).tolist()
@@ -177,6 +244,7 @@ def test_what_task_a_cannot_do(recursive):
         Labeller(flat, "A")
     with pytest.raises(InputError, match="--span 65: must be 64 or less"):
         Labeller(recursive, "B", 65)
+    assert Labeller(flat, "span", ":").names == ["A", "S"]  # the way out that the message names
 
 
 def naive_hash(seed, text):
@@ -205,6 +273,17 @@ def test_splits_share_no_sentence_and_keep_frequencies(recursive):
         assert rows[split].labels.tolist() == labeller.label(*recursive.encode(texts[split], "here")).tolist()
     assert list(LabelledSentences(sampler, labeller, numbers, 0, 5).draw("validation").texts()) == texts["validation"]
     assert list(LabelledSentences(sampler, labeller, numbers, 1, 5).draw("validation").texts()) != texts["validation"]
+
+
+def test_a_third_split_shares_no_sentence_with_the_others(recursive):
+    labeller, sampler = Labeller(recursive, "C", 1), Sampler(recursive, 8)
+    numbers = {"training": 2000, "validation": 1000, "adversarial": 1000}
+    drawn = LabelledSentences(sampler, labeller, numbers, 0, 5)
+    rows = {split: list(drawn.draw(split).texts()) for split in numbers}
+    bounds = {"validation": (0, 2**62), "adversarial": (2**62, 2**63), "training": (2**63, 2**64)}
+    for split, texts in rows.items():
+        least, beyond = bounds[split]
+        assert len(texts) == numbers[split] and all(least <= naive_hash(0, text) < beyond for text in texts)
 
 
 def test_hashes_tell_sentences_apart_and_divide_them_evenly():

@@ -111,6 +111,7 @@ def test_labelled_sentences_come_back(tmp_path):
         ("text,label\na,1\nb,x\n", "a.csv:3: label 'x'"),
         ("text,label\na,-1\n", "a.csv:2: label '-1'"),
         ("text,label\na,1.0\n", "a.csv:2: label '1.0'"),
+        ("text,label\na,9223372036854775808\n", "a.csv:2: label '9223372036854775808'.* at most 9 digits; number the classes"),
         ("text,label\na,1\nb\n", "a.csv:3: empty 'label'"),
         ("text,label\n ,1\n", "a.csv:2: empty 'text'"),
         ('text,label\n"a,1\nb,2\n', "not a CSV file"),
