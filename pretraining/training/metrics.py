@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -100,12 +101,14 @@ class LossWatch:
     On a GPU the losses of a step are read when the next step is queued, so that the device is never idle; on a CPU at once.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, names: Sequence[str] = ("",)):
+        """`names` of the members begin the messages."""
+        self._names = names
         self._delay = 0 if device.type == "cpu" else 1
         self._unseen: list[tuple[str, dict[str, torch.Tensor]]] = []
 
     def add(self, where: str, losses: dict[str, torch.Tensor]) -> None:
-        """Add the losses of a step, the same scalars on all ranks, so that all of them stop; checks those that are due.
+        """Add the losses (members,) of a step, the same on all ranks, so that all of them stop; checks those that are due.
 
         `where` is the step and the batch, for the message.
         """
@@ -117,7 +120,8 @@ class LossWatch:
         while len(self._unseen) > unseen:
             where, losses = self._unseen.pop(0)
             for name, loss in losses.items():
-                check_finite(loss.item(), where, name.replace("_", " "))
+                for member, value in zip(self._names, loss.tolist(), strict=True):
+                    check_finite(value, member + where, name.replace("_", " "))
 
 
 class Signals:

@@ -21,7 +21,8 @@ from pretraining.model.config import ModelConfig
 from pretraining.training import state
 from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.arguments import check_accumulation, differences, job_folder, model_config
-from pretraining.training.engine import build_engine, precision, start_ranks, zero_stage
+from pretraining.training.engine import EngineLearner, precision, start_ranks, zero_stage
+from pretraining.training.learner import Learner, Member
 from pretraining.training.metrics import METRICS_FILE
 from pretraining.training.sample_stream import Shards
 from pretraining.training.state import Progress, RunFacts, State
@@ -43,24 +44,21 @@ def pretrain(options: argparse.Namespace, gap_meter: GapMeter, now: Callable[[],
     start = agreed_state(options, job, ranks)
     check_accumulation(options, ranks.size)
     data, length = load_data(options, gap_meter)
-    vocabulary = data.train.vocabulary
+    vocabulary = data.members[0].train.vocabulary
 
     config = model_config(options, vocabulary.size, length)
     initial_weights = None
     if start is not None:
         config = with_rows_of(config, start.saved.model)
         initial_weights = start.saved.initial_weights
-        model = build_model(config, options.seed)
     elif options.model_name_or_path:
         folder = checkpoints.find_model(options.model_name_or_path)
         config = with_rows_of(config, dataclasses.asdict(checkpoints.read_config(folder)))
         initial_weights = checkpoints.describe_model(folder)
-        model = load_initial_model(folder, config, vocabulary)
+    if start is None and options.model_name_or_path:
+        models = [load_initial_model(folder, config, vocabulary)]
     else:
-        model = build_model(config, options.seed)
-    model.activation_checkpointing = options.activation_checkpointing
-    if options.compile:
-        model.compile_layers()
+        models = [build_model(config, seed) for seed in seeds_of(options)]
 
     facts = run_facts(options, data, config, ranks, initial_weights)
     if start is not None:
@@ -71,19 +69,33 @@ def pretrain(options: argparse.Namespace, gap_meter: GapMeter, now: Callable[[],
     if ranks.is_main:
         announce(options, facts, start, ranks)
         clean_up(options, job, start)
-    engine = build_engine(options, model, ranks.size, facts.precision)
+    learner = build_learner(options, models, ranks, facts.precision)
     if start is not None:
-        state.load(engine, start)
-    return Trainer(options, engine, ranks, data, facts, progress, now).run()
+        learner.load(start.folder, start.saved.files)
+    return Trainer(options, learner, ranks, data, facts, progress, now).run()
+
+
+def seeds_of(options: argparse.Namespace) -> tuple[int, ...]:
+    """The seeds of the members of a run."""
+    return (options.seed,)
+
+
+def build_learner(options: argparse.Namespace, models: list[MaskedLM], ranks: Ranks, arithmetic: str) -> Learner:
+    """The learner of the options with one initial model per member; all ranks call this together."""
+    for model in models:
+        model.activation_checkpointing = options.activation_checkpointing
+        if options.compile:
+            model.compile_layers()
+    (model,) = models
+    return EngineLearner(options, model, ranks, arithmetic)
 
 
 def load_data(options: argparse.Namespace, gap_meter: GapMeter) -> tuple[Data, int]:
     """Tokenizer and shards, checked against each other, and the samples' `max_seq_length`."""
     tokenizer = resolve_tokenizer(options.tokenizer_name, nearby=[Path(options.dataset_path)])
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    dynamic = options.seed if options.dynamic_masking else None
-    train = Shards(options.dataset_path, "train", vocabulary, dynamic=dynamic)
-    length = train.max_seq_length
+    first = train_shards(options, vocabulary, seeds_of(options)[0])
+    length = first.max_seq_length
     test = None
     if options.do_validation:
         test = Shards(options.dataset_path, "test", vocabulary, first=options.validation_shards)
@@ -93,14 +105,25 @@ def load_data(options: argparse.Namespace, gap_meter: GapMeter) -> tuple[Data, i
             f"--max_position_embeddings: {options.max_position_embeddings}, but the samples in {options.dataset_path} have "
             f"{length} tokens (max_seq_length); give {length} or more"
         )
-    gap = None
-    if options.rule_path:
-        gap = gap_meter(options.rule_path, options.gap_sentences, vocabulary, length, options.seed)
-    adversarial = None
-    if options.adversarial_weight:
-        sizes = (options.adversarial_batch_size, options.adversarial_ridge)
-        adversarial = AdversarialTerm(options.adversarial_file, *sizes, vocabulary, length, options.seed)
-    return Data(train, test, gap, tokenizer, adversarial), length
+
+    def member(index: int, seed: int) -> Member:
+        # Without dynamic masks all members read the same samples.
+        train = train_shards(options, vocabulary, seed) if index and options.dynamic_masking else first
+        gap = adversarial = None
+        if options.rule_path:
+            gap = gap_meter(options.rule_path, options.gap_sentences, vocabulary, length, seed)
+        if options.adversarial_weight:
+            sizes = (options.adversarial_batch_size, options.adversarial_ridge)
+            adversarial = AdversarialTerm(options.adversarial_file, *sizes, vocabulary, length, seed)
+        return Member(seed, seed, train, adversarial, gap)
+
+    members = tuple(member(index, seed) for index, seed in enumerate(seeds_of(options)))
+    return Data(members, test, tokenizer), length
+
+
+def train_shards(options: argparse.Namespace, vocabulary: Vocabulary, stream: int) -> Shards:
+    """The training shards, whose dynamic masks are a function of `stream`."""
+    return Shards(options.dataset_path, "train", vocabulary, dynamic=stream if options.dynamic_masking else None)
 
 
 def build_model(config: ModelConfig, seed: int) -> MaskedLM:
@@ -134,11 +157,12 @@ def run_facts(
 ) -> RunFacts:
     """What `args.json` and `state.json` will say of the run."""
     arithmetic = precision(options, ranks.device)
-    optional = {"initial_weights": initial_weights, "adversarial": data.adversarial.facts if data.adversarial else None}
+    adversarial = data.members[0].adversarial
+    optional = {"initial_weights": initial_weights, "adversarial": adversarial.facts if adversarial else None}
     return RunFacts(
         job_name=options.job_name,
         seed=options.seed,
-        vocabulary_sha256=data.train.vocabulary.sha256,
+        vocabulary_sha256=data.members[0].train.vocabulary.sha256,
         git_revision=git_revision(),
         versions=versions("torch", "deepspeed", "transformers"),
         arguments=vars(options),
@@ -174,14 +198,20 @@ def announce(options: argparse.Namespace, facts: RunFacts, start: State | None, 
     print(f"new run in {job_folder(options)}" if start is None else f"going on from {start.folder}", flush=True)
 
 
+def saved_folders(job: Path) -> list[Path]:
+    """The model folders that a run has saved, also of its members."""
+    patterns = (f"{name}step*/{checkpoints.FACTS_FILE}" for name in ("", "seed[0-9]*/"))
+    return sorted(path.parent for pattern in patterns for path in job.glob(pattern))
+
+
 def finished_model(job: Path, arguments: dict[str, Any]) -> Path | None:
     """The final model folder, intact, of an earlier run with the same deciding arguments, or None."""
-    for path in sorted(job.glob(f"step*/{checkpoints.FACTS_FILE}")):
+    for folder in saved_folders(job):
         try:
-            facts = checkpoints.read_facts(path.parent)
+            facts = checkpoints.read_facts(folder)
             if facts.get("final") and not differences(facts.get("arguments", {}), arguments):
-                checkpoints.check_folder(path.parent)
-                return path.parent
+                checkpoints.check_folder(folder)
+                return folder
         except InputError as error:
             print(f"warning: {error}")
     return None
@@ -215,8 +245,8 @@ def starting_state(options: argparse.Namespace, job: Path) -> State | None:
     if options.overwrite:
         return None
     earlier = {} if own is None else {own.folder: own.saved.arguments}
-    for path in sorted(job.glob(f"step*/{checkpoints.FACTS_FILE}")):
-        earlier[path.parent] = checkpoints.read_facts(path.parent).get("arguments", {})
+    for folder in saved_folders(job):
+        earlier[folder] = checkpoints.read_facts(folder).get("arguments", {})
     for path, old in earlier.items():
         if changed := differences(old, arguments):
             raise InputError(
@@ -229,7 +259,7 @@ def starting_state(options: argparse.Namespace, job: Path) -> State | None:
 def _own_state(options: argparse.Namespace, job: Path) -> State | None:
     """The newest intact state that earlier runs left in the folder `job`, unless `--resume never`."""
     if options.resume == "never":
-        leftovers = [*job.glob("step*"), *job.glob(STATE_FOLDER)]
+        leftovers = [*saved_folders(job), *job.glob(STATE_FOLDER)]
         if leftovers and not options.overwrite:
             raise InputError(
                 f"--resume never: {leftovers[0]} is there; add --overwrite to delete what a run left, or another --job_name"
@@ -272,13 +302,13 @@ def check_fits(start: State, facts: RunFacts) -> None:
 def clean_up(options: argparse.Namespace, job: Path, start: State | None) -> None:
     """Make the run's folder ready: remove what `--overwrite` deletes, damaged states and leftovers of kills."""
     if options.overwrite and start is None:
-        for path in [*job.glob("step*"), job / STATE_FOLDER]:
+        for path in [*job.glob("step*"), *job.glob("seed[0-9]*"), job / STATE_FOLDER]:
             if path.is_dir():
                 shutil.rmtree(path)
         (job / METRICS_FILE).unlink(missing_ok=True)
     if start is not None and start.folder.parent == job / STATE_FOLDER and not options.load_checkpoint_id:
         state.tidy(start, options.keep_checkpoints)
-    for leftover in job.glob(".step*.tmp"):  # unfinished model folders
+    for leftover in (*job.glob(".step*.tmp"), *job.glob("seed[0-9]*/.step*.tmp")):  # unfinished model folders
         shutil.rmtree(leftover)
     with disk_errors(job):
         job.mkdir(parents=True, exist_ok=True)

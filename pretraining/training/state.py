@@ -2,7 +2,7 @@
 
     training_state/latest                the tag of the newest state, written last
     training_state/<tag>/state.json      progress, facts of the run, SHA-256 of the other files and of itself
-    training_state/<tag>/*.pt            DeepSpeed's checkpoint
+    training_state/<tag>/*.pt            the learner's files: DeepSpeed's checkpoint
 
 A state appears complete or not at all, under a tag of its own: the newest one stays valid while the next is written. A damaged
 state is never loaded.
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -35,6 +34,7 @@ from pcfg.common.files import (
 )
 from pcfg.common.ranks import Ranks
 from pcfg.common.schema import Schema, parse_schema
+from pretraining.training.learner import Learner
 
 STATE_FILE = "state.json"
 LATEST_FILE = "latest"
@@ -50,12 +50,12 @@ class Progress(Schema, frozen=False):
     step: int = 0  # finished steps
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished global batches of the current epoch
-    samples: int = 0  # sentences seen
-    tokens: int = 0  # tokens seen, [CLS] and [SEP] included
+    samples: int = 0  # sentences seen by each member
+    tokens: int = 0  # tokens seen by all members, [CLS] and [SEP] included
     hours: float = 0.0  # of training
     time_markers: int = 0  # how many of --finetune_time_markers have passed
     lowest_scale_steps: int = 0  # for how many steps the loss scale has been the lowest (float16)
-    validation_loss: float | None = None  # the newest, in nats
+    validation_loss: float | None = None  # the newest, in nats, the mean over members
     validated_step: int | None = None  # when it was measured
     stopped: str | None = None  # why the run was stopped before its end
 
@@ -203,19 +203,18 @@ def tidy(state: State, keep: int) -> None:
     _prune(state.folder.parent, state.folder, keep)
 
 
-def save(engine: DeepSpeedEngine, root: Path, ranks: Ranks, facts: RunFacts, progress: Progress, keep: int) -> None:
+def save(learner: Learner, root: Path, ranks: Ranks, facts: RunFacts, progress: Progress, keep: int) -> None:
     """Write a training state under a new tag, switch `latest` to it, then delete all but the newest `keep`.
 
-    Every rank calls this with its own engine.
+    Every rank calls this with its own learner.
     """
     step_tag = f"step{progress.step:07d}"
     tags = (step_tag if attempt == 1 else f"{step_tag}-{attempt}" for attempt in itertools.count(1))
     # One may exist from before the run went back to an earlier state.
     tag = ranks.of_main(next(tag for tag in tags if not (root / tag).exists()))
-    engine.checkpoint_engine = SafeCheckpointEngine()
     with atomic_folder(root / tag) if ranks.is_main else disk_errors(root / tag) as temporary:
         folder = ranks.of_main(temporary)
-        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        learner.save(folder)
         ranks.wait()
         if ranks.is_main:
             write_sealed(folder / STATE_FILE, {"progress": progress.model_dump(), **facts.model_dump(exclude_unset=True)})
@@ -226,21 +225,6 @@ def save(engine: DeepSpeedEngine, root: Path, ranks: Ranks, facts: RunFacts, pro
         for damaged in root.glob(f"step*{DAMAGED}"):
             shutil.rmtree(damaged)
     ranks.wait()
-
-
-def load(engine: DeepSpeedEngine, state: State) -> None:
-    """Load the weights and the optimizer's state of a verified state into `engine`; all ranks call this together."""
-    engine.checkpoint_engine = SafeCheckpointEngine(state.saved.files)
-    folder = state.folder
-    try:
-        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
-    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" if str(error) else type(error).__name__
-        raise InputError(
-            f"{folder}: DeepSpeed can't load it ({reason}); it is from another version or another model"
-        ) from error
-    if loaded is None:
-        raise InputError(f"{folder}: has no checkpoint of DeepSpeed; take another state")
 
 
 def _states(root: Path) -> list[Path]:

@@ -12,17 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepspeed import DeepSpeedEngine
-from torch import nn
 
-from pcfg.common.files import InputError, keyed_rng
+from pcfg.common.files import InputError
 from pcfg.common.ranks import Ranks
 from pretraining.model.checkpoints import save_model
 from pretraining.training import state
-from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.arguments import job_folder
-from pretraining.training.batches import GlobalBatch, count_masks, global_batches, masked_loss, micro_batch, rank_micro_batches
+from pretraining.training.batches import GlobalBatch, MicroBatch, global_batches, micro_batch, rank_micro_batches
 from pretraining.training.engine import LOWEST_LOSS_SCALE, Schedule
+from pretraining.training.learner import Learner, Member
 from pretraining.training.metrics import DIVERGED, LossWatch, Metrics, Signals, check_finite
 from pretraining.training.sample_stream import Shards
 from pretraining.training.state import Progress, RunFacts
@@ -41,28 +39,30 @@ def clock(hours: float = 0.0, now: Callable[[], float] = time.monotonic) -> Call
     return lambda: (now() - start) / 3600
 
 
+def member_folders(members: tuple[Member, ...]) -> list[str]:
+    """The folder of each member inside that of the run: `seedS`, or the run's own for a single one."""
+    return [f"seed{member.seed}" for member in members] if len(members) > 1 else [""]
+
+
 @dataclasses.dataclass
 class Data:
-    """The data of a run, and what is measured on data of its own."""
+    """The data of a run."""
 
-    train: Shards
+    members: tuple[Member, ...]  # in the order of the learner's models
     test: Shards | None  # None without validation
-    # Measures a model's gap to the entropy at each validation, in nats by names for the record; None without a grammar.
-    measure_gap: Callable[[nn.Module], dict[str, float]] | None
     tokenizer: Any  # saved with each model
-    adversarial: AdversarialTerm | None  # its term is subtracted from the loss
 
 
 @dataclasses.dataclass
 class Trainer:
-    """Trains the model in `engine` from `progress`, which is updated, to the end of the run.
+    """Trains the models in `learner` from `progress`, which is updated, to the end of the run.
 
     All ranks do the same steps. The samples of a step are a function of (seed, epoch, batch), its dropout masks of (seed, step,
     rank): a resumed run continues as if it had not been interrupted.
     """
 
     options: argparse.Namespace
-    engine: DeepSpeedEngine
+    learner: Learner
     ranks: Ranks
     data: Data
     facts: RunFacts
@@ -72,10 +72,12 @@ class Trainer:
     def __post_init__(self) -> None:
         progress = self.progress
         self.job = job_folder(self.options)
+        self.members = self.data.members
         self.schedule = Schedule.from_options(self.options)
         self.clock = clock(progress.hours, self.now)
         self.metrics = Metrics(self.job, progress.step, self.options) if self.ranks.is_main else None
-        self.loss_watch = LossWatch(self.ranks.device)
+        names = [f"seed {member.seed}: " for member in self.members] if len(self.members) > 1 else [""]
+        self.loss_watch = LossWatch(self.ranks.device, names)
         self.signals = Signals()
         self.lr = 0.0
         self.saved_step = progress.step
@@ -90,34 +92,40 @@ class Trainer:
             with self.signals:
                 if self.progress.step == 0 and 0 in self.options.save_steps:
                     self.save_model(final=False)
-                for batch in self.batches():
+                for batches in self.batches():
                     self.follow_schedule()
-                    losses = self.forward_and_backward(batch)
-                    self.engine.step()
-                    self.advance(batch, losses)
+                    losses = self.learner.accumulate(self.progress.step, batches, self.members)
+                    self.learner.step(self.lr)
+                    self.advance(batches, losses)
                     self.record(losses)
-                    self.validate_and_save(batch)
+                    self.validate_and_save(is_end_of_epoch=batches[0].is_last)
                 return self.finish() if self.stop_reason() else self.interrupt()
         finally:
-            for shards in filter(None, (self.data.train, self.data.test)):
+            for shards in filter(None, (*(member.train for member in self.members), self.data.test)):
                 shards.close()
             if self.metrics is not None:
                 self.metrics.close()
 
-    def batches(self) -> Iterator[GlobalBatch]:
-        """The global batches from here on, epoch by epoch, until no further step is due."""
-        options = self.options
+    def batches(self) -> Iterator[list[GlobalBatch]]:
+        """The global batches from here on, one per member, epoch by epoch, until no further step is due."""
         while not self.stop_reason() and not self.is_interrupted:
-            epoch = self.progress.epoch
-            samples = self.data.train.read(epoch)
-            path = self.data.train.path(epoch)
-            all_rows = global_batches(len(samples), options.train_batch_size, options.seed, epoch, path)
-            all_rows = all_rows[: options.max_steps_per_epoch]  # (batches, train_batch_size)
+            epochs = [self._epoch(member) for member in self.members]
+            number = len(epochs[0])  # of steps, the same for all members
             # A training state may come from a run with larger shards or smaller batches.
-            for index in range(min(self.progress.batch, len(all_rows) - 1), len(all_rows)):
-                yield GlobalBatch(samples, all_rows[index], index, is_last=index == len(all_rows) - 1)
+            for index in range(min(self.progress.batch, number - 1), number):
+                yield [epoch[index] for epoch in epochs]
                 if self.stop_reason() or self.is_interrupted:
                     return
+
+    def _epoch(self, member: Member) -> list[GlobalBatch]:
+        """The global batches of a member in the present epoch."""
+        options = self.options
+        epoch = self.progress.epoch
+        samples = member.train.read(epoch)
+        all_rows = global_batches(len(samples), options.train_batch_size, member.stream, epoch, member.train.path(epoch))
+        all_rows = all_rows[: options.max_steps_per_epoch]  # (batches, train_batch_size)
+        last = len(all_rows) - 1
+        return [GlobalBatch(samples, rows, index, is_last=index == last) for index, rows in enumerate(all_rows)]
 
     def stop_reason(self) -> str | None:
         """Why no further step is due; None if one is."""
@@ -133,56 +141,24 @@ class Trainer:
         return progress.stopped
 
     def follow_schedule(self) -> None:
-        """Agree with all ranks on the time and on signals, and set the learning rate of the step."""
+        """Agree with all ranks on the time and on signals, and determine the learning rate of the step."""
         progress = self.progress
         progress.hours, self.is_interrupted = self.ranks.agree(self.clock(), self.signals.received is not None)
         self.lr = self.schedule(progress.hours if self.options.lr_schedule == "time" else progress.step)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.lr
 
-    def forward_and_backward(self, batch: GlobalBatch) -> dict[str, torch.Tensor]:
-        """Accumulate the gradient of a global batch in the engine.
-
-        Returns scalars for the record, the same on all ranks: "loss", the mean over the masked positions of the batch, in nats,
-        and "adversarial_loss", without its weight, if there is one.
-        """
-        options = self.options
-        ranks = self.ranks
-        step = self.progress.step
-        torch.manual_seed(int(keyed_rng(options.seed, "dropout", step, ranks.rank).integers(1 << 63)))
-        masks = count_masks(batch.samples, batch.rows)
-        loss = torch.zeros((), device=ranks.device)
-        size = options.train_micro_batch_size_per_gpu
-        for rows in rank_micro_batches(batch.samples, batch.rows, size, ranks.rank, ranks.size):
-            # A rank without a row takes one times 0: all ranks go through the same collectives.
-            part = micro_batch(batch.samples, rows if len(rows) else batch.rows[:1]).to(ranks.device)
-            share = masked_loss(self.engine, part) * (len(rows) > 0) / masks
-            # The loss of a step is the mean over the masked positions of the GLOBAL batch, so that grouping changes nothing.
-            # Every rank knows their number without communication. DeepSpeed averages gradients over ranks, hence `size`; its
-            # division by the number of accumulation steps is turned off.
-            self.engine.backward(share * ranks.size, scale_wrt_gas=False)
-            loss += share.detach()
-        losses = {"loss": loss}
-        if self.data.adversarial is not None:
-            # Every rank computes the whole term, so DeepSpeed's mean over ranks is right. The recorded one is a sum of equal
-            # parts: either all ranks see that it is not finite, or none.
-            term = self.data.adversarial.loss(self.engine, step)
-            self.engine.backward(-options.adversarial_weight * term, scale_wrt_gas=False)
-            losses["adversarial_loss"] = term.detach() / ranks.size
-        return {name: ranks.sum_on_device(share) for name, share in losses.items()}
-
-    def advance(self, batch: GlobalBatch, losses: dict[str, torch.Tensor]) -> None:
+    def advance(self, batches: list[GlobalBatch], losses: dict[str, torch.Tensor]) -> None:
         """Count the step that has ended, and check that its losses are finite and its float16 arithmetic works."""
         progress = self.progress
+        batch = batches[0]
         progress.step += 1
         progress.samples += len(batch.rows)
-        progress.tokens += int(batch.samples.input_mask[batch.rows].sum())
+        progress.tokens += sum(int(part.samples.input_mask[part.rows].sum()) for part in batches)
         self.loss_watch.add(f"step {progress.step} (batch {batch.index} of epoch {progress.epoch})", losses)
         progress.epoch += int(batch.is_last)
         progress.batch = 0 if batch.is_last else batch.index + 1
-        if self.facts.precision == "float16":
+        if self.learner.loss_scale is not None:
             # At the lowest scale, gradients that overflow will always do so.
-            is_lowest = self.engine.optimizer.loss_scale <= LOWEST_LOSS_SCALE
+            is_lowest = self.learner.loss_scale <= LOWEST_LOSS_SCALE
             progress.lowest_scale_steps = progress.lowest_scale_steps + 1 if is_lowest else 0
             if progress.lowest_scale_steps >= self.options.scale_cnt_limit:
                 progress.stopped = f"loss scale {LOWEST_LOSS_SCALE} in {self.options.scale_cnt_limit} steps"
@@ -193,19 +169,19 @@ class Trainer:
         throughput_every = self.options.log_throughput_every
         if step % self.options.print_steps == 0 or self.stop_reason():
             self.loss_watch.settle()
-            values = {name: loss.item() for name, loss in losses.items()}
-            self._write({**values, "lr": self.lr, "sentences_per_second": self._speed()})
+            shared = {"lr": self.lr, "sentences_per_second": self._speed()}
+            self._write([{**values, **shared} for values in self._by_member(losses)])
         elif throughput_every and step % throughput_every == 0 and self.ranks.is_main:
             print(f"step {step}: {self._speed():,.0f} sentences/s")
 
-    def validate_and_save(self, batch: GlobalBatch) -> None:
+    def validate_and_save(self, is_end_of_epoch: bool) -> None:
         """Validate and save a model folder, as they are due, and a training state with either of them."""
-        validates = batch.is_last and self._is_validation_due()
+        validates = is_end_of_epoch and self._is_validation_due()
         if validates:
             self.validate()
         if self.stop_reason():
             return  # `finish` saves the final model and state
-        saves = self.progress.step in self.options.save_steps or self._is_folder_due(batch.is_last)
+        saves = self.progress.step in self.options.save_steps or self._is_folder_due(is_end_of_epoch)
         if saves:
             self.save_model(final=False)
         if saves or validates:
@@ -241,11 +217,16 @@ class Trainer:
         options = self.options
         progress = self.progress
         self.loss_watch.settle()
-        loss, masks = self._validation_loss()
+        losses, masks = self._validation_losses()
+        loss = float(losses.mean())
         progress.validation_loss = loss
         progress.validated_step = progress.step
-        gap = self.data.measure_gap(self.engine.module) if self.data.measure_gap and self.ranks.is_main else {}
-        self._write({"validation_loss": loss, "validation_masks": masks, **gap})
+        records = self._by_member({"validation_loss": losses})
+        if self.ranks.is_main:
+            for record, member, model in zip(records, self.members, self.learner.models(), strict=True):
+                record["validation_masks"] = masks
+                record |= member.measure_gap(model) if member.measure_gap else {}
+        self._write(records)
         check_finite(loss, f"step {progress.step}", "validation loss")
         minutes = 60 * progress.hours
         if options.use_early_stopping and minutes > options.early_stop_time and loss > options.early_stop_eval_loss:
@@ -254,50 +235,56 @@ class Trainer:
                 f"{minutes:.1f} minutes"
             )
 
-    @torch.no_grad()
-    def _validation_loss(self) -> tuple[float, int]:
-        """Mean of -log f over the masked positions of all test shards, in nats, and the number of these positions.
+    def _validation_losses(self) -> tuple[torch.Tensor, int]:
+        """Mean of -log f over the masked positions of all test shards, in nats, (members,) float64, and their number.
 
         Sums and counts are added over all batches and ranks; there is one division, at the end.
         """
         ranks = self.ranks
         shards = self.data.test
         assert shards is not None
-        self.engine.eval()
-        loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         masks = 0
-        for index in range(len(shards.paths)):
-            samples = shards.read(index)
-            size = self.options.validation_micro_batch
-            for rows in rank_micro_batches(samples, np.arange(len(samples)), size, ranks.rank, ranks.size):
-                if len(rows):
-                    batch = micro_batch(samples, rows)
-                    loss += masked_loss(self.engine, batch.to(ranks.device))
-                    masks += len(batch.labels)
-        self.engine.train()
-        total_loss, total_masks = ranks.sum_on_host(np.array([loss.item(), masks], dtype=np.float64)).tolist()
-        return total_loss / total_masks, int(total_masks)
+
+        def batches() -> Iterator[MicroBatch]:
+            nonlocal masks
+            for index in range(len(shards.paths)):
+                samples = shards.read(index)
+                size = self.options.validation_micro_batch
+                for rows in rank_micro_batches(samples, np.arange(len(samples)), size, ranks.rank, ranks.size):
+                    if len(rows):
+                        batch = micro_batch(samples, rows)
+                        masks += len(batch.labels)
+                        yield batch
+
+        losses = self.learner.validation_loss(batches())
+        total = ranks.sum_on_host(np.array([*losses.tolist(), masks], dtype=np.float64))
+        return torch.from_numpy(total[:-1] / total[-1]), int(total[-1])
 
     def save_model(self, final: bool) -> Path:
-        """Write the model folder of this step."""
+        """Write each member's model folder of this step; returns that of the first."""
         self._check_sound()
-        progress = self.progress
-        folder = self.job / f"step{progress.step:07d}"
+        folders = [self.job / name / f"step{self.progress.step:07d}" for name in member_folders(self.members)]
         if self.ranks.is_main:
-            counts: dict[str, float] = {"step": progress.step, "epoch": progress.epoch, "samples_seen": progress.samples}
-            counts |= {"tokens_seen": progress.tokens, "hours": progress.hours, "final": final}
-            facts = {**counts, **self.facts.model_dump(exclude_unset=True)}
-            save_model(folder, self.engine.module, self.data.tokenizer, self.data.train.vocabulary, facts)
-            print(f"model: {folder}", flush=True)
+            for folder, member, model in zip(folders, self.members, self.learner.models(), strict=True):
+                facts = {**self._counts(), "final": final, **self.facts.model_dump(exclude_unset=True), "seed": member.seed}
+                save_model(folder, model, self.data.tokenizer, member.train.vocabulary, facts)
+                print(f"model: {folder}", flush=True)
         self.ranks.wait()
-        return folder
+        return folders[0]
+
+    def _counts(self) -> dict[str, float]:
+        """How far the run is, for `args.json`; tokens are the mean over members."""
+        progress = self.progress
+        tokens = round(progress.tokens / len(self.members))
+        seen = {"samples_seen": progress.samples, "tokens_seen": tokens, "hours": progress.hours}
+        return {"step": progress.step, "epoch": progress.epoch, **seen}
 
     def save_state(self) -> None:
         """Write a training state of this step."""
         self._check_sound()
         if self.metrics is not None:
             self.metrics.sync()  # no state may be ahead of its records
-        state.save(self.engine, self.job / STATE_FOLDER, self.ranks, self.facts, self.progress, self.options.keep_checkpoints)
+        state.save(self.learner, self.job / STATE_FOLDER, self.ranks, self.facts, self.progress, self.options.keep_checkpoints)
         self.saved_step = self.progress.step
 
     def finish(self) -> Path:
@@ -326,17 +313,26 @@ class Trainer:
     def _check_sound(self) -> None:
         """Refuse to save what no run can resume from: losses and weights must be finite."""
         self.loss_watch.settle()
-        if not torch.stack([parameter.isfinite().all() for parameter in self.engine.module.parameters()]).all():
+        parameters = [parameter for model in self.learner.models() for parameter in model.parameters()]
+        if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
             raise InputError(f"step {self.progress.step}: a weight is NaN or infinite; {DIVERGED}")
 
-    def _write(self, values: dict[str, float]) -> None:
-        """A record on the disk and a line on the screen, by the main rank."""
+    def _by_member(self, losses: dict[str, torch.Tensor]) -> list[dict[str, float]]:
+        """Losses (members,) by name as numbers, a dictionary for each member."""
+        columns = {name: loss.tolist() for name, loss in losses.items()}
+        return [{name: column[index] for name, column in columns.items()} for index in range(len(self.members))]
+
+    def _write(self, values: list[dict[str, float]]) -> None:
+        """A record per member on the disk, and a line with their mean on the screen, by the main rank."""
         if self.metrics is None:
             return
         progress = self.progress
         position = {"step": progress.step, "epoch": progress.epoch, "samples": progress.samples}
-        self.metrics.write({**position, **values, "seconds": 3600 * progress.hours})
-        shown = "  ".join(f"{name} {value:.6g}" for name, value in values.items())
+        for member, numbers in zip(self.members, values, strict=True):
+            name = {"seed": member.seed} if len(self.members) > 1 else {}
+            self.metrics.write({**position, **name, **numbers, "seconds": 3600 * progress.hours})
+        mean = {name: sum(numbers[name] for numbers in values) / len(values) for name in values[0]}
+        shown = "  ".join(f"{name} {value:.6g}" for name, value in mean.items())
         of = f"/{self.options.max_steps}" if self.options.max_steps else ""
         left = datetime.timedelta(seconds=round(self._seconds_left()))
         print(f"step {progress.step}{of}  {shown}  ({3600 * progress.hours:.1f} s, {left} left)", flush=True)

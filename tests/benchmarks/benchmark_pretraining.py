@@ -33,7 +33,7 @@ from pretraining.data.samples import Samples, read_samples
 from pretraining.evaluation.loss import gap_meter
 from pretraining.training import arguments as command_line
 from pretraining.training.batches import GlobalBatch, count_masks, masked_loss, micro_batch, rank_micro_batches
-from pretraining.training.engine import build_engine, build_optimizer, cpu_has_bfloat16, start_ranks
+from pretraining.training.engine import EngineLearner, build_optimizer, cpu_has_bfloat16, start_ranks
 from pretraining.training.pretrain import build_model, load_data, run_facts
 from pretraining.training.state import Progress
 from pretraining.training.trainer import Trainer
@@ -85,8 +85,8 @@ class Bench:
         config = command_line.model_config(options, vocab_size, length)
         ranks = start_ranks(options)
         facts = run_facts(options, data, config, ranks)
-        engine = build_engine(options, build_model(config, 0), ranks.size, facts.precision)
-        return Trainer(options, engine, ranks, data, facts, Progress())
+        learner = EngineLearner(options, build_model(config, 0), ranks, facts.precision)
+        return Trainer(options, learner, ranks, data, facts, Progress())
 
     def plain_step(self, vocab_size: int):
         """The same model, batches and optimizer as the trainer's, in a loop without DeepSpeed."""
@@ -162,14 +162,14 @@ def useful_flops(samples: Samples, config) -> float:
 
 def training_rows(bench: Bench, what: str, vocab_size: int, goal_ratio: float | None) -> list[Row]:
     trainer = bench.engine_trainer(vocab_size)
-    config = trainer.engine.module.config
+    config = trainer.learner.engine.module.config
 
     def our_step(rows: np.ndarray) -> None:
-        batch = GlobalBatch(bench.samples, rows, index=0, is_last=False)
+        batches = [GlobalBatch(bench.samples, rows, index=0, is_last=False)]
         trainer.follow_schedule()
-        losses = trainer.forward_and_backward(batch)
-        trainer.engine.step()
-        trainer.advance(batch, losses)
+        losses = trainer.learner.accumulate(trainer.progress.step, batches, trainer.members)
+        trainer.learner.step(trainer.lr)
+        trainer.advance(batches, losses)
 
     arithmetic = torch.bfloat16 if bench.options.bf16 else None
     rates = bench.rates(

@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 
 from pcfg.common.files import InputError, read_json, write_sealed
-from pretraining.training import pretrain, state, trainer
+from pretraining.training import engine, pretrain, state, trainer
 from pretraining.training.metrics import Metrics, read_metrics
 from pretraining.training.state import SafeCheckpointEngine
 
@@ -185,19 +185,19 @@ def test_the_loss_scale_of_float16_is_taken_up_again(train, monkeypatch):
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
     monkeypatch.setattr(type(get_accelerator()), "supported_dtypes", lambda _: [torch.float32, torch.float16, torch.bfloat16])
     scales = []
-    forward_and_backward, advance = trainer.Trainer.forward_and_backward, trainer.Trainer.advance
+    accumulate, advance = engine.EngineLearner.accumulate, trainer.Trainer.advance
 
-    def overflowing(self, batch):
-        if self.progress.step in (1, 2, 3):
+    def overflowing(self, step, batches, members):
+        if step in (1, 2, 3):
             self.engine.optimizer.loss_scaler.update_scale(True)  # as after an overflow: the second one halves the scale
-        return forward_and_backward(self, batch)
+        return accumulate(self, step, batches, members)
 
     def noting(self, batch, losses):
-        scaler = self.engine.optimizer.loss_scaler
+        scaler = self.learner.engine.optimizer.loss_scaler
         scales.append((scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter, scaler.cur_hysteresis))
         advance(self, batch, losses)
 
-    monkeypatch.setattr(trainer.Trainer, "forward_and_backward", overflowing)
+    monkeypatch.setattr(engine.EngineLearner, "accumulate", overflowing)
     monkeypatch.setattr(trainer.Trainer, "advance", noting)
     undisturbed = train("--save_steps 4 --fp16", job="undisturbed")
     expected = scales[:]

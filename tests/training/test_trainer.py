@@ -252,7 +252,7 @@ def test_a_signal_in_the_last_step_leaves_a_finished_run(train, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_that_step(train, monkeypatch, tmp_path):
     def spoil(self):
-        self.engine.module.decoder_bias.data[5] = float("nan")
+        self.learner.engine.module.decoder_bias.data[5] = float("nan")
 
     after_steps(monkeypatch, 4, spoil)
     # nothing is printed in between, and a state is due at step 5
@@ -264,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_that_step(train, monkeypatch
 
 def test_weights_that_are_not_finite_are_not_saved(train, monkeypatch, tmp_path):
     def spoil(self):
-        self.engine.module.decoder_bias.data[5] = float("inf")
+        self.learner.engine.module.decoder_bias.data[5] = float("inf")
 
     after_steps(monkeypatch, 4, spoil)
     with pytest.raises(InputError, match="step 4: a weight is NaN or infinite"):

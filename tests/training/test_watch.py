@@ -26,18 +26,18 @@ def test_the_first_signal_is_noted_and_the_second_acts(number):
 
 def test_the_cpu_is_looked_at_at_once():
     watch = LossWatch(torch.device("cpu"))
-    watch.add("step 1", {"loss": torch.tensor(2.0)})
+    watch.add("step 1", {"loss": torch.tensor([2.0])})
     with pytest.raises(InputError, match="step 2: the loss is nan"):
-        watch.add("step 2", {"loss": torch.tensor(float("nan"))})
+        watch.add("step 2", {"loss": torch.tensor([float("nan")])})
     with pytest.raises(InputError, match="step 3: the other loss is inf"):
-        watch.add("step 3", {"loss": torch.tensor(2.0), "other_loss": torch.tensor(float("inf"))})
+        watch.add("step 3", {"loss": torch.tensor([2.0]), "other_loss": torch.tensor([float("inf")])})
 
 
 def test_a_gpu_is_looked_at_a_step_later():
     watch = LossWatch(torch.device("cuda"))
-    watch.add("step 1", {"loss": torch.tensor(float("inf"))})
+    watch.add("step 1", {"loss": torch.tensor([float("inf")])})
     with pytest.raises(InputError, match="step 1: the loss is inf"):
-        watch.add("step 2", {"loss": torch.tensor(2.0)})
-    watch.add("step 3", {"loss": torch.tensor(1.0), "other_loss": torch.tensor(float("-inf"))})
+        watch.add("step 2", {"loss": torch.tensor([2.0])})
+    watch.add("step 3", {"loss": torch.tensor([1.0]), "other_loss": torch.tensor([float("-inf")])})
     with pytest.raises(InputError, match="step 3: the other loss is -inf"):
         watch.settle()

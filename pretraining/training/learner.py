@@ -1,0 +1,62 @@
+"""What the training loop trains: a `Learner` holds the models of a run with their optimizer, one model per `Member`."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from pretraining.model.bert import MaskedLM
+from pretraining.training.adversarial import AdversarialTerm
+from pretraining.training.batches import GlobalBatch, MicroBatch
+from pretraining.training.sample_stream import Shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One model of a run, and what depends on its seed."""
+
+    seed: int  # of the initial weights; names the model in folders and records where there are several
+    stream: int  # key of the order of samples, their dynamic masks, dropout and labelled batches: the seed, except in a branch
+    train: Shards  # may be shared with other members: it depends on the stream only with dynamic masks
+    adversarial: AdversarialTerm | None  # its term is subtracted from the loss
+    # Measures a model's gap to the entropy, in nats by names for the record; None without a grammar.
+    measure_gap: Callable[[nn.Module], dict[str, float]] | None
+
+
+class Learner(Protocol):
+    """The models of a run with their optimizer, at one step; all ranks call its methods together."""
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The loss scale of float16; None in other arithmetic."""
+        ...
+
+    def models(self) -> list[MaskedLM]:
+        """The model of each member, with its present weights, to measure or to save."""
+        ...
+
+    def accumulate(self, step: int, batches: Sequence[GlobalBatch], members: Sequence[Member]) -> dict[str, Tensor]:
+        """Accumulate the gradient of one global batch per member; the dropout masks are a function of (stream, step, rank).
+
+        Returns losses for the record, each (members,), the same on all ranks: "loss", the mean over the masked positions of the
+        batch, in nats, and "adversarial_loss", without its weight, if there is one.
+        """
+        ...
+
+    def step(self, lr: float) -> None:
+        """Clip the accumulated gradients, change the weights with the learning rate `lr`, and clear the gradients."""
+        ...
+
+    def validation_loss(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """Sum of -log f over the masked positions of this rank's batches, in nats, without dropout: (members,) float64."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer into the folder of a training state."""
+        ...
+
+    def load(self, folder: Path, files: dict[str, str]) -> None:
+        """Replace weights and optimizer, bit for bit, by what `save` wrote; `files` are the SHA-256 of its files by name."""
+        ...
