@@ -4,6 +4,7 @@
     python -m pretraining.sources.examples bookcorpus FOLDER      sentences, one per row, lower-cased (parquet, column text)
     python -m pretraining.sources.examples opt FOLDER             a tiny OPT with random weights, and its tokenizer
     python -m pretraining.sources.examples sst2 FOLDER            labelled sentences in GLUE's columns: do they contain "the"?
+    python -m pretraining.sources.examples qnli FOLDER            labelled pairs in GLUE's columns: is it the next sentence?
 
 The text is the docstrings of Python's standard library. The layouts are those of the hub's data sets Skylion007/openwebtext
 and bookcorpus, and of facebook/opt-125m.
@@ -51,14 +52,30 @@ def _write_parquet(folder: Path, rows: list[str]) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": rows}), folder / "train-00000-of-00001.parquet")
 
 
-def write_sst2(folder: Path, number: int) -> None:
-    """Sentences of at most ten words: every fourth one in validation.csv, the others in train.csv."""
-    short = [words for words in _sentences(number) if len(words) <= 10]
-    for name, part in (("train", [words for i, words in enumerate(short) if i % 4]), ("validation", short[::4])):
+def _short_sentences(number: int) -> list[str]:
+    """Those of at most ten words."""
+    return [" ".join(words) for words in _sentences(number) if len(words) <= 10]
+
+
+def _write_labelled(folder: Path, columns: tuple[str, ...], rows: list[tuple]) -> None:
+    """Every fourth row in validation.csv, the others in train.csv."""
+    for name, part in (("train", [row for i, row in enumerate(rows) if i % 4]), ("validation", rows[::4])):
         with open(folder / f"{name}.csv", "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("sentence", "label"))
-            writer.writerows((" ".join(words), int("the" in words)) for words in part)
+            writer.writerow((*columns, "label"))
+            writer.writerows(part)
+
+
+def write_sst2(folder: Path, number: int) -> None:
+    _write_labelled(folder, ("sentence",), [(text, int("the" in text.split())) for text in _short_sentences(number)])
+
+
+def write_qnli(folder: Path, number: int) -> None:
+    """A sentence with the next one (label 0, entailment) or the one after that (label 1)."""
+    texts = _short_sentences(number)
+    # Four pairs in a row have one label, so that both labels are among every fourth pair.
+    pairs = [(3 * pair, pair // 4 % 2) for pair in range(len(texts) // 3)]
+    _write_labelled(folder, ("question", "sentence"), [(texts[i], texts[i + 1 + label], label) for i, label in pairs])
 
 
 def write_opt(folder: Path, number: int) -> None:
@@ -85,6 +102,7 @@ WRITERS: dict[str, Callable[[Path, int], None]] = {
     "bookcorpus": lambda folder, number: _write_parquet(folder, [" ".join(words) for words in _sentences(number)]),
     "opt": write_opt,
     "sst2": write_sst2,
+    "qnli": write_qnli,
 }
 
 
