@@ -90,13 +90,13 @@ def test_finished_measurements_are_skipped(model, data, capsys):
 
 
 def test_predicted_conditionals_of_a_model(model, data):
-    run_lp.main(["--model_name_or_path", str(model), *data, *SHORT, "--features", "conditional"])
+    run_lp.main(["--model_name_or_path", str(model), *data, *SHORT, "--features", "conditional", "--solver", "adamw"])
     record = record_of(model, "probe_conditional_pcfg_B.json")
     assert record["features"] == "conditional" and not (model / "probe_pcfg_B.json").exists()
 
 
 def test_lookup_table_from_rules_and_from_tables(data, tiny_rules, tmp_path, capsys):
-    flags = [*data, *SHORT, "--features", "conditional", "--num_train_epochs", "60"]
+    flags = [*data, *SHORT, "--features", "conditional", "--num_train_epochs", "60", "--solver", "adamw"]
     by_rules = tmp_path / "by_rules"
     run_lp.main([*flags, "--rule-path", str(tiny_rules), "--output_dir", str(by_rules)])
     tables = []
@@ -129,7 +129,7 @@ def test_solvers_and_pools_have_records_of_their_own(model, data, flags, capsys)
     assert not (model / "probe_pcfg_B.json").exists() and record["value"] > record["majority"] - 0.1
     is_optimum = "lbfgs" in flags
     assert ("learning_rate" in record["arguments"]) != is_optimum
-    assert ("--learning_rate" in capsys.readouterr().out) == is_optimum  # it has no effect, which is said
+    assert ("probe by lbfgs: --learning_rate" in capsys.readouterr().out) == is_optimum  # it has no effect, which is said
     if is_optimum:
         assert record["excess_nats"] < 1e-5 and len(record["strengths"]) == 2
     run_lp.main(command)
@@ -156,20 +156,92 @@ def test_lookup_table_takes_the_same_options(data, tiny_rules, tmp_path):
     run_lp.main([*flags, "--solver", "lbfgs", "--pool", "mean", "--bootstrap", "3", "--max_train_samples", "100"])
     record = record_of(tmp_path / "out", "probe_lbfgs_mean_pcfg_B.json")
     assert record["value"] > record["majority"] and record["train_n"] == 100 and record["bootstrap"]["replicates"] == 3
-    run_lp.main([*flags, "--max_train_samples", "100"])
+    run_lp.main([*flags, "--max_train_samples", "100"])  # by lbfgs, the default for conditionals
     tables = []
     for flag, part in (("--condprobfile_train", data[1]), ("--condprobfile_validation", data[3])):
         lookup.main(["--rule-path", str(tiny_rules), "--datafile", part, "--save-path", str(tmp_path / f"{flag}.h5")])
         tables += [flag, str(tmp_path / f"{flag}.h5")]
     start = [*data, *SHORT, "--features", "conditional", *tables, "--output_dir", str(tmp_path / "out2")]
     run_lp.main([*start, "--max_train_samples", "100"])
-    first, second = record_of(tmp_path / "out"), record_of(tmp_path / "out2")
+    first, second = (record_of(tmp_path / out, "probe_lbfgs_pcfg_B.json") for out in ("out", "out2"))
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+CURVE = ["--label-counts", "40,20", "--label-draws", "3"]
+
+
+@pytest.mark.parametrize("solver", ["ridge", "lbfgs"])
+def test_curves_of_models_and_controls(model, data, tiny_rules, tmp_path, solver, capsys):
+    """Records of all kinds of features, on the same draws; measured once."""
+    start = [*data, "--max_seq_length", "12", "--solver", solver, *CURVE]
+    kinds = {
+        model: ["--model_name_or_path", str(tmp_path / "models")],
+        tmp_path / "words": ["--features", "words", "--output_dir", str(tmp_path / "words")],
+        tmp_path / "table": [
+            *("--features", "conditional", "--rule-path", str(tiny_rules)),
+            *("--output_dir", str(tmp_path / "table")),
+        ],
+    }
+    for folder, flags in kinds.items():
+        run_lp.main([*start, *flags])
+        record = record_of(folder, f"curve_pcfg_B_{solver}.json")
+        assert [point["labels"] for point in record["points"]] == [20, 40] and record["points"][0]["draws"] == 3
+        assert record["value"] == record["points"][1]["accuracy"]["mean"] and record["task"] == "pcfg_B"
+        assert record["solver"] == solver and record["seeds"] == [] and record["n"] == 100
+        assert ("model" in record["inputs"]) == (folder.name != "words")
+    printed = capsys.readouterr().out
+    assert f"curve pcfg_B by {solver}: " in printed and "labels; means over 3 draws; majority" in printed
+    # The class is that of the first word: one-hot words tell it once each word has been seen.
+    words = record_of(tmp_path / "words", f"curve_pcfg_B_{solver}.json")
+    assert words["value"] > 0.9 > words["majority"] and words["features"] == "words"
+    for folder, flags in kinds.items():
+        run_lp.main([*start, *flags])
+        assert f"{folder}: curve_pcfg_B_{solver}.json is measured already" in capsys.readouterr().out
+    with pytest.raises(InputError, match="label_draws was 3, now 4.*--overwrite"):
+        run_lp.main([*start, *kinds[model], "--label_draws", "4"])
+
+
+def test_ridge_on_the_whole_file_layers_and_positions(model, data):
+    start = ["--model_name_or_path", str(model), *data, "--max_seq_length", "12", "--solver", "ridge"]
+    run_lp.main([*start, "--bootstrap", "3"])
+    record = record_of(model, "probe_ridge_pcfg_B.json")
+    assert record["value"] > record["majority"] and len(record["strengths"]) == 1 == len(record["accuracies"])
+    assert record["bootstrap"]["training_standard_error"] > 0 and "learning_rate" not in record["arguments"]
+    run_lp.main([*start, "--layer", "0", "--position", "1"])  # the class is that of the first word
+    record = record_of(model, "probe_ridge_layer0_position1_pcfg_B.json")
+    assert record["value"] == 1 and record["arguments"]["layer"] == 0 and record["arguments"]["position"] == 1
+    run_lp.main([*start, *CURVE, "--layer", "0", "--position", "1"])
+    record = record_of(model, "curve_layer0_position1_pcfg_B_ridge.json")
+    assert (record["layer"], record["position"], record["pool"]) == (0, 1, "concat") and record["value"] > 0.95
+
+
+def test_unfinished_probes_are_marked(model, data, capsys):
+    start = ["--model_name_or_path", str(model), *data, "--max_seq_length", "12"]
+    run_lp.main([*start, "--learning_rate", "1e-3", "--num_train_epochs", "2", "--seeds", "0,1"])
+    record = record_of(model)
+    assert record["unfinished"] == 2 and len(record["gradient_norms"]) == 2
+    assert "warning: the training loss still falls, by 0." in capsys.readouterr().out
+    flags = ["--learning_rate", "1e-1", "--num_train_epochs", "300", "--per_device_train_batch_size", "300", "--overwrite"]
+    run_lp.main([*start, *flags])
+    assert record_of(model)["unfinished"] == 0 and record_of(model)["gradient_norms"][0] < record["gradient_norms"][0] / 5
+    assert "still falls" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
+        ([*CURVE], "--label-counts: adamw's steps"),
+        ([*CURVE, "--solver", "ridge", "--bootstrap", "3"], "--bootstrap 3: is for one training file"),
+        ([*CURVE, "--solver", "ridge", "--label-draws", "1"], "--label-draws 1: give 2"),
+        ([*CURVE, "--solver", "lbfgs", "--seeds", "0,1"], "--seeds 0,1: only --label-draws"),
+        (["--solver", "ridge", "--seeds", "0"], "--seeds 0: "),
+        (["--solver", "ridge", "--label-counts", "50,301"], "--label_counts: '50,301'; give distinct integers from 2 to 300"),
+        (["--layer", "0", "--features", "conditional"], "--layer 0: only hidden states"),
+        (["--layer", "9"], "--layer 9: the model has"),
+        (["--position", "0"], "--position 0: give the number of a word"),
+        (["--position", "2", "--pool", "mean"], "--position 2"),
+        (["--position", "50"], "pcfg_B.csv: sentence .* --position [0-9] or less"),
+        (["--features", "words"], "what is probed"),
         (["--bootstrap", "1"], "--bootstrap 1: give 2 or more"),
         (["--bootstrap", "-5"], "--bootstrap -5"),
         (["--features", "conditional", "--pool", "cls"], "--pool cls"),
@@ -299,7 +371,7 @@ def test_help(capsys):
 
 @pytest.mark.parametrize(
     "flags, named",
-    [(["--num_train_epochs", "0"], "no training step"), (["--seeds", "x"], "'x'"), (["--seeds", str(1 << 32)], "2.32")],
+    [(["--num_train_epochs", "0"], "no training step"), (["--seeds", "x"], "'x'"), (["--seeds", str(1 << 32)], "4294967295")],
 )
 def test_trainings_that_are_none(model, data, flags, named):
     with pytest.raises(InputError, match=named):

@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from pcfg.common.cli import Parser
 from pcfg.common.files import InputError
 from pretraining.data.tasks import GLUE, Task
-from pretraining.evaluation.records import AccuracyRecord, FinetuneRecord, ProbeRecord, is_measured, write_record
+from pretraining.evaluation.records import AccuracyRecord, CurveRecord, FinetuneRecord, ProbeRecord, is_measured, write_record
 
 SEEDS = 1 << 32  # number of seeds of numpy, which the Trainer sets
 
@@ -77,7 +77,9 @@ class DownstreamTrainingArguments(TrainingArguments):
         help="evaluations during training, for the best accuracy: no, steps (every --eval_steps) or epoch",
     )
     save_strategy: SaveStrategy | str = flag(default="no", help="only no: a measurement keeps no checkpoints")
-    output_dir: str | None = flag(default=None, help="folder for records of a lookup table (run_lp); a model's go into its own")
+    output_dir: str | None = flag(
+        default=None, help="folder for records of a lookup table or of words (run_lp); a model's go into its own"
+    )
     do_train: bool = flag(default=True, help="accepted for compatibility: a measurement always trains")
     do_eval: bool = flag(default=True, help="accepted for compatibility: a measurement always evaluates")
     seed: int = flag(default=0, help="seed without --seeds")
@@ -155,15 +157,18 @@ def parse_arguments(parser: DownstreamParser, arguments: list[str] | None) -> tu
     return options, training, changed
 
 
+def parse_integers(name: str, text: str, least: int, most: int) -> list[int]:
+    """The distinct integers of a flag, separated by commas, in the order of the text; each in [least, most]."""
+    parts = text.split(",")
+    numbers = [int(part) for part in parts if part.strip().isdecimal() and least <= int(part) <= most]
+    if len(set(numbers)) < len(parts):
+        raise InputError(f"--{name}: {text!r}; give distinct integers from {least} to {most}, separated by commas")
+    return numbers
+
+
 def parse_seeds(options: DownstreamArguments, training: TrainingArguments) -> list[int]:
     """The distinct seeds of --seeds, or the one of --seed."""
-    if options.seeds is None:
-        return [training.seed]
-    parts = options.seeds.split(",")
-    seeds = [int(part) for part in parts if part.strip().isdecimal() and int(part) < SEEDS]
-    if len(set(seeds)) < len(parts):
-        raise InputError(f"--seeds: {options.seeds!r}; give distinct integers in [0, 2^32), such as 0,1,2")
-    return seeds
+    return [training.seed] if options.seeds is None else parse_integers("seeds", options.seeds, 0, SEEDS - 1)
 
 
 def training_steps(training: TrainingArguments, sentences: int) -> int:
@@ -187,6 +192,14 @@ def plain_flags(training: TrainingArguments, names: tuple[str, ...]) -> dict[str
     return {name: getattr(getattr(training, name), "value", getattr(training, name)) for name in names}
 
 
+def record_inputs(
+    task: Task, options: DownstreamArguments, model: dict[str, str] | None
+) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
+    """The files and the model (None: no model) of a record, and the flags on data that its value depends on."""
+    inputs = {**task.inputs(), **({} if model is None else {"model": model})}
+    return inputs, {flag: getattr(options, flag) for flag in ("max_seq_length", "max_train_samples", "tokenization")}
+
+
 def measure_accuracy(
     folder: Path,
     name: str,
@@ -194,7 +207,7 @@ def measure_accuracy(
     task: Task,
     options: DownstreamArguments,
     training: TrainingArguments,
-    model: dict[str, str],
+    model: dict[str, str] | None,
     flags: dict[str, Any],
     run: Callable[[list[int]], tuple[list[dict[str, Any]], dict[str, Any]]],
     further_files: tuple[str, ...] = (),
@@ -205,15 +218,14 @@ def measure_accuracy(
     `sampling_standard_error` is sqrt(a (1 - a) / n), the standard deviation over validation samples of n sentences.
 
     Args:
-        model: description of the model, for the record.
+        model: description of the model, for the record; None for a control without one.
         flags: arguments that the value depends on, in addition to those on data and seeds.
         run: from seeds to one dict each ("last" and "best" validation accuracy, "train" on the training part), and further
             fields of the record.
         further_files: other results in `folder`; without one of them the record is not complete.
     """
     seeds = parse_seeds(options, training)
-    inputs = {**task.inputs(), "model": model}
-    data_flags = {flag: getattr(options, flag) for flag in ("max_seq_length", "max_train_samples", "tokenization")}
+    inputs, data_flags = record_inputs(task, options, model)
     arguments = {**flags, **data_flags, "seeds": seeds}
     is_complete = is_measured(folder, name, inputs, arguments, options.overwrite)
     if is_complete and all((folder / file).exists() for file in further_files):
@@ -263,3 +275,13 @@ def describe_accuracy(record: AccuracyRecord) -> str:
         errors.append(f"± {100 * record.bootstrap.standard_error:.2f} over {record.bootstrap.replicates} samples of the data")
     errors.append(f"majority {100 * record.majority:.2f}%")
     return f"accuracy {100 * record.value:.2f}% ({'; '.join(errors)})"
+
+
+def describe_curve(record: CurveRecord) -> str:
+    """One line on accuracies by the number of labels, in %."""
+    points = [
+        f"{100 * point.accuracy.mean:.2f}% ± {100 * point.accuracy.standard_error:.2f} with {point.labels} labels"
+        + (f" ({point.missing_classes} of {point.draws} draws lack a class)" if point.missing_classes else "")
+        for point in record.points
+    ]
+    return f"{'; '.join(points)}; means over {record.points[0].draws} draws; majority {100 * record.majority:.2f}%"

@@ -1,19 +1,13 @@
 """Linear probe: a linear classifier on frozen features of a sentence, which are computed once.
 
-The features are the vectors of all positions, concatenated, with zeros at padding (Liu et al. 2023, section 3: "concatenation
-of the token representations"):
+The features are in `pretraining.evaluation.features`, the solvers in `pretraining.evaluation.solvers`.
 
-    hidden       [h_0; h_1; ...; h_{T+1}; 0; ...]          max_seq_length x hidden numbers
-    conditional  [p(. | x_-1); ...; p(. | x_-T); 0; ...]   max_words x words numbers
-
-h are the last hidden states ([CLS] and [SEP] included), p the distribution of the word at a position given the rest: the
-prediction of a model (softmax over its vocabulary), or the conditionals of the language itself (a lookup table). `pool` is
-"concat", or "mean" (over the positions that are not padding), or "cls" (h_0 alone). The solvers are in
-`pretraining.evaluation.solvers`.
+A curve is the accuracy by the number of labelled sentences: the mean over draws from the training file. A draw is a function of
+the file's SHA-256, the number of labels and the number of the draw. So it is the same for every model and for all features.
 """
 
 import dataclasses
-import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainingArguments
 
-from pcfg.common.files import InputError, read_json, write_json
+from pcfg.common.files import InputError, keyed_rng, read_json, write_json
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
-from pretraining.data.contexts import Contexts, concatenate
 from pretraining.data.masking import check_lengths
 from pretraining.data.tasks import Task, encode_task
 from pretraining.evaluation.downstream import (
@@ -35,13 +28,28 @@ from pretraining.evaluation.downstream import (
     TRAINING_FLAGS,
     DownstreamArguments,
     DownstreamTrainingArguments,
+    describe_curve,
     flag,
     measure_accuracy,
+    parse_integers,
     plain_flags,
+    record_inputs,
 )
-from pretraining.evaluation.records import ProbeRecord
+from pretraining.evaluation.features import (
+    FEATURES,
+    POOLS,
+    Pool,
+    check_position,
+    conditional_features,
+    feature_width,
+    hidden_features,
+    table_features,
+    word_features,
+)
+from pretraining.evaluation.records import CurvePoint, CurveRecord, Mean, ProbeRecord, is_measured, write_record
 from pretraining.evaluation.solvers import (
     SOLVERS,
+    STILL_FALLS,
     ProbeData,
     accuracy,
     bootstrap,
@@ -49,17 +57,15 @@ from pretraining.evaluation.solvers import (
     correct,
     fit_adamw,
     fit_lbfgs,
+    fit_ridge,
+    progress_left,
     standardise,
 )
-from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import FACTS_FILE, describe_model, is_model_folder, load_model
 
-FEATURES = ("hidden", "conditional")
-POOLS = ("concat", "mean", "cls")
 LOOKUP_TABLE = "lookup table"  # the name in args.json by which the report knows it
-BLOCK_SENTENCES = 512  # of a lookup table in memory at a time
-# Per encoder pass: more do not fit into the cache of a CPU (20% slower at 32,768), and a GPU needs more.
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+WORDS = "words"  # the same of one-hot words
+CHOICE_DRAWS = 5  # draws per number of labels on which the strength of L-BFGS is chosen
 # The training flags that AdamW depends on; the other TrainingArguments configure the Trainer, which a probe does not use.
 FLAGS = (*TRAINING_FLAGS, "lr_scheduler_kwargs", "eval_strategy", "eval_steps")
 
@@ -71,19 +77,29 @@ class ProbeArguments(DownstreamArguments):
     features: str = flag(
         default="hidden",
         metadata={"choices": FEATURES},
-        help="hidden: last hidden states; conditional: the distribution of the word at each position given the rest, predicted "
-        "by a model or, with --rule-path or --condprobfile_*, of the language itself (the lookup table)",
+        help="hidden: hidden states of a model; conditional: the distribution of the word at each position given the rest, "
+        "predicted by a model or, with --rule-path or --condprobfile_*, of the language itself (the lookup table); words: "
+        "one-hot words, without a model",
     )
     pool: str = flag(
         default="concat",
         metadata={"choices": POOLS},
         help="concat: the vectors of all positions; mean: their mean over the sentence, without padding; cls: that of [CLS]",
     )
-    solver: str = flag(
-        default="adamw",
-        metadata={"choices": SOLVERS},
-        help="adamw: trained with the training flags; lbfgs: the regularised optimum, which ignores them",
+    layer: int | None = flag(
+        default=None, help="number of layers before the hidden states; 0: embeddings; default: all, and the final LayerNorm"
     )
+    position: int | None = flag(default=None, help="read the word at this position alone, from 1; default: all, by --pool")
+    solver: str | None = flag(
+        default=None,
+        metadata={"choices": SOLVERS},
+        help="adamw: trained with the training flags; lbfgs, ridge: the regularised optimum of the cross-entropy or of the "
+        "squared error, which ignores them; default: adamw for hidden states, lbfgs for conditional and words",
+    )
+    label_counts: str | None = flag(
+        default=None, help="accuracy by the number of labelled sentences, such as 50,100,300,1000; with lbfgs or ridge"
+    )
+    label_draws: int = flag(default=20, help="labelled sets per number, drawn from --train_file; 2 or more")
     bootstrap: int = flag(default=0, help="resampled data sets for the error over samples of the data, 2 or more; 0: none")
     rule_path: str | None = flag(default=None, help="grammar whose conditionals are probed; a bare name may be a shipped one")
     condprobfile_train: str | None = flag(
@@ -91,107 +107,20 @@ class ProbeArguments(DownstreamArguments):
     )
     condprobfile_validation: str | None = flag(default=None, help="lookup table made for --validation_file")
 
+    @property
+    def pooling(self) -> Pool:
+        return self.pool if self.position is None else self.position
 
-def _allocate(rows: int, width: int) -> Tensor:
-    """Zeros of shape (rows, width), float32, if they fit into memory."""
-    needed = 4 * rows * width
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise InputError(
-            f"the features of {rows:,} sentences need {needed / 2**30:.1f} GiB, the machine has {memory / 2**30:.1f} GiB; "
-            "use fewer sentences, a smaller --max_seq_length or a smaller vocabulary"
-        )
-    with torch.inference_mode(False):  # an inference tensor could not be trained on
-        return torch.zeros(rows, width)
+    @property
+    def needs_model(self) -> bool:
+        """Whether neither a lookup table nor one-hot words are probed."""
+        tables = (self.rule_path, self.condprobfile_train, self.condprobfile_validation)
+        return self.features != "words" and not any(tables)
 
-
-def feature_width(pool: str, positions: int, size: int) -> int:
-    """Numbers of one sentence's features: `positions` vectors of `size`, or one of them."""
-    return positions * size if pool == "concat" else size
-
-
-def _pooled(vectors: Tensor, pool: str, positions: int) -> Tensor:
-    """(batch, length, size) vectors of sentences without padding -> (batch, feature_width(pool, positions, size))."""
-    if pool == "mean":
-        return vectors.mean(1)
-    return vectors[:, 0] if pool == "cls" else concatenate(vectors, None, positions)
-
-
-@torch.inference_mode()
-def hidden_features(
-    model: MaskedLM, contexts: Contexts, positions: int, pool: str = "concat", batch_tokens: int | None = None
-) -> Tensor:
-    """Last hidden states of whole (unmasked) sentences.
-
-    A batch has sentences of one length, so that nothing is padded or masked; repeated sentences are computed once. All is
-    float32: bfloat16, with its 8 bits, changes the accuracy of a probe.
-
-    Args:
-        contexts: the sentences; only their `input_ids` and `lengths` are used.
-        positions: of the concatenated features, at least the longest length.
-        batch_tokens: tokens per batch, approximately; None for the default of the device.
-
-    Returns:
-        (sentences, feature_width(pool, positions, hidden)) float32, on the CPU.
-    """
-    width = feature_width(pool, positions, model.config.hidden_size)
-    features = _allocate(len(contexts.lengths), width)
-    device = next(model.parameters()).device
-    batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
-    with tqdm(total=len(features), desc="features", unit="sentence", leave=False) as progress:
-        for length in np.unique(contexts.lengths).tolist():
-            rows = np.flatnonzero(contexts.lengths == length)
-            distinct, inverse = np.unique(contexts.input_ids[rows, :length], axis=0, return_inverse=True)
-            sentences = torch.from_numpy(distinct).split(max(1, batch_tokens // length))
-            encoded = [_pooled(model.encode(ids.to(device)), pool, positions).float().cpu() for ids in sentences]
-            features[torch.from_numpy(rows)] = torch.cat(encoded)[torch.from_numpy(inverse.ravel())]
-            progress.update(len(rows))
-    return features
-
-
-def _put(features: Tensor, sentence: np.ndarray, word: np.ndarray, vectors: Tensor, counts: np.ndarray, pool: str) -> None:
-    """Put the vectors (m, size) of words (m,) of sentences (m,) into their features; `counts` (sentences,) are of words."""
-    rows = torch.from_numpy(sentence)
-    if pool == "concat":
-        features.view(len(features), -1, vectors.shape[1])[rows, torch.from_numpy(word)] = vectors
-    else:
-        features.index_add_(0, rows, vectors / torch.from_numpy(counts[sentence])[:, None])
-
-
-@torch.inference_mode()
-def conditional_features(
-    model: MaskedLM, contexts: Contexts, max_words: int, pool: str = "concat", batch_size: int = 512
-) -> Tensor:
-    """Conditionals f(x_-t) that a model predicts at every word position t, over its whole vocabulary; concatenated or the mean.
-
-    Returns:
-        (sentences, feature_width(pool, max_words, vocab_size)) float32, on the CPU; zeros beyond the end of a sentence.
-    """
-    features = _allocate(len(contexts.lengths), feature_width(pool, max_words, model.config.vocab_size))
-    device = next(model.parameters()).device
-    counts = contexts.counts
-    batches = contexts.batches(np.arange(len(contexts.label)), batch_size)
-    for batch in tqdm(batches, desc="conditionals", unit="batch", leave=False):
-        probabilities = torch.softmax(model(*contexts.batch(batch, device)).float(), -1).cpu()  # (m, vocab_size)
-        word = contexts.position[batch] - 1  # position 0 is [CLS]
-        _put(features, contexts.sentence[batch], word, probabilities, counts, pool)
-    return features
-
-
-def table_features(table: LookupTable, max_words: int, pool: str = "concat", sentences: int | None = None) -> Tensor:
-    """The true conditionals P(. | x_-t) of the first `sentences` of a lookup table (None: all); concatenated or the mean.
-
-    Returns:
-        (sentences, feature_width(pool, max_words, words)) float32; zeros beyond the end of a sentence.
-    """
-    lengths = np.asarray(table.lengths[:sentences], np.int64)
-    features = _allocate(len(lengths), feature_width(pool, max_words, len(table.words)))
-    for low in range(0, len(lengths), BLOCK_SENTENCES):
-        high = min(low + BLOCK_SENTENCES, len(lengths))
-        sentence, word = np.nonzero(np.arange(max_words) < lengths[low:high, None])
-        rows = torch.from_numpy(np.asarray(table.conditionals(low, high), np.float32))
-        _put(features, sentence + low, word, rows, lengths, pool)
-    return features
+    @property
+    def method(self) -> str:
+        """The solver, with the default of the features."""
+        return self.solver or ("adamw" if self.features == "hidden" else "lbfgs")
 
 
 def ineffective_flags(changed: dict[str, Any], solver: str) -> list[str]:
@@ -204,13 +133,22 @@ def fit(
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Fit the probe once per seed, and to resampled sentences for --bootstrap; returns as `run` of `measure_accuracy`."""
     fields: dict[str, Any] = {}
-    if options.solver == "lbfgs":
+    bests = [0.0] * len(seeds)
+    if options.method == "ridge":
+        ridge = fit_ridge(data.features, data.labels, data.classes)
+        heads = [ridge.head]
+        fields = {"strengths": [ridge.strength]}
+
+        def refit(sentences: np.ndarray) -> nn.Linear:
+            rows = torch.from_numpy(sentences).to(data.features.device)
+            return fit_ridge(data.features[rows], data.labels[rows], data.classes, (ridge.strength,)).head
+
+    elif options.method == "lbfgs":
         standardise(data)
         # The optimum at the strength that each seed's split chooses.
-        strengths = [choose_strength(data.features, data.labels, data.classes, seed) for seed in seeds]
+        strengths = [choose_strength([(data.features, data.labels)], data.classes, seed) for seed in seeds]
         optima = {strength: fit_lbfgs(data.features, data.labels, data.classes, strength) for strength in set(strengths)}
         heads = [optima[strength].head for strength in strengths]
-        bests = [0.0] * len(heads)
         fields = {"strengths": strengths, "excess_nats": max(optimum.excess for optimum in optima.values())}
 
         def refit(sentences: np.ndarray) -> nn.Linear:
@@ -222,6 +160,15 @@ def fit(
         fits = [fit_adamw(data, training, seed) for seed in seeds]
         heads = [head for head, _ in fits]
         bests = [best for _, best in fits]
+        progress = [progress_left(head, data, training, seed) for head, seed in zip(heads, seeds, strict=True)]
+        unfinished = [fall for _, fall in progress if fall > STILL_FALLS]
+        if unfinished:
+            print(
+                f"warning: the training loss still falls, by {max(unfinished):.3f} nats in a few more steps ({len(unfinished)} "
+                f"of {len(seeds)} seeds); this accuracy is of an unfinished probe: give more --num_train_epochs, a larger "
+                "--learning_rate, or --solver ridge or lbfgs"
+            )
+        fields = {"gradient_norms": [norm for norm, _ in progress], "unfinished": len(unfinished)}
 
         def refit(sentences: np.ndarray) -> nn.Linear:
             return fit_adamw(data, training, seeds[0], sentences)[0]
@@ -236,9 +183,62 @@ def fit(
     return runs, fields
 
 
+def label_draws(sha256: str, sentences: int, labels: int, draws: int) -> list[np.ndarray]:
+    """`draws` sets of `labels` of the first `sentences` sentences of a training file, each (labels,) int64."""
+    key = int(sha256[:16], 16)
+    return [keyed_rng(0, "label-draw", key, labels, draw).permutation(sentences)[:labels] for draw in range(draws)]
+
+
+def fit_draws(data: ProbeData, solver: str, draws: list[np.ndarray]) -> tuple[np.ndarray, list[float]]:
+    """Fit the probe to each set of training sentences.
+
+    The strength is chosen per draw (ridge), or once on the held-out fifths of the first `CHOICE_DRAWS` draws (lbfgs).
+
+    Returns:
+        (draws, validation sentences) bool, which of them are right; and the strengths.
+    """
+    parts = [torch.from_numpy(draw).to(data.features.device) for draw in draws]
+    matches = []
+    if solver == "ridge":
+        fits = [fit_ridge(data.features[rows], data.labels[rows], data.classes) for rows in parts]
+        matches = [correct(fit.head, data.validation_features, data.validation_labels).numpy() for fit in fits]
+        return np.stack(matches), [fit.strength for fit in fits]
+
+    def standardised(rows: Tensor, validation: Tensor) -> ProbeData:
+        part = dataclasses.replace(
+            data, features=data.features[rows], labels=data.labels[rows], validation_features=validation.clone()
+        )
+        standardise(part)
+        return part
+
+    samples = [standardised(rows, data.validation_features[:0]) for rows in parts[:CHOICE_DRAWS]]
+    strength = choose_strength([(sample.features, sample.labels) for sample in samples], data.classes, 0)
+    for rows in parts:
+        part = standardised(rows, data.validation_features)
+        head = fit_lbfgs(part.features, part.labels, data.classes, strength).head
+        matches.append(correct(head, part.validation_features, data.validation_labels).numpy())
+    return np.stack(matches), [strength]
+
+
+def curve_point(data: ProbeData, solver: str, draws: list[np.ndarray]) -> CurvePoint:
+    """The accuracy of the probes of all draws, with its errors."""
+    matches, strengths = fit_draws(data, solver, draws)
+    accuracies = matches.mean(1)
+    by_sentence = matches.mean(0)
+    labels = data.labels.cpu().numpy()
+    return CurvePoint(
+        labels=len(draws[0]),
+        draws=len(draws),
+        accuracy=Mean(mean=float(accuracies.mean()), standard_error=float(accuracies.std(ddof=1) / len(draws) ** 0.5)),
+        missing_classes=sum(len(np.unique(labels[draw])) < data.classes for draw in draws),
+        sampling_standard_error=float(by_sentence.std() / len(by_sentence) ** 0.5),
+        strengths=strengths,
+    )
+
+
 def _measure(
     folder: Path,
-    model: dict[str, str],
+    model: dict[str, str] | None,
     task: Task,
     options: ProbeArguments,
     training: TrainingArguments,
@@ -246,23 +246,87 @@ def _measure(
 ) -> None:
     """Fit the probe, and write the record; `compute_features` gives those of both parts, and their full width.
 
-    The record is `probe_TASK.json`, with choices that are not the defaults before the task: features, solver, pooling.
+    The record is `probe_TASK.json` or `curve_TASK_SOLVER.json`. Choices that are not the defaults stand before the task:
+    features, solver (of a probe), pooling, layer and position.
     """
-    features = "hidden" if model.get("name") == LOOKUP_TABLE else options.features  # a table has one kind of features only
-    choices = (features, "hidden"), (options.solver, "adamw"), (options.pool, "concat")
-    name = "_".join(["probe", *(choice for choice, default in choices if choice != default), task.name]) + ".json"
-    own = {option: getattr(options, option) for option in ("features", "pool", "solver", "bootstrap")}
-    flags = plain_flags(training, FLAGS) if options.solver == "adamw" else {}
+    features = options.features if options.needs_model else "hidden"  # a control has one kind of features only
+    is_curve = options.label_counts is not None
+    choices = (
+        (features, features != "hidden"),
+        (options.method, options.method != "adamw" and not is_curve),
+        (options.pool, options.pool != "concat"),
+        (f"layer{options.layer}", options.layer is not None),
+        (f"position{options.position}", options.position is not None),
+    )
+    middle = [*(choice for choice, is_named in choices if is_named), task.name]
+    own: dict[str, Any] = {option: getattr(options, option) for option in ("features", "pool", "bootstrap")}
+    own |= {name: value for name in ("layer", "position") if (value := getattr(options, name)) is not None}
+    own["solver"] = options.method
+    flags = plain_flags(training, FLAGS) if options.method == "adamw" else {}
 
-    def run(seeds: list[int]) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    def prepare() -> ProbeData:
         features, width = compute_features()
         labels = [torch.from_numpy(part.labels) for part in (task.train, task.validation)]
         train, validation, *labels = _placed(training.device, *features, *labels)
-        data = ProbeData(train, labels[0], validation, labels[1], len(task.classes), width)
-        runs, fields = fit(data, options, training, seeds)
+        return ProbeData(train, labels[0], validation, labels[1], len(task.classes), width)
+
+    def run(seeds: list[int]) -> tuple[list[dict[str, float]], dict[str, Any]]:
+        runs, fields = fit(prepare(), options, training, seeds)
         return runs, {"features": options.features, **fields}
 
-    measure_accuracy(folder, name, ProbeRecord, task, options, training, model, {**flags, **own}, run)
+    if is_curve:
+        name = "_".join(["curve", *middle, options.method]) + ".json"
+        _measure_curve(folder, name, task, options, training, model, own, prepare)
+    else:
+        name = "_".join(["probe", *middle]) + ".json"
+        measure_accuracy(folder, name, ProbeRecord, task, options, training, model, {**flags, **own}, run)
+
+
+def _measure_curve(
+    folder: Path,
+    name: str,
+    task: Task,
+    options: ProbeArguments,
+    training: TrainingArguments,
+    model: dict[str, str] | None,
+    own: dict[str, Any],
+    prepare: Callable[[], ProbeData],
+) -> None:
+    """Measure the accuracy for each of --label-counts and write record `name`, unless it is complete."""
+    counts = sorted(parse_integers("label_counts", options.label_counts or "", 2, len(task.train)))
+    inputs, data_flags = record_inputs(task, options, model)
+    arguments = {**own, **data_flags, "label_counts": counts, "label_draws": options.label_draws}
+    if is_measured(folder, name, inputs, arguments, options.overwrite):
+        print(f"{folder}: {name} is measured already, skipped (--overwrite measures again)")
+        return
+    started = time.monotonic()
+    data = prepare()
+    sha256 = inputs["train"]["sha256"]
+    sets = [label_draws(sha256, len(task.train), labels, options.label_draws) for labels in counts]
+    points = [curve_point(data, options.method, draws) for draws in tqdm(sets, desc="label counts", leave=False)]
+    most = points[-1].accuracy
+    details: dict[str, Any] = {"overlap": task.overlap, "classes": len(task.classes), "train_n": len(task.train)}
+    record = CurveRecord(
+        value=most.mean,
+        standard_error=most.standard_error,
+        n=len(task.validation),
+        unit="accuracy (share of validation sentences)",
+        inputs=inputs,
+        arguments=arguments,
+        seconds=time.monotonic() - started,
+        device=str(training.device),
+        task=task.name,
+        points=points,
+        majority=task.majority,
+        features=options.features,
+        pool=options.pool,
+        solver=options.method,
+        layer=options.layer,
+        position=options.position,
+        **details,
+    )
+    write_record(folder, name, record)
+    print(f"{folder}: curve {task.name} by {options.method}: {describe_curve(record)}")
 
 
 def _placed(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -279,28 +343,52 @@ def probe_model(folder: Path, task: Task, options: ProbeArguments, training: Dow
         model = load_model(folder, training.device)
         parts = encode_task(task, folder, model.config, options)
         longest = max(int(part.lengths.max()) for part in parts)  # beyond it all features are zeros
+        pool = options.pooling
+        for part, file in zip(parts, task.parts(), strict=True):
+            check_position(pool, part.lengths - 2, file.file)
         if options.features == "hidden":
-            features = [hidden_features(model, part, longest, options.pool) for part in parts]
-            return features, feature_width(options.pool, options.max_seq_length, model.config.hidden_size)
-        features = [conditional_features(model, part, longest - 2, options.pool) for part in parts]
-        return features, feature_width(options.pool, options.max_seq_length - 2, model.config.vocab_size)
+            features = [hidden_features(model, part, longest, pool, layer=options.layer) for part in parts]
+            return features, feature_width(pool, options.max_seq_length, model.config.hidden_size)
+        features = [conditional_features(model, part, longest - 2, pool) for part in parts]
+        return features, feature_width(pool, options.max_seq_length - 2, model.config.vocab_size)
 
     _measure(folder, describe_model(folder), task, options, training, compute_features)
+
+
+def probe_words(task: Task, options: ProbeArguments, training: DownstreamTrainingArguments) -> None:
+    """Probe the one-hot words of the task's sentences; the record goes into --output_dir, a folder without weights."""
+    folder = _record_folder(str(training.record_folder), {"model": WORDS})
+
+    def compute_features() -> tuple[list[Tensor], int]:
+        sentences = []
+        for part in (task.train, task.validation):
+            texts = [" [SEP] ".join(row) for row in zip(part.texts, *([] if part.pairs is None else [part.pairs]), strict=True)]
+            # Natural text is cut; other sentences are refused if they are too long.
+            words = [text.split()[: options.max_seq_length - 2 if task.pieces else None] for text in texts]
+            lengths = np.array([len(row) for row in words])
+            check_lengths(lengths, options.max_seq_length, part.file)
+            check_position(options.pooling, lengths, part.file)
+            sentences.append(words)
+        features = word_features(sentences, options.pooling)
+        return features, features[0].shape[1]
+
+    _measure(folder, None, task, options, training, compute_features)
 
 
 def probe_lookup_table(task: Task, options: ProbeArguments, training: DownstreamTrainingArguments) -> None:
     """Probe the true conditionals of the task's sentences; the record goes into --output_dir, a folder without weights."""
     grammar_sha256, open_tables = _tables(task, options)
-    folder = _record_folder(str(training.record_folder), grammar_sha256)
+    folder = _record_folder(str(training.record_folder), {"model": LOOKUP_TABLE, "grammar_sha256": grammar_sha256})
 
     def compute_features() -> tuple[list[Tensor], int]:
         pairs = list(zip(open_tables(), (task.train, task.validation), strict=True))
         lengths = [np.asarray(table.lengths[: len(part)]) for table, part in pairs]
         for words, (_, part) in zip(lengths, pairs, strict=True):
             check_lengths(words, options.max_seq_length, part.file)
+            check_position(options.pooling, words, part.file)
         longest = max(int(words.max()) for words in lengths)
-        features = [table_features(table, longest, options.pool, len(part)) for table, part in pairs]
-        return features, feature_width(options.pool, options.max_seq_length - 2, len(pairs[0][0].words))
+        features = [table_features(table, longest, options.pooling, len(part)) for table, part in pairs]
+        return features, feature_width(options.pooling, options.max_seq_length - 2, len(pairs[0][0].words))
 
     model = {"name": LOOKUP_TABLE, "grammar_sha256": grammar_sha256}
     _measure(folder, model, task, options, training, compute_features)
@@ -322,12 +410,11 @@ def _tables(task: Task, options: ProbeArguments) -> tuple[str, Callable[[], list
     return tables[0].grammar_sha256, lambda: tables
 
 
-def _record_folder(output_dir: str, grammar_sha256: str) -> Path:
-    """The folder of the lookup table's records, with an `args.json` that identifies it."""
+def _record_folder(output_dir: str, facts: dict[str, str]) -> Path:
+    """The folder of the records of a control, with an `args.json` that identifies it."""
     folder = Path(output_dir)
     if is_model_folder(folder):
-        raise InputError(f"--output_dir {folder}: holds a model; give the records of the lookup table another folder")
-    facts = {"model": LOOKUP_TABLE, "grammar_sha256": grammar_sha256}
+        raise InputError(f"--output_dir {folder}: holds a model; give the records of {facts['model']} another folder")
     path = folder / FACTS_FILE
     if not path.exists():
         write_json(path, facts)

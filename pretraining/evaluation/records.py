@@ -227,7 +227,7 @@ class CurveRecord(Record):
     task: Text  # name of the training file, without .csv
     points: Annotated[list[CurvePoint], MinLen(1)]  # by ascending number of labels
     majority: Number  # share of the majority class
-    features: Literal["hidden", "words", "conditional"]  # those of `--features`
+    features: Text  # those of `--features`: hidden, words, conditional
     pool: Text  # concat, mean, cls
     solver: Text  # ridge or lbfgs
     layer: int | None = None  # whose hidden states; null for the last

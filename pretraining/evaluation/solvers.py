@@ -1,5 +1,10 @@
-"""Solvers of the linear probe: W and b of softmax(W x + b) on fixed features x.
+"""Solvers of the linear probe: W and b, for the prediction argmax_c (W x + b)_c on fixed features x.
 
+Ridge      the unique minimum of
+
+               sum_i ||W x_i + b - y_i||^2 + lambda s ||W||^2,    s = mean_i ||x_i - mean x||^2,
+
+           with y_i the one-hot label. lambda is the strength with the least squared leave-one-out residuals.
 AdamW      the mean cross-entropy on the raw features, by batches and a schedule, as the Trainer of transformers would train
            the head (weight decay on W only). The result depends on all flags and on the seed.
 L-BFGS     the unique minimum of
@@ -9,13 +14,16 @@ L-BFGS     the unique minimum of
            with z the features standardised on the training part, u_i = 1 (or the count of sentence i in a bootstrap sample).
            lambda is the strength with the least cross-entropy on a held-out fifth of the training part.
 
-Sources: Liu et al. 2023, section 3 and appendix A (AdamW); Bishop 2006, section 4.3.4 (multinomial logistic regression); Liu
-and Nocedal 1989 (L-BFGS); Efron and Tibshirani 1993, chapter 6 (bootstrap).
+Sources: Hastie, Tibshirani and Friedman 2009, sections 4.2 and 7.10 (ridge, leave-one-out); Liu et al. 2023, section 3 and
+appendix A (AdamW); Bishop 2006, section 4.3.4 (multinomial logistic regression); Liu and Nocedal 1989 (L-BFGS); Efron and
+Tibshirani 1993, chapter 6 (bootstrap).
 """
 
+import copy
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import numpy as np
@@ -29,7 +37,8 @@ from transformers.trainer_utils import IntervalStrategy
 from pcfg.common.files import InputError, keyed_rng
 from pretraining.evaluation.downstream import training_steps
 
-SOLVERS = ("adamw", "lbfgs")
+SOLVERS = ("adamw", "lbfgs", "ridge")
+RIDGE_STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-8, 5))  # lambda: 1e-4 to 100 by factors of sqrt(10)
 STRENGTHS = tuple(10.0**-power for power in range(7))  # lambda, from the strongest on
 HELD_OUT = 5  # one of 5 training sentences is held out
 # Nats above the minimum, at most: for the choice of the strength, and for the result.
@@ -38,6 +47,9 @@ FINE = 1e-6
 MAX_ITERATIONS = 2000
 ITERATIONS_PER_CHECK = 20
 NEGLIGIBLE = 1e-5  # times the mean of a column: a standard deviation that is only rounding in float32
+# A probe by AdamW is unfinished if this share of more steps lowers its training loss by more than so many nats.
+FURTHER_STEPS = 0.1
+STILL_FALLS = 0.005
 NO_CLASS = -1e4  # the bias of a class without training sentences: exp() of it is 0
 
 
@@ -91,53 +103,13 @@ def fit_adamw(
         seed: of initialisation and order.
         sentences: (n,) int64, the training sentences to train on, with repetitions; None for all, once.
     """
-    device = training.device
-    batch_size = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    rows_of_all = torch.arange(len(data.labels)) if sentences is None else torch.from_numpy(sentences)
-    number = len(rows_of_all)
-    epoch_steps = math.ceil(number / batch_size)
-    steps = training_steps(training, number)
+    rows = torch.arange(len(data.labels)) if sentences is None else torch.from_numpy(sentences)
+    epoch_steps = math.ceil(len(rows) / _batch_size(training))
+    steps = training_steps(training, len(rows))
     head = linear_head(data.width, data.classes, seed)
     head.weight = nn.Parameter(head.weight[:, : data.features.shape[1]].detach().clone())
-    head.to(device)
-    optimizer, scheduler = _optimizer(head, training, steps)
-    intervals = {IntervalStrategy.EPOCH: epoch_steps, IntervalStrategy.STEPS: int(training.eval_steps or 0)}
-    every = intervals.get(IntervalStrategy(training.eval_strategy))  # steps between two evaluations; None for none
-    # One buffer for all batches: a new one per batch takes longer to allocate than to fill.
-    buffer = data.features.new_empty(min(batch_size, number), data.features.shape[1])
-    best = 0.0
-    step = 0
-    with trange(steps, desc=f"probe, seed {seed}", unit="step", leave=False) as progress:
-        for epoch in range(math.ceil(steps / epoch_steps)):
-            order = rows_of_all[torch.from_numpy(keyed_rng(seed, "probe-order", epoch).permutation(number))]
-            for batch in order.split(batch_size)[: steps - step]:
-                rows = torch.index_select(data.features, 0, batch.to(data.features.device), out=buffer[: len(batch)])
-                # head(rows), in an order of factors that takes a CPU half the time for few classes
-                logits = (head.weight @ rows.to(device).T).T + head.bias
-                loss = F.cross_entropy(logits, data.labels[batch].to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                if training.max_grad_norm > 0:
-                    nn.utils.clip_grad_norm_(head.parameters(), training.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                step += 1
-                progress.update()
-                if every and step % every == 0 and step < steps:
-                    best = max(best, accuracy(head, data.validation_features, data.validation_labels))
-    return head, max(best, accuracy(head, data.validation_features, data.validation_labels))
-
-
-def _optimizer(
-    head: nn.Linear, training: TrainingArguments, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW on the head and the schedule of the learning rate over `steps`."""
-    groups = [
-        {"params": [head.weight], "weight_decay": training.weight_decay},
-        {"params": [head.bias], "weight_decay": 0.0},
-    ]
-    betas = (training.adam_beta1, training.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, eps=training.adam_epsilon, fused=True)
+    head.to(training.device)
+    optimizer = _optimizer(head, training)
     scheduler = get_scheduler(
         training.lr_scheduler_type,
         optimizer,
@@ -145,7 +117,90 @@ def _optimizer(
         num_training_steps=steps,
         scheduler_specific_kwargs=cast(dict | None, training.lr_scheduler_kwargs),
     )
-    return optimizer, scheduler
+    intervals = {IntervalStrategy.EPOCH: epoch_steps, IntervalStrategy.STEPS: int(training.eval_steps or 0)}
+    every = intervals.get(IntervalStrategy(training.eval_strategy))  # steps between two evaluations; None for none
+    best = 0.0
+    with trange(steps, desc=f"probe, seed {seed}", unit="step", leave=False) as progress:
+        for step in _updates(head, optimizer, data, training, seed, rows, steps):
+            scheduler.step()
+            progress.update()
+            if every and step % every == 0 and step < steps:
+                best = max(best, accuracy(head, data.validation_features, data.validation_labels))
+    return head, max(best, accuracy(head, data.validation_features, data.validation_labels))
+
+
+def _batch_size(training: TrainingArguments) -> int:
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps
+
+
+def _optimizer(head: nn.Linear, training: TrainingArguments) -> torch.optim.Optimizer:
+    """AdamW on the head."""
+    groups = [
+        {"params": [head.weight], "weight_decay": training.weight_decay},
+        {"params": [head.bias], "weight_decay": 0.0},
+    ]
+    betas = (training.adam_beta1, training.adam_beta2)
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, eps=training.adam_epsilon, fused=True)
+
+
+def _updates(
+    head: nn.Linear,
+    optimizer: torch.optim.Optimizer,
+    data: ProbeData,
+    training: TrainingArguments,
+    seed: int,
+    rows: Tensor,
+    steps: int,
+) -> Iterator[int]:
+    """Make `steps` optimizer steps on batches of the training sentences `rows`; yields the number of steps after each."""
+    device = training.device
+    batch_size = _batch_size(training)
+    # One buffer for all batches: a new one per batch takes longer to allocate than to fill.
+    buffer = data.features.new_empty(min(batch_size, len(rows)), data.features.shape[1])
+    step = 0
+    for epoch in itertools.count():
+        order = rows[torch.from_numpy(keyed_rng(seed, "probe-order", epoch).permutation(len(rows)))]
+        for batch in order.split(batch_size):
+            features = torch.index_select(data.features, 0, batch.to(data.features.device), out=buffer[: len(batch)])
+            # head(features), in an order of factors that takes a CPU half the time for few classes
+            logits = (head.weight @ features.to(device).T).T + head.bias
+            loss = F.cross_entropy(logits, data.labels[batch].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            if training.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(head.parameters(), training.max_grad_norm)
+            optimizer.step()
+            step += 1
+            yield step
+            if step == steps:
+                return
+
+
+def training_loss(head: nn.Linear, data: ProbeData) -> tuple[float, float]:
+    """Mean cross-entropy of all training sentences, in nats, and the norm of its gradient with respect to W and b."""
+    head.zero_grad()
+    loss = 0.0
+    for rows in torch.arange(len(data.labels)).split(4096):
+        logits = head(data.features[rows.to(data.features.device)].to(head.weight.device))
+        part = F.cross_entropy(logits, data.labels[rows].to(logits.device), reduction="sum") / len(data.labels)
+        part.backward()
+        loss += part.item()
+    return loss, math.sqrt(sum(float(p.grad.square().sum()) for p in head.parameters() if p.grad is not None))
+
+
+def progress_left(head: nn.Linear, data: ProbeData, training: TrainingArguments, seed: int) -> tuple[float, float]:
+    """The gradient norm of a head trained by AdamW, and by how many nats its training loss still falls.
+
+    A copy of the head is trained further at the constant rate --learning_rate: a tenth more steps, at least 10 and at least an
+    epoch. The schedule's own end says nothing, since a rate of zero stops any training.
+    """
+    loss, norm = training_loss(head, data)
+    further = copy.deepcopy(head)
+    number = len(data.labels)
+    steps = max(10, round(FURTHER_STEPS * training_steps(training, number)), math.ceil(number / _batch_size(training)))
+    for _ in _updates(further, _optimizer(further, training), data, training, seed, torch.arange(number), steps):
+        pass
+    return norm, loss - training_loss(further, data)[0]
 
 
 def standardise(data: ProbeData) -> None:
@@ -227,26 +282,89 @@ def fit_lbfgs(
     return Optimum(head, excess)
 
 
-def choose_strength(features: Tensor, labels: Tensor, classes: int, seed: int) -> float:
-    """The strength of `STRENGTHS` whose fit to 4/5 of the sentences has the least mean cross-entropy on the held-out fifth.
+def choose_strength(samples: list[tuple[Tensor, Tensor]], classes: int, seed: int) -> float:
+    """The strength of `STRENGTHS` whose fit to 4/5 of a sample has the least mean cross-entropy on the held-out fifth.
 
-    Held-out sentences of a class that only the held-out fifth has are left out: no strength gives them a probability.
+    It is the mean over samples, each of features (n, d) and labels (n,). Held-out sentences of a class that only the held-out
+    fifth has are left out: no strength gives them a probability.
     """
-    held_out = keyed_rng(seed, "probe-held-out").permutation(len(labels))[: len(labels) // HELD_OUT]
-    weights = features.new_ones(len(labels))
-    weights[torch.from_numpy(held_out).to(weights.device)] = 0
-    known = torch.isin(labels, labels[weights > 0]) & (weights == 0)
-    if not known.any():
-        raise InputError(f"--solver lbfgs: {len(labels)} training sentences are too few to hold some out; give more")
+    weights: list[Tensor] = []
+    known: list[Tensor] = []
+    for features, labels in samples:
+        held_out = keyed_rng(seed, "probe-held-out").permutation(len(labels))[: len(labels) // HELD_OUT]
+        weights.append(features.new_ones(len(labels)))
+        weights[-1][torch.from_numpy(held_out).to(features.device)] = 0
+        known.append(torch.isin(labels, labels[weights[-1] > 0]) & (weights[-1] == 0))
+        if not known[-1].any():
+            raise InputError(f"--solver lbfgs: {len(labels)} training sentences are too few to hold some out; give more")
     losses: list[float] = []
-    fit = None
+    fits: list[Optimum | None] = [None] * len(samples)
     for strength in tqdm(STRENGTHS, desc=f"strength, seed {seed}", leave=False):
-        fit = fit_lbfgs(features, labels, classes, strength, ROUGH, weights, fit)
-        with torch.inference_mode():
-            losses.append(F.cross_entropy(fit.head(features[known]), labels[known]).item())
+        held_out_losses = []
+        for sample, (features, labels) in enumerate(samples):
+            fit = fit_lbfgs(features, labels, classes, strength, ROUGH, weights[sample], fits[sample])
+            fits[sample] = fit
+            with torch.inference_mode():
+                rows = known[sample]
+                held_out_losses.append(F.cross_entropy(fit.head(features[rows]), labels[rows]).item())
+        losses.append(math.fsum(held_out_losses))
         if losses[-1] > min(losses):  # weaker ones take longer and fit more noise
             break
     return STRENGTHS[int(np.argmin(losses))]
+
+
+@dataclasses.dataclass
+class RidgeFit:
+    """A fit by ridge regression."""
+
+    head: nn.Linear
+    strength: float
+    errors: list[float]  # sum over sentences and classes of squared leave-one-out residuals, by strength
+
+
+def fit_ridge(features: Tensor, labels: Tensor, classes: int, strengths: tuple[float, ...] = RIDGE_STRENGTHS) -> RidgeFit:
+    """The minimum of the ridge objective of the module, at the strength with the least leave-one-out errors.
+
+    One eigendecomposition serves all strengths: that of Z^T Z, or, with more features than sentences, of Z Z^T (the dual form).
+    Z are the centred features, and R, (n, r), the same in coordinates of the eigenvectors, whose eigenvalues are e. Then
+
+        h_ii = 1/n + sum_j R_ij^2 / (e_j + lambda s)            leverage; 1/n is that of the intercept
+        sum_i ||(y_i - fitted_i) / (1 - h_ii)||^2               leave-one-out errors, as n refits with the same lambda s give
+
+    A class without sentences always has the score 0, and the scores of a sentence sum to 1: it is never predicted.
+
+    Args:
+        features: (n, d); computed with in float64.
+        labels: (n,) int64.
+        strengths: lambda, above 0.
+    """
+    number, width = features.shape
+    mean = features.double().mean(0)
+    centred = features.double() - mean  # (n, d)
+    targets = F.one_hot(labels, classes).to(centred)  # (n, classes)
+    share = targets.mean(0)
+    is_dual = width > number
+    eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T if is_dual else centred.T @ centred)
+    eigenvalues = eigenvalues.clamp_min(0)
+    rotated = vectors * eigenvalues.sqrt() if is_dual else centred @ vectors  # (n, r)
+    projected = rotated.T @ (targets - share)  # (r, classes)
+    scale = float(centred.square().sum() / number) or 1.0  # 1 for features that are all the same
+    errors = []
+    for strength in strengths:
+        inverse = 1 / (eigenvalues + strength * scale)
+        residuals = targets - share - rotated @ (inverse[:, None] * projected)
+        leverage = 1 / number + rotated.square() @ inverse
+        errors.append(float((residuals / (1 - leverage)[:, None]).square().sum()))
+    strength = strengths[int(np.argmin(errors))]
+    inverse = 1 / (eigenvalues + strength * scale)
+    if is_dual:
+        weight = centred.T @ (vectors @ (inverse[:, None] * (vectors.T @ (targets - share))))  # (d, classes)
+    else:
+        weight = vectors @ (inverse[:, None] * projected)
+    head = nn.utils.skip_init(nn.Linear, width, classes)
+    head.weight = nn.Parameter(weight.T.to(features.dtype), requires_grad=False)
+    head.bias = nn.Parameter((share - mean @ weight).to(features.dtype), requires_grad=False)
+    return RidgeFit(head, strength, errors)
 
 
 def bootstrap(

@@ -331,7 +331,7 @@ class Planner:
             words = (
                 f"python run_lp.py --features conditional --rule-path {self.scale.rules} --output_dir $OUT/{TABLE_FOLDER} "
                 f"{self._transfer(f'data/pcfg_{task}', '$OUT/data/pretraining/bert-large-uncased')} {self.scale.probe} "
-                "--learning_rate 1e-1"
+                "--solver adamw --learning_rate 1e-1"
             )
             file = f"{TABLE_FOLDER}/probe_pcfg_{task}.json"
             self._add(f"probe {task} of the {LOOKUP}", words, needs=("samples", f"task {task}"), makes=(file,))

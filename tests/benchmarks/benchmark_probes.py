@@ -32,7 +32,7 @@ from pcfg.sampler import Sampler
 from pretraining.data.contexts import Contexts, from_texts
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from pretraining.evaluation.downstream import DownstreamTrainingArguments
-from pretraining.evaluation.probes import hidden_features
+from pretraining.evaluation.features import hidden_features
 from pretraining.evaluation.solvers import ProbeData, accuracy, choose_strength, fit_adamw, fit_lbfgs, linear_head, standardise
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
@@ -175,7 +175,7 @@ def lbfgs_rows(bench: Bench) -> list[Row]:
     data = dataclasses.replace(bench.data, features=features[0], validation_features=features[1])
     start = cpu_seconds()
     standardise(data)
-    strength = choose_strength(data.features, data.labels, data.classes, SEED)
+    strength = choose_strength([(data.features, data.labels)], data.classes, SEED)
     optimum = fit_lbfgs(data.features, data.labels, data.classes, strength)
     seconds = cpu_seconds() - start
     right = accuracy(optimum.head, data.validation_features, data.validation_labels)

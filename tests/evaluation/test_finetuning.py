@@ -12,8 +12,8 @@ from pcfg.common.text import read_texts
 from pretraining.data.contexts import from_texts, sentence_batch
 from pretraining.data.tasks import Part, Task
 from pretraining.evaluation.downstream import DownstreamTrainingArguments
+from pretraining.evaluation.features import hidden_features
 from pretraining.evaluation.finetuning import ClassificationModel, SentenceDataset, finetune
-from pretraining.evaluation.probes import hidden_features
 from pretraining.evaluation.solvers import linear_head
 from pretraining.model.checkpoints import load_model, load_vocabulary
 

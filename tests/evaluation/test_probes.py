@@ -13,8 +13,16 @@ from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable
 from pretraining.data.contexts import concatenate, from_texts
 from pretraining.evaluation.downstream import DownstreamTrainingArguments
-from pretraining.evaluation.probes import POOLS, conditional_features, feature_width, hidden_features, table_features
-from pretraining.evaluation.solvers import ProbeData, accuracy, fit_adamw, linear_head
+from pretraining.evaluation.features import (
+    POOLS,
+    conditional_features,
+    feature_width,
+    hidden_features,
+    table_features,
+    word_features,
+)
+from pretraining.evaluation.probes import curve_point, fit_draws, label_draws
+from pretraining.evaluation.solvers import ProbeData, accuracy, fit_adamw, fit_lbfgs, fit_ridge, linear_head, standardise
 from pretraining.model.checkpoints import load_model, load_vocabulary
 
 LENGTH = 12  # longer than any sentence needs: the padding must be zeros
@@ -65,6 +73,40 @@ def test_hidden_features_agree_with_one_sentence_at_a_time(model, tiny_model, te
         torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_hidden_features_of_a_layer_and_of_one_word(model, tiny_model, texts, contexts):
+    """Against the outputs of the modules themselves, as hooks see them, one sentence at a time."""
+    vocabulary, width = load_vocabulary(tiny_model), model.config.hidden_size
+    last = len(model.layers)
+    assert last >= 2
+    for layer, module in enumerate([model.embeddings, *model.layers[:-1], model.final_norm]):
+        seen = []
+        handle = module.register_forward_hook(lambda *call, seen=seen: seen.append(call[-1][0]))
+        for text in texts[:10]:
+            model.encode(torch.tensor([sentence_ids(text, vocabulary)]))
+        handle.remove()
+        features = hidden_features(model, contexts, LENGTH, layer=layer)
+        one_word = hidden_features(model, contexts, LENGTH, 2, layer=layer)
+        assert one_word.shape == (len(texts), width) == (len(texts), feature_width(2, LENGTH, width))
+        for row, word, hidden in zip(features, one_word, seen, strict=False):
+            torch.testing.assert_close(row[: hidden.numel()], hidden.flatten(), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(word, hidden[2], atol=1e-5, rtol=1e-5)
+    assert torch.equal(features, hidden_features(model, contexts, LENGTH))
+    with pytest.raises(InputError, match=f"--layer {last + 1}: the model has {last} layers"):
+        hidden_features(model, contexts, LENGTH, layer=last + 1)
+
+
+def test_word_features():
+    parts = [[["a", "b"], ["b", "b", "c"]], [["b", "c"], ["a", "b", "d"]]]
+    train, validation = word_features(parts)  # columns: a at 0, b at 1, b at 0, c at 2
+    assert train.tolist() == [[1, 1, 0, 0], [0, 1, 1, 1]]
+    assert validation.tolist() == [[0, 0, 1, 0], [1, 1, 0, 0]]  # c at 1 and d at 2 are not in the training part
+    train, validation = word_features(parts, "mean")
+    np.testing.assert_allclose(train, [[1 / 2, 1 / 2, 0], [0, 2 / 3, 1 / 3]], rtol=1e-6)
+    np.testing.assert_allclose(validation, [[0, 1 / 2, 1 / 2], [1 / 3, 1 / 3, 0]], rtol=1e-6)
+    assert [part.tolist() for part in word_features(parts, 1)] == [[[1, 0], [0, 1]], [[0, 1], [1, 0]]]
+
+
 def test_a_sentence_that_is_there_twice_is_encoded_once(model, tiny_model, texts, monkeypatch):
     contexts = from_texts([texts[0], *texts[:5], texts[0]], load_vocabulary(tiny_model), "texts")
     encoded, encode = [], model.encode
@@ -75,7 +117,7 @@ def test_a_sentence_that_is_there_twice_is_encoded_once(model, tiny_model, texts
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pool", ["concat", "mean"])
+@pytest.mark.parametrize("pool", ["concat", "mean", 3])
 def test_conditional_features_agree_with_one_position_at_a_time(model, tiny_model, texts, contexts, pool):
     features = conditional_features(model, contexts, LENGTH - 2, pool, 16)
     vocabulary, size = load_vocabulary(tiny_model), model.config.vocab_size
@@ -88,6 +130,8 @@ def test_conditional_features_agree_with_one_position_at_a_time(model, tiny_mode
             expected[position - 1] = torch.softmax(logits, -1)
         if pool == "mean":
             expected = expected.sum(0, keepdim=True) / len(text.split())
+        if pool == 3:
+            expected = expected[2:3]
         torch.testing.assert_close(row.view(-1, size), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -96,6 +140,7 @@ def test_table_features_are_the_true_conditionals(tiny_rules, texts):
     grammar = Grammar.read(tiny_rules)
     table = LookupTable.compute(grammar, texts, "texts")
     features = table_features(table, 8).view(len(texts), 8, -1)
+    assert torch.equal(table_features(table, 8, 2), features[:, 1])
     counts = torch.tensor([[len(text.split())] for text in texts])
     torch.testing.assert_close(table_features(table, 8, "mean"), features.sum(1) / counts)
     torch.testing.assert_close(table_features(table, 8, sentences=7), features[:7].flatten(1))
@@ -197,6 +242,44 @@ def test_drawn_sentences_are_a_training_part_of_their_own(tmp_path):
     head, _ = fit_adamw(data, settings, 0, drawn)
     expected, _ = fit_adamw(dataclasses.replace(data, features=train[drawn], labels=labels[drawn]), settings, 0)
     assert torch.equal(head.weight, expected.weight) and torch.equal(head.bias, expected.bias)
+
+
+def test_draws_are_functions_of_file_count_and_number():
+    draws = label_draws("ab" * 32, 100, 30, 3)
+    assert [draw.tolist() for draw in draws[:2]] == [draw.tolist() for draw in label_draws("ab" * 32, 100, 30, 2)]
+    assert all(len(set(draw.tolist())) == 30 and 0 <= draw.min() and draw.max() < 100 for draw in draws)
+    others = [*draws, *label_draws("ab" * 32, 100, 31, 1), *label_draws("ac" * 32, 100, 30, 1)]
+    assert len({tuple(draw[:30].tolist()) for draw in others}) == 5
+
+
+@pytest.mark.parametrize("solver", ["ridge", "lbfgs"])
+def test_a_curves_point_is_the_mean_over_draws(solver):
+    """Against the solver on files that hold one draw each; with a draw that lacks a class."""
+    (train, labels), (validation, validation_labels) = separable(200, 0), separable(150, 1)
+    generator = torch.Generator().manual_seed(0)
+    train, validation = (part + 5 * torch.randn(part.shape, generator=generator) for part in (train, validation))
+    data = ProbeData(train, labels, validation, validation_labels, 3, 6)
+    rng = np.random.default_rng(0)
+    two_classes = np.flatnonzero(labels.numpy() != 1)[:20]
+    draws = [two_classes, *(rng.permutation(200)[:20] for _ in range(2))]
+    matches, strengths = fit_draws(data, solver, draws)
+    for draw, match in zip(draws, matches, strict=True):
+        part = dataclasses.replace(data, features=train[draw], labels=labels[draw], validation_features=validation.clone())
+        if solver == "ridge":
+            head = fit_ridge(part.features, part.labels, 3).head
+        else:
+            standardise(part)
+            head = fit_lbfgs(part.features, part.labels, 3, strengths[0]).head
+        predicted = head(part.validation_features).argmax(1)
+        assert match.tolist() == (predicted == validation_labels).tolist()
+    assert not (predicted == 1).all() and (head.weight != 0).any() and len(strengths) == (3 if solver == "ridge" else 1)
+    assert torch.equal(data.validation_features, validation)
+    point = curve_point(data, solver, draws)
+    assert (point.labels, point.draws, point.missing_classes, point.strengths) == (20, 3, 1, strengths)
+    assert point.accuracy.mean == pytest.approx(matches.mean())
+    assert point.accuracy.standard_error == pytest.approx(np.std(matches.mean(1), ddof=1) / 3**0.5)
+    resampled = [matches[:, rng.integers(150, size=150)].mean() for _ in range(2000)]
+    assert point.sampling_standard_error == pytest.approx(np.std(resampled), rel=0.06)
 
 
 def naive_probe(features_of, labels, validation_of, validation_labels, training, seed):

@@ -99,7 +99,7 @@ DAMAGED = [
     ("curve", "points", []),
     ("curve", "points", [POINT]),
     ("curve", "points", [{**CURVE["points"][0], "draws": 1}]),
-    ("curve", "features", "model"),
+    ("curve", "features", ""),
 ]
 
 

@@ -8,15 +8,22 @@ import torch
 from torch import nn
 
 from pcfg.common.files import InputError, keyed_rng
+from pretraining.evaluation.downstream import DownstreamTrainingArguments
 from pretraining.evaluation.solvers import (
     HELD_OUT,
+    RIDGE_STRENGTHS,
+    STILL_FALLS,
     STRENGTHS,
     ProbeData,
     accuracy,
     bootstrap,
     choose_strength,
+    fit_adamw,
     fit_lbfgs,
+    fit_ridge,
+    progress_left,
     standardise,
+    training_loss,
 )
 
 CLASSES, WIDTH = 4, 12
@@ -94,10 +101,92 @@ def test_the_strength_is_chosen_on_training_sentences_held_out(drawn):
     for strength in STRENGTHS:
         head = fit_lbfgs(features[rest], labels[rest], CLASSES, strength).head
         losses.append(nn.functional.cross_entropy(head(features[held_out]), labels[held_out]).item())
-    assert choose_strength(features, labels, CLASSES, 3) == STRENGTHS[int(np.argmin(losses))]
+    assert choose_strength([(features, labels)], CLASSES, 3) == STRENGTHS[int(np.argmin(losses))]
     assert 0 < np.argmin(losses) < len(STRENGTHS) - 1
     with pytest.raises(InputError, match="too few to hold some out"):
-        choose_strength(features[:4], labels[:4], CLASSES, 3)
+        choose_strength([(features[:4], labels[:4])], CLASSES, 3)
+
+
+def test_the_strength_of_several_samples_has_the_least_mean_loss(drawn):
+    """Each sample's own choice, and the one of the summed losses of all strengths up to the first that is worse."""
+    features, labels, _ = drawn
+    samples = [(features[rows], labels[rows]) for rows in (slice(0, 60), slice(60, 120), slice(120, 180))]
+    losses = []
+    for strength in STRENGTHS:
+        total = 0.0
+        for part, part_labels in samples:
+            held_out = keyed_rng(0, "probe-held-out").permutation(60)[:12]
+            rest = np.setdiff1d(np.arange(60), held_out)
+            head = fit_lbfgs(part[rest], part_labels[rest], CLASSES, strength).head
+            total += nn.functional.cross_entropy(head(part[held_out]), part_labels[held_out]).item()
+        losses.append(total)
+    assert choose_strength(samples, CLASSES, 0) == STRENGTHS[int(np.argmin(losses))]
+
+
+def ridge_by_rows(features, labels, classes, penalty):
+    """W (d, classes) and b by a least-squares problem with one row more per feature: sqrt(penalty) W = 0."""
+    n, width = features.shape
+    rows = np.block([[features, np.ones((n, 1))], [np.sqrt(penalty) * np.eye(width), np.zeros((width, 1))]])
+    targets = np.concatenate([np.eye(classes)[labels], np.zeros((width, classes))])
+    solution = np.linalg.lstsq(rows, targets, rcond=None)[0]
+    return solution[:-1], solution[-1]
+
+
+@pytest.mark.parametrize("n, width", [(40, 6), (15, 30), (12, 12)])  # primal, dual, and as many features as sentences
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_ridge_is_chosen_by_refits_without_each_sentence(n, width, shift):
+    rng = np.random.default_rng(n)
+    features = rng.normal(shift, 1 + 2 * np.arange(width) / width, (n, width))
+    labels = (features[:, 0] > shift).astype(int) + (features[:, 1] + rng.normal(size=n) > shift + 1)
+    labels[labels == 2] = 3  # class 2 has no sentence
+    penalties = [strength * ((features - features.mean(0)) ** 2).sum() / n for strength in RIDGE_STRENGTHS]
+    errors = []
+    for penalty in penalties:
+        error = 0.0
+        for i in range(n):
+            weight, bias = ridge_by_rows(np.delete(features, i, 0), np.delete(labels, i), 4, penalty)
+            error += ((features[i] @ weight + bias - np.eye(4)[labels[i]]) ** 2).sum()
+        errors.append(error)
+    fit = fit_ridge(torch.from_numpy(features), torch.from_numpy(labels), 4)
+    np.testing.assert_allclose(fit.errors, errors, rtol=1e-6)
+    assert fit.strength == RIDGE_STRENGTHS[int(np.argmin(errors))]
+    weight, bias = ridge_by_rows(features, labels, 4, penalties[int(np.argmin(errors))])
+    np.testing.assert_allclose(fit.head.weight.T, weight, atol=1e-9)
+    np.testing.assert_allclose(fit.head.bias, bias, atol=1e-9)
+    assert (fit.head(torch.from_numpy(features)).argmax(1) != 2).all()
+
+
+def test_ridge_without_any_difference_predicts_the_most_frequent_class():
+    fit = fit_ridge(torch.full((5, 3), 0.1), torch.tensor([0, 1, 1, 1, 2]), 3)
+    torch.testing.assert_close(fit.head(torch.full((1, 3), 0.1)), torch.tensor([[0.2, 0.6, 0.2]]))
+
+
+def test_the_training_loss_and_its_gradient(drawn):
+    features, labels, _ = drawn
+    data = ProbeData(features, labels, features, labels, CLASSES, WIDTH)
+    head = nn.Linear(WIDTH, CLASSES, dtype=torch.float64)
+    parameters = np.concatenate([p.detach().numpy().ravel() for p in head.parameters()])
+    loss, gradient = objective(parameters, features.numpy(), labels.numpy(), np.ones(400), 0.0)
+    assert training_loss(head, data) == (pytest.approx(loss), pytest.approx(np.linalg.norm(gradient)))
+
+
+def test_an_unfinished_probe_is_told_from_a_finished_one(drawn, tmp_path):
+    """The same schedule down to a rate of zero: 20 steps end far from the optimum, 1,000 steps close to it."""
+    features, labels = drawn[0].float(), drawn[1]
+    data = ProbeData(features, labels, features, labels, CLASSES, WIDTH)
+    optimum = fit_lbfgs(features, labels, CLASSES, 1e-6).head
+    falls = {}
+    for steps in (20, 1000):
+        training = DownstreamTrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-2, max_steps=steps, per_device_train_batch_size=100
+        )
+        head, _ = fit_adamw(data, training, 0)
+        weights = head.weight.clone()
+        norm, falls[steps] = progress_left(head, data, training, 0)
+        assert torch.equal(head.weight, weights) and norm == training_loss(head, data)[1]
+        above = training_loss(head, data)[0] - training_loss(optimum.requires_grad_(), data)[0]
+        assert above > 0.05 if steps == 20 else above < STILL_FALLS
+    assert falls[20] > STILL_FALLS > falls[1000]
 
 
 def test_standardised_features_have_mean_0_and_deviation_1_or_are_0():
