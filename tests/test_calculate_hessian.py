@@ -41,6 +41,23 @@ def check_parts(record):
     assert list(record["parts"]["groups"]) == groups
 
 
+def check_flatness(record, printed):
+    """Balanced trace, R and share of constant directions are those of the recorded parts, and printed."""
+    balanced = record["balanced"]
+    parts = [balanced[name] for name in ("tables", "head_norm", "matrices", "vectors")]
+    assert sum(parts) == pytest.approx(record["value"])
+    assert (
+        balanced["value"] == pytest.approx(2 * (parts[0] * parts[1]) ** 0.5 + sum(parts[2:])) and balanced["standard_error"] > 0
+    )
+    tensors = record["tensors"]
+    assert sum(tensor["value"] for tensor in tensors.values()) == pytest.approx(record["value"])
+    assert sum(tensor["size"] for tensor in tensors.values()) == record["parameters"]
+    relative = sum(tensor["value"] * tensor["squared_norm"] for tensor in tensors.values())
+    assert record["relative"]["value"] == pytest.approx(relative)
+    assert record["constant_share"]["value"] > tensors["embeddings.token_types.weight"]["value"] / record["value"]
+    assert f"balanced trace {balanced['value']:.4f} +- " in printed and f"flatness R {relative:.4f} +- " in printed
+
+
 def test_the_readmes_command(setting, capsys):
     folder, table = setting
     calculate_hessian.main(flags(folder, "--nsamples", 20, **{"--condprobfile": table}))
@@ -53,8 +70,10 @@ def test_the_readmes_command(setting, capsys):
     assert true["difference"]["value"] == pytest.approx(record["value"] - true["value"])
     assert other["n"] == 2 and other["sentences"] == 20 and other["difference"]["standard_error"] > 0
     assert other["difference"]["value"] == pytest.approx(record["value"] - other["value"], rel=1e-6)
-    assert f"trace {record['value']:.4f} +- " in printed
-    assert f"true conditionals: {true['value']:.4f} +- " in printed and f"hutchinson: {other['value']:.4f} +- " in printed
+    assert f"step1: Fisher trace {record['value']:.4f} +- " in printed and record["quantity"] == "Fisher trace"
+    assert f"true conditionals: {true['value']:.4f} +- " in printed
+    assert f"Hessian trace (Hutchinson): {other['value']:.4f} +- " in printed and other["loss"] == "exact"
+    check_flatness(record, printed)
 
 
 def test_both_estimators_side_by_side(setting, tiny_rules, capsys):
@@ -66,8 +85,15 @@ def test_both_estimators_side_by_side(setting, tiny_rules, capsys):
     assert (hutchinson["n"], hutchinson["draws"], hutchinson["sentences"]) == (3, 6, 24)
     assert fisher["hutchinson"]["value"] == hutchinson["value"]
     check_parts(hutchinson)
-    line = f"trace {fisher['value']:.4f} +- {fisher['standard_error']:.4f} (fisher, n = 24), {hutchinson['value']:.4f} +- "
-    assert line in capsys.readouterr().out
+    assert hutchinson["fisher"] == {key: fisher[key] for key in ("value", "standard_error", "n", "sentences", "draws")} | {
+        "difference": fisher["hutchinson"]["difference"]
+    }
+    printed = capsys.readouterr().out
+    for record, text in (
+        (fisher, "Fisher trace {} (n = 24)"),
+        (hutchinson, "Hessian trace (Hutchinson) {} (n = 3, loss: exact)"),
+    ):
+        assert text.format(f"{record['value']:.4f} +- {record['standard_error']:.4f}") in printed
     calculate_hessian.main(flags(folder, *more, **{"--rule-path": tiny_rules}))
     assert "skipped" in capsys.readouterr().out
 
@@ -79,6 +105,10 @@ def test_without_conditionals(setting):
     calculate_hessian.main(flags(folder, "--nsamples", 6, "--estimator", "hutchinson", "--block-size", 2, "--probe-num", 1))
     record = read(folder, "hessian_hutchinson.json")
     assert (record["n"], record["draws"]) == (3, 3)
+    assert (record["quantity"], record["loss"]) == ("Hessian trace (Hutchinson)", "words of the text")
+    other = record["fisher"]  # on the same sentences
+    assert other["value"] == pytest.approx(read(folder)["value"]) and other["sentences"] == 6
+    assert other["difference"]["value"] == pytest.approx(other["value"] - record["value"])
 
 
 def test_soft_labels_and_positions(setting):
@@ -122,6 +152,8 @@ def close(found, wanted):
     if isinstance(wanted, dict):
         assert found.keys() == wanted.keys()
         return all(close(found[key], wanted[key]) for key in wanted)
+    if isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(close, found, wanted))
     return found == pytest.approx(wanted, rel=1e-4, abs=1e-6) if isinstance(wanted, float) else found == wanted
 
 
@@ -138,7 +170,7 @@ def test_neither_ranks_nor_batches_change_the_trace(setting, launcher):
         script = [Path(calculate_hessian.__file__), *flags(folder, *more, **{"--condprobfile": table})]
         done = subprocess.run([*start, *script], capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count(": trace ") == 1
+        assert done.stdout.count(": Fisher trace ") == 1
     together = without_times(read(folder))
     for name in ("value", "standard_error"):
         assert together[name] == pytest.approx(alone[name], rel=1e-6)

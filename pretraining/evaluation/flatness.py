@@ -22,11 +22,12 @@ output, by rows of one matrix), and balanced removes no rescaling of encoder mat
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 
-from pretraining.evaluation.records import BalancedTrace, TracePart
+from pretraining.evaluation.records import BalancedTrace, TensorTrace, TracePart
 from pretraining.model.enlarge import TABLES
 
 WORDS, POSITIONS, TOKEN_TYPES = TABLES
@@ -125,3 +126,31 @@ def constant_share(values: np.ndarray, sizes: np.ndarray, words: int, positions:
     gradient = np.array([1 / whole, -token_types / whole**2])
     error = math.sqrt(max(0.0, gradient @ covariance @ gradient))
     return TracePart(value=copies * token_types / whole, standard_error=copies * error)
+
+
+def flatness_fields(
+    values: np.ndarray, sizes: np.ndarray, parameters: dict[str, torch.nn.Parameter], positions: int, errors: float
+) -> dict[str, Any]:
+    """The fields of a record that this module defines: tensors, balanced, relative and constant_share.
+
+    Args:
+        values: (n, tensors) traces of the parameter tensors, in the order of `parameters`; sizes as in `mean_and_covariance`.
+        positions: rows of the position table that sentences read.
+        errors: as in `balance`.
+    """
+    names = list(parameters)
+    norms = squared_norms(parameters, positions)
+    parts = [part_of(name, parameter.dim()) for name, parameter in parameters.items()]
+    by_part = np.stack([values[:, [part == name for part in parts]].sum(1) for name in PARTS], 1)  # (n, 4)
+    whole = np.stack([values[:, names.index(TOKEN_TYPES)], values.sum(1)], 1)
+    means, _ = mean_and_covariance(values, sizes)
+    relative, variance = mean_and_covariance(values @ np.array([[norms[name]] for name in names]), sizes)
+    return {
+        "balanced": balance(by_part, sizes, errors),
+        "relative": TracePart(value=relative.item(), standard_error=math.sqrt(variance.item())),
+        "constant_share": constant_share(whole, sizes, len(parameters[WORDS]), positions, errors),
+        "tensors": {
+            name: TensorTrace(value=mean, squared_norm=norms[name], size=parameters[name].numel())
+            for name, mean in zip(names, means.tolist(), strict=True)
+        },
+    }

@@ -5,7 +5,8 @@
     hutchinson   E_v[ v^T (grad^2 L) v ],  L = E_{x,t}[ -sum_w P(w | x_-t) log f(x_-t)[w] ]       (Hutchinson 1990)
 
 in nats. The three agree where f = P at every context: there the covariance of the gradient equals the Hessian (Bartlett's
-second identity). Elsewhere Hutchinson's is the trace. Without true conditionals P, its L takes the words of the text.
+second identity). Elsewhere Hutchinson's is the trace. Without true conditionals P, its L takes the words of the text. Records
+say which it is: "Fisher trace", the paper's estimator, or "Hessian trace (Hutchinson)", and of which loss.
 
 Fisher: words w are drawn with probability proportional to f_w || e_w - f ||^2 and weighted, which leaves the expectation as it
 is and reduces the variance.
@@ -37,12 +38,16 @@ from pcfg.common.ranks import Ranks
 from pcfg.lookup import LookupTable
 from pretraining.data.contexts import Contexts, check_length
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
+from pretraining.evaluation.flatness import flatness_fields, mean_and_covariance
 from pretraining.evaluation.inputs import Inputs
-from pretraining.evaluation.records import HessianRecord, is_measured, write_record
+from pretraining.evaluation.records import HessianRecord, OtherTrace, is_measured, write_record
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model
 
 RECORDS = {"fisher": "hessian.json", "hutchinson": "hessian_hutchinson.json"}
+QUANTITIES = {"fisher": "Fisher trace", "hutchinson": "Hessian trace (Hutchinson)"}
+# Standard errors by which a trace must be positive before a root or ratio of it is formed; Fisher's are sums of squares.
+POSITIVE_ERRORS = {"fisher": 0.0, "hutchinson": 2.0}
 PROBES = {
     "rademacher": lambda rng, shape: rng.integers(0, 2, shape, np.int8) * 2 - 1,
     "gaussian": lambda rng, shape: rng.standard_normal(shape, np.float32),
@@ -53,6 +58,7 @@ SOFT_WORDS = 4096  # largest vocabulary to sum over
 MIN_DRAWS = {"fisher": 1000, "hutchinson": 64}
 MIN_UNITS = {"fisher": 32, "hutchinson": 2}
 COMPARED = 128  # sentences on which Hutchinson's trace is compared with fisher's: it is ten times as expensive
+COMPARED_FIELDS = ("value", "standard_error", "n", "sentences", "draws", "loss")
 LEFT_OUT = ("decoder_bias",)  # as in the released code; the model has no pooler
 TABLES = {
     "embeddings.words.weight": "word_table",  # as the input and as the decoder, with their cross term
@@ -96,7 +102,7 @@ def layer_of(name: str) -> str:
 
 
 class Partitions:
-    """The columns of a table of values: the whole trace, its groups, its layers. Each partition sums to the whole."""
+    """The columns of a table of values: the whole trace, its groups, layers and tensors. Each partition sums to the whole."""
 
     def __init__(self, model: MaskedLM):
         measured = measured_parameters(model)
@@ -109,10 +115,14 @@ class Partitions:
         sums = [[True] * len(self.names)]
         sums += [[name == group for name in groups] for group in self.groups]
         sums += [[name == layer for name in layers] for layer in self.layers]
-        self._sums = np.array(sums, float).T  # (parameters, columns)
+        self._sums = np.hstack([np.array(sums, float).T, np.eye(len(self.names))])  # (parameters, columns)
 
     def __len__(self) -> int:
         return self._sums.shape[1]
+
+    def tensors(self, values: np.ndarray) -> np.ndarray:
+        """(n, columns) -> (n, parameters): the columns of single tensors."""
+        return values[:, -len(self.names) :]
 
     def stack(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
         """Values (m,) of each parameter, by its name, as (m, parameters) float64."""
@@ -125,9 +135,10 @@ class Partitions:
     def described(self, means: np.ndarray, errors: np.ndarray) -> dict[str, dict]:
         """{"groups": {name: {"value", "standard_error"}}, "layers": {...}} of the columns after the first."""
         parts = [{"value": float(mean), "standard_error": float(error)} for mean, error in zip(means, errors, strict=True)]
-        end = 1 + len(self.groups)
-        groups = dict(zip(self.groups, parts[1:end], strict=True))
-        return {"groups": groups, "layers": dict(zip(self.layers, parts[end:], strict=True))}
+        middle = 1 + len(self.groups)
+        groups = dict(zip(self.groups, parts[1:middle], strict=True))
+        layers = dict(zip(self.layers, parts[middle : middle + len(self.layers)], strict=True))
+        return {"groups": groups, "layers": layers}
 
 
 def mean_and_error(values: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -138,21 +149,18 @@ def mean_and_error(values: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, n
         sizes: (n,) sentences of each unit.
 
     Returns:
-        The mean R = sum s_i y_i / sum s_i, and sqrt(n / (n - 1) sum s_i^2 (y_i - R)^2) / sum s_i (Cochran, Sampling
-        Techniques, section 2.11), (columns,) each.
+        (columns,) each; see `mean_and_covariance`.
 
     >>> mean_and_error(np.array([[1.0], [3.0]]), np.array([1, 1]))
     (array([2.]), array([1.]))
     """
     number = len(values)
-    total = sizes.sum()
     if number < 2:
         raise InputError(
             f"--nsamples: {number} sentence, or block of sentences, has no standard error; it takes at least 2 of them"
         )
-    mean = sizes @ values / total
-    spread = ((values - mean) * sizes[:, None]) ** 2
-    return mean, np.sqrt(spread.sum(0) * number / (number - 1)) / total
+    mean, covariance = mean_and_covariance(values, sizes)
+    return mean, np.sqrt(covariance.diagonal())
 
 
 def whole(values: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
@@ -283,6 +291,16 @@ class Truth:
         return distribution
 
 
+def truth_of(inputs: Inputs) -> Truth | None:
+    """The true conditionals of the inputs, if they are known."""
+    return None if inputs.table is None or inputs.columns is None else Truth(inputs.table, inputs.columns)
+
+
+def loss_name(truth: Truth | None) -> str:
+    """Which loss a Hessian is of."""
+    return "words of the text" if truth is None else "exact"
+
+
 def measured_contexts(contexts: Contexts, sentences: np.ndarray | range, sampling: Sampling) -> np.ndarray:
     """The contexts of some sentences that are measured, ascending: all, or `sampling.positions` of each."""
     offsets = contexts.offsets
@@ -355,6 +373,25 @@ def draw_probe(model: MaskedLM, kind: str, seed: int, block: int, draw: int) -> 
     return [torch.from_numpy(PROBES[kind](rng, tuple(p.shape))).to(p.device, p.dtype) for p in parameters]
 
 
+def loss_gradients(
+    model: MaskedLM, contexts: Contexts, batch: np.ndarray, weights: np.ndarray, conditionals: Distribution | None
+) -> tuple[torch.Tensor, ...]:
+    """The gradient of sum_c weights_c L_c over contexts `batch` (m,), with its graph; one tensor per measured parameter.
+
+    Args:
+        weights: (m,) float64.
+        conditionals: P; None for the words of the text.
+    """
+    device = _device(model)
+    if conditionals is None:
+        labels = one_hot(torch.from_numpy(contexts.label[batch]).to(device), model.config.vocab_size)
+    else:
+        labels = conditionals(batch)
+    log_f = torch.log_softmax(model(*contexts.batch(batch, device)), -1)  # (m, vocab_size)
+    loss = -((torch.from_numpy(weights).to(device)[:, None] * labels).to(log_f.dtype) * log_f).sum()
+    return torch.autograd.grad(loss, list(measured_parameters(model).values()), create_graph=True)
+
+
 def _hutchinson_values(
     model: MaskedLM,
     contexts: Contexts,
@@ -371,7 +408,6 @@ def _hutchinson_values(
     """
     counts = sampling.counts(contexts)
     parameters = list(measured_parameters(model).values())
-    device = _device(model)
     for block in blocks.tolist():
         low = block * sampling.block_size
         high = min(low + sampling.block_size, len(counts))
@@ -379,14 +415,8 @@ def _hutchinson_values(
         measured = measured_contexts(contexts, range(low, high), sampling)
         forms = np.zeros((sampling.probe_num, len(parameters)))
         for batch in contexts.batches(measured, batch_size):
-            weight = torch.from_numpy(1.0 / (counts[contexts.sentence[batch]] * (high - low))).to(device)  # in the mean
-            if conditionals is None:
-                labels = one_hot(torch.from_numpy(contexts.label[batch]).to(device), model.config.vocab_size)
-            else:
-                labels = conditionals(batch)
-            log_f = torch.log_softmax(model(*contexts.batch(batch, device)), -1)  # (m, vocab_size)
-            loss = -((weight[:, None] * labels).to(log_f.dtype) * log_f).sum()
-            gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+            weights = 1.0 / (counts[contexts.sentence[batch]] * (high - low))  # in the mean
+            gradients = loss_gradients(model, contexts, batch, weights, conditionals)
             for draw in range(sampling.probe_num):
                 probe = draw_probe(model, sampling.probe, sampling.seed, block, draw)
                 retain_graph = draw + 1 < sampling.probe_num
@@ -454,51 +484,95 @@ def measure_trace(
 ) -> dict[str, dict[str, Any]]:
     """The trace at one model by "fisher", "hutchinson" or "both": fields of a record, by the name of the estimator.
 
-    With both, or with true conditionals, fisher's fields have Hutchinson's trace on (some of) the same sentences too.
+    Fields of Hutchinson have Fisher's trace on the same sentences. Those of Fisher have Hutchinson's on (some of) the same
+    sentences, with "both" or with true conditionals.
     """
-    truth = None if inputs.table is None or inputs.columns is None else Truth(inputs.table, inputs.columns)
+    truth = truth_of(inputs)
+    contexts = inputs.contexts
+    estimates: dict[str, Estimate] = {}
+    results: dict[str, dict[str, Any]] = {}
 
-    def run(estimator: str, sampling: Sampling) -> tuple[Estimate, dict[str, Any]]:
+    def run(name: str, sampling: Sampling) -> None:
         started = time.monotonic()
-        estimate = estimate_trace(estimator, model, inputs.contexts, sampling, truth, batch_size, ranks, inputs.source)
-        return estimate, {**estimate.described(), "seconds": time.monotonic() - started}
+        estimate = estimate_trace(name, model, contexts, sampling, truth, batch_size, ranks, inputs.source)
+        tensors = estimate.partitions.tensors(estimate.values)
+        positions = int(contexts.lengths[: estimate.sentences].max())
+        fields = estimate.described() | {"quantity": QUANTITIES[name]}
+        if name == "hutchinson":
+            fields["loss"] = loss_name(truth)
+        fields |= flatness_fields(tensors, estimate.sizes, measured_parameters(model), positions, POSITIVE_ERRORS[name])
+        estimates[name] = estimate
+        results[name] = {**fields, "seconds": time.monotonic() - started}
 
-    if estimator == "hutchinson":
-        return {"hutchinson": run("hutchinson", sampling)[1]}
-    fisher, fields = run("fisher", sampling)
-    results = {"fisher": fields}
-    sentences = min(fisher.sentences, COMPARED)
-    if estimator == "both":
-        hutchinson, results["hutchinson"] = run("hutchinson", sampling)
-        other = results["hutchinson"]
-    elif truth is not None and sentences > sampling.block_size:
-        some = dataclasses.replace(sampling, nsamples=sentences, target_relative_error=None)
-        hutchinson, other = run("hutchinson", some)
-    else:
-        return results
-    fields["hutchinson"] = {key: other[key] for key in ("value", "standard_error", "n", "sentences", "draws")}
-    if on_shared_blocks := difference(fisher, hutchinson):
-        fields["hutchinson"]["difference"] = on_shared_blocks
-    return results
+    names = list(RECORDS) if estimator == "both" else [estimator]
+    for name in names:
+        run(name, sampling)
+    sentences = estimates[names[0]].sentences
+    if estimator == "fisher" and truth is not None and sentences > sampling.block_size:
+        some = min(sentences, COMPARED)
+        run("hutchinson", dataclasses.replace(sampling, nsamples=some, target_relative_error=None))
+    elif estimator == "hutchinson":
+        run("fisher", dataclasses.replace(sampling, nsamples=sentences, target_relative_error=None))
+    if len(estimates) == 2:
+        shared = difference(estimates["fisher"], estimates["hutchinson"])
+        for name, other in (RECORDS, reversed(RECORDS)):
+            compared = {key: results[other][key] for key in COMPARED_FIELDS if key in results[other]}
+            results[name][other] = compared | ({"difference": shared} if shared else {})
+    return {name: results[name] for name in names}
 
 
-def _number(estimate: dict[str, Any]) -> str:
-    return f"{estimate['value']:.4f} +- {estimate['standard_error']:.4f}"
+def _number(part: Any) -> str:
+    return f"{part.value:.4f} +- {part.standard_error:.4f}"
 
 
-def print_traces(folder: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Print the traces at a model, and their differences."""
-    traces = ", ".join(f"{_number(fields)} ({name}, n = {fields['n']})" for name, fields in results.items())
-    print(f"{folder}: trace {traces}")
-    for name, fields in results.items():
-        if not fields.get("target_reached", True):
-            error = fields["relative_error"]
-            print(f"  {name}: relative error {error:.2%} with all sentences; give a longer text or more draws")
-    fisher = results.get("fisher", {})
-    for key, label in (("true_labels", "labels drawn from the true conditionals"), ("hutchinson", "hutchinson")):
-        if other := fisher.get(key):
-            minus = f"; fisher minus it {_number(other['difference'])}" if "difference" in other else ""
-            print(f"  {label}: {_number(other)}{minus}")
+def _other_text(name: str, other: OtherTrace | None) -> str:
+    """A line on the trace in another way; empty for None."""
+    if other is None:
+        return ""
+    line = f"\n  {name}: {_number(other)}"
+    if gap := other.difference:
+        line += f"; Fisher minus {'Hutchinson' if name in QUANTITIES.values() else 'it'} {_number(gap)}"
+        line += ", more than two standard errors" * (abs(gap.value) > 2 * (gap.standard_error or 0))
+    return line
+
+
+def described_trace(record: HessianRecord) -> str:
+    """The trace of a record made by `measure_trace`, its differences to others, and the flatness that needs no scale."""
+    balanced: Any = record.balanced
+    fields: dict[str, Any] = record.model_extra or {}
+    text = f"{record.quantity} {_number(record)} (n = {record.n}{f', loss: {record.loss}' if record.loss else ''})"
+    if not fields.get("target_reached", True):
+        text += f"\n  relative error {fields['relative_error']:.2%} with all sentences; give a longer text or more draws"
+    text += f"\n  balanced trace {f'not defined: {balanced.reason}' if balanced.reason else _number(balanced)}"
+    text += f", relative flatness R {_number(record.relative)}"
+    if record.constant_share:
+        text += f", constant directions {record.constant_share.value:.1%} of the trace"
+    text += _other_text("labels drawn from the true conditionals", record.true_labels)
+    return text + _other_text(QUANTITIES["hutchinson"], record.hutchinson) + _other_text(QUANTITIES["fisher"], record.fisher)
+
+
+def unmeasured(
+    models: list[tuple[Path, Path, Path]],
+    inputs: Inputs,
+    names: dict[str, str],
+    settings: dict[str, Any],
+    ranks: Ranks,
+    overwrite: bool,
+) -> Iterator[tuple[Path, dict, MaskedLM]]:
+    """Of each model without its records: the folder of the results, the inputs of a record, and the model.
+
+    Args:
+        models: model folder, weights file, folder for the results of each.
+        names: file names of the records, by what they record.
+    """
+    for folder, weights, output in models:
+        inputs.check(folder)
+        described = {**inputs.described, "model": {"sha256": sha256(weights)}}
+        measured = [is_measured(output, name, described, settings, overwrite) for name in names.values()]
+        if not all(measured):
+            yield output, described, load_model(folder, ranks.device, "eager", weights)
+        elif ranks.is_main:
+            print(f"{output}: {' and '.join(names)} measured already, skipped")
 
 
 def measure_models(
@@ -513,26 +587,20 @@ def measure_models(
     """Measure the trace at each model: write hessian.json (or hessian_hutchinson.json, or both), and print it.
 
     Args:
-        models: model folder, weights file, folder for the results of each.
+        models: as in `unmeasured`.
         estimator: "fisher", "hutchinson" or "both".
     """
-    names = RECORDS if estimator == "both" else {estimator: RECORDS[estimator]}
+    files = RECORDS if estimator == "both" else {estimator: RECORDS[estimator]}
     settings = {"estimator": estimator, **sampling.described()}
     ranks = Ranks(device)
-    for folder, weights, output in models:
-        inputs.check(folder)
-        described = {**inputs.described, "model": {"sha256": sha256(weights)}}
-        measured = [is_measured(output, name, described, settings, overwrite) for name in names.values()]
-        if all(measured):
-            if ranks.is_main:
-                print(f"{output}: trace by {estimator} is measured already, skipped")
-            continue
-        model = load_model(folder, ranks.device, "eager", weights)
+    names = {QUANTITIES[name]: file for name, file in files.items()}
+    for output, described, model in unmeasured(models, inputs, names, settings, ranks, overwrite):
         results = measure_trace(model, inputs, sampling, estimator, batch_size, ranks)
         if not ranks.is_main:
             continue
         for name, fields in results.items():
-            fields = {**fields, "seeds": [sampling.seed], "inputs": described, "arguments": settings, "device": device}
-            write_record(output, names[name], HessianRecord(estimator=name, unit="nats", **fields), number_file=True)
-        print_traces(output, results)
+            fields |= {"seeds": [sampling.seed], "inputs": described, "arguments": settings, "device": device}
+            record = HessianRecord(estimator=name, unit="nats", **fields)
+            write_record(output, files[name], record, number_file=True)
+            print(f"{output}: {described_trace(record)}")
     ranks.close()

@@ -101,9 +101,9 @@ class BalancedTrace(_Part):
 
 
 class OtherTrace(TracePart):
-    """The trace by the other estimator, on the sentences of the record or some of them."""
+    """The trace in another way, on the sentences of the record or some of them."""
 
-    difference: TracePart | None = None  # Fisher minus Hutchinson, paired by block of sentences
+    difference: TracePart | None = None  # Fisher minus the other, or minus Hutchinson; paired by sentence or block
 
 
 class Bootstrap(_Part):
@@ -169,12 +169,13 @@ class HessianRecord(Record):
     measurement: Literal["hessian"] = "hessian"
     estimator: Text | None = None  # fisher or hutchinson
     quantity: Text | None = None  # Fisher trace, or Hessian trace (Hutchinson)
-    loss: Text | None = None  # whose Hessian it is: exact, or of the text's words
+    loss: Text | None = None  # of Hutchinson: exact (true conditionals), or words of the text
     parts: TraceParts | None = None  # by groups of parameters, and by layers
     tensors: dict[str, TensorTrace] | None = None  # by parameter tensor; the values sum to the trace
     balanced: BalancedTrace | None = None  # least trace over the scale of tables against head norm
     relative: TracePart | None = None  # R, the sum over tensors of squared norm times trace
     constant_share: TracePart | None = None  # share of the trace in constant directions
+    true_labels: OtherTrace | None = None  # of a Fisher record: with labels from the true conditionals
     hutchinson: OtherTrace | None = None  # of a Fisher record
     fisher: OtherTrace | None = None  # of a Hutchinson record
 
