@@ -272,7 +272,16 @@ def test_errors(text, tmp_path, content, more, message):
     (text / "training0.txt").write_text(content)
     with pytest.raises(InputError, match=message):
         run(text, tmp_path / "out", *more)
-    assert not list(tmp_path.glob("out/train_shard_0.hdf5"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_advice_of_a_refused_run_can_be_followed(text, tmp_path):
+    for path in text.glob("t*[0-9].txt"):
+        path.write_text("cat\n\na cat runs\n")
+    with pytest.raises(InputError, match="--max_seq_length 5 or more, not 4"):
+        run(text, tmp_path / "out", "--max_seq_length", 4)
+    run(text, tmp_path / "out", "--max_seq_length", 5)
+    assert len(read_samples(tmp_path / "out" / "train_shard_1.hdf5")) == 2
 
 
 @pytest.mark.parametrize(("word", "lower"), [("Cat", 1), ("o'clock", 0), ("caf\u00e9", 1)])

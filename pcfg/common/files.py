@@ -6,6 +6,7 @@ checksum; random numbers are a function of (seed, purpose, index) and of nothing
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import io
 import json
@@ -46,16 +47,22 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write `path` into an `InputError`."""
+def disk_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turn the operating system's refusal to write `path` (through `temporary`) into an `InputError`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"{path}: the disk is full; free some space and run the same command again") from error
+            needed = f": more than the {_size(temporary):,} bytes written so far are needed" if temporary else ""
+            raise InputError(f"{path}: the disk is full{needed}; free some space and run the same command again") from error
         if error.errno in UNWRITABLE:
             raise InputError(f"{path}: can't be written ({error.strerror}); choose another place") from error
         raise
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; 0 if there is nothing."""
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def free_bytes(path: AnyPath) -> int:
@@ -84,14 +91,15 @@ def atomic_path(path: AnyPath) -> Iterator[Path]:
     temporary = _temporary(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+    try:
+        with disk_errors(path, temporary):
             yield temporary
             _sync(temporary)
             os.replace(temporary, path)
             _sync(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -108,11 +116,11 @@ def atomic_folder(path: AnyPath) -> Iterator[Path]:
     """Yield a temporary folder; its files are synced and it is renamed to `path`, which it replaces, at the end."""
     path = Path(path)
     temporary = _temporary(path)
-    with disk_errors(path):
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
-        try:
+    try:
+        with disk_errors(path, temporary):
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir(parents=True)
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
@@ -121,9 +129,9 @@ def atomic_folder(path: AnyPath) -> Iterator[Path]:
                 shutil.rmtree(path)
             os.replace(temporary, path)
             _sync(path.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def write_json(path: AnyPath, value: object) -> None:
@@ -221,18 +229,23 @@ class Manifest:
         made_from: everything that decides the bytes of the files (hashes of inputs, seed, arguments), without the number of
             files: a set may be extended later. None: whatever the manifest on disk says.
         overwrite: forget a manifest of files that were made from something else, instead of refusing it.
+        products: pattern of the names of the files that matter. A manifest that lists none protects nothing: a run that was
+            refused or killed before its first product does not bind the next one to its flags.
     """
 
-    def __init__(self, path: AnyPath, made_from: dict | None, overwrite: bool = False):
+    def __init__(self, path: AnyPath, made_from: dict | None, overwrite: bool = False, products: str = "*"):
         self.path = Path(path)
+        self.products = products
         self.content: dict[str, Any] = {}
+        self.forgotten: frozenset[str] = frozenset()  # files of a manifest that is replaced
         if made_from is None or self.path.exists():
             self.content = read_json(self.path)
             if not isinstance(self.content.get(FILES), dict):
                 raise InputError(f"{self.path}: damaged, it lists no files; delete it and make the files again")
             if made_from is None or self.content.get("made_from") == made_from:
                 return
-            if not overwrite:
+            self.forgotten = frozenset(self.names())
+            if not overwrite and self.has_product():
                 old = self.content.get("made_from") or {}
                 differing = sorted(key for key in old.keys() | made_from.keys() if old.get(key) != made_from.get(key))
                 what = ", ".join(f"{key} was {old.get(key)!r}, now {made_from.get(key)!r}" for key in differing)
@@ -249,6 +262,23 @@ class Manifest:
 
     def names(self) -> list[str]:
         return list(self.content[FILES])
+
+    def has_product(self) -> bool:
+        return any(fnmatch.fnmatchcase(name, self.products) for name in self.names())
+
+    @contextlib.contextmanager
+    def or_nothing(self) -> Iterator[None]:
+        """A block that makes the first files: if it is refused before a product, it leaves the folder as it was."""
+        folder = self.path.parent
+        before = set(folder.rglob("*")) | {path for path in (folder, *folder.parents) if path.exists()}
+        try:
+            yield
+        except InputError:
+            if not self.has_product():
+                made = {folder, *folder.parents, *folder.rglob("*")} - before
+                for path in sorted(filter(Path.exists, made), reverse=True):  # files before their folders
+                    path.rmdir() if path.is_dir() else path.unlink()
+            raise
 
     def entry(self, name: str) -> dict[str, Any]:
         """The facts of file `name`: size, sha256 and those given to `add`."""

@@ -275,21 +275,22 @@ def generate(options: argparse.Namespace) -> None:
     executor = executor_options(options, local="processes")
     recipe, own = read_recipe(options)
     text = find_text_shards(options.dir.absolute(), options.dup_factor)
-    manifest = Manifest(options.output_dir / SAMPLES_MANIFEST, recipe.facts(), options.overwrite)
+    manifest = Manifest(options.output_dir / SAMPLES_MANIFEST, recipe.facts(), options.overwrite, products="*.hdf5")
     remaining = missing_shards(text, manifest, options.overwrite)
     total, missing = (sum(len(shard.numbers) for shard in shards) for shards in (text, remaining))
     print(f"{len(text)} text shards, {total} sample shards: {total - missing} skipped (complete), {missing} to make")
 
-    _save_tokenizer(recipe, own, name, manifest)
-    changed: frozenset[str] = frozenset()
-    if remaining and not recipe.documents:
-        changed = ordinary_words_changed(recipe.vocabulary, own or wordpiece(recipe.vocabulary, recipe.do_lower_case))
-    # Absolute, as a Ray task may run in another working directory.
-    make = functools.partial(make_samples, recipe=recipe, changed_words=changed, folder=options.output_dir.absolute())
-    with contextlib.closing(run_jobs(make, remaining, what="masking", **executor)) as results:
-        for shard, facts in results:
-            for file, counts in facts.items():
-                manifest.add(file, **counts, source=shard.path.name, source_sha256=shard.sha256)
+    with manifest.or_nothing():
+        _save_tokenizer(recipe, own, name, manifest)
+        changed: frozenset[str] = frozenset()
+        if remaining and not recipe.documents:
+            changed = ordinary_words_changed(recipe.vocabulary, own or wordpiece(recipe.vocabulary, recipe.do_lower_case))
+        # Absolute, as a Ray task may run in another working directory.
+        make = functools.partial(make_samples, recipe=recipe, changed_words=changed, folder=options.output_dir.absolute())
+        with contextlib.closing(run_jobs(make, remaining, what="masking", **executor)) as results:
+            for shard, facts in results:
+                for file, counts in facts.items():
+                    manifest.add(file, **counts, source=shard.path.name, source_sha256=shard.sha256)
     if recipe.documents:
         print(_describe_documents(manifest))
     print(f"samples: {options.output_dir}; tokenizer: {options.output_dir / name}")

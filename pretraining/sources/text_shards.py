@@ -88,7 +88,7 @@ class TextFolder:
                 f"{present[0]}: text that this script has no record of ({TEXT_MANIFEST} is missing); "
                 "give another --save-path, or --overwrite to replace it"
             )
-        self.manifest = Manifest(manifest_path, made_from, overwrite)
+        self.manifest = Manifest(manifest_path, made_from, overwrite, products="t*.txt")  # the shards, of both splits
         if overwrite:
             # Shards beyond the new number would be read together with the new ones.
             for path in present:
@@ -119,7 +119,8 @@ class TextFolder:
         path = self.folder / "vocab.txt"
         if self.manifest.is_complete(path.name):
             return
-        if path.exists() and not self.overwrite and not self.manifest.names() and path.read_bytes() != content:
+        is_own = self.overwrite or self.manifest.names() or path.name in self.manifest.forgotten
+        if path.exists() and not is_own and path.read_bytes() != content:
             raise InputError(f"{path}: another vocabulary is here; give another --save-path, or --overwrite to replace it")
         with atomic_open(path, "wb") as file:
             file.write(content)

@@ -177,15 +177,20 @@ def test_a_folder_without_permission_is_named(tmp_path, write):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (errno.ENOSPC, "result: the disk is full; free some space"),
-        (errno.EDQUOT, "result: the disk is full; free some space"),
+        (errno.ENOSPC, "result: the disk is full: more than the 5 bytes written so far are needed; free some space"),
+        (errno.EDQUOT, "result: the disk is full: more than the 5 bytes written so far are needed; free some space"),
         (errno.EACCES, "result: can't be written .Permission denied.; choose another place"),
         (errno.EROFS, "result: can't be written .Read-only"),
         (errno.EFBIG, "result: can't be written .File too large"),
     ],
 )
 def test_what_the_system_refuses_is_an_input_error(tmp_path, opened, error, message):
-    with pytest.raises(InputError, match=message), opened(tmp_path / "result"):
+    with pytest.raises(InputError, match=message), opened(tmp_path / "result") as place:
+        if opened is atomic_open:
+            place.write("12345")
+            place.flush()
+        else:
+            (place / "part" if opened is atomic_folder else place).write_text("12345")
         raise OSError(error, os.strerror(error))
     assert not list(tmp_path.iterdir())
 
@@ -318,6 +323,40 @@ def test_overwrite_forgets_what_was_made_otherwise_and_nothing_else(manifest):
     other.add("empty")
     found = json.loads(manifest.path.read_text())
     assert found["made_from"] == {"seed": 2, "grammar": "abc"} and list(found["files"]) == ["empty"]
+
+
+def test_a_manifest_without_a_product_binds_nobody(tmp_path):
+    """A run was killed after its tokenizer, before its first shard; another one with other flags replaces it."""
+    (tmp_path / "vocab.txt").write_text("x")
+    first = Manifest(tmp_path / "manifest.json", {"length": 9}, products="*.hdf5")
+    first.add("vocab.txt")
+    second = Manifest(tmp_path / "manifest.json", {"length": 10}, products="*.hdf5")
+    assert second.names() == [] and second.forgotten == {"vocab.txt"}
+    (tmp_path / "a.hdf5").write_text("y")
+    second.add("a.hdf5")
+    with pytest.raises(InputError, match="length was 10, now 9"):
+        Manifest(tmp_path / "manifest.json", {"length": 9}, products="*.hdf5")
+
+
+def test_a_refused_run_leaves_the_folder_as_it_was(tmp_path):
+    folder = tmp_path / "new" / "deep"
+    manifest = Manifest(folder / "manifest.json", {}, products="*.hdf5")
+    for kept in ([], ["own.txt", "sub/own.txt"]):  # files that were there before
+        for name in kept:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("mine")
+        with pytest.raises(InputError, match="refused"), manifest.or_nothing():
+            (folder / "tokenizer").mkdir(parents=True)
+            (folder / "tokenizer" / "vocab.txt").write_text("x")
+            manifest.add("tokenizer/vocab.txt")
+            raise InputError("refused")
+        assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")) == kept
+        assert folder.exists() == bool(kept) and (tmp_path / "new").exists() == bool(kept)
+    with pytest.raises(InputError, match="refused"), manifest.or_nothing():
+        (folder / "a.hdf5").write_text("y")
+        manifest.add("a.hdf5")
+        raise InputError("refused")
+    assert (folder / "a.hdf5").exists() and manifest.path.exists()  # finished work stays
 
 
 def test_a_file_that_is_made_again_is_complete_again(manifest):
