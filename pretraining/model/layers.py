@@ -96,6 +96,7 @@ class SelfAttention(nn.Module):
         if config.attention == "apex":
             import_apex("apex.transformer.functional", "--attention")  # fail when the model is built
         self.attend = ATTENTION_FUNCTIONS[config.attention]
+        self.most_copies: float = MOST_COPIES
 
     def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
         """Attention of every position, (batch, length, hidden), or of `positions`, (M, 1, hidden), to its whole sentence.
@@ -107,7 +108,7 @@ class SelfAttention(nn.Module):
         batch, length, width = hidden.shape
         split = self.qkv(hidden).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)  # (batch, heads, length, head_dim) each
-        if positions is not None and len(positions) > MOST_COPIES * batch:
+        if positions is not None and len(positions) > self.most_copies * batch:
             return self._by_sentence(query, key, value, mask, positions)
         if positions is not None:
             query = split[:, :, 0].flatten(0, 1)[positions].unsqueeze(2)  # (M, heads, 1, head_dim)

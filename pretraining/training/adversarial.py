@@ -5,6 +5,7 @@ of labelled sentences, which differ from step to step.
 """
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from pretraining.data.masking import check_lengths
 from pretraining.data.tasks import read_labelled_part
 from pretraining.data.vocabulary import Vocabulary
 from pretraining.training.batches import OVERHEAD_TOKENS, cuts, to_device
+
+Encoder = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # of ids and mask
+FourTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def ridge_validation_loss(
@@ -90,8 +94,8 @@ class AdversarialTerm:
         self._probabilities = counts / counts.sum()
         self._targets = np.eye(len(classes))[labels] - 1 / len(classes)  # (sentences, C)
         self._size = size
-        self._ridge = ridge
-        self._positions = positions
+        self.ridge = ridge
+        self.positions = positions
         self._seed = seed
         self.facts = describe_file(path)  # for the record of a run
 
@@ -106,18 +110,35 @@ class AdversarialTerm:
 
         `model` is a `MaskedLM`, or DeepSpeed's engine of one, in training mode, with dropout.
         """
-        rows = self.rows(step)
-        half = self._size // 2
         torch.manual_seed(int(keyed_rng(self._seed, "adversarial dropout", step).integers(1 << 63)))
-        device = next(model.parameters()).device
-        lengths = self._contexts.lengths[rows]
-        order = np.argsort(lengths, kind="stable")
+
+        def encode(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            mask = None if mask is None else mask[0]
+            return concatenate(model(ids[0], mask, None), mask, self.positions)[None]
+
+        fitted, targets, others, other_targets = self.parts(self.rows(step)[None], encode, next(model.parameters()).device)
+        return ridge_validation_loss(fitted[0], targets[0], others[0], other_targets[0], self.ridge)
+
+    def parts(self, rows: np.ndarray, encode: Encoder, device: torch.device) -> FourTensors:
+        """The tensors of `ridge_validation_loss` for `rows`, (members, size) as from `rows`, with members as first axis.
+
+        Args:
+            encode: features (members, batch, positions * hidden) of ids (members, batch, length) and their mask, None without
+                padding. It gets sentences of similar length: each member's, sorted, are cut at the same places.
+        """
+        half = self._size // 2
+        lengths = self._contexts.lengths[rows]  # (members, size)
+        order = np.argsort(lengths, axis=1, kind="stable")
+        by_length = np.take_along_axis(rows, order, 1)
+        longest = np.sort(lengths, axis=1).max(0)
         encoded = []
-        for start, end in itertools.pairwise([0, *cuts(lengths[order], self._size, OVERHEAD_TOKENS)]):
-            ids, is_token = sentence_batch(self._contexts, rows[order[start:end]])
-            mask = None if is_token.all() else to_device(is_token, device)
-            encoded.append(concatenate(model(to_device(ids, device), mask, None), mask, self._positions))
+        for start, end in itertools.pairwise([0, *cuts(longest, self._size, OVERHEAD_TOKENS)]):
+            block = by_length[:, start:end]
+            ids, is_token = sentence_batch(self._contexts, block.ravel())
+            mask = None if is_token.all() else to_device(is_token.view(*block.shape, -1), device)
+            encoded.append(encode(to_device(ids.view(*block.shape, -1), device), mask))
         # From the order of lengths to that of `rows`.
-        features = torch.cat(encoded)[to_device(torch.from_numpy(np.argsort(order)), device)]  # (size, positions * hidden)
+        place = to_device(torch.from_numpy(np.argsort(order, axis=1)), device)[..., None]  # (members, size, 1)
+        features = torch.cat(encoded, dim=1).take_along_dim(place, dim=1)  # (members, size, positions * hidden)
         targets = to_device(torch.from_numpy(self._targets[rows]), device)
-        return ridge_validation_loss(features[:half], targets[:half], features[half:], targets[half:], self._ridge)
+        return features[:, :half], targets[:, :half], features[:, half:], targets[:, half:]

@@ -35,6 +35,11 @@ WITHOUT_EFFECT = frozenset(
 )
 # They describe a term that exists only if its weight is not 0.
 ADVERSARIAL = frozenset(f"adversarial_{name}" for name in ("weight", "file", "batch_size", "ridge"))
+# Not with --seeds.
+ENGINE_ONLY = (
+    *("fp16", "bf16", "zero_stage", "activation_checkpointing", "compile"),
+    *("prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown", "steps_per_print"),
+)
 # These belong to one start of a run, not to the run: `--config` does not take them over.
 OF_ONE_START = frozenset({"config", "resume", "overwrite", "local_rank"})
 
@@ -73,7 +78,8 @@ def _add_data_and_model(parser: argparse.ArgumentParser) -> None:
 
     group = _Group(parser, "model")
     group.value("model_type", ("bert-mlm",), "bert-mlm", "kind of model")
-    group.value("model_name_or_path", str, None, "initial weights of this shape: folder or hub name (default: new, by --seed)")
+    text = "initial weights of this shape: folder or hub name, in which {seed} becomes the seed (default: new, by --seed)"
+    group.value("model_name_or_path", str, None, text)
     group.value("hidden_size", positive_int, 1024, "width")
     group.value("num_hidden_layers", positive_int, 24, "layers")
     group.value("num_attention_heads", positive_int, 16, "attention heads")
@@ -157,6 +163,9 @@ def _add_schedule_duration_and_precision(parser: argparse.ArgumentParser) -> Non
     group.value("steps_per_print", positive_int, None, "steps between DeepSpeed's own lines (default: none)")
     group.value("local_rank", int, -1, "set by the launcher")
     group.value("seed", non_negative_int, 42, "of weights, order and dropout")
+    text = "comma-separated: one model per seed, trained at the same time, in float32 on one rank and without DeepSpeed's "
+    text += "engine; in OUTPUT_DIR/JOB_NAME/seedS. Without dropout each equals the run of its --seed up to rounding, with "
+    group.value("seeds", ascending(non_negative_int), None, text + "dropout it is another one (default: one model, by --seed)")
 
 
 def _add_validation_and_output(parser: argparse.ArgumentParser) -> None:
@@ -280,6 +289,22 @@ def check(options: argparse.Namespace) -> None:
         name = job_folder(options).name
         raise InputError(f"--job_name, --current_run_id: {name!r} is no folder's name here; leave out '/' and a '.' in front")
     model_config(options, vocab_size=1, max_seq_length=1)
+    if options.seeds is not None:
+        _check_stacked(options)
+
+
+def _check_stacked(options: argparse.Namespace) -> None:
+    """Refuse what members that share their operations can't do, or only DeepSpeed's engine can."""
+    if not options.seeds:
+        raise InputError("--seeds: no seed is given; give one or more, separated by commas")
+    for name in ENGINE_ONLY:
+        if getattr(options, name):
+            raise InputError(f"--{name}: not with --seeds, which trains without DeepSpeed's engine; leave one of them out")
+    for name in ("attention", "layer_norm_type"):
+        if getattr(options, name) == "apex":
+            raise InputError(f"--{name} apex: its kernels know no stacked members; leave it out, or --seeds")
+    if options.project_name and options.report_to == "wandb":
+        raise InputError("--project_name: Weights & Biases gets one curve per run; with --seeds leave it out")
 
 
 def check_accumulation(options: argparse.Namespace, world_size: int) -> None:

@@ -89,21 +89,16 @@ def start_wandb(folder: Path, options: argparse.Namespace) -> Any:
     )
 
 
-def check_finite(loss: float, where: str, what: str) -> None:
-    """Refuse a loss that is NaN or infinite; `where` and `what` are words for the message."""
-    if not math.isfinite(loss):
-        raise InputError(f"{where}: the {what} is {loss}; {DIVERGED}")
-
-
 class LossWatch:
     """Checks that the losses of every step are finite, without making the host wait for the device.
 
     On a GPU the losses of a step are read when the next step is queued, so that the device is never idle; on a CPU at once.
     """
 
-    def __init__(self, device: torch.device, names: Sequence[str] = ("",)):
-        """`names` of the members begin the messages."""
+    def __init__(self, device: torch.device, names: Sequence[str] = ("",), diverged: dict[str, str] | None = None):
+        """`diverged` gets the reason by name of each member that is left out; the names begin the messages."""
         self._names = names
+        self._diverged = {} if diverged is None else diverged
         self._delay = 0 if device.type == "cpu" else 1
         self._unseen: list[tuple[str, dict[str, torch.Tensor]]] = []
 
@@ -120,8 +115,29 @@ class LossWatch:
         while len(self._unseen) > unseen:
             where, losses = self._unseen.pop(0)
             for name, loss in losses.items():
-                for member, value in zip(self._names, loss.tolist(), strict=True):
-                    check_finite(value, member + where, name.replace("_", " "))
+                for index, value in enumerate(loss.tolist()):
+                    if not math.isfinite(value):
+                        self.leave_out(index, f"{where}: the {name.replace('_', ' ')} is {value}")
+
+    def leave_out(self, index: int, reason: str) -> None:
+        """Leave a member out from here on: the others go on without it. The last one ends the run by an `InputError`."""
+        name = self._names[index]
+        if name in self._diverged:
+            return
+        if len(self._diverged) == len(self._names) - 1:
+            raise InputError(f"{name}{': ' if name else ''}{reason}; {DIVERGED}")
+        self._diverged[name] = reason
+        print(f"warning: {name}: {reason}; it is left out from here on, the others go on", flush=True)
+
+    def living(self) -> list[int]:
+        """The members that have not diverged."""
+        return [index for index, name in enumerate(self._names) if name not in self._diverged]
+
+
+def diverged_error(diverged: dict[str, str]) -> InputError:
+    """What the end of a run says of the members that were left out."""
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in diverged.items())
+    return InputError(f"{reasons}. The other seeds are complete; for these, try a smaller --lr, a longer warmup or other seeds")
 
 
 class Signals:

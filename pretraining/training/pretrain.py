@@ -23,9 +23,10 @@ from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.arguments import check_accumulation, differences, job_folder, model_config
 from pretraining.training.engine import EngineLearner, precision, start_ranks, zero_stage
 from pretraining.training.learner import Learner, Member
-from pretraining.training.metrics import METRICS_FILE
+from pretraining.training.metrics import METRICS_FILE, diverged_error
 from pretraining.training.sample_stream import Shards
-from pretraining.training.state import Progress, RunFacts, State
+from pretraining.training.stacked import StackedLearner, is_worth_stacking
+from pretraining.training.state import Progress, RunFacts, Stacking, State
 from pretraining.training.trainer import STATE_FOLDER, Data, Trainer
 
 # Fields of a model's configuration that may change between a training state and the run that resumes from it.
@@ -41,6 +42,8 @@ def pretrain(options: argparse.Namespace, gap_meter: GapMeter, now: Callable[[],
     """
     job = job_folder(options)
     ranks = start_ranks(options)
+    if options.seeds is not None and ranks.size > 1:
+        raise InputError(f"--seeds: trains on one rank, not on {ranks.size}; start it with plain python")
     start = agreed_state(options, job, ranks)
     check_accumulation(options, ranks.size)
     data, length = load_data(options, gap_meter)
@@ -48,28 +51,30 @@ def pretrain(options: argparse.Namespace, gap_meter: GapMeter, now: Callable[[],
 
     config = model_config(options, vocabulary.size, length)
     initial_weights = None
+    folders = []
     if start is not None:
         config = with_rows_of(config, start.saved.model)
         initial_weights = start.saved.initial_weights
     elif options.model_name_or_path:
-        folder = checkpoints.find_model(options.model_name_or_path)
-        config = with_rows_of(config, dataclasses.asdict(checkpoints.read_config(folder)))
-        initial_weights = checkpoints.describe_model(folder)
-    if start is None and options.model_name_or_path:
-        models = [load_initial_model(folder, config, vocabulary)]
-    else:
-        models = [build_model(config, seed) for seed in seeds_of(options)]
+        names = [options.model_name_or_path.replace("{seed}", str(seed)) for seed in seeds_of(options)]
+        folders = [checkpoints.find_model(name) for name in names]
+        config = with_rows_of(config, dataclasses.asdict(checkpoints.read_config(folders[0])))
+        initial_weights = describe_initial(options, folders)
+    models = [load_initial_model(folder, config, vocabulary) for folder in folders]
+    models = models or [build_model(config, seed) for seed in seeds_of(options)]
 
     facts = run_facts(options, data, config, ranks, initial_weights)
     if start is not None:
         check_fits(start, facts)
+    if start is not None and start.saved.stacked is not None:
+        facts = facts.model_copy(update={"stacked": start.saved.stacked})  # decided once
     progress = Progress() if start is None else start.progress()
     # Every rank knows now that it can train; from here on the main rank writes.
     ranks.wait()
     if ranks.is_main:
         announce(options, facts, start, ranks)
         clean_up(options, job, start)
-    learner = build_learner(options, models, ranks, facts.precision)
+    learner = build_learner(options, models, ranks, facts)
     if start is not None:
         learner.load(start.folder, start.saved.files)
     return Trainer(options, learner, ranks, data, facts, progress, now).run()
@@ -77,17 +82,25 @@ def pretrain(options: argparse.Namespace, gap_meter: GapMeter, now: Callable[[],
 
 def seeds_of(options: argparse.Namespace) -> tuple[int, ...]:
     """The seeds of the members of a run."""
-    return (options.seed,)
+    return (options.seed,) if options.seeds is None else tuple(options.seeds)
 
 
-def build_learner(options: argparse.Namespace, models: list[MaskedLM], ranks: Ranks, arithmetic: str) -> Learner:
+def describe_initial(options: argparse.Namespace, folders: list[Path]) -> dict[str, str]:
+    """The facts of the models that the members start from, for the record of a run."""
+    if options.seeds is None:
+        return checkpoints.describe_model(folders[0])
+    return {f"seed{seed}": checkpoints.weights_sha256(folder) for seed, folder in zip(options.seeds, folders, strict=True)}
+
+
+def build_learner(options: argparse.Namespace, models: list[MaskedLM], ranks: Ranks, facts: RunFacts) -> Learner:
     """The learner of the options with one initial model per member; all ranks call this together."""
-    for model in models:
-        model.activation_checkpointing = options.activation_checkpointing
-        if options.compile:
-            model.compile_layers()
+    if facts.stacked is not None:
+        return StackedLearner(options, models, ranks.device, facts.stacked.vmap)
     (model,) = models
-    return EngineLearner(options, model, ranks, arithmetic)
+    model.activation_checkpointing = options.activation_checkpointing
+    if options.compile:
+        model.compile_layers()
+    return EngineLearner(options, model, ranks, facts.precision)
 
 
 def load_data(options: argparse.Namespace, gap_meter: GapMeter) -> tuple[Data, int]:
@@ -158,7 +171,11 @@ def run_facts(
     """What `args.json` and `state.json` will say of the run."""
     arithmetic = precision(options, ranks.device)
     adversarial = data.members[0].adversarial
-    optional = {"initial_weights": initial_weights, "adversarial": adversarial.facts if adversarial else None}
+    optional: dict[str, Any] = {"initial_weights": initial_weights, "adversarial": adversarial.facts if adversarial else None}
+    if options.seeds is not None:
+        sentences = min(options.train_batch_size, options.train_micro_batch_size_per_gpu)
+        vmap = is_worth_stacking(config, len(options.seeds), sentences * config.max_position_embeddings)
+        optional["stacked"] = Stacking(seeds=seeds_of(options), vmap=vmap)
     return RunFacts(
         job_name=options.job_name,
         seed=options.seed,
@@ -191,6 +208,9 @@ def announce(options: argparse.Namespace, facts: RunFacts, start: State | None, 
         print("--layernorm_embedding: changes nothing, the embeddings always have a LayerNorm")
     if options.fp16 and facts.precision != "float16":
         print(f"warning: --fp16 needs CUDA; training in {facts.precision} instead")
+    if facts.stacked is not None:
+        how = "stacked" if facts.stacked.vmap else "in turn, since stacking models of this size would gain less than 1.2"
+        print(f"{len(facts.stacked.seeds)} seeds, {how}, without DeepSpeed's engine")
     print(
         f"{facts.parameters:,} parameters, {ranks.size} rank(s) on {ranks.device.type}, {facts.precision}, "
         f"batches of {options.train_batch_size} sentences"
@@ -205,16 +225,24 @@ def saved_folders(job: Path) -> list[Path]:
 
 
 def finished_model(job: Path, arguments: dict[str, Any]) -> Path | None:
-    """The final model folder, intact, of an earlier run with the same deciding arguments, or None."""
+    """The final model folder, intact, of an earlier run with the same deciding arguments, the first of several; or None."""
+    finals: dict[int, Path] = {}
+    diverged: dict[str, str] = {}
     for folder in saved_folders(job):
         try:
             facts = checkpoints.read_facts(folder)
             if facts.get("final") and not differences(facts.get("arguments", {}), arguments):
                 checkpoints.check_folder(folder)
-                return folder
+                finals[facts["seed"]] = folder
+                diverged |= facts.get("diverged", {})
         except InputError as error:
             print(f"warning: {error}")
-    return None
+    seeds = [seed for seed in arguments.get("seeds") or [arguments["seed"]] if f"seed {seed}" not in diverged]
+    if not all(seed in finals for seed in seeds):
+        return None
+    if diverged:
+        raise diverged_error(diverged)
+    return finals[seeds[0]]
 
 
 def agreed_state(options: argparse.Namespace, job: Path, ranks: Ranks) -> State | None:
@@ -289,6 +317,7 @@ def check_fits(start: State, facts: RunFacts) -> None:
             "zero_stage": run.zero_stage,
             "float16": run.precision == "float16",
             "ranks": run.world_size if run.zero_stage else "any",
+            "seeds": list(run.stacked.seeds) if run.stacked else None,
             "the SHA-256 of --adversarial_file": (run.adversarial or {}).get("sha256") if is_same_run else "any",
         }
 

@@ -58,6 +58,14 @@ class Progress(Schema, frozen=False):
     validation_loss: float | None = None  # the newest, in nats, the mean over members
     validated_step: int | None = None  # when it was measured
     stopped: str | None = None  # why the run was stopped before its end
+    diverged: dict[str, str] = {}  # with several members, the reason why one of them was left out, by "seed S"
+
+
+class Stacking(Schema):
+    """How the members of a run of several seeds were trained: in float32 on one rank, without DeepSpeed's engine."""
+
+    seeds: tuple[int, ...]
+    vmap: bool  # whether each operation was done for all members at once; else they took turns within each step
 
 
 class RunFacts(Schema, extra="ignore"):
@@ -75,7 +83,9 @@ class RunFacts(Schema, extra="ignore"):
     precision: str
     zero_stage: int
     adversarial: dict[str, str] | None = None  # name and SHA-256 of the labelled file of the term
-    initial_weights: dict[str, str] | None = None  # SHA-256 of the weights that training began with, if they were not new
+    # SHA-256 of the weights that training began with, if they were not new; with several members by seed
+    initial_weights: dict[str, str] | None = None
+    stacked: Stacking | None = None  # with --seeds
 
 
 class SavedState(RunFacts):

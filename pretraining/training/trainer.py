@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pcfg.common.files import InputError
 from pcfg.common.ranks import Ranks
 from pretraining.model.checkpoints import save_model
 from pretraining.training import state
@@ -21,7 +20,7 @@ from pretraining.training.arguments import job_folder
 from pretraining.training.batches import GlobalBatch, MicroBatch, global_batches, micro_batch, rank_micro_batches
 from pretraining.training.engine import LOWEST_LOSS_SCALE, Schedule
 from pretraining.training.learner import Learner, Member
-from pretraining.training.metrics import DIVERGED, LossWatch, Metrics, Signals, check_finite
+from pretraining.training.metrics import LossWatch, Metrics, Signals, diverged_error
 from pretraining.training.sample_stream import Shards
 from pretraining.training.state import Progress, RunFacts
 
@@ -37,11 +36,6 @@ def clock(hours: float = 0.0, now: Callable[[], float] = time.monotonic) -> Call
     """
     start = now() - 3600 * hours
     return lambda: (now() - start) / 3600
-
-
-def member_folders(members: tuple[Member, ...]) -> list[str]:
-    """The folder of each member inside that of the run: `seedS`, or the run's own for a single one."""
-    return [f"seed{member.seed}" for member in members] if len(members) > 1 else [""]
 
 
 @dataclasses.dataclass
@@ -76,8 +70,8 @@ class Trainer:
         self.schedule = Schedule.from_options(self.options)
         self.clock = clock(progress.hours, self.now)
         self.metrics = Metrics(self.job, progress.step, self.options) if self.ranks.is_main else None
-        names = [f"seed {member.seed}: " for member in self.members] if len(self.members) > 1 else [""]
-        self.loss_watch = LossWatch(self.ranks.device, names)
+        names = [""] if self.facts.stacked is None else [f"seed {member.seed}" for member in self.members]
+        self.loss_watch = LossWatch(self.ranks.device, names, progress.diverged)
         self.signals = Signals()
         self.lr = 0.0
         self.saved_step = progress.step
@@ -218,16 +212,18 @@ class Trainer:
         progress = self.progress
         self.loss_watch.settle()
         losses, masks = self._validation_losses()
-        loss = float(losses.mean())
+        for index in (~losses.isfinite()).nonzero().flatten().tolist():
+            self.loss_watch.leave_out(index, f"step {progress.step}: the validation loss is {losses[index].item()}")
+        loss = float(losses[self.loss_watch.living()].mean())
         progress.validation_loss = loss
         progress.validated_step = progress.step
         records = self._by_member({"validation_loss": losses})
         if self.ranks.is_main:
-            for record, member, model in zip(records, self.members, self.learner.models(), strict=True):
-                record["validation_masks"] = masks
-                record |= member.measure_gap(model) if member.measure_gap else {}
+            for index in self.loss_watch.living():
+                measure_gap = self.members[index].measure_gap
+                records[index]["validation_masks"] = masks
+                records[index] |= measure_gap(self.learner.models()[index]) if measure_gap else {}
         self._write(records)
-        check_finite(loss, f"step {progress.step}", "validation loss")
         minutes = 60 * progress.hours
         if options.use_early_stopping and minutes > options.early_stop_time and loss > options.early_stop_eval_loss:
             progress.stopped = (
@@ -263,21 +259,25 @@ class Trainer:
     def save_model(self, final: bool) -> Path:
         """Write each member's model folder of this step; returns that of the first."""
         self._check_sound()
-        folders = [self.job / name / f"step{self.progress.step:07d}" for name in member_folders(self.members)]
-        if self.ranks.is_main:
-            for folder, member, model in zip(folders, self.members, self.learner.models(), strict=True):
+        folders = []
+        for index in self.loss_watch.living():
+            member = self.members[index]
+            job = self.job if self.facts.stacked is None else self.job / f"seed{member.seed}"
+            folders.append(job / f"step{self.progress.step:07d}")
+            if self.ranks.is_main:
                 facts = {**self._counts(), "final": final, **self.facts.model_dump(exclude_unset=True), "seed": member.seed}
-                save_model(folder, model, self.data.tokenizer, member.train.vocabulary, facts)
-                print(f"model: {folder}", flush=True)
+                save_model(folders[-1], self.learner.models()[index], self.data.tokenizer, member.train.vocabulary, facts)
+                print(f"model: {folders[-1]}", flush=True)
         self.ranks.wait()
         return folders[0]
 
-    def _counts(self) -> dict[str, float]:
+    def _counts(self) -> dict[str, Any]:
         """How far the run is, for `args.json`; tokens are the mean over members."""
         progress = self.progress
         tokens = round(progress.tokens / len(self.members))
         seen = {"samples_seen": progress.samples, "tokens_seen": tokens, "hours": progress.hours}
-        return {"step": progress.step, "epoch": progress.epoch, **seen}
+        diverged = {"diverged": progress.diverged} if progress.diverged else {}
+        return {"step": progress.step, "epoch": progress.epoch, **seen, **diverged}
 
     def save_state(self) -> None:
         """Write a training state of this step."""
@@ -295,7 +295,10 @@ class Trainer:
             self.save_state()
         if self.ranks.is_main:
             print(f"finished: {self.stop_reason()}")
-        return self.save_model(final=True)
+        folder = self.save_model(final=True)
+        if self.progress.diverged:
+            raise diverged_error(self.progress.diverged)
+        return folder
 
     def interrupt(self) -> Path:
         """Save a training state after a signal and print how to resume; returns its folder."""
@@ -313,9 +316,9 @@ class Trainer:
     def _check_sound(self) -> None:
         """Refuse to save what no run can resume from: losses and weights must be finite."""
         self.loss_watch.settle()
-        parameters = [parameter for model in self.learner.models() for parameter in model.parameters()]
-        if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
-            raise InputError(f"step {self.progress.step}: a weight is NaN or infinite; {DIVERGED}")
+        for index, model in enumerate(self.learner.models()):
+            if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+                self.loss_watch.leave_out(index, f"step {self.progress.step}: a weight is NaN or infinite")
 
     def _by_member(self, losses: dict[str, torch.Tensor]) -> list[dict[str, float]]:
         """Losses (members,) by name as numbers, a dictionary for each member."""
@@ -328,10 +331,11 @@ class Trainer:
             return
         progress = self.progress
         position = {"step": progress.step, "epoch": progress.epoch, "samples": progress.samples}
-        for member, numbers in zip(self.members, values, strict=True):
-            name = {"seed": member.seed} if len(self.members) > 1 else {}
-            self.metrics.write({**position, **name, **numbers, "seconds": 3600 * progress.hours})
-        mean = {name: sum(numbers[name] for numbers in values) / len(values) for name in values[0]}
+        living = self.loss_watch.living()
+        for index in living:
+            name = {} if self.facts.stacked is None else {"seed": self.members[index].seed}
+            self.metrics.write({**position, **name, **values[index], "seconds": 3600 * progress.hours})
+        mean = {name: sum(values[index][name] for index in living) / len(living) for name in values[living[0]]}
         shown = "  ".join(f"{name} {value:.6g}" for name, value in mean.items())
         of = f"/{self.options.max_steps}" if self.options.max_steps else ""
         left = datetime.timedelta(seconds=round(self._seconds_left()))
