@@ -13,6 +13,7 @@ and bookcorpus, and of facebook/opt-125m.
 import argparse
 import ast
 import csv
+import itertools
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,12 +28,14 @@ OPT_TOKENS = 600
 
 def documents(number: int) -> list[str]:
     """The docstrings of `number` modules of the standard library, one document per module, in the order of their names."""
-    texts = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+
+    def text(path: Path) -> str:
         nodes = ast.walk(ast.parse(path.read_bytes()))
         documented = (node for node in nodes if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
-        texts.append("\n\n".join(docstring for node in documented if (docstring := ast.get_docstring(node))))
-    return list(filter(None, texts))[:number]
+        return "\n\n".join(docstring for node in documented if (docstring := ast.get_docstring(node)))
+
+    texts = map(text, sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
+    return list(itertools.islice(filter(None, texts), number))
 
 
 def _sentences(number: int) -> Iterator[list[str]]:
