@@ -106,6 +106,11 @@ def _add_optimizer_and_batches(parser: argparse.ArgumentParser) -> None:
     group.value("adam_eps", non_negative, 1e-6, "adam, adamw, lamb")
     group.value("sgd_momentum", decay, 0.9, "sgd")
     group.value("gradient_clipping", non_negative, 1.0, "highest gradient norm; 0: no clipping")
+    text = (
+        "rho of sharpness-aware minimisation (Foret et al. 2021): the gradient is that at w + rho g / ||g||, with the gradient "
+    )
+    text += "g at w of all that a step minimises, adversarial term included. Twice the cost per step; 0: off"
+    group.value("sam_rho", non_negative, 0.0, text)
 
     group = _Group(parser, "batches")
     group.value("train_batch_size", positive_int, 4096, "sentences per step, over all ranks")
@@ -266,6 +271,9 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--dataset_path: {options.dataset_path}: no such folder; make one with generate_samples.py")
     if options.fp16 and options.bf16:
         raise InputError("--fp16 and --bf16 are both given; choose one")
+    if options.sam_rho and (options.fp16 or options.zero_stage):
+        other = "--fp16" if options.fp16 else f"--zero_stage {options.zero_stage}"
+        raise InputError(f"--sam_rho: needs whole gradients in float32, which {other} has not; leave one of the two out")
     if options.lr_schedule != "time" and options.max_steps is None:
         raise InputError(f"--lr_schedule {options.lr_schedule}: needs --max_steps, the step where the schedule ends; add it")
     if options.lr_schedule == "time" and not options.total_training_time:
@@ -335,6 +343,7 @@ def job_folder(options: argparse.Namespace) -> Path:
 def deciding(arguments: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's arguments that decides its weights and what it saves."""
     without = WITHOUT_EFFECT if arguments.get("adversarial_weight") else WITHOUT_EFFECT | ADVERSARIAL
+    without = without if arguments.get("sam_rho") else without | {"sam_rho"}  # older runs have no such flag
     return {name: value for name, value in arguments.items() if name not in without}
 
 

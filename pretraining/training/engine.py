@@ -18,6 +18,7 @@ from pcfg.common.ranks import Ranks
 from pretraining.model.bert import MaskedLM
 from pretraining.training.batches import GlobalBatch, MicroBatch, count_masks, masked_loss, micro_batch, rank_micro_batches
 from pretraining.training.learner import Member
+from pretraining.training.sam import ascent
 from pretraining.training.state import SafeCheckpointEngine
 
 # The loss scale of float16: DeepSpeed halves it on overflow, down to this.
@@ -207,6 +208,18 @@ class EngineLearner:
         """Accumulate the gradient of a global batch in the engine; returns the losses of `Learner.accumulate`."""
         (batch,) = batches
         (member,) = members
+        losses = self._backward(step, batch, member)
+        if self._options.sam_rho:
+            self.engine.buffered_allreduce_fallback()  # the mean over all ranks, as in `engine.step`
+            weights = list(self.engine.module.parameters())
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            with ascent(weights, gradients, self._options.sam_rho):
+                self.engine.zero_grad()
+                self._backward(step, batch, member)
+        return losses
+
+    def _backward(self, step: int, batch: GlobalBatch, member: Member) -> dict[str, torch.Tensor]:
+        """One pass forward and backward; it has the same dropout masks whenever it is repeated."""
         ranks = self._ranks
         torch.manual_seed(int(keyed_rng(member.stream, "dropout", step, ranks.rank).integers(1 << 63)))
         masks = count_masks(batch.samples, batch.rows)

@@ -40,7 +40,8 @@ class Learner(Protocol):
     def accumulate(self, step: int, batches: Sequence[GlobalBatch], members: Sequence[Member]) -> dict[str, Tensor]:
         """Accumulate the gradient of one global batch per member; the dropout masks are a function of (stream, step, rank).
 
-        Returns losses for the record, each (members,), the same on all ranks: "loss", the mean over the masked positions of the
+        With `--sam_rho` it is the gradient at the end of the ascent of `pretraining.training.sam`. Returns losses for the
+        record, before the ascent, each (members,), the same on all ranks: "loss", the mean over the masked positions of the
         batch, in nats, and "adversarial_loss", without its weight, if there is one.
         """
         ...

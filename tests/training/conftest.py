@@ -1,3 +1,4 @@
+import copy
 import csv
 import shlex
 
@@ -110,5 +111,24 @@ def naive_total(naive_loss, naive_adversarial, tiny_samples, tiny_data, labelled
         loss = naive_loss(model, samples, global_batches(len(samples), batch_size, 42, 0, "")[0])
         (loss - weight * term).backward()
         return loss.item(), term.item()
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def naive_sam(naive_total):
+    """Losses of a model at step 0; its parameters are given SAM's gradient: that of a copy moved by rho along the gradient."""
+
+    def compute(model, batch_size, weight, rho):
+        losses = naive_total(model, batch_size, weight)
+        gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        moved = copy.deepcopy(model)
+        for parameter, old in zip(moved.parameters(), model.parameters(), strict=True):
+            parameter.data = old.data + rho * old.grad / gradient.norm()
+            parameter.grad = None
+        naive_total(moved, batch_size, weight)
+        for parameter, other in zip(model.parameters(), moved.parameters(), strict=True):
+            parameter.grad = other.grad
+        return losses
 
     return compute

@@ -35,16 +35,17 @@ def launch(ranks, runs):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_step_of_two_ranks_is_the_gradient_of_the_padded_batch(tiny_samples, labelled, tmp_path, naive_total, relative_error):
-    """With and without an adversarial term, which is the same for any number of ranks."""
+def test_a_step_of_two_ranks_is_the_gradient_of_the_padded_batch(tiny_samples, labelled, tmp_path, naive_sam, relative_error):
+    """With and without an adversarial term, which is the same for any number of ranks, and with SAM."""
     files = ["--dataset_path", str(tiny_samples), "--output_dir", str(tmp_path)]
     term = f"--adversarial_weight 3 --adversarial_file {labelled} --adversarial_batch_size 20"
-    jobs = {f"zero{stage}": (f"--zero_stage {stage}", 0.0) for stage in (0, 1, 2)}
-    jobs |= {f"{job}-term": (f"{flags} {term}", 3.0) for job, (flags, _) in jobs.items()}
-    launch(2, [[*files, "--job_name", job, *shlex.split(f"{ONE_STEP} {flags}")] for job, (flags, _) in jobs.items()])
-    for job, (_, weight) in jobs.items():
+    jobs = {f"zero{stage}": (f"--zero_stage {stage}", 0.0, 0.0) for stage in (0, 1, 2)}
+    jobs["sam"] = ("--sam_rho 0.5", 0.0, 0.5)
+    jobs |= {f"{job}-term": (f"{flags} {term}", 3.0, rho) for job, (flags, _, rho) in jobs.items()}
+    launch(2, [[*files, "--job_name", job, *shlex.split(f"{ONE_STEP} {flags}")] for job, (flags, *_) in jobs.items()])
+    for job, (_, weight, rho) in jobs.items():
         before = load_model(tmp_path / job / "step0000000").train()
-        loss, adversarial = naive_total(before, batch_size=31, weight=weight)
+        loss, adversarial = naive_sam(before, batch_size=31, weight=weight, rho=rho)
         (record,) = read_metrics(tmp_path / job / "metrics.jsonl")
         assert record["loss"] == pytest.approx(loss, rel=1e-6)
         assert record.get("adversarial_loss") == (pytest.approx(adversarial, rel=1e-5) if weight else None)
