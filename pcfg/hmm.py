@@ -32,7 +32,14 @@ from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError, keyed_rng
 from pcfg.common.text import shown
 from pcfg.grammar import Grammar, WeightedRule
-from pcfg.random_grammar import add_words_file, check_concentrations, dirichlet, read_words, save_grammar
+from pcfg.random_grammar import (
+    add_fact_sentences,
+    add_words_file,
+    check_concentrations,
+    dirichlet,
+    read_words,
+    save_grammar,
+)
 
 LENGTH_LAWS = ("geometric", "fixed")
 START = "S"
@@ -171,6 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     chances.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     output = parser.add_argument_group("output")
     output.add_argument("--save-path", required=True, help="rules file to write; an existing one is replaced")
+    add_fact_sentences(output, None)
     return parser
 
 
@@ -209,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     initial = dirichlet(rng, options.states, options.transition_concentration)
     transition = [dirichlet(rng, options.states, options.transition_concentration) for _ in range(options.states)]
     emission = [dirichlet(rng, options.words, options.emission_concentration) for _ in range(options.states)]
-    save_grammar("pcfg.hmm", options, hmm_rules(initial, transition, emission, words=words, **law))
+    save_grammar("pcfg.hmm", options, hmm_rules(initial, transition, emission, words=words, **law), states=True)
 
 
 if __name__ == "__main__":

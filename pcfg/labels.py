@@ -325,8 +325,11 @@ class LabelledSentences:
         return LabelledRows(blocks, np.concatenate(labels), distinct, dropped)
 
 
-def grammar_facts(grammar: Grammar, sentences: int) -> list[str]:
-    """Facts about a grammar from a sample of `sentences` sentences, one per line: entropies in nats, lengths, classes."""
+def grammar_facts(grammar: Grammar, sentences: int, states: bool = False) -> list[str]:
+    """Facts about a grammar from a sample of `sentences` sentences, one per line: entropies in nats, lengths, classes.
+
+    Classes are those of the tasks A, B and C, or with `states`, of a hidden Markov model, those of the first positions.
+    """
     sampler = Sampler(grammar, MAX_WORDS)
     tokens, lengths = sampler.sample(sentences, keyed_rng(0, "grammar-facts"))
     entropy, *_ = Chart(grammar).reductions(tokens, lengths)
@@ -342,9 +345,11 @@ def grammar_facts(grammar: Grammar, sentences: int) -> list[str]:
         f"{np.mean(long_enough):.1%} have {min_words} or more",
         f"sample: {sentences} sentences, {len(set(sampler.texts(tokens, lengths)))} of them distinct",
     ]
-    for task, span in TASK_SPANS.items():
-        labels = Labeller(grammar, task).label(tokens[long_enough], lengths[long_enough])
-        lines.append(f"task {task} ({'whole sentence' if span is None else f'span {span}'}): {class_line(labels)}")
+    spans = {f"({'whole sentence' if span is None else f'span {span}'})": (task, None) for task, span in TASK_SPANS.items()}
+    positions = {f"(position {position})": (STATE_TASK, position) for position in range(1, min_words + 1)}
+    for where, (task, position) in (positions if states else spans).items():
+        labels = Labeller(grammar, task, position=position).label(tokens[long_enough], lengths[long_enough])
+        lines.append(f"task {task} {where}: {class_line(labels)}")
     return lines
 
 

@@ -114,23 +114,23 @@ def check_concentrations(options: argparse.Namespace, flags: tuple[str, ...]) ->
             raise InputError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: must be above 0")
 
 
-def save_grammar(module: str, options: argparse.Namespace, rules: list[WeightedRule], fact_sentences: int = 0) -> None:
+def save_grammar(module: str, options: argparse.Namespace, rules: list[WeightedRule], states: bool = False) -> None:
     """Write the rules file of a command line, whose header has the command and facts, and print the facts.
 
     Probabilities have nine digits: more would depend on how the machine's logarithm rounds.
 
     Args:
-        fact_sentences: size of the sample for facts about the sentences; 0: no such facts.
+        states: whether the grammar is a hidden Markov model, for the facts.
     """
     rules = [(left, right, float(f"{share:.9g}")) for left, right, share in rules]
     grammar = Grammar.from_rules(rules, options.save_path)
     flags = [(f"--{name.replace('_', '-')}", value) for name, value in vars(options).items() if value is not None]
     header = [f"command: python -m {module} " + shlex.join(str(part) for flag in flags for part in flag)]
-    if fact_sentences:
+    if options.fact_sentences:
         # Drawing rules needs no chart; only the facts do.
         from pcfg.labels import grammar_facts
 
-        header += grammar_facts(grammar, fact_sentences)
+        header += grammar_facts(grammar, options.fact_sentences, states)
     header.append(f"{len(grammar.names)} nonterminals, {len(grammar.words)} words, {len(rules)} rules; sha256 {grammar.sha256}")
     write_rules(options.save_path, rules, header)
     print(*header[1:-1], f"{options.save_path}: {header[-1]}", sep="\n")
@@ -140,6 +140,12 @@ def add_words_file(parser: argparse._ActionsContainer, words: str) -> None:
     """Add --words-file; without it, the words are `words`."""
     text = f"vocabulary file, one word per line; lines of two or more letters a-z are used; default: {words}"
     parser.add_argument("--words-file", help=text)
+
+
+def add_fact_sentences(parser: argparse._ActionsContainer, default: int | None) -> None:
+    """Add --fact-sentences; None means none, and does not show in the header's command."""
+    text = f"sentences in the sample for the header's facts; 0: no facts; default {default or 0}"
+    parser.add_argument("--fact-sentences", type=non_negative_int, default=default, help=text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -162,8 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     chances.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     output = parser.add_argument_group("output")
     output.add_argument("--save-path", required=True, help="rules file to write; an existing one is replaced")
-    facts = "sentences in the sample for the header's facts; 0: no facts; default 10000"
-    output.add_argument("--fact-sentences", type=non_negative_int, default=10_000, help=facts)
+    add_fact_sentences(output, 10_000)
     return parser
 
 
@@ -173,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not 0.0 < options.early_word_share < 1.0:
         raise InputError(f"--early-word-share {options.early_word_share}: must be above 0 and below 1")
     rules = random_rules(options, read_words(options.words_file or RULES_FOLDER / "words.txt"))
-    save_grammar("pcfg.random_grammar", options, rules, options.fact_sentences)
+    save_grammar("pcfg.random_grammar", options, rules)
 
 
 if __name__ == "__main__":

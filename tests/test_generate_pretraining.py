@@ -192,9 +192,7 @@ def test_shipped_grammars_are_found_and_announced(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     generate("rule_mini_mlm.txt", "data")
     assert "rule_mini_mlm.txt: shipped grammar, not the paper's; entropy " in capsys.readouterr().out
-    with pytest.raises(
-        InputError, match="shipped are: rule_deep_mlm.txt, rule_deeper_mlm.txt, rule_mini_headroom.txt, rule_mini_mlm.txt"
-    ):
+    with pytest.raises(InputError, match="shipped are: rule_deep_mlm.txt, .*rule_mini_mlm.txt"):
         generate("rule_absent.txt", "data")
 
 

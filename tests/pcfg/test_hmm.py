@@ -1,6 +1,7 @@
 """Hidden Markov models as grammars, against forward-backward: text, states, conditionals, labels; the command line."""
 
 import itertools
+import re
 import shlex
 
 import numpy as np
@@ -171,6 +172,19 @@ def test_the_file_is_small_and_the_same_for_the_same_command(tmp_path, capsys):
     hmm.main([*flags.split(), f"{tmp_path}/b.txt", "--seed", "8"])
     assert (tmp_path / "b.txt").read_text().split("\n")[2:] != content.split("\n")[2:]
     assert f"sha256 {Grammar.read(tmp_path / 'a.txt').sha256}" in content
+
+
+def test_facts_in_the_header_are_those_of_the_states(tmp_path):
+    flags = "--states 3 --words 6 --length-law fixed --max-words 4 --min-words 4 --seed 5 --fact-sentences 500"
+    hmm.main([*flags.split(), "--save-path", f"{tmp_path}/a.txt"])
+    facts = re.findall("# task state \\(position (.)\\): ([0-9]) classes, majority (.*)%", (tmp_path / "a.txt").read_text())
+    assert [position for position, *_ in facts] == ["1", "2", "3", "4"]
+    grammar = Grammar.read(tmp_path / "a.txt")
+    tokens, lengths = Sampler(grammar, 4).sample(2000, np.random.default_rng(3))
+    for position, classes, majority in facts:
+        counts = np.bincount(Labeller(grammar, "state", position=int(position)).label(tokens, lengths))
+        assert int(classes) <= np.count_nonzero(counts) <= 3
+        assert abs(counts.max() / counts.sum() - float(majority) / 100) < 4 * (0.25 * (1 / 500 + 1 / 2000)) ** 0.5
 
 
 def test_words_and_concentrations(tmp_path):

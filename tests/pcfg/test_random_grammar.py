@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pcfg import labels, random_grammar
+from pcfg import hmm, labels, random_grammar
 from pcfg.common.files import InputError
 from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.sampler import Sampler
 
 BERT_VOCABULARY = Path(__file__).parents[3] / "shared" / "data" / "vocab.txt"
-SHIPPED = ("rule_deep_mlm.txt", "rule_deeper_mlm.txt", "rule_mini_headroom.txt", "rule_mini_mlm.txt")
+SHIPPED = [path.name for path in sorted(RULES_FOLDER.glob("rule_*.txt"))]
 SMALL = "--levels 3 --symbols 4 --top-symbols 3 --rules 3 --words 20 --words-per-symbol 6 --fact-sentences 0".split()
 
 
@@ -33,8 +33,8 @@ def test_shipped_grammars_are_what_their_command_makes(name, tmp_path, monkeypat
     shutil.copy(RULES_FOLDER / "words.txt", tmp_path / "pcfg" / "rules")
     monkeypatch.chdir(tmp_path)
     program, module, target, *arguments = shlex.split(header(RULES_FOLDER / name)[0].removeprefix("command: "))
-    assert (program, module, target) == ("python", "-m", "pcfg.random_grammar")
-    random_grammar.main(arguments)
+    assert (program, module) == ("python", "-m")
+    {"pcfg.random_grammar": random_grammar, "pcfg.hmm": hmm}[target].main(arguments)
     assert (tmp_path / "pcfg" / "rules" / name).read_bytes() == (RULES_FOLDER / name).read_bytes()
 
 
@@ -45,6 +45,7 @@ def test_shipped_grammars_are_what_their_command_makes(name, tmp_path, monkeypat
         ("rule_deeper_mlm.txt", 5, 50, 200),
         ("rule_mini_headroom.txt", 2, 15, 16),
         ("rule_mini_mlm.txt", 3, 21, 20),
+        ("rule_second_headroom.txt", 2, 15, 16),
     ],
 )
 def test_shipped_grammars_have_the_shape_that_they_are_to_have(name, levels, nonterminals, words, recwarn):
