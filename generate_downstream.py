@@ -108,10 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     missing = [split for split, name in names.items() if not manifest.is_complete(name)]
     for split in (split for split in names if split not in missing):
         print(f"{folder / names[split]}: skipped, complete already")
-    sampler = Sampler(grammar, options.length_limit - 1)
-    sentences = LabelledSentences(sampler, labeller, numbers, options.seed, min_words, options.drop_unlabelled)
+    sentences = LabelledSentences(Sampler(grammar, options.length_limit - 1), labeller, numbers, options.seed, min_words)
     # All are drawn before any is written: a grammar that cannot fill one leaves no file behind.
-    for split, rows in {split: sentences.draw(split) for split in missing}.items():
+    for split, rows in {split: sentences.draw(split, options.drop_unlabelled) for split in missing}.items():
         write_labelled(folder / names[split], rows.texts(), rows.labels)
         facts = {"rows": len(rows.labels), "distinct": rows.distinct, "classes": len(np.unique(rows.labels))}
         manifest.add(names[split], **facts, dropped=rows.dropped)

@@ -32,14 +32,7 @@ from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError, keyed_rng
 from pcfg.common.text import shown
 from pcfg.grammar import Grammar, WeightedRule
-from pcfg.random_grammar import (
-    add_fact_sentences,
-    add_words_file,
-    check_concentrations,
-    dirichlet,
-    read_words,
-    save_grammar,
-)
+from pcfg.random_grammar import add_words_file, check_concentrations, dirichlet, read_words, save_grammar
 
 LENGTH_LAWS = ("geometric", "fixed")
 START = "S"
@@ -178,7 +171,8 @@ def build_parser() -> argparse.ArgumentParser:
     chances.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     output = parser.add_argument_group("output")
     output.add_argument("--save-path", required=True, help="rules file to write; an existing one is replaced")
-    add_fact_sentences(output, None)
+    facts = "sentences in the sample for the header's facts; default: no facts"
+    output.add_argument("--fact-sentences", type=non_negative_int, help=facts)
     return parser
 
 

@@ -114,6 +114,9 @@ class Labeller:
         """Label ids of sentences, as `Chart` takes them: (n,) int64, -1 where nothing derives the span or it is too long."""
         if self.task == DEPTH_TASK:
             return self._chart.depths(tokens, lengths)
+        if self.words.start >= 0 and (self.words.stop or 0) >= 0:  # the same cell at each length
+            best = self._chart.labels(tokens, lengths, self._symbols, self.words, self.rule)
+            return np.where(best < 0, -1, self._ids[best])
         best = np.full(len(lengths), -1)
         for length in np.unique(lengths):
             rows = np.flatnonzero(lengths == length)
@@ -245,18 +248,9 @@ class LabelledSentences:
             rows / (rows of all splits).
         seed: of the streams and of the hash.
         min_words: shortest sentence.
-        drop_unlabelled: whether most sentences may be without a label; else that is an error. They are never rows.
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        labeller: Labeller,
-        numbers: dict[str, int],
-        seed: int,
-        min_words: int,
-        drop_unlabelled: bool = False,
-    ):
+    def __init__(self, sampler: Sampler, labeller: Labeller, numbers: dict[str, int], seed: int, min_words: int):
         self._sampler = sampler
         self._labeller = labeller
         self._numbers = numbers
@@ -264,7 +258,6 @@ class LabelledSentences:
         self._min_words = min_words
         digests = b"".join(hashlib.sha256(f"{seed} {word}".encode()).digest()[:8] for word in sampler.words)
         self._word_key = np.frombuffer(digests, ">u8").astype(np.uint64)  # (V,)
-        self._drop_unlabelled = drop_unlabelled
         # Hashes below the first bound are the first split's, and so on; training has those above the last.
         self._splits = [*(split for split in numbers if split != "training"), "training"]
         shares = np.cumsum([numbers[split] for split in self._splits[:-1]]) / sum(numbers.values())
@@ -285,8 +278,8 @@ class LabelledSentences:
             hashes[rows] = mixed ^ (mixed >> np.uint64(31))
         return hashes
 
-    def draw(self, split: str) -> LabelledRows:
-        """The rows of a split; an error if more than half of the sentences have no label or the sentences do not suffice."""
+    def draw(self, split: str, drop_unlabelled: bool = False) -> LabelledRows:
+        """The rows of a split; an error if the sentences do not suffice, or without `drop_unlabelled` if most have no label."""
         number = self._numbers[split]
         rng = keyed_rng(self._seed, f"downstream-{split}-{self._labeller.task}")
         blocks: list[bytes] = []
@@ -308,7 +301,7 @@ class LabelledSentences:
             hashes.append(hashed[ours[labelled]])
             # Sentences after the last row are not counted: they were not dropped for want of a label.
             dropped += int((labelled[-1] + 1 if rows == number else len(ids)) - len(labelled))
-            if dropped > rows and (dropped >= 1000 or rows == number) and not self._drop_unlabelled:
+            if dropped > rows and (dropped >= 1000 or rows == number) and not drop_unlabelled:
                 words = f"the words {self._labeller.words} of {dropped} of {dropped + rows} sentences"
                 raise InputError(
                     f"task {self._labeller.task}: no nonterminal derives {words}; give a --span that suits the grammar, or "

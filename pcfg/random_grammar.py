@@ -142,12 +142,6 @@ def add_words_file(parser: argparse._ActionsContainer, words: str) -> None:
     parser.add_argument("--words-file", help=text)
 
 
-def add_fact_sentences(parser: argparse._ActionsContainer, default: int | None) -> None:
-    """Add --fact-sentences; None means none, and does not show in the header's command."""
-    text = f"sentences in the sample for the header's facts; 0: no facts; default {default or 0}"
-    parser.add_argument("--fact-sentences", type=non_negative_int, default=default, help=text)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m pcfg.random_grammar", description=__doc__)
     shape = parser.add_argument_group("shape")
@@ -168,7 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
     chances.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     output = parser.add_argument_group("output")
     output.add_argument("--save-path", required=True, help="rules file to write; an existing one is replaced")
-    add_fact_sentences(output, 10_000)
+    facts = "sentences in the sample for the header's facts; 0: no facts; default 10000"
+    output.add_argument("--fact-sentences", type=non_negative_int, default=10_000, help=facts)
     return parser
 
 

@@ -11,10 +11,10 @@ A label is the number of a class, and each sentence has one. The name of the tas
 Names of classes are optional, in TASK_labels.json next to the training file: {"names": {"0": "verb", "3": "noun"}}. A label
 that is not among them is an error.
 
-A GLUE task (Wang et al. 2019) is natural text, of single sentences or of pairs, in
-the columns and labels of the hub's nyu-mll/glue. The tokenizer splits its words, unknown ones become [UNK], and sentences that
-are too long are cut; all of these are counted. Only [SEP] separates the two sentences of a pair, [CLS] a [SEP] b [SEP]: the
-models' pre-training data is one segment.
+A GLUE task (Wang et al. 2019) is natural text, of single sentences or of pairs, in the columns and labels of the hub's
+nyu-mll/glue. The tokenizer splits its words, unknown ones become [UNK], and sentences that are too long are cut; all of these
+are counted. Only [SEP] separates the two sentences of a pair, [CLS] a [SEP] b [SEP]: the models' pre-training data is one
+segment.
 """
 
 import dataclasses
