@@ -39,6 +39,7 @@ from pretraining.training.batches import (
 )
 from pretraining.training.engine import build_optimizer
 from pretraining.training.learner import Member
+from pretraining.training.sam import ascent
 from pretraining.training.state import SafeCheckpointEngine
 
 IGNORED = -100  # label of a position that `F.cross_entropy` leaves out
@@ -124,6 +125,10 @@ class Stack:
         factors = (most / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)  # (members,)
         for buffer in self.gradients:
             buffer *= factors[:, None]
+
+    def clear_gradients(self) -> None:
+        for buffer in self.gradients:
+            buffer.zero_()
 
     def masked_losses(self, batch: MicroBatch) -> Tensor:
         """`masked_loss` of each member on its part of a batch whose tensors have the members as first axis: (members,)."""
@@ -224,6 +229,10 @@ class StackedLearner:
     def accumulate(self, step: int, batches: Sequence[GlobalBatch], members: Sequence[Member]) -> dict[str, Tensor]:
         """Add the gradient of each member's global batch to its own; returns the losses of `Learner.accumulate`."""
         losses = self._accumulate(step, batches, members)
+        if self._options.sam_rho:
+            with ascent(self._stack.weights, self._stack.gradients, self._options.sam_rho, per_member=True):
+                self._stack.clear_gradients()
+                self._accumulate(step, batches, members)
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _together(self, step: int, batches: Sequence[GlobalBatch], members: Sequence[Member]) -> dict[str, Tensor]:
@@ -267,8 +276,7 @@ class StackedLearner:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
-        for gradients in self._stack.gradients:
-            gradients.zero_()
+        self._stack.clear_gradients()
 
     @torch.no_grad()
     def validation_loss(self, batches: Iterable[MicroBatch]) -> Tensor:

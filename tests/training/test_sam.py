@@ -90,28 +90,41 @@ def test_bfloat16(train, naive_sam, relative_error, monkeypatch):
     assert relative_error(before, load_model(final)) < 0.03
 
 
-def test_both_passes_have_the_same_masks(train):
-    """With dropout everywhere; where the generator stands after a module counts that of attention, too."""
+@pytest.mark.parametrize("flags", ["", "--seeds 3,4", "--seeds 3,4,5"])
+def test_both_passes_have_the_same_masks(train, flags):
+    """With dropout everywhere; where the generator stands after a module tells of attention's masks, and of stacked ones."""
     events = []
 
     def note(module, _, output):
         if isinstance(module, nn.Dropout):
-            events.append((output == 0, torch.get_rng_state()))
+            events.append((torch.get_rng_state(), torch.zeros(1) if flags else output == 0))
 
     hook = register_module_forward_hook(note)
     try:
-        train("--max_steps 2 --sam_rho 0.1 --hidden_dropout_prob 0.3 --attention_probs_dropout_prob 0.3")
+        train(f"--max_steps 2 --sam_rho 0.1 --hidden_dropout_prob 0.3 --attention_probs_dropout_prob 0.3 {flags}")
     finally:
         hook.remove()
     step = len(events) // 2
-    assert step > 20 and any(zeros.any() for zeros, _ in events)
+    assert step > 20
     for first, second in zip(events[: step // 2], events[step // 2 : step], strict=True):
         assert all(map(torch.equal, first, second))
-    assert not torch.equal(events[0][1], events[step][1])
+    assert not torch.equal(events[0][0], events[step][0])
 
 
-def test_weights_are_restored_bit_for_bit(train):
-    final = train("--lr 0 --weight_decay 0 --max_steps 3 --save_steps 0 --sam_rho 0.5")
+@pytest.mark.parametrize(("seeds", "is_stacked"), [("3,4,5", True), ("3,4", False)])
+def test_members_equal_the_runs_of_their_own_seeds(train, seeds, is_stacked):
+    flags = f"{NO_DROPOUT} --sam_rho 0.5 --max_steps 8 --save_steps 0"
+    final = train(f"{flags} --seeds {seeds}", job="stacked")
+    assert read_json(final / "args.json")["stacked"]["vmap"] == is_stacked
+    alone, without = (train(f"{flags} {own} --seed 4", job=f"alone{own[-1:]}") for own in ("", "--sam_rho 0"))
+    member = weights(final.parents[1] / "seed4" / "step0000008")
+    distances = [max((member[name] - other[name]).abs().max() for name in member) for other in map(weights, (alone, without))]
+    assert distances[0] < 1e-4 < 1e-3 < distances[1]
+
+
+@pytest.mark.parametrize("flags", ["", "--seeds 3,4,5"])
+def test_weights_are_restored_bit_for_bit(train, flags):
+    final = train(f"--lr 0 --weight_decay 0 --max_steps 3 --save_steps 0 --sam_rho 0.5 {flags}")
     assert_same_weights(final.parent / "step0000000", final)
 
 
