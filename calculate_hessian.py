@@ -1,4 +1,4 @@
-"""Trace of the Hessian of the pre-training loss at every model under a folder.
+"""Trace or spectrum of the Hessian of the pre-training loss at every model under a folder.
 
     python calculate_hessian.py --model-path OUT --datafile pcfg_dataset/test0.txt --vocabfile vocab.txt --condprobfile LOOKUP
 
@@ -9,9 +9,11 @@ On a laptop, in a minute (fewer sentences; the standard error is proportional to
 fisher: E_{x,t} E_{w ~ f(x_-t)} ||grad log f(x_-t)[w]||^2 (Liu et al. 2023, appendix B.1), the trace where f is the true P.
 hutchinson: E_v[v^T H v] (Hutchinson 1990), with H of the exact loss if conditionals are given: the trace at any model.
 With conditionals, fisher also gives the value with labels w ~ P, and Hutchinson's trace: the three agree where f = P.
+Each comes with numbers that need no scale of the parameters: the balanced trace and the relative flatness R.
+spectrum: the largest eigenvalues of H, and the density of all (for small models, in float64).
 
-Writes hessian.json and hessian.txt (hutchinson: hessian_hutchinson.json and .txt) next to the weights. Under torchrun or the
-deepspeed launcher the ranks share the sentences.
+Writes hessian.json and hessian.txt (hutchinson: hessian_hutchinson.json and .txt; spectrum: spectrum.json) next to the weights.
+Under torchrun or the deepspeed launcher the ranks share the sentences; spectrum runs in one process.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError
 from pretraining.evaluation.hessian import MIN_DRAWS, PROBES, RECORDS, Sampling, measure_models
 from pretraining.evaluation.inputs import add_input_arguments, read_inputs
+from pretraining.evaluation.spectrum import SpectrumOptions, measure_spectra
 from pretraining.model.checkpoints import is_model_folder, model_folders, weights_file
 
 SENTENCES = 512
@@ -45,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_input_arguments(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     group = parser.add_argument_group("estimator")
-    group.add_argument("--estimator", choices=(*RECORDS, "both"), default="fisher", help="see above (default fisher)")
+    group.add_argument(
+        "--estimator", choices=(*RECORDS, "both", "spectrum"), default="fisher", help="see above (default fisher)"
+    )
     first = f"sentences, the first of --datafile (default {SENTENCES}, or all of them with --target-relative-error)"
     group.add_argument("--nsamples", type=positive_int, help=first)
     drawn = "masked positions per sentence, drawn at random; sentences have equal weights (default all)"
@@ -68,10 +73,17 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--plain-labels", action="store_true", help=plain)
     soft = "sum over all words instead of drawing: one backward pass per word, for small vocabularies"
     group.add_argument("--soft-labels", action="store_true", help=soft)
-    group = parser.add_argument_group("hutchinson")
+    group = parser.add_argument_group("hutchinson and spectrum")
     group.add_argument("--probe", choices=PROBES, default="rademacher", help="law of the probes' entries (default rademacher)")
-    group.add_argument("--probe-num", type=positive_int, default=4, help="probes per block of sentences (default 4)")
-    group.add_argument("--block-size", type=positive_int, default=16, help="sentences that share their probes (default 16)")
+    many = "probes per block of sentences; spectrum: in all (default 4)"
+    group.add_argument("--probe-num", type=positive_int, default=4, help=many)
+    block = "sentences that share their probes; spectrum: all do (default 16)"
+    group.add_argument("--block-size", type=positive_int, default=16, help=block)
+    group = parser.add_argument_group("spectrum")
+    largest = SpectrumOptions.eigenvalues
+    group.add_argument("--eigenvalues", type=positive_int, default=largest, help=f"number of the largest (default {largest})")
+    steps = SpectrumOptions.lanczos_steps
+    group.add_argument("--lanczos-steps", type=positive_int, default=steps, help=f"per probe of the density (default {steps})")
     return parser
 
 
@@ -90,11 +102,17 @@ def find_models(args: argparse.Namespace) -> list[tuple[Path, Path, Path]]:
 
 def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
+    if args.estimator == "spectrum" and args.target_relative_error is not None:
+        raise InputError("--target-relative-error: is for the trace, not for --estimator spectrum")
     models = find_models(args)
     if args.nsamples is None and args.target_relative_error is None:
         args.nsamples = SENTENCES
     inputs = read_inputs(args, args.nsamples)
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
+    if args.estimator == "spectrum":
+        options = SpectrumOptions(args.eigenvalues, args.lanczos_steps)
+        measure_spectra(models, inputs, sampling, options, args.bs, args.device, args.overwrite)
+        return
     measure_models(models, inputs, sampling, args.estimator, args.bs, args.device, args.overwrite)
 
 

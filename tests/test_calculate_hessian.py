@@ -233,3 +233,20 @@ def test_loadpath_measures_other_weights(setting):
         calculate_hessian.main(flags(folder, "--loadpath", folder / "nowhere", **model))
     with pytest.raises(InputError, match="must be one model folder"):
         calculate_hessian.main(flags(folder, "--loadpath", other))
+
+
+def test_the_spectrum(setting, capsys):
+    folder, table = setting
+    more = ["--estimator", "spectrum", "--nsamples", 3, "--eigenvalues", 2, "--lanczos-steps", 4, "--probe-num", 2]
+    for _ in range(2):
+        calculate_hessian.main(flags(folder, *more, **{"--condprobfile": table}))
+    record, printed = read(folder, "spectrum.json"), capsys.readouterr().out
+    largest = [eigenvalue["value"] for eigenvalue in record["eigenvalues"]]
+    assert record["value"] == largest[0] > largest[1] and record["loss"] == "exact" and record["n"] == 3
+    assert record["arguments"]["lanczos_steps"] == 4 and "target_relative_error" not in record["arguments"]
+    assert f"of the Hessian (loss: exact) {largest[0]:.4f}, {largest[1]:.4f} (residuals" in printed
+    assert "largest eigenvalues move with the scale" in printed and "spectrum measured already, skipped" in printed
+    with pytest.raises(InputError, match="eigenvalues was 2, now 3"):
+        calculate_hessian.main(flags(folder, *more, "--eigenvalues", 3, **{"--condprobfile": table}))
+    with pytest.raises(InputError, match="--target-relative-error: is for the trace"):
+        calculate_hessian.main(flags(folder, *more, "--target-relative-error", 0.1))

@@ -61,3 +61,13 @@ class Flat:
 def true_labels(contexts, truth, model):
     rows = truth.window(contexts, 0, len(contexts.lengths), model)
     return rows(np.arange(len(contexts.label)))
+
+
+class OwnDistribution:
+    """A lookup table that holds what a model says: f = P at every context."""
+
+    def __init__(self, f, contexts):
+        self.f, self.offsets = f.numpy(), contexts.offsets
+
+    def conditionals(self, first, last):
+        return self.f[self.offsets[first] : self.offsets[last]]

@@ -27,7 +27,7 @@ from pretraining.evaluation.hessian import (
     mean_and_error,
     measured_contexts,
 )
-from tests.evaluation.dense import VARIANTS, Flat, true_labels
+from tests.evaluation.dense import VARIANTS, Flat, OwnDistribution, true_labels
 
 
 def check_parts(found: dict, expected: dict[str, float]) -> None:
@@ -98,16 +98,6 @@ def test_probes_have_mean_0_and_variance_1(small_model):
         error = 4 / np.sqrt(len(probe))
         assert abs(probe.mean()) < error and abs(probe.square().mean() - 1) < 2 * error
         assert probe.pow(4).mean().item() == pytest.approx(fourth, rel=0.1)
-
-
-class OwnDistribution:
-    """A lookup table that holds what a model says: f = P at every context."""
-
-    def __init__(self, f, contexts):
-        self.f, self.offsets = f.numpy(), contexts.offsets
-
-    def conditionals(self, first, last):
-        return self.f[self.offsets[first] : self.offsets[last]]
 
 
 def test_the_three_agree_where_the_model_is_the_true_distribution(small_model, sentences):
