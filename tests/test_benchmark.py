@@ -17,9 +17,14 @@ from pcfg.chart import Chart
 from pcfg.common.text import read_texts
 from pcfg.grammar import RULES_FOLDER, Grammar
 from pcfg.labels import Labeller
+from pcfg.lookup import LookupTable
 from pcfg.sampler import Sampler
+from pretraining.data.contexts import from_texts
 from pretraining.data.samples import DTYPES, read_samples
 from pretraining.data.vocabulary import Vocabulary
+from pretraining.evaluation.hessian import Sampling, Truth, measured_parameters
+from pretraining.evaluation.spectrum import hessian_operator
+from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model
 from pretraining.model.config import ModelConfig
 from pretraining.training.batches import masked_loss, micro_batch
@@ -172,6 +177,28 @@ def test_other_estimators_agree_on_the_trace(tiny_rules):
     assert abs(value - exact) < 4 * error < 0.2 * exact
     (value, error), (other, other_error) = means["released"], means["hessian"]
     assert abs(value - other) < 4 * np.hypot(error, other_error)
+
+
+def test_the_spectrums_operator_is_curvlinops_hessian(tiny_rules, tiny_data):
+    """The dense matrix of 316 parameters in float64; the exact loss as soft targets times the weights of the contexts."""
+    naive = imported("naive_hessian")
+    texts = sorted(read_texts(tiny_data / "test0.txt"), key=len)[:1]
+    vocabulary = Vocabulary.read(tiny_data / "vocab.txt")
+    table = LookupTable.compute(Grammar.read(tiny_rules), texts, "test0.txt")
+    truth = Truth(table, np.array([vocabulary.ids[word] for word in table.words]))
+    contexts = from_texts(texts, vocabulary, "test0.txt")
+    torch.manual_seed(0)
+    shape = {"max_position_embeddings": 10, "attention": "eager", "initializer_range": 0.5}
+    model = MaskedLM(ModelConfig(vocabulary.size, 4, 1, 2, 8, **shape)).double().eval()
+    every = np.arange(len(contexts.label))
+    ids, _, flat = contexts.batch(every, "cpu")
+    rows = torch.cat([ids, flat[:, None] % ids.shape[1]], 1)
+    targets = truth.window(contexts, 0, 1, model)(every) / len(every)
+    parameters = list(measured_parameters(model).values())
+    expected = naive.dense_hessian(naive.AtMasks(model, vocabulary.pad_id), parameters, rows, targets).numpy()
+    assert len(expected) < 400 and np.abs(expected).max() > 1
+    found = hessian_operator(model, contexts, Sampling(), truth, 128) @ np.eye(len(expected))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
 
 
 def test_numbers_and_goals(measure):

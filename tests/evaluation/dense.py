@@ -41,7 +41,7 @@ class Flat:
         return total
 
     def hessian(self, labels, sentences):
-        """Of -sum_c weight_c sum_w labels_cw log f_c[w]; reverse over reverse, see `pretraining.evaluation.hutchinson`."""
+        """Of -sum_c weight_c sum_w labels_cw log f_c[w]; reverse over reverse, see `pretraining.evaluation.hessian`."""
         weighted, inside = self.weighted(labels, sentences), np.flatnonzero(np.isin(self.contexts.sentence, sentences))
         batches = self.contexts.batches(inside, len(inside))
 
