@@ -16,6 +16,9 @@ Writes hessian.json and hessian.txt (hutchinson: hessian_hutchinson.json and .tx
 Under torchrun or the deepspeed launcher the ranks share the sentences; spectrum runs in one process.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 import dataclasses
 from pathlib import Path

@@ -18,6 +18,9 @@ position) pairs) next to the weights. A comparison is in comparison_HASH.json ne
 the first 12 digits of the SHA-256 of MODEL_B's weights.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 from pathlib import Path
 

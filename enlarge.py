@@ -15,6 +15,9 @@ the same size or number, at least as many layers (pre-LN), feed-forward units an
 logits of the two models are compared before anything is written.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 import os
 from pathlib import Path

@@ -20,13 +20,16 @@ Sentences that no nonterminal derives have no label. They are left out and count
 --drop-unlabelled allows it. A rerun of the same command skips complete files. Memory: about 60 bytes per row and 200 MB.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 from pathlib import Path
 
 import numpy as np
 
 from pcfg.chart import MAX_WORDS
-from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
+from pcfg.common.cli import Parser, folder_name, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError, Manifest, write_json
 from pcfg.common.text import write_labelled
 from pcfg.grammar import Grammar, find_rules
@@ -38,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--rule-path", required=True, help="rules file, or the name of a shipped grammar")
-    files.add_argument("--save-path", required=True, help="folder for the CSV files; made if missing")
+    files.add_argument("--save-path", type=folder_name, required=True, help="folder for the CSV files; made if missing")
     files.add_argument("--overwrite", action="store_true", help="replace files of other arguments; default: refuse")
     rows = parser.add_argument_group("rows")
     rows.add_argument("--sentence-num", type=positive_int, default=10_000, help="training rows; default 10000")

@@ -15,6 +15,9 @@ limit, its kind and its number. A rerun skips complete shards. It gives the same
 workers: threads of this machine, or tasks of a Ray cluster (--executor ray).
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 import types
 

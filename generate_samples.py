@@ -18,10 +18,13 @@ training{i}.txt becomes train_shard_{k}.hdf5 with k = i * dup_factor + j, test{i
 goes into a folder next to them, named after --model_name. A rerun of the same command makes what is missing or damaged.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 from pathlib import Path
 
-from pcfg.common.cli import Parser, non_negative_int, positive_int, probability, run_main
+from pcfg.common.cli import Parser, folder_name, non_negative_int, positive_int, probability, run_main
 from pcfg.common.executors import add_executor_arguments
 from pcfg.common.text import TEXT_MANIFEST
 from pretraining.data.sample_shards import DOCUMENTS, generate
@@ -31,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--dir", type=Path, required=True, help="folder of training{i}.txt and test{i}.txt")
-    files.add_argument("-o", "--output_dir", type=Path, required=True, help="folder for the samples and the tokenizer")
+    files.add_argument("-o", "--output_dir", type=folder_name, required=True, help="folder for the samples and the tokenizer")
     text = (
         "vocabulary, or a model's tokenizer.json of BERT's kind; a bare name is looked up in --dir, then in the working "
         "directory (default: vocab.txt)"

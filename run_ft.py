@@ -23,6 +23,9 @@ The record is finetune_TASK.json in the model folder, with TASK the stem of --tr
 finetune_TASK_predictions.csv. A model with a record is skipped.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 from transformers.trainer_utils import IntervalStrategy
 
 from pcfg.common.cli import run_main

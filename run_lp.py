@@ -27,6 +27,9 @@ The record is probe_TASK.json in the model folder (probe_lbfgs_mean_TASK.json an
 of --train_file or --task_name; with --label-counts it is curve_TASK_SOLVER.json. A model with a record is skipped.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 from pcfg.common.cli import run_main
 from pcfg.common.files import InputError
 from pretraining.data.tasks import read_task

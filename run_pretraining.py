@@ -25,6 +25,9 @@ other settings, give the args.json of one of its model folders and the flags tha
     python run_pretraining.py --config OUT/small/step0000100/args.json --job_name faster --lr 2e-3
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -19,6 +19,9 @@ same chance everywhere; the mean length is 1 / end. The law "fixed" has a maximu
 q@1, q@2, .., the chance of ending depends on it, and each length from --min-words to --max-words is equally likely.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 import collections
 import itertools
@@ -28,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
+from pcfg.common.cli import Parser, file_name, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError, keyed_rng
 from pcfg.common.text import shown
 from pcfg.grammar import Grammar, WeightedRule
@@ -170,7 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     chances.add_argument("--emission-concentration", type=float, default=0.1, help="of words; default 0.1")
     chances.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     output = parser.add_argument_group("output")
-    output.add_argument("--save-path", required=True, help="rules file to write; an existing one is replaced")
+    output.add_argument("--save-path", type=file_name, required=True, help="rules file to write; an existing one is replaced")
     facts = "sentences in the sample for the header's facts; default: no facts"
     output.add_argument("--fact-sentences", type=non_negative_int, help=facts)
     return parser

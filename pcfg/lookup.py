@@ -27,6 +27,9 @@ A table may have the first n sentences of its text only. A table of a random cho
     chosen        JSON: how they were chosen (positions per sentence, seed)
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 import dataclasses
 import functools
@@ -41,7 +44,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pcfg.chart import Chart
-from pcfg.common.cli import Parser, run_main
+from pcfg.common.cli import Parser, file_name, run_main
 from pcfg.common.files import InputError, atomic_path, check_space, sha256, versions
 from pcfg.common.means import SentenceMeans
 from pcfg.common.text import text_blocks
@@ -355,7 +358,7 @@ def add_table_arguments(parser: argparse.ArgumentParser, source: argparse._Argum
     """Add the flags of the text to the group `source`, and those of the table."""
     source.add_argument("--datafile", required=True, help="text file (.txt) or labelled sentences (.csv, column `text`)")
     output = parser.add_argument_group("output")
-    output.add_argument("--save-path", required=True, help="the HDF5 file to write")
+    output.add_argument("--save-path", type=file_name, required=True, help="the HDF5 file to write")
     stored = output.add_mutually_exclusive_group()
     stored.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="of the stored conditionals; default float32")
     reduced = "store the entropy and log P of the true word of each position, and no distributions"

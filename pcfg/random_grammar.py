@@ -16,6 +16,9 @@ The header of the file states its command and facts from a sample of its sentenc
 the unigram entropy, and the classes of the downstream tasks.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 import re
 import shlex
@@ -23,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pcfg.common.cli import Parser, non_negative_int, positive_int, probability, run_main
+from pcfg.common.cli import Parser, file_name, non_negative_int, positive_int, probability, run_main
 from pcfg.common.files import InputError, keyed_rng
 from pcfg.common.text import decoded
 from pcfg.engine.chart_plan import MAX_WORDS
@@ -161,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     chances.add_argument("--word-concentration", type=float, default=1.0, help="of words; default 1")
     chances.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     output = parser.add_argument_group("output")
-    output.add_argument("--save-path", required=True, help="rules file to write; an existing one is replaced")
+    output.add_argument("--save-path", type=file_name, required=True, help="rules file to write; an existing one is replaced")
     facts = "sentences in the sample for the header's facts; 0: no facts; default 10000"
     output.add_argument("--fact-sentences", type=non_negative_int, default=10_000, help=facts)
     return parser

@@ -182,6 +182,20 @@ def test_a_vocabulary_is_copied_after_a_check(tiny_rules, tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
+@pytest.mark.parametrize("flag", ["--shard-num", "--test-shard-num"])
+def test_a_hundred_million_shards_are_refused_before_they_are_listed(tiny_rules, tmp_path, flag, capsys):
+    with pytest.raises(SystemExit):
+        generate(tiny_rules, tmp_path / "data", flag, 100_000_000)
+    assert "100000000 is not in 0 to 100,000; make larger shards" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_empty_folder_name_is_refused(tiny_rules, capsys):
+    with pytest.raises(SystemExit):
+        generate(tiny_rules, "")
+    assert "argument --save-path: an empty name" in capsys.readouterr().err
+
+
 def test_special_tokens_are_no_words(tmp_path):
     (tmp_path / "rules.txt").write_text("S a 0.5\nS [MASK] 0.5\n")
     with pytest.raises(InputError, match=r"\[MASK\]: a special token as a word"):

@@ -1,13 +1,17 @@
 """What all command lines of the project have in common: the parser, errors and argument types."""
 
 import argparse
+import difflib
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pcfg.common.files import InputError
+from pcfg.common.start import INTERRUPTED
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +31,14 @@ class Parser(argparse.ArgumentParser):
         end = words.index("--") if "--" in words else len(words)
         return super().parse_known_args([*map(self._as_declared, words[:end]), *words[end:]], namespace)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word for word in unknown if word.startswith("--")), unknown[0]).partition("=")[0]
+            hints = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + "".join(f"; did you mean {hint}?" for hint in hints))
+        return options
+
     def _as_declared(self, word: str) -> str:
         """`word`; if it is a flag or an abbreviation of one, in the spelling of the flag's declaration."""
         name, equals, value = word.partition("=")
@@ -39,15 +51,34 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run `main()`; an `InputError` becomes one line on stderr and exit code 2, Ctrl-C becomes exit code 130."""
+    """Run `main()`; ends with one line on stderr and exit code 2 for an `InputError`, 130 for Ctrl-C.
+
+    A closed stdout (`| head`) ends the program quietly with exit code 141, as SIGPIPE ends others.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # `pcfg.common.start` has another one
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{program_name()}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        sys.exit(141)
+
+
+def program_name() -> str:
+    """The program as its user started it: the name of a script, or `python -m MODULE`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.origin == sys.argv[0]:
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return Path(sys.argv[0]).name
 
 
 def boolean(text: str) -> bool:
@@ -73,6 +104,20 @@ def number(name: str, convert: type[int] | type[float], accepts: Callable[[float
 
     parse.__name__ = name
     return parse
+
+
+def folder_name(text: str) -> Path:
+    """An argparse type: a folder to write, which may exist; an empty name would be the working directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty name; give the folder a name, . for the working directory")
+    return Path(text)
+
+
+def file_name(text: str) -> str:
+    """An argparse type: a file to write."""
+    if not Path(text).name or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file; give the file a name")
+    return text
 
 
 positive_int = number("positive_int", int, lambda value: value >= 1, "1 or more")

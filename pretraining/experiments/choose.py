@@ -10,6 +10,9 @@ standard model's. Reads the records of calculate_loss.py --compare-with and run_
 (all weights, and the choice) and, if there is one, chosen.json, for --config of run_pretraining.py.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 from pathlib import Path
 

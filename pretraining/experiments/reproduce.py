@@ -10,6 +10,9 @@ several experiments need in one OUT are made once. A command that fails does not
 results as missing, with the reason. Exit code 1 if one failed.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 import datetime
 import os

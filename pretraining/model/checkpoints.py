@@ -10,6 +10,9 @@ without executing pickled code. `args.json` lists the SHA-256 of the files that 
 checks that all model folders at or below FOLDER are intact and finite, and that no two have the same weights.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 import re
 from pathlib import Path

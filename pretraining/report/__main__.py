@@ -15,6 +15,9 @@ thresholds. Gaps are means over sentences of the mean over positions of KL(P || 
 `--single_mask` minimises. `results.csv` has both means.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 from pathlib import Path
 

@@ -10,6 +10,9 @@ The text is the docstrings of Python's standard library. The layouts are those o
 and bookcorpus, and of facebook/opt-125m.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 import ast
 import csv

@@ -16,6 +16,9 @@ two parts. Written into FOLDER, which must not exist:
 A tag counts by the letters that it begins with: np-tl and np$ are np.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 import dataclasses
 import re

@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pcfg.common.cli import non_negative_int, positive_int
+from pcfg.common.cli import folder_name, number, positive_int
 from pcfg.common.executors import end_if_asked, run_jobs
 from pcfg.common.files import InputError, Manifest, atomic_open, check_space, free_bytes
 from pcfg.common.text import SPLITS, TEXT_MANIFEST, shard_name, shard_paths, write_shard
+
+# The manifest lists all shards and is written anew after each one.
+MAX_SHARDS = 100_000
+shard_count = number("shard_count", int, lambda value: 0 <= value <= MAX_SHARDS, f"in 0 to {MAX_SHARDS:,}; make larger shards")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +46,16 @@ class Shard:
 
 def add_folder_arguments(files: argparse._ActionsContainer) -> None:
     """Add --save-path and --overwrite."""
-    files.add_argument("--save-path", type=Path, required=True, help="folder for the text; created if missing")
+    files.add_argument("--save-path", type=folder_name, required=True, help="folder for the text; created if missing")
     files.add_argument("--overwrite", action="store_true", help="replace text made with other flags; default: refuse")
 
 
 def add_shard_arguments(sizes: argparse._ActionsContainer, length_limit: int) -> None:
     """Add --length-limit, and the numbers and sizes of shards, which `list_shards` reads."""
     sizes.add_argument("--sentence-num", type=positive_int, default=10**6, help="sentences per training shard; default 1000000")
-    sizes.add_argument("--shard-num", type=non_negative_int, default=200, help="training shards; default 200")
+    sizes.add_argument("--shard-num", type=shard_count, default=200, help="training shards; default 200")
     sizes.add_argument("--test-sentence-num", type=positive_int, default=10_000, help="sentences per test shard; default 10000")
-    sizes.add_argument("--test-shard-num", type=non_negative_int, default=10, help="test shards; default 10")
+    sizes.add_argument("--test-shard-num", type=shard_count, default=10, help="test shards; default 10")
     limit_help = f"sentences have fewer words than this; default {length_limit}"
     sizes.add_argument("--length-limit", type=positive_int, default=length_limit, help=limit_help)
 

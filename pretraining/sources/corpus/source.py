@@ -25,7 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import WordPiece
 
-from pcfg.common.cli import non_negative_int, positive_int, probability
+from pcfg.common.cli import positive_int, probability
 from pcfg.common.executors import add_executor_arguments, end_if_asked, executor_options, run_jobs
 from pcfg.common.files import InputError, Manifest, atomic_open, check_space, sha256, versions, write_json
 from pcfg.common.text import write_shard
@@ -41,7 +41,7 @@ from pretraining.sources.corpus.documents import (
     find_pieces,
     read_sentences,
 )
-from pretraining.sources.text_shards import Shard, TextFolder, add_folder_arguments, number_shards
+from pretraining.sources.text_shards import Shard, TextFolder, add_folder_arguments, number_shards, shard_count
 
 PARTS = "parts"
 PARTS_MANIFEST = "manifest_parts.json"
@@ -271,8 +271,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lower_case = "whether it is of lower-case text; default 1"
     files.add_argument("--do_lower_case", type=int, choices=(0, 1), default=1, help=lower_case)
     sizes = parser.add_argument_group("sizes")
-    sizes.add_argument("--shard-num", type=positive_int, default=200, help="training shards; default 200")
-    sizes.add_argument("--test-shard-num", type=non_negative_int, default=10, help="test shards; default 10")
+    sizes.add_argument("--shard-num", type=shard_count, default=200, help="training shards; default 200")
+    sizes.add_argument("--test-shard-num", type=shard_count, default=10, help="test shards; default 10")
     sizes.add_argument("--test-fraction", type=probability, default=0.005, help="share of test documents; default 0.005")
     add_executor_arguments(parser.add_argument_group("running"))
 
@@ -285,8 +285,11 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError(
             f"--test-shard-num {options.test_shard_num} --test-fraction {options.test_fraction:g}: both are 0 or neither"
         )
-    if options.test_fraction == 1:
-        raise InputError("--test-fraction 1: leaves nothing to train on")
+    if options.shard_num == 0 or options.test_fraction == 1:
+        raise InputError(
+            f"--shard-num {options.shard_num} --test-fraction {options.test_fraction:g}: leaves nothing to train on; give more "
+            "shards, and a fraction below 1"
+        )
 
 
 def generate(options: argparse.Namespace) -> None:

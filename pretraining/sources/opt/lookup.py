@@ -13,6 +13,9 @@ more sentences give a smaller error for the same work. Equal contexts are comput
 The numbers so far are in a folder next to the table, FILE.partial; after an interruption the same command resumes there.
 """
 
+if __name__ == "__main__":
+    import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
+
 import argparse
 import dataclasses
 import hashlib

@@ -1,6 +1,7 @@
 """Exit codes and argument types."""
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pcfg.common.cli import Parser, non_negative_int, positive_int, probability, run_main
+from pcfg.common.cli import Parser, file_name, folder_name, non_negative_int, positive_int, probability, run_main
 from pcfg.common.files import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -43,6 +44,27 @@ def test_success_and_mistakes_of_ours_are_left_alone():
         run_main(raising(ZeroDivisionError()))
 
 
+def test_a_wrong_flag_gets_a_hint(capsys):
+    parser = Parser()
+    parser.add_argument("--max_steps", type=int)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(["--maxsteps=5"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --maxsteps=5; did you mean --max_steps?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--zebra", "5"])
+    assert "unrecognized arguments: --zebra 5\n" in capsys.readouterr().err
+
+
+def test_names_of_what_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert folder_name("new/deep") == Path("new/deep") and folder_name(".") == Path() and file_name("a.txt") == "a.txt"
+    for kind, wrong in ((folder_name, ("", " ")), (file_name, ("", ".", "/", "..", str(tmp_path)))):
+        for text in wrong:
+            with pytest.raises(argparse.ArgumentTypeError, match="name"):
+                kind(text)
+
+
 def script(body, *arguments):
     return [sys.executable, "-c", f"from pcfg.common.cli import *\n{body}", *map(str, arguments)]
 
@@ -58,6 +80,45 @@ def test_a_process_ends_with_these_codes_and_no_traceback():
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (130, "interrupted; run the same command again to resume\n")
+
+
+def test_a_closed_stdout_ends_quietly():
+    body = "def main():\n    while True:\n        print('a line')\nrun_main(main)"
+    with subprocess.Popen(script(body), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def programs():
+    """The words after `python` of every program."""
+    listed = subprocess.run(["git", "grep", "-l", "^    run_main(main", "--", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    paths = [Path(line) for line in listed.stdout.split() if not line.startswith("tests/")]
+    modules = [".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in paths]
+    return [[str(path)] if len(path.parts) == 1 else ["-m", module] for path, module in zip(paths, modules, strict=True)]
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
+    """In every program, with a numpy whose import takes forever."""
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy" / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    assert len(programs()) >= 19
+    for words in programs():
+        command = [sys.executable, *words, "--help"]
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+            assert process.stdout.readline() == "importing\n", words
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (130, "interrupted; run the same command again to resume\n"), words
+
+
+def test_a_module_is_named_as_its_user_started_it():
+    command = [sys.executable, "-m", "pcfg.lookup", "--rule-path", "nowhere", "--datafile", "a", "--save-path", "b"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("python -m pcfg.lookup: error: ")
 
 
 @pytest.mark.parametrize(
