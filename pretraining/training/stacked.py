@@ -25,7 +25,7 @@ from pcfg.common.files import InputError, keyed_rng
 from pretraining.data.contexts import concatenate
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
-from pretraining.model.layers import SelfAttention
+from pretraining.model.layers import SelfAttention, eager_attention
 from pretraining.training.adversarial import AdversarialTerm, ridge_validation_loss
 from pretraining.training.batches import (
     OVERHEAD_TOKENS,
@@ -86,6 +86,8 @@ class Stack:
         for module in self.base.modules():
             if isinstance(module, SelfAttention):
                 module.most_copies = math.inf  # vmap can't count the positions of a sentence
+                if models[0].decoder_bias.device.type != "cpu":
+                    module.attend = eager_attention  # not every kernel of a GPU knows vmap
         self.leaves: dict[str, Tensor] = {}  # (members, *shape)
         self.weights: list[Tensor] = []  # (members, numbers): of matrices and tables; of the other parameters
         self.gradients: list[Tensor] = []  # the same
