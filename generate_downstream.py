@@ -48,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     rows.add_argument("--validation-num", type=positive_int, default=2_000, help="validation rows; default 2000")
     text = "rows for --adversarial_file, which share no sentence with the others; default 0: no such file"
     rows.add_argument("--adversarial-num", type=non_negative_int, default=0, help=text)
+    text = "rows for --datafile of loss and trace, which share no sentence with the others; default 0: no such file"
+    rows.add_argument("--text-num", type=non_negative_int, default=0, help=text)
     text = "shortest sentence; at least what the label needs; default 5, or the grammar's longest sentence if that is shorter"
     rows.add_argument("--min-words", type=positive_int, help=text)
     rows.add_argument("--length-limit", type=positive_int, default=32, help="sentences have fewer words than this; default 32")
@@ -92,8 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     labeller = Labeller(grammar, options.task_type, options.span, options.label_rule, options.position)
     min_words = shortest_sentence(options, grammar, labeller)
     numbers = {"training": options.sentence_num, "validation": options.validation_num}
-    if options.adversarial_num:
-        numbers["adversarial"] = options.adversarial_num
+    further = {"adversarial": options.adversarial_num, "text": options.text_num}
+    numbers |= {split: number for split, number in further.items() if number}
     made_from = {
         "grammar_sha256": grammar.sha256,
         "task": labeller.task,

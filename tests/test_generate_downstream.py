@@ -217,14 +217,14 @@ def test_states_of_a_hidden_markov_model(tmp_path):
 
 
 def test_files_of_spans_depths_and_adversarial_sentences(rules, tmp_path):
-    flags = [*SMALL, "--adversarial-num", "100", "--drop-unlabelled"]
+    flags = [*SMALL, "--adversarial-num", "100", "--text-num", "80", "--drop-unlabelled"]
     for name, task, span in (("span_2-5", "span", "2:5"), ("span_-7-end", "span", "-7:"), ("depth", "depth", None)):
         run(rules, tmp_path, "--task-type", task, *([f"--span={span}"] if span else []), *flags)
-        files = [tmp_path / f"pcfg_{name}{split}.csv" for split in ("", "_validation", "_adversarial")]
-        training, validation, adversarial = (read_labelled(file) for file in files)
-        assert [len(texts) for texts, _ in (training, validation, adversarial)] == [200, 50, 100]
-        assert not set(training[0]) & set(validation[0])
-        assert not set(adversarial[0]) & set(training[0] + validation[0])
+        files = [tmp_path / f"pcfg_{name}{split}.csv" for split in ("", "_validation", "_adversarial", "_text")]
+        parts = [read_labelled(file) for file in files]
+        assert [len(texts) for texts, _ in parts] == [200, 50, 100, 80]
+        assert len(set().union(*(texts for texts, _ in parts))) == sum(len(set(texts)) for texts, _ in parts)
+        training = parts[0]
         names = json.loads((tmp_path / f"pcfg_{name}_labels.json").read_text())
         assert names["span"] == span and names["names"].keys() >= set(map(str, training[1]))
         # the label of a span may need longer sentences than the default of 5 words
