@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     options = command_line.parse_with_config(build_parser(), arguments)
     command_line.check(options)
-    finished = options.resume == "auto" and finished_model(command_line.job_folder(options), vars(options))
+    finished = options.resume == "auto" and finished_model(options)
     if finished:
         print(f"complete: {finished}")
         return

@@ -43,6 +43,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
 FACTS_FILE = "args.json"
+COOLED = "-cooled"  # after the name of a model folder: the same model with its learning rate let down to 0
 
 # (our name, transformers' name) of modules; {base} is "bert" or "roberta_prelayernorm".
 _COMMON = (
@@ -222,6 +223,17 @@ def find_model(name: AnyPath) -> Path:
 
 
 def model_folders(path: AnyPath) -> list[Path]:
+    """The model folders at or below `path` that measurements take: without those that have a cooled one next to them."""
+    return without_trunks(all_model_folders(path))
+
+
+def without_trunks(folders: list[Path]) -> list[Path]:
+    """The folders without each `stepN` whose `stepN-cooled` is among them as well."""
+    names = {str(folder) for folder in folders}
+    return [folder for folder in folders if f"{folder}{COOLED}" not in names]
+
+
+def all_model_folders(path: AnyPath) -> list[Path]:
     """All model folders at or below `path`, in the order of their names, without hidden folders and training states."""
     path = Path(path)
     if not path.is_dir():
@@ -313,7 +325,7 @@ def verify(root: AnyPath) -> list[str]:
     """The problems of the model folders at or below `root`, one line each; prints a line for each readable folder."""
     problems: list[str] = []
     owners: dict[str, Path] = {}
-    for folder in model_folders(root):
+    for folder in all_model_folders(root):
         try:
             check_folder(folder)
             model = load_model(folder)

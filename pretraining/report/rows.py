@@ -29,7 +29,7 @@ import pandas as pd
 
 from pcfg.common.files import InputError, atomic_open, read_json
 from pretraining.evaluation.records import AccuracyRecord, ComparisonRecord, HessianRecord, LossRecord, Record, read_records
-from pretraining.model.checkpoints import CONFIG_FILE, is_model_folder, read_facts, weights_sha256
+from pretraining.model.checkpoints import CONFIG_FILE, is_model_folder, read_facts, weights_sha256, without_trunks
 from pretraining.model.config import ModelConfig
 from pretraining.model.enlarge import TIED_SCALES
 from pretraining.report.contract import MODELS, Entry, Experiment, Experiments, Status
@@ -82,14 +82,17 @@ class Tree:
 
 
 def model_folders(folder: Path | str) -> list[Path]:
-    """All folders at or below `folder` with a model or with records, except hidden ones and training states."""
+    """All folders at or below `folder` with a model or with records, except hidden ones and training states.
+
+    A model with a cooled one next to it is left out.
+    """
     root = Path(folder)
     visible = {
         path.parent
         for path in root.rglob("*.json")
         if not any(part.startswith(".") or part == "training_state" for part in path.relative_to(root).parts)
     }
-    folders = sorted(path for path in visible if is_model_folder(path) or read_records(path))
+    folders = without_trunks(sorted(path for path in visible if is_model_folder(path) or read_records(path)))
     if not folders:
         raise InputError(f"{root}: no model folder and no records in it; measure something first")
     return folders

@@ -4,6 +4,7 @@ A step minimises L_MLM - weight x L_val. L_val is the validation loss of a linea
 of labelled sentences, which differ from step to step.
 """
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,12 @@ class AdversarialTerm:
         self.positions = positions
         self._seed = seed
         self.facts = describe_file(path)  # for the record of a run
+
+    def of_stream(self, seed: int) -> "AdversarialTerm":
+        """The same term with the sentences and dropout masks of another seed."""
+        other = copy.copy(self)
+        other._seed = seed
+        return other
 
     def rows(self, step: int) -> np.ndarray:
         """The sentences of a step, (size,) int64 rows of the file: the head is fitted on the first half."""

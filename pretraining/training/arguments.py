@@ -5,6 +5,7 @@ The flags are those of academic-budget-bert (Izsak et al. 2021) that have a mean
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,14 @@ WITHOUT_EFFECT = frozenset(
         *("deepspeed", "local_rank", "data_loader_type", "layernorm_embedding", "wall_clock_breakdown"),
         *("print_steps", "log_throughput_every", "steps_per_print", "report_to", "project_name"),
         *("output_dir", "job_name", "current_run_id", "overwrite", "keep_checkpoints", "validation_micro_batch"),
-        *("config", "resume", "activation_checkpointing", "rule_path", "gap_sentences"),
+        *("config", "resume", "activation_checkpointing"),
     }
 )
 # They describe a term that exists only if its weight is not 0.
 ADVERSARIAL = frozenset(f"adversarial_{name}" for name in ("weight", "file", "batch_size", "ridge"))
+COOLDOWN = frozenset({"branch_steps", "cooldown_steps", "cooldown_batch_size"})  # without effect unless the schedule is wsd
+# The measurements of the gap, which change nothing unless a run stops at a gap.
+TARGET = frozenset({"target_gap", "gap_steps", "gap_sentences", "rule_path"})
 # Not with --seeds.
 ENGINE_ONLY = (
     *("fp16", "bf16", "zero_stage", "activation_checkpointing", "compile"),
@@ -44,6 +48,7 @@ ENGINE_ONLY = (
 OF_ONE_START = frozenset({"config", "resume", "overwrite", "local_rank"})
 
 
+positive = number("positive", float, lambda value: 0.0 < value < math.inf, "a finite number above 0")
 decay = number("decay", float, lambda value: 0.0 <= value < 1.0, "in [0, 1)")  # weight of the past in a running mean
 
 
@@ -135,14 +140,25 @@ y: one-hot label minus 1 / classes. The gradient goes through the features of bo
 def _add_schedule_duration_and_precision(parser: argparse.ArgumentParser) -> None:
     group = _Group(parser, "learning-rate schedule")
     text = "unit of the schedule. step: steps of --max_steps, warmup by --warmup_proportion; constant_step: the same with a "
-    text += "warmup of --num_warmup_steps; time: hours of --total_training_time"
-    group.value("lr_schedule", ("step", "constant_step", "time"), "time", text)
+    text += "warmup of --num_warmup_steps; time: hours of --total_training_time; wsd: warmup of --num_warmup_steps, then --lr "
+    text += "to --max_steps, and cooldown branches to 0"
+    group.value("lr_schedule", ("step", "constant_step", "time", "wsd"), "time", text)
     text = "after the warmup. linear: to 0 at the end; exp: decay_rate^((steps or hours since then) / decay_step); const: --lr"
     group.value("curve", ("linear", "exp", "const"), "linear", text)
     group.value("warmup_proportion", probability, 0.06, "of the steps or hours, for step and time")
-    group.value("num_warmup_steps", non_negative_int, 1000, "steps, for constant_step")
+    group.value("num_warmup_steps", non_negative_int, 1000, "steps, for constant_step and wsd")
     group.value("decay_rate", probability, 0.99, "of --curve exp")
     group.value("decay_step", positive_int, 1000, "of --curve exp, in steps or hours")
+
+    # The parser leaves descriptions as they are.
+    description = """A branch is a copy of the trunk's weights and optimizer at a step, on an order of samples, dynamic
+masks and dropout of its own, with a rate that falls linearly to 0. The trunk goes on as if there
+were no branches. Its models are step0008000, cooled ones step0008000-cooled: measurements take these."""
+    group = _Group(parser, "cooldown branches, for --lr_schedule wsd", description)
+    text = "comma-separated steps of the trunk at which a model folder is saved and a branch begins (default: none)"
+    group.value("branch_steps", ascending(positive_int), [], text)
+    group.value("cooldown_steps", positive_int, None, "steps of each branch (default: no branches)")
+    group.value("cooldown_batch_size", positive_int, None, "sentences per step of a branch (default: --train_batch_size)")
 
     group = _Group(parser, "duration (the first limit reached ends the run)")
     group.value("max_steps", positive_int, None, "steps (default: no limit)")
@@ -150,6 +166,8 @@ def _add_schedule_duration_and_precision(parser: argparse.ArgumentParser) -> Non
     group.value("max_steps_per_epoch", positive_int, None, "steps per shard (default: all)")
     group.value("total_training_time", non_negative, 24.0, "hours")
     group.value("early_exit_time_marker", non_negative, 24.0, "hours, without effect on the learning rate")
+    text = "nats: stop at the first of --gap_steps where each model's gap (mean over sentences) plus 1.96 standard errors is "
+    group.value("target_gap", positive, None, text + "below; with wsd a branch follows (default: never)")
     group.switch("use_early_stopping", "stop if the validation loss is still high after --early_stop_time")
     group.value("early_stop_time", non_negative, 720.0, "minutes")
     group.value("early_stop_eval_loss", finite, 2.1, "nats")
@@ -183,6 +201,8 @@ def _add_validation_and_output(parser: argparse.ArgumentParser) -> None:
     group.value("validation_end_proportion", probability, 0.1, "last part, as a proportion of training")
     group.value("validation_micro_batch", positive_int, 16, "sentences per forward pass")
     group.value("rule-path", str, None, "the samples' grammar: validations also measure the gap to the entropy (default: none)")
+    text = "steps between two measurements of the gap, which saved models then have as well (default: at validations only)"
+    group.value("gap_steps", positive_int, None, text)
     group.value("gap_sentences", positive_int, 300, "sentences on which the gap is measured")
     group.value("validation_shards", positive_int, 1, "number of test shards used, always the first")
 
@@ -280,8 +300,9 @@ def check(options: argparse.Namespace) -> None:
         raise InputError("--total_training_time: 0 hours; the schedule needs more")
     if options.gradient_predivide_factor == 0:
         raise InputError("--gradient_predivide_factor: gradients can't be divided by 0; give another value")
-    if options.rule_path and not options.do_validation:
-        raise InputError("--rule-path: the gap is measured at validations; add --do_validation")
+    if options.rule_path and not (options.do_validation or options.gap_steps):
+        raise InputError("--rule-path: the gap is measured at validations; add --do_validation or --gap_steps")
+    _check_cooldown(options)
     if options.load_checkpoint_id and not options.load_training_checkpoint:
         raise InputError("--load_checkpoint_id: give the folder of this state with --load_training_checkpoint")
     if options.adversarial_weight and options.adversarial_file is None:
@@ -315,6 +336,30 @@ def _check_stacked(options: argparse.Namespace) -> None:
         raise InputError("--project_name: Weights & Biases gets one curve per run; with --seeds leave it out")
 
 
+def _check_cooldown(options: argparse.Namespace) -> None:
+    """Refuse flags of branches and of the gap that do not go together."""
+    if options.gap_steps and not options.rule_path:
+        raise InputError(f"--gap_steps {options.gap_steps}: the gap needs the samples' grammar; add --rule-path")
+    if options.target_gap and not options.gap_steps:
+        raise InputError(f"--target_gap {options.target_gap:g}: when is the gap measured? add --gap_steps (and --rule-path)")
+    if options.lr_schedule != "wsd":
+        for name in sorted(COOLDOWN):
+            if getattr(options, name):
+                raise InputError(f"--{name}: --lr_schedule {options.lr_schedule} has no branches; give --lr_schedule wsd")
+        return
+    if options.curve != "linear":
+        raise InputError(f"--curve {options.curve}: with --lr_schedule wsd the rate is constant; leave it out")
+    branches = options.branch_steps or options.target_gap
+    if branches and not options.cooldown_steps:
+        flag = "--branch_steps" if options.branch_steps else "--target_gap"
+        raise InputError(f"{flag}: of how many steps are the branches? add --cooldown_steps")
+    if not branches and (options.cooldown_steps or options.cooldown_batch_size):
+        flag = "--cooldown_steps" if options.cooldown_steps else "--cooldown_batch_size"
+        raise InputError(f"{flag}: there are no branches; add --branch_steps or --target_gap")
+    if options.branch_steps and options.branch_steps[-1] > options.max_steps:
+        raise InputError(f"--branch_steps: {options.branch_steps[-1]} is after --max_steps {options.max_steps}; leave it out")
+
+
 def check_accumulation(options: argparse.Namespace, world_size: int) -> None:
     """Refuse a `--gradient_accumulation_steps` that contradicts the batch sizes."""
     batch = options.train_batch_size
@@ -340,10 +385,28 @@ def job_folder(options: argparse.Namespace) -> Path:
     return Path(options.output_dir) / "-".join(filter(None, (options.job_name, options.current_run_id)))
 
 
+def seeds_of(options: argparse.Namespace) -> tuple[int, ...]:
+    """The seeds of the members of a run."""
+    return (options.seed,) if options.seeds is None else tuple(options.seeds)
+
+
+def member_folders(options: argparse.Namespace) -> list[Path]:
+    """The folder of each member's models: `seedS` in that of the run with --seeds, else that of the run."""
+    job = job_folder(options)
+    return [job] if options.seeds is None else [job / f"seed{seed}" for seed in options.seeds]
+
+
 def deciding(arguments: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's arguments that decides its weights and what it saves."""
-    without = WITHOUT_EFFECT if arguments.get("adversarial_weight") else WITHOUT_EFFECT | ADVERSARIAL
-    without = without if arguments.get("sam_rho") else without | {"sam_rho"}  # older runs have no such flag
+    without = WITHOUT_EFFECT
+    if not arguments.get("adversarial_weight"):
+        without |= ADVERSARIAL
+    if not arguments.get("sam_rho"):
+        without |= {"sam_rho"}  # older runs have no such flag
+    if arguments.get("lr_schedule") != "wsd":
+        without |= COOLDOWN
+    if not arguments.get("target_gap"):
+        without |= TARGET
     return {name: value for name, value in arguments.items() if name not in without}
 
 

@@ -101,8 +101,8 @@ class Schedule:
 
     The schedules are those of academic-budget-bert (Izsak et al. 2021, section 3.3, and its released code).
     warmup(r) = r, r^2 for the exponential curve. curve(p) = (total - p) / (total - W) for "linear",
-    decay_rate^((p - W) / decay_step) for "exp", 1 for "const". At p = 0 with a warmup the learning rate is 0, as in the
-    released code and in transformers' schedules.
+    decay_rate^((p - W) / decay_step) for "exp", 1 for "const", 1 - (p + 1) / total for "cooldown": a branch's last step has
+    rate 0. At p = 0 with a warmup the learning rate is 0, as in the released code and in transformers' schedules.
 
     >>> schedule = Schedule(peak=1.0, total=100, warmup=20, curve="linear")
     >>> schedule(0), schedule(10), schedule(20), schedule(60), schedule(100), schedule(200)
@@ -112,7 +112,7 @@ class Schedule:
     peak: float  # highest learning rate
     total: float  # end of training, in steps or hours
     warmup: float  # end of the warmup W, in the same unit
-    curve: str  # "linear", "exp" or "const"
+    curve: str  # "linear", "exp", "const" or "cooldown"
     decay_rate: float = 0.99  # of "exp"
     decay_step: float = 1000  # of "exp", in the same unit
 
@@ -126,15 +126,19 @@ class Schedule:
             return self.peak * max(0.0, self.total - position) / max(self.total - self.warmup, 1e-12)
         if self.curve == "exp":
             return self.peak * self.decay_rate ** ((position - self.warmup) / self.decay_step)
+        if self.curve == "cooldown":
+            return self.peak * (1 - (position + 1) / self.total)
         return self.peak
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> "Schedule":
         """The schedule of the command line; positions are hours for `--lr_schedule time`, else steps."""
         total = options.total_training_time if options.lr_schedule == "time" else options.max_steps
-        is_constant = options.lr_schedule == "constant_step"
-        warmup = options.num_warmup_steps if is_constant else options.warmup_proportion * total
-        return cls(options.lr, total, warmup, options.curve, options.decay_rate, options.decay_step)
+        warmup = options.warmup_proportion * total
+        if options.lr_schedule in ("constant_step", "wsd"):
+            warmup = options.num_warmup_steps
+        curve = "const" if options.lr_schedule == "wsd" else options.curve
+        return cls(options.lr, total, warmup, curve, options.decay_rate, options.decay_step)
 
 
 def deepspeed_config(options: argparse.Namespace, world_size: int, arithmetic: str) -> dict:

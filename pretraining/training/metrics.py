@@ -8,7 +8,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,16 +39,27 @@ def read_metrics(path: AnyPath) -> list[dict]:
 class Metrics:
     """Appends records to `metrics.jsonl` in a folder, one JSON line per record, and to Weights & Biases if asked for.
 
-    The run starts from `step`: records of later steps, from before an interruption, are removed.
+    The run starts from `step`: records of later steps, from before an interruption, are removed. Records of a branch have the
+    number of steps in all as "step", and the trunk's step as "branch". They are of no other run than the branch: it removes
+    them itself, and Weights & Biases, whose steps only go up, never gets them.
     """
 
     def __init__(self, folder: Path, step: int, options: argparse.Namespace):
         self.path = folder / METRICS_FILE
-        earlier = [record for record in read_metrics(self.path) if record["step"] <= step and step > 0]
+        self._open(lambda record: "branch" in record or record["step"] <= step and step > 0)
+        self._run = start_wandb(folder, options) if options.project_name and options.report_to == "wandb" else None
+
+    def _open(self, keeps: Callable[[dict], bool]) -> None:
+        """Open the file for appending, with the records that are to be kept."""
+        earlier = [record for record in read_metrics(self.path) if keeps(record)]
         with atomic_open(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in earlier)
         self._file = open(self.path, "ab", buffering=0)
-        self._run = start_wandb(folder, options) if options.project_name and options.report_to == "wandb" else None
+
+    def begin_branch(self, branch: int, step: int) -> None:
+        """Remove the records of a branch that are later than `step`, the number of steps in all at which it begins."""
+        self._file.close()
+        self._open(lambda record: record.get("branch") != branch or branch < record["step"] <= step)
 
     def write(self, record: dict) -> None:
         """Append a record (it has "step"); the operating system has it when this returns."""
@@ -56,7 +67,7 @@ class Metrics:
         with disk_errors(self.path):
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self._run is not None:
+        if self._run is not None and "branch" not in record:
             self._run.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
 
     def sync(self) -> None:

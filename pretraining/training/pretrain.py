@@ -20,7 +20,8 @@ from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 from pretraining.training import state
 from pretraining.training.adversarial import AdversarialTerm
-from pretraining.training.arguments import check_accumulation, differences, job_folder, model_config
+from pretraining.training.arguments import check_accumulation, differences, job_folder, member_folders, model_config, seeds_of
+from pretraining.training.branches import check_earlier_branches, cooled_models
 from pretraining.training.engine import EngineLearner, precision, start_ranks, zero_stage
 from pretraining.training.learner import Learner, Member
 from pretraining.training.metrics import METRICS_FILE, diverged_error
@@ -69,6 +70,7 @@ def pretrain(options: argparse.Namespace, gap_meter: GapMeter, now: Callable[[],
     if start is not None and start.saved.stacked is not None:
         facts = facts.model_copy(update={"stacked": start.saved.stacked})  # decided once
     progress = Progress() if start is None else start.progress()
+    check_earlier_branches(options, progress.step)
     # Every rank knows now that it can train; from here on the main rank writes.
     ranks.wait()
     if ranks.is_main:
@@ -77,12 +79,7 @@ def pretrain(options: argparse.Namespace, gap_meter: GapMeter, now: Callable[[],
     learner = build_learner(options, models, ranks, facts)
     if start is not None:
         learner.load(start.folder, start.saved.files)
-    return Trainer(options, learner, ranks, data, facts, progress, now).run()
-
-
-def seeds_of(options: argparse.Namespace) -> tuple[int, ...]:
-    """The seeds of the members of a run."""
-    return (options.seed,) if options.seeds is None else tuple(options.seeds)
+    return Trainer(options, learner, ranks, data, facts, progress, now, start.folder if start else None).run()
 
 
 def describe_initial(options: argparse.Namespace, folders: list[Path]) -> dict[str, str]:
@@ -224,25 +221,33 @@ def saved_folders(job: Path) -> list[Path]:
     return sorted(path.parent for pattern in patterns for path in job.glob(pattern))
 
 
-def finished_model(job: Path, arguments: dict[str, Any]) -> Path | None:
+def finished_model(options: argparse.Namespace) -> Path | None:
     """The final model folder, intact, of an earlier run with the same deciding arguments, the first of several; or None."""
-    finals: dict[int, Path] = {}
+    finals: dict[Path, Path] = {}  # by the folder of its member
+    branches: set[int] = set()
     diverged: dict[str, str] = {}
-    for folder in saved_folders(job):
+    for folder in saved_folders(job_folder(options)):
         try:
             facts = checkpoints.read_facts(folder)
-            if facts.get("final") and not differences(facts.get("arguments", {}), arguments):
+            if facts.get("final") and not differences(facts.get("arguments", {}), vars(options)):
                 checkpoints.check_folder(folder)
-                finals[facts["seed"]] = folder
+                finals[folder.parent] = folder
+                branches |= set(facts.get("branches", ()))
                 diverged |= facts.get("diverged", {})
         except InputError as error:
             print(f"warning: {error}")
-    seeds = [seed for seed in arguments.get("seeds") or [arguments["seed"]] if f"seed {seed}" not in diverged]
-    if not all(seed in finals for seed in seeds):
+    seeds = zip(seeds_of(options), member_folders(options), strict=True)
+    living = [folder for seed, folder in seeds if f"seed {seed}" not in diverged]
+    if not all(folder in finals for folder in living):
         return None
+    for step in sorted(branches):
+        left_out = cooled_models(options, step)
+        if left_out is None:
+            return None
+        diverged |= left_out
     if diverged:
         raise diverged_error(diverged)
-    return finals[seeds[0]]
+    return finals[living[0]]
 
 
 def agreed_state(options: argparse.Namespace, job: Path, ranks: Ranks) -> State | None:

@@ -37,6 +37,7 @@ class Shards(contextlib.AbstractContextManager):
         self.paths = sample_paths(folder, split)[:first]
         if not self.paths:
             raise InputError(f"{folder}: has no {split}_shard_*.hdf5; make them with generate_samples.py")
+        self.split = split
         self.vocabulary = vocabulary
         self._seed = dynamic
         attributes = read_attributes(self.paths[0], vocabulary)
@@ -47,6 +48,12 @@ class Shards(contextlib.AbstractContextManager):
         self._newest: tuple[tuple, Samples] | None = None
         self._ahead: list[_Reading] = []  # one or none
         weakref.finalize(self, _end, self._ahead)
+
+    def of_stream(self, seed: int) -> "Shards":
+        """The same shards with the dynamic masks of another seed; these themselves if the masks are those in the files."""
+        if self._seed is None:
+            return self
+        return Shards(self.paths[0].parent, self.split, self.vocabulary, len(self.paths), seed)
 
     def path(self, index: int) -> Path:
         """The file of shard `index`, which may be above the number of files."""

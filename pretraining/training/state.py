@@ -57,6 +57,8 @@ class Progress(Schema, frozen=False):
     lowest_scale_steps: int = 0  # for how many steps the loss scale has been the lowest (float16)
     validation_loss: float | None = None  # the newest, in nats, the mean over members
     validated_step: int | None = None  # when it was measured
+    gap_step: int | None = None  # when the gap was measured last
+    is_below_target: bool = False  # whether it was below --target_gap then
     stopped: str | None = None  # why the run was stopped before its end
     diverged: dict[str, str] = {}  # with several members, the reason why one of them was left out, by "seed S"
 
@@ -213,10 +215,10 @@ def tidy(state: State, keep: int) -> None:
     _prune(state.folder.parent, state.folder, keep)
 
 
-def save(learner: Learner, root: Path, ranks: Ranks, facts: RunFacts, progress: Progress, keep: int) -> None:
+def save(learner: Learner, root: Path, ranks: Ranks, facts: RunFacts, progress: Progress, keep: int) -> Path:
     """Write a training state under a new tag, switch `latest` to it, then delete all but the newest `keep`.
 
-    Every rank calls this with its own learner.
+    Every rank calls this with its own learner. Returns the state's folder.
     """
     step_tag = f"step{progress.step:07d}"
     tags = (step_tag if attempt == 1 else f"{step_tag}-{attempt}" for attempt in itertools.count(1))
@@ -235,6 +237,7 @@ def save(learner: Learner, root: Path, ranks: Ranks, facts: RunFacts, progress: 
         for damaged in root.glob(f"step*{DAMAGED}"):
             shutil.rmtree(damaged)
     ranks.wait()
+    return root / tag
 
 
 def _states(root: Path) -> list[Path]:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from pcfg.common.files import InputError
 from pcfg.common.ranks import Ranks
 from pretraining.model.checkpoints import save_model
 from pretraining.training import state
-from pretraining.training.arguments import job_folder
+from pretraining.training.arguments import job_folder, member_folders
 from pretraining.training.batches import GlobalBatch, MicroBatch, global_batches, micro_batch, rank_micro_batches
+from pretraining.training.branches import (
+    branch_members,
+    branch_options,
+    branch_progress,
+    branch_state,
+    cooled_models,
+    cooled_name,
+    is_branch_due,
+)
 from pretraining.training.engine import LOWEST_LOSS_SCALE, Schedule
 from pretraining.training.learner import Learner, Member
 from pretraining.training.metrics import LossWatch, Metrics, Signals, diverged_error
@@ -25,6 +36,7 @@ from pretraining.training.sample_stream import Shards
 from pretraining.training.state import Progress, RunFacts
 
 STATE_FOLDER = "training_state"
+Z = 1.96  # of a 95% interval
 
 
 def clock(hours: float = 0.0, now: Callable[[], float] = time.monotonic) -> Callable[[], float]:
@@ -49,7 +61,7 @@ class Data:
 
 @dataclasses.dataclass
 class Trainer:
-    """Trains the models in `learner` from `progress`, which is updated, to the end of the run.
+    """Trains the models in `learner` from `progress`, which is updated, to the end of the run, or of the branch of a `trunk`.
 
     All ranks do the same steps. The samples of a step are a function of (seed, epoch, batch), its dropout masks of (seed, step,
     rank): a resumed run continues as if it had not been interrupted.
@@ -62,19 +74,28 @@ class Trainer:
     facts: RunFacts
     progress: Progress
     now: Callable[[], float] = time.monotonic  # seconds
+    state_folder: Path | None = None  # a training state of the present step
+    trunk: "Trainer | None" = None
 
     def __post_init__(self) -> None:
         progress = self.progress
-        self.job = job_folder(self.options)
         self.members = self.data.members
         self.schedule = Schedule.from_options(self.options)
         self.clock = clock(progress.hours, self.now)
-        self.metrics = Metrics(self.job, progress.step, self.options) if self.ranks.is_main else None
+        self.states = job_folder(self.options) / STATE_FOLDER
+        self.metrics: Metrics | None = None
+        if self.trunk is not None:
+            self.states /= f"branch{self.trunk.progress.step:07d}"
+            self.metrics = self.trunk.metrics
+        elif self.ranks.is_main:
+            self.metrics = Metrics(job_folder(self.options), progress.step, self.options)
         names = [""] if self.facts.stacked is None else [f"seed {member.seed}" for member in self.members]
         self.loss_watch = LossWatch(self.ranks.device, names, progress.diverged)
-        self.signals = Signals()
+        self.signals: Signals = self.trunk.signals if self.trunk else Signals()
         self.lr = 0.0
         self.saved_step = progress.step
+        self.branch: Trainer | None = None  # one that a signal has interrupted
+        self.gaps: list[dict[str, float]] = []  # the newest, on the main rank
         self.is_interrupted = False
         # Sentences and time, at the start of this process and at the last measurement of the speed.
         self._started = (progress.samples, time.perf_counter())
@@ -84,21 +105,27 @@ class Trainer:
         """Train to the end; returns the folder of the final model, or of the training state if a signal ended the run."""
         try:
             with self.signals:
-                if self.progress.step == 0 and 0 in self.options.save_steps:
-                    self.save_model(final=False)
-                for batches in self.batches():
-                    self.follow_schedule()
-                    losses = self.learner.accumulate(self.progress.step, batches, self.members)
-                    self.learner.step(self.lr)
-                    self.advance(batches, losses)
-                    self.record(losses)
-                    self.validate_and_save(is_end_of_epoch=batches[0].is_last)
-                return self.finish() if self.stop_reason() else self.interrupt()
+                return self.train()
         finally:
             for shards in filter(None, (*(member.train for member in self.members), self.data.test)):
                 shards.close()
             if self.metrics is not None:
                 self.metrics.close()
+
+    def train(self) -> Path:
+        """The training loop; returns what `run` returns."""
+        if self.progress.step == 0 and 0 in self.options.save_steps:
+            self.save_model(final=False)
+        if not self.stop_reason():
+            self.cool_down()  # an interrupted branch
+        for batches in self.batches():
+            self.follow_schedule()
+            losses = self.learner.accumulate(self.progress.step, batches, self.members)
+            self.learner.step(self.lr)
+            self.advance(batches, losses)
+            self.record(losses)
+            self.validate_and_save(is_end_of_epoch=batches[0].is_last)
+        return self.finish() if self.stop_reason() else self.interrupt()
 
     def batches(self) -> Iterator[list[GlobalBatch]]:
         """The global batches from here on, one per member, epoch by epoch, until no further step is due."""
@@ -116,7 +143,13 @@ class Trainer:
         options = self.options
         epoch = self.progress.epoch
         samples = member.train.read(epoch)
-        all_rows = global_batches(len(samples), options.train_batch_size, member.stream, epoch, member.train.path(epoch))
+        path = member.train.path(epoch)
+        if len(samples) < (options.cooldown_batch_size or 0):
+            raise InputError(
+                f"{path}: has {len(samples)} samples, fewer than --cooldown_batch_size {options.cooldown_batch_size}; make a "
+                "smaller batch or larger shards"
+            )
+        all_rows = global_batches(len(samples), options.train_batch_size, member.stream, epoch, path)
         all_rows = all_rows[: options.max_steps_per_epoch]  # (batches, train_batch_size)
         last = len(all_rows) - 1
         return [GlobalBatch(samples, rows, index, is_last=index == last) for index, rows in enumerate(all_rows)]
@@ -147,7 +180,7 @@ class Trainer:
         progress.step += 1
         progress.samples += len(batch.rows)
         progress.tokens += sum(int(part.samples.input_mask[part.rows].sum()) for part in batches)
-        self.loss_watch.add(f"step {progress.step} (batch {batch.index} of epoch {progress.epoch})", losses)
+        self.loss_watch.add(f"{self._where()} (batch {batch.index} of epoch {progress.epoch})", losses)
         progress.epoch += int(batch.is_last)
         progress.batch = 0 if batch.is_last else batch.index + 1
         if self.learner.loss_scale is not None:
@@ -169,17 +202,23 @@ class Trainer:
             print(f"step {step}: {self._speed():,.0f} sentences/s")
 
     def validate_and_save(self, is_end_of_epoch: bool) -> None:
-        """Validate and save a model folder, as they are due, and a training state with either of them."""
+        """Validate, measure the gap, save a model folder and a training state, and train a branch, as they are due."""
+        options = self.options
+        step = self.progress.step
         validates = is_end_of_epoch and self._is_validation_due()
         if validates:
             self.validate()
+        if self.trunk is None and options.gap_steps and step % options.gap_steps == 0:
+            self.record_gap()
+            self.compare_with_target()
         if self.stop_reason():
             return  # `finish` saves the final model and state
-        saves = self.progress.step in self.options.save_steps or self._is_folder_due(is_end_of_epoch)
+        saves = self._is_folder_due(is_end_of_epoch) or step in options.save_steps or is_branch_due(options, self.progress)
         if saves:
             self.save_model(final=False)
         if saves or validates:
             self.save_state()
+        self.cool_down()
 
     def _is_folder_due(self, is_end_of_epoch: bool) -> bool:
         """Whether a time marker has passed, or a number of epochs after which a model folder is saved."""
@@ -213,17 +252,13 @@ class Trainer:
         self.loss_watch.settle()
         losses, masks = self._validation_losses()
         for index in (~losses.isfinite()).nonzero().flatten().tolist():
-            self.loss_watch.leave_out(index, f"step {progress.step}: the validation loss is {losses[index].item()}")
+            self.loss_watch.leave_out(index, f"{self._where()}: the validation loss is {losses[index].item()}")
         loss = float(losses[self.loss_watch.living()].mean())
         progress.validation_loss = loss
         progress.validated_step = progress.step
+        gaps = self._gaps()
         records = self._by_member({"validation_loss": losses})
-        if self.ranks.is_main:
-            for index in self.loss_watch.living():
-                measure_gap = self.members[index].measure_gap
-                records[index]["validation_masks"] = masks
-                records[index] |= measure_gap(self.learner.models()[index]) if measure_gap else {}
-        self._write(records)
+        self._write([{**record, "validation_masks": masks, **gap} for record, gap in zip(records, gaps, strict=True)])
         minutes = 60 * progress.hours
         if options.use_early_stopping and minutes > options.early_stop_time and loss > options.early_stop_eval_loss:
             progress.stopped = (
@@ -256,69 +291,168 @@ class Trainer:
         total = ranks.sum_on_host(np.array([*losses.tolist(), masks], dtype=np.float64))
         return torch.from_numpy(total[:-1] / total[-1]), int(total[-1])
 
+    def _gaps(self) -> list[dict[str, float]]:
+        """Measure the gap of each member, in nats by names for the record: on the main rank, empty without a grammar."""
+        self.gaps = [{} for _ in self.members]
+        if self.ranks.is_main:
+            models = self.learner.models()
+            for index in self.loss_watch.living():
+                measure_gap = self.members[index].measure_gap
+                self.gaps[index] = measure_gap(models[index]) if measure_gap else {}
+        self.progress.gap_step = self.progress.step
+        return self.gaps
+
+    def record_gap(self) -> None:
+        """Measure and record the gap with --gap_steps, unless this step has it."""
+        if self.options.gap_steps and self.progress.gap_step != self.progress.step:
+            self._write(self._gaps())
+
+    def compare_with_target(self) -> None:
+        """End the trunk if the gap of this step is below --target_gap."""
+        target = self.options.target_gap
+        if target is None:
+            return
+        progress = self.progress
+        largest = max(gap["gap_sentences"] + Z * gap["gap_sentences_se"] for gap in filter(None, self.ranks.of_main(self.gaps)))
+        progress.is_below_target = largest < target
+        if progress.is_below_target:
+            progress.stopped = f"upper end of the gap {largest:.4f} nats, below --target_gap {target:g}"
+
     def save_model(self, final: bool) -> Path:
         """Write each member's model folder of this step; returns that of the first."""
         self._check_sound()
+        self.record_gap()
+        step = self.trunk.progress.step if self.trunk else self.progress.step
+        name = cooled_name(step) if self.trunk else f"step{step:07d}"
         folders = []
+        models = self.learner.models() if self.ranks.is_main else []
         for index in self.loss_watch.living():
             member = self.members[index]
-            job = self.job if self.facts.stacked is None else self.job / f"seed{member.seed}"
-            folders.append(job / f"step{self.progress.step:07d}")
+            folders.append(member_folders(self.options)[index] / name)
             if self.ranks.is_main:
-                facts = {**self._counts(), "final": final, **self.facts.model_dump(exclude_unset=True), "seed": member.seed}
-                save_model(folders[-1], self.learner.models()[index], self.data.tokenizer, member.train.vocabulary, facts)
+                facts = self._counts(final) | self.facts.model_dump(exclude_unset=True) | {"seed": member.seed}
+                save_model(folders[-1], models[index], self.data.tokenizer, member.train.vocabulary, facts)
                 print(f"model: {folders[-1]}", flush=True)
         self.ranks.wait()
         return folders[0]
 
-    def _counts(self) -> dict[str, Any]:
+    def _counts(self, final: bool) -> dict[str, Any]:
         """How far the run is, for `args.json`; tokens are the mean over members."""
+        options = self.options
         progress = self.progress
-        tokens = round(progress.tokens / len(self.members))
-        seen = {"samples_seen": progress.samples, "tokens_seen": tokens, "hours": progress.hours}
-        diverged = {"diverged": progress.diverged} if progress.diverged else {}
-        return {"step": progress.step, "epoch": progress.epoch, **seen, **diverged}
+        counts: dict[str, Any] = {"step": progress.step, "epoch": progress.epoch, "samples_seen": progress.samples}
+        counts |= {"tokens_seen": round(progress.tokens / len(self.members)), "hours": progress.hours, "final": final}
+        if progress.diverged:
+            counts["diverged"] = progress.diverged
+        if self.trunk is not None:
+            step = self.trunk.progress.step
+            counts |= {"step": step, "cooled": True, "branch": step, "cooldown_steps": progress.step}
+        elif final and options.lr_schedule == "wsd":
+            counts["branches"] = self._branches()
+        return counts
 
     def save_state(self) -> None:
         """Write a training state of this step."""
         self._check_sound()
         if self.metrics is not None:
             self.metrics.sync()  # no state may be ahead of its records
-        state.save(self.learner, self.job / STATE_FOLDER, self.ranks, self.facts, self.progress, self.options.keep_checkpoints)
+        arguments = (self.ranks, self.facts, self.progress, self.options.keep_checkpoints)
+        self.state_folder = state.save(self.learner, self.states, *arguments)
         self.saved_step = self.progress.step
 
+    def cool_down(self) -> None:
+        """Train the branch that begins at this step, if any, unless its models are there; the learner is then as before.
+
+        A signal interrupts the branch, and the trunk with it.
+        """
+        if not is_branch_due(self.options, self.progress) or self.is_interrupted:
+            return
+        assert self.state_folder is not None
+        step = self.progress.step
+        states = self.states / f"branch{step:07d}"
+        if not self.ranks.of_main(self.ranks.is_main and cooled_models(self.options, step) is not None):
+            branch = self._branch(states)
+            branch.train()
+            if branch.is_interrupted and not branch.stop_reason():
+                self.branch = branch
+                self.is_interrupted = True
+                return
+            self.clock = clock(branch.progress.hours, self.now)
+            self.learner.load(self.state_folder, state.read(self.state_folder).files)
+            self._started = self._speed_from = (self.progress.samples, time.perf_counter())
+        if self.ranks.is_main and states.exists():
+            shutil.rmtree(states)
+
+    def _branch(self, states: Path) -> "Trainer":
+        """The branch of this step: at its newest training state, else at its beginning."""
+        start = self.ranks.of_main(self.ranks.is_main and branch_state(states, self.facts)) or None
+        progress = start.progress() if start else branch_progress(self.progress)
+        step = self.progress.step
+        if start is not None:
+            self.learner.load(start.folder, start.saved.files)
+        if self.metrics is not None:
+            self.metrics.begin_branch(step, step + progress.step)
+            print(f"branch of step {step}, from its step {progress.step}", flush=True)
+        data = dataclasses.replace(self.data, members=branch_members(self.members, step))
+        options = branch_options(self.options, self.schedule(step))
+        shared = (self.learner, self.ranks, data, self.facts)
+        return Trainer(options, *shared, progress, self.now, start and start.folder, trunk=self)
+
     def finish(self) -> Path:
-        """Last validation, training state and model; the final model marks the run as complete."""
+        """Last validation, training state, branch and model; the final model marks the run as complete."""
         if self.options.do_validation and self.progress.validated_step != self.progress.step:
             self.validate()
+        self.record_gap()
+        if self.trunk is not None:
+            return self.save_model(final=False)
         if self.saved_step != self.progress.step:
             self.save_state()
+        self.cool_down()
+        if self.branch is not None or self.is_interrupted and is_branch_due(self.options, self.progress):
+            return self.interrupt()
         if self.ranks.is_main:
             print(f"finished: {self.stop_reason()}")
         folder = self.save_model(final=True)
-        if self.progress.diverged:
-            raise diverged_error(self.progress.diverged)
+        diverged = dict(self.progress.diverged)
+        for step in self._branches() if self.ranks.is_main else ():
+            diverged |= cooled_models(self.options, step) or {}
+        if diverged := self.ranks.of_main(diverged):
+            raise diverged_error(diverged)
         return folder
+
+    def _branches(self) -> list[int]:
+        """The steps of the trunk's branches so far."""
+        if self.options.lr_schedule != "wsd":
+            return []
+        step = self.progress.step
+        last = [step] if is_branch_due(self.options, self.progress) else []
+        return sorted({*(branch for branch in self.options.branch_steps if branch <= step), *last})
 
     def interrupt(self) -> Path:
         """Save a training state after a signal and print how to resume; returns its folder."""
-        if self.saved_step != self.progress.step:
+        if self.branch is not None and self.branch.state_folder is not None:
+            return self.branch.state_folder
+        if self.saved_step != self.progress.step or self.state_folder is None:
             self.save_state()
-        folder = state.latest(self.job / STATE_FOLDER)
-        assert folder is not None
+        assert self.state_folder is not None
         if self.ranks.is_main:
             words = [word for word in sys.argv if not word.startswith("--local_rank")]  # the launcher's own
             how = "python" if self.ranks.size == 1 else "with the same launcher, on as many ranks:"
-            print(f"{self.signals.received or 'a signal'} at step {self.progress.step}; training state: {folder}")
+            print(f"{self.signals.received or 'a signal'} at {self._where()}; training state: {self.state_folder}")
             print(f"go on: {how} {shlex.join(words)}", flush=True)
-        return folder
+        return self.state_folder
+
+    def _where(self) -> str:
+        """The present step, in words."""
+        step = f"step {self.progress.step}"
+        return f"{step} of the branch of step {self.trunk.progress.step}" if self.trunk else step
 
     def _check_sound(self) -> None:
         """Refuse to save what no run can resume from: losses and weights must be finite."""
         self.loss_watch.settle()
         for index, model in enumerate(self.learner.models()):
             if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
-                self.loss_watch.leave_out(index, f"step {self.progress.step}: a weight is NaN or infinite")
+                self.loss_watch.leave_out(index, f"{self._where()}: a weight is NaN or infinite")
 
     def _by_member(self, losses: dict[str, torch.Tensor]) -> list[dict[str, float]]:
         """Losses (members,) by name as numbers, a dictionary for each member."""
@@ -330,7 +464,10 @@ class Trainer:
         if self.metrics is None:
             return
         progress = self.progress
-        position = {"step": progress.step, "epoch": progress.epoch, "samples": progress.samples}
+        position: dict[str, float] = {"step": progress.step, "epoch": progress.epoch, "samples": progress.samples}
+        if self.trunk is not None:
+            branch = self.trunk.progress.step
+            position |= {"step": branch + progress.step, "branch": branch}
         living = self.loss_watch.living()
         for index in living:
             name = {} if self.facts.stacked is None else {"seed": self.members[index].seed}
@@ -339,7 +476,8 @@ class Trainer:
         shown = "  ".join(f"{name} {value:.6g}" for name, value in mean.items())
         of = f"/{self.options.max_steps}" if self.options.max_steps else ""
         left = datetime.timedelta(seconds=round(self._seconds_left()))
-        print(f"step {progress.step}{of}  {shown}  ({3600 * progress.hours:.1f} s, {left} left)", flush=True)
+        prefix = f"branch {self.trunk.progress.step}, " if self.trunk else ""
+        print(f"{prefix}step {progress.step}{of}  {shown}  ({3600 * progress.hours:.1f} s, {left} left)", flush=True)
 
     def _speed(self) -> float:
         """Sentences per second since the last call."""

@@ -1,3 +1,4 @@
+import argparse
 import csv
 import shutil
 
@@ -154,7 +155,8 @@ def test_a_weight_of_zero_changes_nothing(train, labelled):
     assert curve(plain.parent) == curve(zero.parent)
     assert "adversarial" not in read_json(zero / "args.json")
     # the same run: both are finished, whichever asks
-    assert pretrain.finished_model(plain.parent, read_json(zero / "args.json")["arguments"]) == plain
+    arguments = read_json(zero / "args.json")["arguments"] | {"job_name": "plain"}
+    assert pretrain.finished_model(argparse.Namespace(**arguments)) == plain
 
 
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(train, term_flags, monkeypatch):

@@ -1,5 +1,7 @@
 """SAM against a naive reference: a moved copy of the model, and the gradient there."""
 
+import argparse
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -140,9 +142,9 @@ def test_a_rho_of_zero_changes_nothing(train):
     zero = train("--sam_rho 0", job="zero")
     assert_same_weights(plain, zero)
     assert losses(plain.parent) == losses(zero.parent)
-    arguments = read_json(zero / "args.json")["arguments"]
+    arguments = read_json(zero / "args.json")["arguments"] | {"job_name": "plain"}
     del arguments["sam_rho"]  # of a run before the flag existed
-    assert pretrain.finished_model(plain.parent, arguments) == plain
+    assert pretrain.finished_model(argparse.Namespace(**arguments)) == plain
     with pytest.raises(InputError, match="sam_rho was None, now 0.5"):
         train("--sam_rho 0.5", job="zero")
 

@@ -1,3 +1,4 @@
+import argparse
 import itertools
 import json
 
@@ -295,16 +296,16 @@ def test_a_diverged_member_is_left_out_and_named(train, capsys):
     assert {path.parent.name for path in job.glob("seed*/step0000004")} == {"seed3", "seed5"}
     facts = read_json(job / "seed3/step0000004/args.json")
     with pytest.raises(InputError, match="seed 4"):  # a rerun of the same command says so again, and trains nothing
-        finished_model(job, facts["arguments"])
+        finished_model(argparse.Namespace(**facts["arguments"]))
     assert {record["seed"] for record in read_metrics(job / "metrics.jsonl")} == {3, 5}
 
 
 def test_a_run_is_complete_only_if_every_member_is(train):
     final = train(f"{SEEDS} {NO_DROPOUT} --max_steps 1")
-    arguments = read_json(final / "args.json")["arguments"]
-    assert finished_model(final.parents[1], arguments) == final
+    options = argparse.Namespace(**read_json(final / "args.json")["arguments"])
+    assert finished_model(options) == final
     (final.parents[1] / "seed5/step0000001/args.json").unlink()
-    assert finished_model(final.parents[1], arguments) is None
+    assert finished_model(options) is None
     assert load_model(train(f"{SEEDS} {NO_DROPOUT} --max_steps 1")).config.hidden_size == 16
 
 
