@@ -215,6 +215,24 @@ def test_ridge_on_the_whole_file_layers_and_positions(model, data):
     assert (record["layer"], record["position"], record["pool"]) == (0, 1, "concat") and record["value"] > 0.95
 
 
+def test_words_of_natural_text_are_cut_and_pairs_are_joined(tmp_path):
+    """The answer says the class, and --max_seq_length leaves room for its first word or not."""
+    for part, number in (("train", 20), ("validation", 10)):
+        rows = [f"what is it ?\t{'yes' if n % 2 else 'no'} it is\t{n % 2}" for n in range(number)]
+        (tmp_path / f"{part}.tsv").write_text("question\tsentence\tlabel\n" + "\n".join(rows) + "\n")
+    files = [f"--{part}_file={tmp_path / part}.tsv" for part in ("train", "validation")]
+    accuracies = {}
+    for tokens in (7, 8):  # [CLS], 4 words and [SEP] of the question, the first word of the answer, [SEP]
+        out = tmp_path / str(tokens)
+        flags = ["--task_name", "qnli", *files, "--max_seq_length", str(tokens), "--output_dir", str(out)]
+        run_lp.main(["--features", "words", *flags])
+        accuracies[tokens] = record_of(out, "probe_lbfgs_qnli.json")["value"]  # the default solver of words
+    assert accuracies == {7: 0.5, 8: 1.0}
+    with pytest.raises(InputError, match="belongs to another model or grammar"):
+        (tmp_path / "8" / "args.json").write_text('{"model": "lookup table"}')
+        run_lp.main(["--features", "words", *flags])
+
+
 def test_unfinished_probes_are_marked(model, data, capsys):
     start = ["--model_name_or_path", str(model), *data, "--max_seq_length", "12"]
     run_lp.main([*start, "--learning_rate", "1e-3", "--num_train_epochs", "2", "--seeds", "0,1"])
