@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,7 +99,7 @@ def test_both_estimators_side_by_side(setting, tiny_rules, capsys):
     assert "skipped" in capsys.readouterr().out
 
 
-def test_without_conditionals(setting):
+def test_without_conditionals(setting, capsys):
     folder, _ = setting
     calculate_hessian.main(flags(folder, "--nsamples", 6))
     assert "true_labels" not in read(folder) and "hutchinson" not in read(folder)
@@ -109,6 +110,10 @@ def test_without_conditionals(setting):
     other = record["fisher"]  # on the same sentences
     assert other["value"] == pytest.approx(read(folder)["value"]) and other["sentences"] == 6
     assert other["difference"]["value"] == pytest.approx(other["value"] - record["value"])
+    balanced = record["balanced"]  # three blocks with one probe each tell nothing
+    assert balanced["value"] is None and balanced["standard_error"] is None and record["constant_share"] is None
+    assert "is not above 2 standard errors" in balanced["reason"]
+    assert f"balanced trace not defined: {balanced['reason']}; relative flatness R " in capsys.readouterr().out
 
 
 def test_soft_labels_and_positions(setting):
@@ -235,7 +240,7 @@ def test_loadpath_measures_other_weights(setting):
         calculate_hessian.main(flags(folder, "--loadpath", other))
 
 
-def test_the_spectrum(setting, capsys):
+def test_the_spectrum(setting, capsys, monkeypatch):
     folder, table = setting
     more = ["--estimator", "spectrum", "--nsamples", 3, "--eigenvalues", 2, "--lanczos-steps", 4, "--probe-num", 2]
     for _ in range(2):
@@ -250,3 +255,6 @@ def test_the_spectrum(setting, capsys):
         calculate_hessian.main(flags(folder, *more, "--eigenvalues", 3, **{"--condprobfile": table}))
     with pytest.raises(InputError, match="--target-relative-error: is for the trace"):
         calculate_hessian.main(flags(folder, *more, "--target-relative-error", 0.1))
+    monkeypatch.setattr("pretraining.evaluation.spectrum.Ranks", lambda _: SimpleNamespace(size=2))
+    with pytest.raises(InputError, match="--estimator spectrum: runs in one process, not in 2"):
+        calculate_hessian.main(flags(folder, *more))

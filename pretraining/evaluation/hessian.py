@@ -544,9 +544,9 @@ def described_trace(record: HessianRecord) -> str:
     if not fields.get("target_reached", True):
         text += f"\n  relative error {fields['relative_error']:.2%} with all sentences; give a longer text or more draws"
     text += f"\n  balanced trace {f'not defined: {balanced.reason}' if balanced.reason else _number(balanced)}"
-    text += f", relative flatness R {_number(record.relative)}"
+    text += f"; relative flatness R {_number(record.relative)}"
     if record.constant_share:
-        text += f", constant directions {record.constant_share.value:.1%} of the trace"
+        text += f"; constant directions {record.constant_share.value:.1%} of the trace"
     text += _other_text("labels drawn from the true conditionals", record.true_labels)
     return text + _other_text(QUANTITIES["hutchinson"], record.hutchinson) + _other_text(QUANTITIES["fisher"], record.fisher)
 

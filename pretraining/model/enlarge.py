@@ -26,7 +26,9 @@ depends on the way. The trace E sum_w f(w) ||grad log f(w)||^2 of the small mode
     vectors                                 1 / K               1 / K; the MLM head's LayerNorm: K
     added layers                            the trace of their output biases is added
 
-since every copy of an output has 1 / K of its gradient.
+since every copy of an output has 1 / K of its gradient. Two numbers of `pretraining.evaluation.flatness` do not depend on the
+rule: the relative flatness R is the small model's, the balanced trace is that of the small model's parts with V / K. Heads of
+another size change both by the queries' part; added layers change the balanced trace by their output biases, and not R.
 """
 
 import copy
