@@ -25,6 +25,7 @@ from pretraining.training.stacked import IGNORED, Stack, StackedLearner, is_wort
 NO_DROPOUT = "--hidden_dropout_prob 0 --attention_probs_dropout_prob 0"
 DROPOUT = "--hidden_dropout_prob 0.1 --attention_probs_dropout_prob 0.1"
 SEEDS = "--seeds 3,4,5"
+WSD = "--lr_schedule wsd --num_warmup_steps 2 --branch_steps 10 --cooldown_steps 5 --cooldown_batch_size 48"
 
 
 def weights(folder):
@@ -200,20 +201,22 @@ def test_adversarial_terms_are_those_of_each_model_alone(labelled, tiny_data):
     "flags",
     [
         "--optimizer_type adamw --lr_schedule step",
-        "--optimizer_type sgd --lr 0.1 --gradient_clipping 0 --dynamic_masking",
+        "--optimizer_type sgd --lr 0.1 --gradient_clipping 0 --dynamic_masking WSD",
         "--optimizer_type adamw ADVERSARIAL --gradient_clipping 0.5",
         "--optimizer_type lamb",
     ],
 )
 def test_members_equal_the_runs_of_their_own_seeds(train, labelled, flags):
     adversarial = f"--adversarial_weight 0.1 --adversarial_file {labelled} --adversarial_batch_size 20"
-    flags = f"{flags.replace('ADVERSARIAL', adversarial)} {NO_DROPOUT} --max_steps 20"
+    flags = f"{flags.replace('ADVERSARIAL', adversarial).replace('WSD', WSD)} {NO_DROPOUT} --max_steps 20"
     final = train(f"{flags} {SEEDS}", job="stacked")
     assert final == final.parents[1] / "seed3" / "step0000020"
     assert read_json(final / "args.json")["stacked"] == {"seeds": [3, 4, 5], "vmap": True}
     job = final.parents[1]
     alone = train(f"{flags} --seed 5", job="alone")
-    assert distance(alone, job / "seed5/step0000020") < 1e-4
+    assert (job / "seed5/step0000010-cooled").exists() == ("wsd" in flags)
+    for folder in (alone, *alone.parent.glob("*-cooled")):
+        assert distance(folder, job / "seed5" / folder.name) < 1e-4
     assert distance(alone, job / "seed4/step0000020") > 1e-2
     facts = read_json(job / "seed5/step0000020/args.json")
     assert (facts["seed"], facts["step"]) == (5, 20)
@@ -222,10 +225,12 @@ def test_members_equal_the_runs_of_their_own_seeds(train, labelled, flags):
         assert record["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
-def test_members_in_turn_are_the_runs_of_their_seeds_with_dropout_too(train):
-    final = train(f"--seeds 3,4 {DROPOUT} --max_steps 10 --lr 1e-3", job="turns")  # two members are never stacked
+def test_members_in_turn_are_the_runs_of_their_seeds_with_dropout_too(train, labelled):
+    flags = f"{DROPOUT} --max_steps 10 --lr 1e-3"
+    flags += f" --adversarial_weight 0.1 --adversarial_file {labelled} --adversarial_batch_size 20"
+    final = train(f"--seeds 3,4 {flags}", job="turns")  # two members are never stacked
     assert read_json(final / "args.json")["stacked"] == {"seeds": [3, 4], "vmap": False}
-    alone = train(f"--seed 4 {DROPOUT} --max_steps 10 --lr 1e-3", job="alone")
+    alone = train(f"--seed 4 {flags}", job="alone")
     assert distance(alone, final.parents[1] / "seed4" / "step0000010") < 1e-5
 
 
