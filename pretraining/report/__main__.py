@@ -1,4 +1,4 @@
-"""One report of everything measured under a folder: `results.csv`, `experiments.csv`, `results.json`, plots, `report.html`.
+"""One report of everything measured under a folder: tables, verdicts, plots and one self-contained page.
 
     python -m pretraining.report quickstart/models --output quickstart/report
 
@@ -6,9 +6,10 @@ The report is a pure function of a tree of folders. Each folder with weights, or
 as a model), is one row of `results.csv`. The numbers come from the measurements' JSON files next to the weights, the facts from
 `config.json` and `args.json`; nothing else is read. A measurement that does not exist is an empty cell.
 
-With an `experiments.json` in the folder (`pretraining.report.contract`) the report is about its experiments and the findings of
-Liu et al. (2023), as `pretraining.report.analysis` describes them. Without it all models are one experiment with a group per
-job, and models that enlarge.py put into the parameters of another are compared there.
+With a `study.json` in the folder (`python -m pretraining.experiments` writes it) the report is about its studies: questions,
+comparisons and their verdicts (`pretraining.report.verdicts`), controls and headroom; `comparisons.csv` has one row per
+comparison and quantity. Without it all models are shown with a group per job, and models that enlarge.py put into the
+parameters of another are compared there.
 
 Two models are compared only at the same loss; `pretraining.report.same_loss` has the criterion and --max-gap and --margin its
 thresholds. Gaps are means over sentences of the mean over positions of KL(P || f), in nats: the mean that training with
@@ -23,9 +24,9 @@ from pathlib import Path
 
 from pcfg.common.cli import Parser, non_negative, run_main
 from pretraining.report import plots as report_plots
-from pretraining.report.analysis import Analysis, analyse, write_results
+from pretraining.report.analysis import Analysis, analyse, comparison_table, write_results
 from pretraining.report.page import printed, write_page
-from pretraining.report.rows import collect, experiment_table, results, write_csv
+from pretraining.report.rows import collect, results, write_csv
 from pretraining.report.same_loss import MARGIN, MAX_GAP
 
 
@@ -33,12 +34,14 @@ def make_report(folder: Path | str, output: Path | str, max_gap: float | None = 
     """Write the report of everything under `folder` into `output`; returns its content.
 
     Args:
-        max_gap, margin: thresholds of the same loss, nats; by default those of `experiments.json`, else those of `SameLoss`.
+        max_gap, margin: thresholds of the same loss, nats; by default those of `study.json`, else those of `SameLoss`.
     """
     analysis = analyse(collect(folder), folder, max_gap, margin)
     output = Path(output)
-    write_csv(output / "results.csv", results(analysis.tree, analysis.experiments, analysis.joined))
-    write_csv(output / "experiments.csv", experiment_table(analysis.joined))
+    identity = analysis.seeds_and_groups()
+    write_csv(output / "results.csv", results(analysis.tree, analysis.criterion, analysis.reference, identity))
+    if analysis.studies:
+        write_csv(output / "comparisons.csv", comparison_table(analysis))
     write_results(output / "results.json", analysis)
     write_page(output / "report.html", analysis, report_plots.write_plots(output, analysis))
     return analysis
@@ -49,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     files = parser.add_argument_group("files")
     files.add_argument("folder", help="folder whose records are collected, at any depth")
     files.add_argument("--output", help="folder for the tables, the plots and report.html (default: FOLDER/report)")
-    group = parser.add_argument_group("the same loss (default: that of experiments.json, if there is one)")
+    group = parser.add_argument_group("the same loss (default: that of study.json, if there is one)")
     group.add_argument(
         "--max-gap",
         type=non_negative,

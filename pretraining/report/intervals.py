@@ -1,13 +1,15 @@
-"""The statistics of the report: 95% intervals of differences of means, and correlations.
+"""The statistics of the report: 95% intervals of differences of means, p-values, seeds that would decide, and correlations.
 
-Differences of means over seeds follow Student's t, with the degrees of freedom of Welch and Satterthwaite where two groups are
-compared. Correlations have percentile intervals of a bootstrap that draws whole runs, since checkpoints of one run are not
-independent (Davison and Hinkley, Bootstrap Methods, section 3.8).
+Differences of means over seeds follow Student's t, with the degrees of freedom of Welch and Satterthwaite where two groups of
+other seeds are compared. p-values are two-sided, and Holm's correction keeps the chance of one false verdict in a family at 5%
+(Holm 1979, Scandinavian Journal of Statistics 6). Correlations have percentile intervals of a bootstrap that draws whole runs,
+since checkpoints of one run are not independent (Davison and Hinkley, Bootstrap Methods, section 3.8).
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,6 +24,7 @@ NO_SPREAD = 1e-12  # standard error, relative to the value, below which all diff
 DRAWS = 10_000
 SEED = 0  # of the bootstrap
 FEWEST = 4  # models of a correlation
+MOST_SEEDS = 1000  # that `required_seeds` considers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Change(Schema):
     high: float | None
     degrees: float | None  # of freedom of Student's t; None for the normal distribution, and where there is no interval
     n: tuple[int, ...]  # number of values on either side, or of pairs
+    method: Literal["paired", "Welch", "one sample"]
+    deviations: tuple[float, ...] = ()  # standard deviations over seeds: of the pairs' differences, or of either side
 
     def sign(self) -> int:
         """1 or -1 where the interval lies above or below 0, else 0; also 0 where there is none."""
@@ -62,23 +67,57 @@ class Change(Schema):
             return 0
         return int(self.low > 0) - int(self.high < 0)
 
+    def reach(self) -> float | None:
+        """The larger absolute end of the interval: no effect beyond it is compatible with the data."""
+        return None if self.low is None or self.high is None else max(abs(self.low), abs(self.high))
 
-def _change(value: float, error: float | None, degrees: float, n: tuple[int, ...]) -> Change:
+    def p_value(self, null: float = 0.0) -> float | None:
+        """Two-sided p-value of the hypothesis that the difference is `null`; None without an interval."""
+        if self.low is None or not self.error:
+            return None
+        return float(2 * stats.t.sf(abs(self.value - null) / self.error, math.inf if self.degrees is None else self.degrees))
+
+    def equivalence_p(self, margin: float) -> float | None:
+        """p-value of the hypothesis that the difference lies outside +-`margin`: twice the larger of the two one-sided ones.
+
+        It is below 0.05 where the 95% interval lies inside +-`margin` (Schuirmann 1987, at half his level).
+        """
+        nearest = self.p_value(math.copysign(margin, self.value))
+        return nearest if nearest is None or abs(self.value) < margin else 1.0
+
+
+def _change(
+    value: float,
+    error: float | None,
+    degrees: float,
+    n: tuple[int, ...],
+    method: Literal["paired", "Welch", "one sample"],
+    deviations: tuple[float, ...] = (),
+) -> Change:
     """The interval of a difference. Without any spread there is none: a few equal accuracies do not prove a variance of 0.
 
     Nor does a spread of rounding: 0.75 - 0.7 and 0.65 - 0.6 differ in their last digit.
     """
     if not error or error <= NO_SPREAD * max(1.0, abs(value)):
-        return Change(value=value, error=error, low=None, high=None, degrees=None, n=n)
+        return Change(value=value, error=error, low=None, high=None, degrees=None, n=n, method=method)
     half = float(stats.t.ppf(TAIL, degrees)) * error
-    of_t = float(degrees) if math.isfinite(degrees) else None
-    return Change(value=value, error=error, low=value - half, high=value + half, degrees=of_t, n=n)
+    return Change(
+        value=value,
+        error=error,
+        low=value - half,
+        high=value + half,
+        degrees=float(degrees) if math.isfinite(degrees) else None,
+        n=n,
+        method=method,
+        deviations=deviations,
+    )
 
 
 def paired_change(before: ArrayLike, after: ArrayLike) -> Change:
     """Mean of `after` - `before` over pairs (one per seed), t interval with n - 1 degrees of freedom; none for one pair."""
     mean = mean_of(np.asarray(after, np.float64) - np.asarray(before, np.float64))
-    return _change(mean.value, mean.error, mean.degrees, (mean.n,))
+    deviations = () if mean.error is None else (mean.error * math.sqrt(mean.n),)
+    return _change(mean.value, mean.error, mean.degrees, (mean.n,), "paired", deviations)
 
 
 def change_of_means(before: Mean, after: Mean) -> Change:
@@ -88,12 +127,52 @@ def change_of_means(before: Mean, after: Mean) -> Change:
     """
     n = (before.n, after.n)
     if before.error is None or after.error is None:
-        return _change(after.value - before.value, None, 0, n)
+        return _change(after.value - before.value, None, 0, n, "Welch")
     squares = [(before.error**2, before.degrees), (after.error**2, after.degrees)]
     total = sum(square for square, _ in squares)
     below = sum(square**2 / degrees for square, degrees in squares)
     degrees = total**2 / below if below else math.inf
-    return _change(after.value - before.value, math.sqrt(total), degrees, n)
+    deviations = (before.error * math.sqrt(before.n), after.error * math.sqrt(after.n)) if min(n) > 1 else ()
+    return _change(after.value - before.value, math.sqrt(total), degrees, n, "Welch", deviations)
+
+
+def change_to_number(before: ArrayLike, number: float) -> Change:
+    """`number` less the mean of values (one per seed), with the t interval of that mean; the number counts as exact."""
+    mean = mean_of(before)
+    deviations = () if mean.error is None else (mean.error * math.sqrt(mean.n),)
+    return _change(number - mean.value, mean.error, mean.degrees, (mean.n,), "one sample", deviations)
+
+
+def required_seeds(change: Change, margin: float) -> int | None:
+    """The fewest seeds with which the interval would lie off 0 or inside +-`margin`, for the same mean and spread.
+
+    With n seeds (on either side, for Welch) and deviations s_i the error is sqrt(sum s_i^2 / n), and the degrees of freedom are
+    (n - 1) (sum s_i^2)^2 / sum s_i^4. None if more than `MOST_SEEDS` are required, or no spread is known.
+    """
+    if not change.deviations:
+        return None
+    squares = np.square(change.deviations)
+    seeds = np.arange(2, MOST_SEEDS + 1)
+    degrees = (seeds - 1) * squares.sum() ** 2 / np.square(squares).sum()
+    half = stats.t.ppf(TAIL, degrees) * np.sqrt(squares.sum() / seeds)
+    decided = seeds[(half < abs(change.value)) | (half + abs(change.value) <= margin)]
+    return int(decided[0]) if len(decided) else None
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values of one family, in its order.
+
+    The k-th smallest of m is multiplied by m - k + 1; none is less than a smaller one's, none above 1.
+
+    >>> holm([0.01, 0.04, 0.02])
+    [0.03, 0.04, 0.04]
+    """
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
+        adjusted[index] = largest
+    return adjusted
 
 
 class Correlation(Schema):

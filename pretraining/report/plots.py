@@ -1,8 +1,9 @@
 """The plots of the report, each as PNG and SVG, drawn from the analysis and from nothing else.
 
 A group has one colour and one marker in all plots. The colours are those of Okabe and Ito, which colour-blind readers can
-distinguish, neighbours of different lightness; in grey the markers differ. Means over seeds have error bars of one standard
-error over seeds, single models those of their own measurement. Filled markers have one meaning: the same loss as the reference.
+distinguish, neighbours of different lightness; in grey the markers differ. Every seed is a small point. Means over seeds have
+error bars of one standard error over seeds, single models those of their own measurement. Filled markers have one meaning:
+saturated models.
 """
 
 import base64
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -23,20 +23,22 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from pcfg.common.files import atomic_open, atomic_path
-from pretraining.report.analysis import Analysis, Line
-from pretraining.report.contract import ALGORITHMS, MODELS, SIZES, STEPS, Choice
-from pretraining.report.rows import COMMON_TRACES, LOOKUP_TABLE, TRACE, TRANSFORMER, accuracy_label, own_error, trace_names
-from pretraining.report.same_loss import is_true
+from pretraining.report.analysis import Analysis
+from pretraining.report.comparisons import LOOKUP, Compared, Quantity
+from pretraining.report.rows import BALANCED, CONSTANT_SHARE, RELATIVE, TRACE, TRANSFORMER, accuracy_label
+from pretraining.report.sections import GAP_NAME, LABELS, Line, Section
 
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
 MARKERS = "osD^vXP<>*p"
 DASHES = ("-", "--", "-.", ":")
 GREY = "0.45"
+CONTROLS: dict[str, Any] = {"majority class": ":", "words": "--", "untrained": "-.", LOOKUP: (0, (6, 3))}  # their dashes
 PANEL = (4.6, 3.4)  # inches
 COLUMNS = 2
 DPI = 130
-FILLED = "filled: same loss as the reference"
-FRONTIER = "adversarial_frontier"
+FILLED = "filled: saturated"
+OVERVIEW = "overview"
+UNITLESS = (RELATIVE, CONSTANT_SHARE)
 Point = tuple[float, float, float, float, bool]  # x, y, error of x, error of y, whether the marker is filled
 
 
@@ -56,40 +58,26 @@ class Style:
 
 
 def styles_of(groups: list[str]) -> dict[str, Style]:
-    """A style per group, by its place among the groups of all experiments."""
+    """A style per group, by its place among the groups of all sections."""
     return {
         group: Style(group, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
         for i, group in enumerate(groups)
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Quantity:
-    """A quantity and its axis: `scale` is the factor to the unit of the axis (100 for per cent)."""
-
-    name: str
-    label: str
-    scale: float = 1.0
-
-    def is_in(self, line: Line) -> bool:
-        """Whether it was measured for a line."""
-        return line.values[self.name].mean is not None
-
-    def point(self, x: float | None, line: Line) -> Point:
-        """A line's mean at `x`; filled if all its models have the same loss as the reference."""
-        value = line.values[self.name]
-        number, known = line.same_loss
-        return x or 0, (value.mean or 0.0) * self.scale, 0.0, (value.error or 0.0) * self.scale, number == known > 0
+def _is_accuracy(name: str) -> bool:
+    return name not in LABELS
 
 
-def _quantity(name: str) -> Quantity:
-    if name == "gap":
-        return Quantity(name, "gap to the entropy (nats)")
-    if name == TRACE:
-        return Quantity(name, "trace of the Hessian (nats)")
-    if name in COMMON_TRACES.values():
-        return Quantity(name, f"trace in the largest model's\nparameters (nats), rule {name.removeprefix('trace_by_')}")
-    return Quantity(name, f"accuracy of {accuracy_label(name)} (%)", 100.0)
+def _scale(name: str) -> float:
+    """The factor to the unit of the axis: per cent for accuracies."""
+    return 100.0 if _is_accuracy(name) else 1.0
+
+
+def _axis_label(name: str) -> str:
+    if _is_accuracy(name):
+        return f"accuracy, {accuracy_label(name).partition(' (')[0]} (%)"
+    return f"{LABELS[name]}{' to the entropy' if name == GAP_NAME else ''}{'' if name in UNITLESS else ' (nats)'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,223 +88,336 @@ class Plot:
     title: str
     caption: str
     panels: list[tuple[str, str]]  # (description, PNG file in base64) of each panel, and of the legend
+    whole: str = ""  # the PNG file in base64 of a plot that wide screens show as a whole
 
 
-class ExperimentPlots:
-    """Draws the plots of one experiment.
+class SectionPlots:
+    """Draws the plots of one section.
 
     Attributes:
-        quantities: gap, traces and accuracies of at least one model (of two groups where groups are compared).
+        quantities: gap, traces and accuracies of at least one model.
     """
 
-    def __init__(self, analysis: Analysis, name: str, styles: dict[str, Style]):
+    def __init__(self, analysis: Analysis, section: Section, styles: dict[str, Style]):
         self.analysis = analysis
+        self.tree = analysis.tree
+        self.section = section
         self.styles = styles
-        self.experiment = analysis.experiment(name)
-        self.models = analysis.of(name)
-        self.lines = analysis.tables[name]
-        traces = trace_names(self.experiment)
-        is_shape = self.experiment.rule == MODELS and self.experiment.has_common_traces
-        names = traces if is_shape else ["gap", *traces, *analysis.names]
-        # One group alone is nothing to compare; steps compare within a group.
-        fewest = 1 if self.experiment.rule in (STEPS, MODELS) else 2
-        lines = [line for line in self.lines if line.kind == TRANSFORMER]
-        measured = {name: {line.group for line in lines if line.values[name].n} for name in names}
-        self.quantities = [_quantity(name) for name, groups in measured.items() if len(groups) >= fewest]
-        self.accuracies = [quantity for quantity in self.quantities if quantity.scale != 1.0]
-        self.traces = [quantity for quantity in self.quantities if quantity.name.startswith(TRACE)]
+        self.lines = [line for line in analysis.lines[section.name] if line.kind == TRANSFORMER]
+        names = [name for name in section.quantities if not (section.is_shape and name == GAP_NAME)]
+        self.quantities = [name for name in names if any(line.values[name].n for line in self.lines)]
+        self.accuracies = [name for name in self.quantities if _is_accuracy(name)]
+        self.traces = [name for name in self.quantities if name.startswith(TRACE)]
 
-    def against_steps(self, axes: Axes, quantity: Quantity) -> None:
+    def curve_names(self, task_and_solver: str) -> list[str]:
+        """The accuracies of one label curve."""
+        return [name for name in self.accuracies if name.rpartition("_")[0] == task_and_solver]
+
+    @property
+    def curves(self) -> list[str]:
+        """The label curves of the first readout, by `curve_TASK_SOLVER`."""
+        readouts = self.analysis.studies.readouts if self.analysis.studies else ()
+        stems = dict.fromkeys(name.rpartition("_")[0] for name in self.accuracies if name.startswith("curve_"))
+        return [stem for stem in stems if readouts and stem.endswith(f"_{readouts[0]}")]
+
+    def points(self, name: str, line: Line) -> list[float]:
+        """The numbers of the single models of a line."""
+        members = [member for member in self.section.members if (member.group, member.step) == (line.group, line.step)]
+        values = [self.section.number(self.tree, member, name)[0] for member in members]
+        return [value * _scale(name) for value in values if value is not None]
+
+    def _point(self, name: str, line: Line, x: float) -> Point:
+        """A line's mean at `x`; filled if all its models are saturated."""
+        value = line.values[name]
+        number, known = line.saturated
+        scale = _scale(name)
+        return x, (value.mean or 0.0) * scale, 0.0, (value.error or 0.0) * scale, number == known > 0
+
+    def by_line(self, axes: Axes, name: str) -> None:
+        """Groups below each other: every seed as a small point, and the mean with its error."""
+        values: list[float] = []
+        for place, line in enumerate(self.lines):
+            if not line.values[name].n:
+                continue
+            style = self.styles[line.group]
+            x, y, _, error, filled = self._point(name, line, place)
+            _draw_points(axes, style, [(y, x, error, 0.0, filled)])
+            single = self.points(name, line)
+            if len(single) > 1:
+                below = [place + 0.25] * len(single)
+                axes.plot(single, below, marker=style.marker, color=style.colour, markersize=2.5, alpha=0.6, linestyle="none")
+            values += [y, *single]
+        several = len({line.step for line in self.lines}) > 1
+        names = [f"{line.group}\nstep {line.step:,}" if several and line.step else line.group for line in self.lines]
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlabel(_axis_label(name), fontsize=9)
+        if _is_accuracy(name):
+            for control, value in self.controls(name).items():
+                axes.axvline(value, color=GREY, linestyle=CONTROLS[control], linewidth=1.2)
+        else:
+            _scale_axis(axes.xaxis, values)
+        if name == GAP_NAME:
+            axes.axvline(self.analysis.criterion.max_gap, color=GREY, linestyle=":", linewidth=1.2)
+            axes.set_xlim(left=0)
+
+    def controls(self, name: str, majority: bool = False) -> dict[str, float]:
+        """The controls of an accuracy in %, by their names in legends.
+
+        Args:
+            majority: also that of the majority class, which in a study lies far below and would hide differences of models.
+        """
+        measured = self.tree.measured[name]
+        values = {"majority class": measured["majority"].max()} if majority or not self.analysis.studies else {}
+        for control, of_control in self.analysis.controls.items():
+            if name in of_control:
+                values[LOOKUP if control == "lookup" else control] = of_control[name].mean
+        if not self.analysis.studies and (table := measured["value"][self.tree.models["kind"] == LOOKUP].dropna()).size:
+            values[LOOKUP] = table.iloc[0]
+        return {control: value * 100 for control, value in values.items() if value is not None}
+
+    def label_curve(self, axes: Axes, stem: str) -> None:
+        """Accuracies against the number of labelled sentences, a line per group, with the controls."""
+        names = self.curve_names(stem)
+        labels = [int(name.rpartition("_")[2]) for name in names]
+        for line in self.lines:
+            points = [
+                self._point(name, line, x) for name, x in zip(names, labels, strict=True) if line.values[name].mean is not None
+            ]
+            _draw_points(axes, self.styles[line.group], points, line=True)
+        of_controls = [self.controls(name, majority=True) for name in names]
+        for control, dash in CONTROLS.items():
+            points_of = [(x, of[control]) for x, of in zip(labels, of_controls, strict=True) if control in of]
+            if points_of:
+                axes.plot(*zip(*points_of, strict=True), color=GREY, linestyle=dash, linewidth=1.2)
+        axes.set_xscale("log")
+        _few_ticks(axes, labels)
+        axes.set_xlabel("labelled sentences")
+        axes.set_ylabel(f"accuracy of {accuracy_label(names[0]).partition(',')[0]} (%)")
+
+    def changes(self, axes: Axes, name: str) -> None:
+        """The changes of a quantity with their intervals, comparisons below each other, and the margin."""
+        shown = self.compared_with(name)
+        criteria = self.analysis.studies.criteria if self.analysis.studies else None
+        for place, (_, quantity) in enumerate(shown):
+            change = quantity.change
+            scale = 100.0 if _is_accuracy(name) else 100.0 / abs(quantity.before.mean or 1.0)
+            if change is None:
+                continue
+            if change.low is not None and change.high is not None:
+                axes.plot([change.low * scale, change.high * scale], [place, place], color="black", linewidth=1.3)
+            filled = "black" if change.sign() else "white"
+            axes.plot(
+                change.value * scale, place, marker="o", markerfacecolor=filled, markeredgecolor="black", linestyle="none"
+            )
+        if criteria:
+            margin = 100 * (criteria.accuracy_margin if _is_accuracy(name) else criteria.trace_margin)
+            axes.axvspan(-margin, margin, color="0.9", zorder=0)
+        axes.axvline(0, color=GREY, linewidth=1)
+        axes.set_yticks(range(len(shown)), [one.name for one, _ in shown], fontsize=8)
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        label = accuracy_label(name) if _is_accuracy(name) else LABELS[name]
+        axes.set_xlabel(f"change of {label} ({'points' if _is_accuracy(name) else '% of before'})")
+
+    def compared_with(self, name: str) -> list[tuple[Compared, Quantity]]:
+        """The comparisons that have a quantity."""
+        compared = self.analysis.compared.get(self.section.name, [])
+        return [(one, quantity) for one in compared for quantity in one.quantities if quantity.name == name]
+
+    def against_steps(self, axes: Axes, name: str) -> None:
         """Means against training steps, a line per group."""
         steps = set()
         values = []
-        for group in self.experiment.groups:
-            lines = [line for line in self.lines if line.group == group and line.step is not None and quantity.is_in(line)]
-            points = [quantity.point(line.step, line) for line in lines]
+        for group in self.section.groups:
+            lines = [line for line in self.lines if line.group == group and line.step is not None and line.values[name].n]
+            points = [self._point(name, line, line.step or 0) for line in lines]
             _draw_points(axes, self.styles[group], points, line=True)
             steps |= {line.step for line in lines if line.step is not None}
             values += [point[1] for point in points]
         _steps_axis(axes, sorted(steps))
-        self._finish(axes, quantity, values)
+        self._finish(axes, name, values)
 
-    def against_size(self, axes: Axes, quantity: Quantity) -> None:
+    def against_size(self, axes: Axes, name: str) -> None:
         """Means against the number of parameters, each group at its last measured step."""
-        last = {line.group: line for line in self.lines if quantity.is_in(line) and line.parameters}
+        last = {line.group: line for line in self.lines if line.values[name].n and line.parameters}
         lines = sorted(last.values(), key=lambda line: line.parameters or 0)
-        points = [quantity.point(line.parameters, line) for line in lines]
+        points = [self._point(name, line, line.parameters or 0) for line in lines]
         for line, point in zip(lines, points, strict=True):
             _draw_points(axes, self.styles[line.group], [point])
         axes.plot([point[0] for point in points], [point[1] for point in points], color=GREY, linewidth=1, zorder=0)
         _size_axis(axes, sorted({line.parameters for line in lines if line.parameters}))
-        self._finish(axes, quantity, [point[1] for point in points])
+        self._finish(axes, name, [point[1] for point in points])
 
-    def by_group(self, axes: Axes, quantity: Quantity) -> None:
-        """Groups side by side: the mean with its error, and single models as small points next to it."""
-        values: list[float] = []
-        last = {line.group: line for line in self.lines if quantity.is_in(line)}
-        groups = self.experiment.groups
-        for place, group in enumerate(groups):
-            if group not in last:
-                continue
-            style = self.styles[group]
-            point = quantity.point(place, last[group])
-            _draw_points(axes, style, [point])
-            rows = self.models.rows
-            of_line = rows["group"].eq(group) & (rows["step"].eq(last[group].step).fillna(False) | rows["step"].isna())
-            single = (self.models.select(of_line).of(quantity.name)["value"].dropna() * quantity.scale).tolist()
-            if len(single) > 1:
-                x = [place + 0.2] * len(single)
-                axes.plot(x, single, marker=style.marker, color=style.colour, markersize=3, linestyle="none")
-            values += [point[1], *single]
-        axes.set_xlim(-0.5, len(groups) - 0.5)
-        axes.set_xticks(range(len(groups)), groups, rotation=20 if len(groups) > 4 else 0)
-        self._finish(axes, quantity, values)
-
-    def against_trace(self, axes: Axes, accuracy: Quantity, trace: Quantity) -> None:
+    def against_trace(self, axes: Axes, accuracy: str, trace: str) -> None:
         """An accuracy against a trace, one point per model."""
-        x_values: list[float] = []
-        for group in self.experiment.groups:
-            models = self.models.select(self.models.rows["group"].eq(group) & self.models.rows["kind"].eq(TRANSFORMER))
-            numbers = {}
-            for axis, quantity in (("x", trace), ("y", accuracy)):
-                of_quantity = models.of(quantity.name)
-                numbers[axis] = of_quantity["value"] * quantity.scale
-                numbers[f"{axis}_error"] = own_error(of_quantity).fillna(0.0) * quantity.scale
-            points = pd.DataFrame(numbers).dropna()
-            points["is_filled"] = is_true(models.rows["same_loss"].reindex(points.index))
-            columns = [points[name].tolist() for name in ("x", "y", "x_error", "y_error", "is_filled")]
-            _draw_points(axes, self.styles[group], list(zip(*columns, strict=True)))
-            x_values += points["x"].tolist()
-        axes.set_xlabel(trace.label)
+        by_group: dict[str, list[Point]] = {}
+        for member in self.section.members:
+            (x, x_error), (y, y_error) = (self.section.number(self.tree, member, name) for name in (trace, accuracy))
+            if x is not None and y is not None:
+                filled = bool(self.section.is_saturated(self.tree, member))
+                errors = (0.0, 0.0) if self.analysis.studies else (x_error or 0.0, 100 * (y_error or 0.0))
+                by_group.setdefault(member.group, []).append((x, 100 * y, *errors, filled))
+        for group, points in by_group.items():
+            _draw_points(axes, self.styles[group], points)
+        x_values = [point[0] for points in by_group.values() for point in points]
+        axes.set_xlabel(_axis_label(trace))
         _scale_axis(axes.xaxis, x_values)
         self._finish(axes, accuracy, [])
 
-    def _finish(self, axes: Axes, quantity: Quantity, values: list[float]) -> None:
-        """Label, grid, scale and reference lines of the vertical axis."""
-        axes.set_ylabel(quantity.label)
-        if quantity.name == "gap":
-            axes.axhline(self.analysis.experiments.saturated, color=GREY, linestyle=":", linewidth=1.2)
-        if quantity.scale == 1.0:
+    def _finish(self, axes: Axes, name: str, values: list[float]) -> None:
+        """Label, scale and reference lines of the vertical axis."""
+        axes.set_ylabel(_axis_label(name))
+        if name == GAP_NAME:
+            axes.axhline(self.analysis.criterion.max_gap, color=GREY, linestyle=":", linewidth=1.2)
+        if not _is_accuracy(name):
             _scale_axis(axes.yaxis, values)
             return
-        of_quantity = self.analysis.tree.measured[quantity.name]
-        for share in sorted(of_quantity["majority"].dropna().unique()):
-            axes.axhline(share * quantity.scale, color=GREY, linestyle=":", linewidth=1.2)
-        if self.experiment.rule != ALGORITHMS:  # where the table is a group itself
-            for value in of_quantity["value"][self.analysis.tree.models["kind"] == LOOKUP_TABLE].dropna():
-                axes.axhline(value * quantity.scale, color="black", linestyle=(0, (6, 3)), linewidth=1.2)
+        for control, value in self.controls(name).items():
+            axes.axhline(value, color=GREY, linestyle=CONTROLS[control], linewidth=1.2)
 
-    def legend(self, quantities: Collection[Quantity], lines: bool = False) -> list[Line2D]:
-        """The groups that have models, the meaning of filled markers, and reference lines where accuracies are shown."""
-        own = self.experiment.rule == ALGORITHMS
-        drawn = {line.group for line in self.lines if line.kind == TRANSFORMER or (own and line.kind)}
-        handles = [self.styles[group].handle(lines) for group in self.experiment.groups if group in drawn]
+    def legend(self, names: Collection[str], lines: bool = False, groups: bool = True, majority: bool = False) -> list[Line2D]:
+        """The groups that have models, the meaning of filled markers, and the controls where accuracies are shown."""
+        drawn = {line.group for line in self.lines}
+        handles = [self.styles[group].handle(lines) for group in self.section.groups if group in drawn and groups]
         face: dict[str, Any] = {"markerfacecolor": GREY, "markeredgecolor": GREY, "linestyle": "none"}
         handles.append(Line2D([], [], marker="o", **face, label=FILLED))
-        if any(quantity.scale != 1.0 for quantity in quantities):
-            handles.append(Line2D([], [], color=GREY, linestyle=":", label="majority class"))
-            if not own and (self.analysis.tree.models["kind"] == LOOKUP_TABLE).any():
-                handles.append(Line2D([], [], color="black", linestyle=(0, (6, 3)), label="lookup table"))
+        controls = {control for name in names if _is_accuracy(name) for control in self.controls(name, majority)}
+        handles += [
+            Line2D([], [], color=GREY, linestyle=dash, label=control)
+            for control, dash in CONTROLS.items()
+            if control in controls
+        ]
         return handles
 
 
 SEEDS = "Means over seeds, ± one standard error over seeds; a single model has the error of its own measurement."
-AGAINST = {
-    STEPS: [("", "Gap, trace and accuracy against training steps", ExperimentPlots.against_steps)],
-    SIZES: [("", "Gap, trace and accuracy against the models' own sizes", ExperimentPlots.against_size)],
-    ALGORITHMS: [("", "Gap, trace and accuracy by algorithm, small points: single models", ExperimentPlots.by_group)],
-    MODELS: [
-        ("_against_steps", "Gap, trace and accuracy against training steps", ExperimentPlots.against_steps),
-        ("_against_size", "Last checkpoints: gap, trace and accuracy against size", ExperimentPlots.against_size),
-    ],
-}
+READING = f"{SEEDS} {FILLED.capitalize()}. Dotted: the limit of saturation (gap), the majority class (accuracy)."
 
 
-def write_plots(output: Path | str, analysis: Analysis) -> dict[str, list[Plot]]:
-    """Draw all plots that there are measurements for, each as NAME.png and NAME.svg.
+class Drawer:
+    """Writes plots as NAME.png and NAME.svg, and keeps what the page shows of them."""
 
-    Returns:
-        By experiment the plots, in the order in which they are shown.
-    """
-    styles = styles_of(analysis.experiments.groups)
-    plots: dict[str, list[Plot]] = {}
+    def __init__(self, output: Path):
+        self.output = output
+        self.plots: dict[str, list[Plot]] = {}  # by section, in the order in which they are shown
 
-    def add(experiment: str, name: str, title: str, caption: str, draw: list[Callable[[Axes], None]], legend: list) -> None:
-        figure, axes = _make_figure(len(draw))
+    def add(
+        self,
+        section: str,
+        name: str,
+        title: str,
+        caption: str,
+        draw: list[Callable[[Axes], None]],
+        legend: list[Line2D],
+        columns: int = COLUMNS,
+        size: tuple[float, float] = PANEL,
+    ) -> None:
+        """One plot of panels, next to each other in `columns`, each of `size` inches."""
+        figure, axes = _make_figure(len(draw), columns, size)
         panels = []
-        for panel, draw_panel in zip(axes, draw, strict=True):
+        for place, (panel, draw_panel) in enumerate(zip(axes, draw, strict=True)):
             draw_panel(panel)
             # On a page each panel is a picture of its own, which narrow screens show below each other.
-            single, (alone,) = _make_figure(1)
+            single, (alone,) = _make_figure(1, 1, PANEL if columns == COLUMNS else (PANEL[0], size[1]))
             draw_panel(alone)
-            label = f"{panel.get_ylabel()} against {panel.get_xlabel() or 'groups'}"
+            label = f"{panel.get_ylabel() or 'groups'} against {panel.get_xlabel()}"
             panels.append((" ".join(label.split()), base64.b64encode(_png(single)).decode()))
+            if columns > COLUMNS and place % columns:  # the groups are named once
+                panel.set_yticklabels([])
         if legend:
             options = {"handles": legend, "ncols": min(3, len(legend)), "frameon": False, "fontsize": 9}
             figure.legend(loc="outside lower center", **options)
             alone_legend = Figure(figsize=(2 * PANEL[0], 1))
             alone_legend.legend(loc="center", **options)
             panels.append(("legend", base64.b64encode(_png(alone_legend, bbox_inches="tight")).decode()))
-        with atomic_open(Path(output) / f"{name}.png", "wb") as file:
-            file.write(_png(figure))
-        _save_svg(figure, Path(output) / f"{name}.svg")
-        plots.setdefault(experiment, []).append(Plot(name, title, caption, panels))
-
-    def bind(function: Callable, *of: Any) -> Callable[[Axes], None]:
-        return lambda axes: function(axes, *of)
-
-    for name in analysis.tables:
-        own = ExperimentPlots(analysis, name, styles)
-        is_shape = own.experiment.rule == MODELS and own.experiment.has_common_traces
-        pairs = [] if is_shape else [(accuracy, trace) for accuracy in own.accuracies for trace in own.traces]
-        reading = f"{SEEDS} {FILLED.capitalize()}. Dotted: the limit of saturation (gap), the majority class (accuracy)."
-        if own.experiment.rule == MODELS and not is_shape and own.quantities:
-            shown = [q for q in own.quantities if q.scale == 1.0] + own.accuracies[:1]
-            draw = [bind(own.against_steps, quantity) for quantity in shown]
-            draw += [bind(own.against_trace, *pair) for pair in pairs[:1]]
-            title = "Gap, trace and accuracy during training, and accuracy against trace"
-            add(name, "overview", title, f"{title}. {reading}", draw, own.legend(shown, lines=True))
-        for suffix, title, function in AGAINST[own.experiment.rule]:
-            if own.quantities and not (is_shape and function is ExperimentPlots.against_steps):
-                draw = [bind(function.__get__(own), quantity) for quantity in own.quantities]
-                has_lines = function is ExperimentPlots.against_steps
-                if own.experiment.has_common_traces:
-                    title += "; traces in the parameters of the largest model, by both rules of enlarging"
-                add(name, name + suffix, title, f"{title}. {reading}", draw, own.legend(own.quantities, has_lines))
-        if pairs:
-            title = "Accuracy against trace, one point per model"
-            caption = (
-                f"{title}, ± the standard errors of its own measurements. {FILLED.capitalize()}. Dotted: the majority class."
-            )
-            draw = [bind(own.against_trace, *pair) for pair in pairs]
-            add(name, f"{name}_accuracy_against_trace", title, caption, draw, own.legend(own.accuracies))
-        if own.experiment.rule == ALGORITHMS and analysis.choice is not None:
-            groups = own.experiment.groups
-            style = styles[groups[min(1, len(groups) - 1)]]
-            caption = "What each weight (number at its point) of the adversarial term costs and does; filled: the chosen one. "
-            caption += "Dashed: the standard model's accuracy; dotted: the margin of the same loss."
-            title = "Gap increase against accuracy over adversarial weights"
-            add(name, FRONTIER, title, caption, [bind(_draw_frontier, analysis.choice, style)], [])
-    return plots
+        picture = _png(figure)
+        with atomic_open(self.output / f"{name}.png", "wb") as file:
+            file.write(picture)
+        _save_svg(figure, self.output / f"{name}.svg")
+        whole = base64.b64encode(picture).decode() if columns > COLUMNS else ""
+        self.plots.setdefault(section, []).append(Plot(name, title, caption, panels, whole))
 
 
-def _draw_frontier(axes: Axes, choice: Choice, style: Style) -> None:
-    tried = sorted(choice.weights, key=lambda weight: weight.weight)
-    x = [weight.gap_increase for weight in tried]
-    x_error = [weight.gap_increase_se or 0 for weight in tried]
-    y = [100 * weight.accuracy for weight in tried]
-    y_error = [100 * (weight.accuracy_se or 0) for weight in tried]
-    points = list(zip(x, y, x_error, y_error, [weight.weight == choice.chosen for weight in tried], strict=True))
-    _draw_points(axes, style, points, line=True)
-    for index, (weight, point) in enumerate(zip(tried, points, strict=True)):
-        offset = (0, 9 if index % 2 == 0 else -15)
-        axes.annotate(f"{weight.weight:g}", point[:2], offset, textcoords="offset points", ha="center", fontsize=8)
-    for accuracy in sorted({weight.standard_accuracy for weight in tried}):
-        axes.axhline(100 * accuracy, color="black", linestyle=(0, (6, 3)), linewidth=1.2)
-    axes.axvline(choice.gap_allowed, color=GREY, linestyle=":", linewidth=1.2)
-    axes.margins(0.12)
-    axes.set_xlabel("gap increase over the standard model (nats)")
-    axes.set_ylabel("accuracy (%)")
+def _bind(function: Callable, *of: Any) -> Callable[[Axes], None]:
+    return lambda axes: function(axes, *of)
+
+
+def write_plots(output: Path | str, analysis: Analysis) -> dict[str, list[Plot]]:
+    """Draw all plots that there are measurements for.
+
+    Returns:
+        By section the plots, in the order in which they are shown.
+    """
+    styles = styles_of(list(dict.fromkeys(group for section in analysis.sections for group in section.groups)))
+    drawer = Drawer(Path(output))
+    for section in analysis.sections:
+        own = SectionPlots(analysis, section, styles)
+        if own.quantities:
+            (_draw_study if analysis.studies else _draw_models)(drawer, own)
+    return drawer.plots
+
+
+def _draw_study(drawer: Drawer, own: SectionPlots) -> None:
+    """The plots of a study: overview, changes, label curves, accuracy against balanced trace."""
+    section = own.section.name
+    suffix = "" if len(own.analysis.sections) == 1 else f"_{section}"
+    ends = [name for stem in own.curves for name in dict.fromkeys([own.curve_names(stem)[-1], own.curve_names(stem)[0]])]
+    loss = [name for name in (GAP_NAME, TRACE, BALANCED) if name in own.quantities]
+    names = loss + ends[1::-1]
+    height = 1.1 + 0.42 * len(own.lines)
+    title = "Gap, flatness and accuracy"
+    caption = f"{title}; every small point is one seed. {SEEDS} {FILLED.capitalize()}. Dotted line of the gap: the limit."
+    caption += f" Accuracies: linear probes by {own.analysis.studies.readouts[0]}." if own.analysis.studies else ""
+    draw = [_bind(own.by_line, name) for name in names]
+    legend = own.legend(names, groups=False)
+    drawer.add(section, f"{OVERVIEW}{suffix}", title, caption, draw, legend, columns=len(names), size=(2.7, height))
+    further = [name for name in own.quantities if name in LABELS and name not in loss] + ends[2:]
+    if further:
+        draw = [_bind(own.by_line, name) for name in further]
+        title = "Further measures of flatness, and further accuracies"
+        caption = caption.replace("Gap, flatness and accuracy", title).replace(" Dotted line of the gap: the limit.", "")
+        drawer.add(
+            section, f"further{suffix}", title, caption, draw, own.legend(further, groups=False), size=(PANEL[0], height)
+        )
+    changes = [name for name in (TRACE, BALANCED, RELATIVE, *ends) if any(q.change for _, q in own.compared_with(name))]
+    if changes:
+        title = "Changes with their 95% intervals"
+        caption = f"{title}; grey: the margin. Filled: the interval lies off 0."
+        height = 1.1 + 0.3 * max(len(own.compared_with(name)) for name in changes)
+        draw = [_bind(own.changes, name) for name in changes]
+        drawer.add(section, f"changes{suffix}", title, caption, draw, [], size=(PANEL[0], height))
+    if own.curves:
+        title = "Accuracy against the number of labelled sentences"
+        draw = [_bind(own.label_curve, stem) for stem in own.curves]
+        drawer.add(section, f"curves{suffix}", title, f"{title}. {SEEDS}", draw, own.legend(ends, lines=True, majority=True))
+    if ends and BALANCED in own.quantities:
+        title = "Accuracy against balanced trace, one point per model"
+        draw = [_bind(own.against_trace, name, BALANCED) for name in ends]
+        caption = f"{title}. {FILLED.capitalize()}."
+        drawer.add(section, f"accuracy_against_balanced{suffix}", title, caption, draw, own.legend(ends))
+
+
+def _draw_models(drawer: Drawer, own: SectionPlots) -> None:
+    """The plots of models that nobody planned."""
+    section = own.section
+    pairs = [] if section.is_shape else [(accuracy, trace) for accuracy in own.accuracies for trace in own.traces]
+    if not section.is_shape:
+        draw = [_bind(own.against_steps, name) for name in own.quantities] + [
+            _bind(own.against_trace, *pair) for pair in pairs[:1]
+        ]
+        title = "Gap, trace and accuracy during training, and accuracy against trace"
+        drawer.add(section.name, OVERVIEW, title, f"{title}. {READING}", draw, own.legend(own.quantities, lines=True))
+    title = "Last checkpoints: gap, trace and accuracy against size"
+    if section.is_shape:
+        title = "Trace in the parameters of the largest model, by both rules of enlarging, against size"
+    draw = [_bind(own.against_size, name) for name in own.quantities]
+    name = f"{section.name}_against_size"
+    drawer.add(section.name, name, title, f"{title}. {READING}", draw, own.legend(own.quantities))
+    if pairs:
+        title = "Accuracy against trace, one point per model"
+        caption = f"{title}, ± the standard errors of its own measurements. {FILLED.capitalize()}. Dotted: the majority class."
+        draw = [_bind(own.against_trace, *pair) for pair in pairs]
+        drawer.add(section.name, f"{section.name}_accuracy_against_trace", title, caption, draw, own.legend(own.accuracies))
 
 
 def compact(number: float) -> str:
@@ -385,17 +486,19 @@ def _draw_points(axes: Axes, style: Style, points: list[Point], line: bool = Fal
     axes.errorbar(x, y, y_error, x_error, color=style.colour, linestyle="none", capsize=2, elinewidth=1)
     if line:
         axes.plot(x, y, color=style.colour, linestyle=style.dash, linewidth=1.3)
-    for x_of, y_of, is_filled in zip(x, y, filled, strict=True):
-        colours: dict[str, Any] = {"markerfacecolor": style.colour if is_filled else "white", "markeredgecolor": style.colour}
-        axes.plot(x_of, y_of, marker=style.marker, linestyle="none", **colours)
+    for state, face in ((True, style.colour), (False, "white")):
+        of_state = [(a, b) for a, b, is_filled in zip(x, y, filled, strict=True) if is_filled == state]
+        if of_state:
+            colours: dict[str, Any] = {"markerfacecolor": face, "markeredgecolor": style.colour}
+            axes.plot(*zip(*of_state, strict=True), marker=style.marker, linestyle="none", **colours)
 
 
-def _make_figure(panels: int) -> tuple[Figure, list[Axes]]:
-    """A figure with `panels` axes in rows of `COLUMNS`."""
-    columns = min(COLUMNS, panels)
+def _make_figure(panels: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure with `panels` axes of `size` inches in rows of at most `columns`."""
+    columns = min(columns, panels)
     lines = math.ceil(panels / columns)
     layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.06)  # inches around each panel
-    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines + 0.6), layout=layout)
+    figure = Figure(figsize=(size[0] * columns, size[1] * lines + 0.6), layout=layout)
     axes = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
     for unused in axes[panels:]:
         unused.remove()

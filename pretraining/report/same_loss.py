@@ -6,8 +6,9 @@ of either over sentences, and z = 1.96:
     saturated    g + z s <= max_gap      for each of the models
     equal        |d| + z s <= margin     for the two models, or for the mean gaps of two groups
 
-Two models have the same loss if both are saturated and they are equal. Where a gap is not known (natural text has no exact
-entropy), saturation is not known, and nothing is concluded. The thresholds are settings of the analysis.
+Two models have the same loss if both are saturated and they are equal. Two groups of seeds have it if the 95% interval of the
+mean difference over seeds lies inside +-margin as well. Natural text has no exact entropy, so saturation is not known there:
+groups of models are compared by their MLM losses on held-out samples alone, single models not at all.
 
 Few pairs of models are compared directly. The difference of any two follows from their differences to a common reference, or
 from their gaps: the values subtract, and since sd(X - Y) <= sd(X) + sd(Y), the sum of the standard errors bounds the standard
@@ -53,8 +54,36 @@ class SameLoss:
         return (
             f"Two models have the same loss if (a) the gap of each plus {Z:.2f} standard errors over sentences is at most "
             f"{self.max_gap:g} nats (saturated), and (b) the 95% interval of the paired mean difference of their gaps lies "
-            f"inside ±{self.margin:g} nats (equal)."
+            f"inside ±{self.margin:g} nats (equal), for groups of models both over seeds and over sentences."
         )
+
+    def obstacle_of_groups(
+        self,
+        gaps: dict[str, tuple[float, float]] | None,
+        over_seeds: tuple[float, float] | None,
+        over_sentences: tuple[float, float] | None,
+    ) -> str | None:
+        """Why two groups of models do not have the same loss; None if they have.
+
+        Args:
+            gaps: gap and standard error by model; None for natural text.
+            over_seeds: 95% interval of the mean difference of the losses; None where there is none.
+            over_sentences: the mean difference and (a bound of) its standard error; None where no error is known.
+        """
+        if unsaturated := [name for name, gap in (gaps or {}).items() if not self.is_saturated(*gap)]:
+            name = max(unsaturated, key=lambda name: (gaps or {})[name])
+            gap, error = (gaps or {})[name]
+            others = f" (and {len(unsaturated) - 1} more)" if len(unsaturated) > 1 else ""
+            return f"{name} is not saturated, gap {gap:.4f} ± {error:.4f} nats{others}"
+        if over_seeds is None:
+            return "the difference of the losses has no interval over seeds"
+        if max(map(abs, over_seeds)) > self.margin:
+            low, high = over_seeds
+            return f"the difference of the losses is in [{low:+.4f}, {high:+.4f}] nats over seeds, margin ±{self.margin:g}"
+        if over_sentences is not None and not self.is_equal(*over_sentences):
+            value, error = over_sentences
+            return f"the difference of the losses is {value:+.4f} ± {error:.4f} nats over sentences, margin ±{self.margin:g}"
+        return None
 
     def judge(self, losses: pd.DataFrame, reference: str | None) -> pd.DataFrame:
         """Columns `saturated`, `equal` and `same_loss` of models, as nullable booleans: missing where that is not known.

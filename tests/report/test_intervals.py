@@ -72,3 +72,61 @@ def test_correlations_that_can_not_be_told():
     assert correlate([], [], [], "none").n == 0
     one = correlate([1, 2, 3, 4], [1, 3, 2, 5], ["a"] * 4, "one run")
     assert one.spearman == pytest.approx(0.8) and one.spearman_interval is None
+
+
+def naive_holm(p_values):
+    """Each hypothesis against the step-down rule: the largest of (m - k + 1) p_(k) over the k smaller or equal ones."""
+    ordered = sorted(p_values)
+    m = len(ordered)
+    return [min(1.0, max((m - k) * ordered[k] for k in range(ordered.index(p) + 1))) for p in p_values]
+
+
+def test_holm():
+    assert intervals.holm([]) == []
+    for _ in range(50):
+        p_values = RNG.uniform(0, 1, RNG.integers(1, 9)) ** 3
+        assert intervals.holm(p_values.tolist()) == pytest.approx(naive_holm(p_values.tolist()))
+    assert intervals.holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])  # a textbook's
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.4, 2.0])
+def test_p_values_are_scipys(shift):
+    a, b = RNG.normal(0, 1, 7), RNG.normal(shift, 1, 7)
+    assert paired_change(a, b).p_value() == pytest.approx(stats.ttest_rel(b, a).pvalue)
+    assert change_of_means(mean_of(a), mean_of(b)).p_value() == pytest.approx(stats.ttest_ind(b, a, equal_var=False).pvalue)
+    one = intervals.change_to_number(a, shift)
+    theirs = stats.ttest_1samp(a, shift)
+    assert one.p_value() == pytest.approx(theirs.pvalue) and one.value == pytest.approx(shift - a.mean())
+    assert (shift - one.high, shift - one.low) == pytest.approx(tuple(theirs.confidence_interval()))
+
+
+@pytest.mark.parametrize("margin", [0.2, 0.6, 1.0, 3.0])
+def test_equivalence_is_two_one_sided_tests(margin):
+    for _ in range(20):
+        a = RNG.normal(0, 1, 6)
+        change = paired_change(np.zeros(6), a)
+        below = stats.ttest_1samp(a, -margin, alternative="greater").pvalue
+        above = stats.ttest_1samp(a, margin, alternative="less").pvalue
+        assert change.equivalence_p(margin) == pytest.approx(min(1.0, 2 * max(below, above)))
+        assert (change.equivalence_p(margin) <= 0.05) == (max(abs(change.low), abs(change.high)) <= margin)
+
+
+def is_decided(value, deviations, seeds, margin):
+    """Whether an interval of made-up samples, with exactly this mean and these deviations, lies off 0 or in +-margin."""
+    ends = np.linspace(-1, 1, seeds)
+    shape = (ends - ends.mean()) / ends.std(ddof=1)
+    if len(deviations) == 1:
+        change = paired_change(np.zeros(seeds), value + shape * deviations[0])
+    else:
+        change = change_of_means(mean_of(shape * deviations[0]), mean_of(value + shape * deviations[1]))
+    return change.sign() != 0 or max(abs(change.low), abs(change.high)) <= margin
+
+
+@pytest.mark.parametrize("value, deviations", [(0.4, (1.0,)), (0.02, (0.3,)), (-0.5, (0.4, 2.0)), (0.1, (0.5, 0.5))])
+def test_required_seeds_by_search(value, deviations):
+    change = paired_change([0.0, 0.0, 0.0], [1.0, 2.0, 4.0]).model_copy(update={"value": value, "deviations": deviations})
+    expected = next(seeds for seeds in range(2, 1000) if is_decided(value, deviations, seeds, 0.2))
+    assert intervals.required_seeds(change, 0.2) == expected > 2
+    hopeless = change.model_copy(update={"value": 0.2, "deviations": (100.0,)})
+    assert intervals.required_seeds(hopeless, 0.2) is None
+    assert intervals.required_seeds(change.model_copy(update={"deviations": ()}), 0.2) is None

@@ -15,7 +15,15 @@ from pretraining.evaluation.records import write_record as write_any_record
 from pretraining.model.config import ModelConfig
 from pretraining.report import __main__ as report
 
+PLOTTED = ("test_same_tree_gives", "test_html_is", "test_partial_trees", "test_one_model_with", "test_sizes_are_compared")
 COMMON = {"inputs": {"data": {"sha256": "ab" * 32}}, "arguments": {"seed": 0}, "seconds": 1.0, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def only_the_plots_of_some_tests(request, monkeypatch):
+    monkeypatch.setattr(report.report_plots, "DPI", 30)
+    if not request.node.name.startswith(PLOTTED):
+        monkeypatch.setattr(report.report_plots, "write_plots", lambda *_: {})
 
 
 def write_record(folder, name, measurement, **fields):
@@ -128,7 +136,8 @@ def test_missing_measurements_are_empty_cells(tree, tmp_path):
     report.main([str(tree[0]), "--output", str(tmp_path)])
     rows = read_csv(tmp_path / "results.csv")
     known = {key for key, value in rows[0].items() if value}
-    assert known == {"model", "kind", "job", "step", "parameters", "hidden_size", "layers", "heads", "intermediate_size"}
+    shape = {"parameters", "hidden_size", "layers", "heads", "intermediate_size"}
+    assert known == {"model", "kind", "job", "group", "step", *shape}
     table = rows[-1]
     assert (table["kind"], table["gap_sentences"], table["trace"], table["parameters"]) == ("lookup table", "0.0", "", "")
 
@@ -138,14 +147,13 @@ def test_same_tree_gives_same_bytes_wherever_it_lies(tree, tmp_path):
     moved = tree[0].rename(tmp_path / "moved")
     report.main([str(moved), "--output", str(tmp_path / "out2")])
     names = sorted(path.name for path in (tmp_path / "out1").iterdir())
-    assert {"results.csv", "experiments.csv", "results.json", "report.html", "overview.png", "overview.svg"} < set(names)
+    assert {"results.csv", "results.json", "report.html", "overview.png", "overview.svg"} < set(names)
     for name in names:
         assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes(), name
     assert str(tmp_path) not in (tmp_path / "out2" / "results.csv").read_text()
 
 
-def test_terminal_table(tree, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report.report_plots, "write_plots", lambda *_: {})  # only the text is of interest
+def test_terminal_table(tree, tmp_path, capsys):
     report.main([str(tree[0]), "--output", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("lookup_table"))
@@ -196,7 +204,6 @@ def test_one_model_with_accuracy_only(tmp_path):
     report.make_report(folder, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
         "overview.png",
-        "models_against_steps.png",
         "models_against_size.png",
     }
 
@@ -254,7 +261,7 @@ def test_sizes_are_compared_under_both_rules(grown, capsys):
         f"{title} (odd x 8, step 1,000 against wide, step 1,000): undecided",
     ):
         assert finding in printed and finding in html.unescape(page)
-    assert "against wide, step 1,000): undecided: trace (tables) +0.10 [-0.18, +0.38]; no trace (head)." in printed
+    assert "wide, step 1,000): undecided: Fisher trace (tables) +0.10 [-0.18, +0.38]; no Fisher trace (head)." in printed
     table = printed[printed.index("own parameters") :]
     assert re.search(r"narrow x 2 +200 .* 12.00 ± 0.10\* +8.00 ± 0.10\*", table)
     assert re.search(r"wide +[\d,]+ .* 10.00 ± 0.10\* +10.00 ± 0.10\*", table)
@@ -289,12 +296,12 @@ def test_no_verdict_without_the_same_loss(grown, gap, reason, capsys):
     report.main([str(grown), "--max-gap", "0.04", "--margin", "0.05"])
     assert ("depends on the rule" in capsys.readouterr().out) == (gap is not None)
     criteria = json.loads((grown / "report" / "results.json").read_text())["criteria"]
-    assert (criteria["saturated_nats"], criteria["margin_nats"], criteria["reference"]) == (0.04, 0.05, "wide")
+    assert (criteria["max_gap_nats"], criteria["margin_nats"], criteria["reference"]) == (0.04, 0.05, "wide")
 
 
 def test_no_comparison_without_an_enlarged_model(tree, tmp_path):
     analysis = report.make_report(tree[0], tmp_path / "out")
-    assert analysis.findings == [] and list(analysis.tables) == ["models"]
+    assert analysis.pairs == {} and list(analysis.lines) == ["models"]
 
 
 def test_only_the_last_step_is_compared(grown):
@@ -304,9 +311,8 @@ def test_only_the_last_step_is_compared(grown):
         write_model(folder, 16, "wide", step)
         write_trace(folder, trace, 0.1)
         write_gap(folder, 0.01)
-    [finding] = report.make_report(grown, grown / "out").findings
-    assert finding.subject == "narrow x 2, step 1,000 against wide, step 2,000"
-    assert finding.headline.endswith("is smaller with both rules of enlarging")
+    [[pair]] = report.make_report(grown, grown / "out").pairs.values()
+    assert (pair.subject, pair.verdict) == ("narrow x 2, step 1,000 against wide, step 2,000", "is smaller")
 
 
 def test_jobs_of_one_name_are_groups_of_their_own(tmp_path):
@@ -315,11 +321,10 @@ def test_jobs_of_one_name_are_groups_of_their_own(tmp_path):
         folder.mkdir(parents=True)
         write_model(folder, 8, "seed0", 10)
     analysis = report.make_report(tmp_path, tmp_path / "out")
-    assert [line.group for line in analysis.tables["models"]] == ["a/seed0", "b/seed0"]
+    assert [line.group for line in analysis.lines["models"]] == ["a/seed0", "b/seed0"]
 
 
-def test_paired_comparisons_are_shown(tree, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report.report_plots, "write_plots", lambda *_: {})  # only the tables are of interest
+def test_paired_comparisons_are_shown(tree, tmp_path, capsys):
     folder, other = tree[0] / "wide" / "step0001000", tree[0] / "narrow" / "step0001000"
     hashes = {"model": {"sha256": "1" * 64}, "other": {"sha256": "2" * 64}}
     for number, (difference, error) in enumerate(((0.01, 0.001), (0.001, 0.001), (-4e-8, 1e-9))):
@@ -337,6 +342,21 @@ def test_paired_comparisons_are_shown(tree, tmp_path, monkeypatch, capsys):
     assert re.search(r"wide/step0001000 +narrow/step0001000 +0.001000 ± 0.001000 .* +yes\n", printed)
     assert re.search(r"-0.000000 ± 0.000000 +yes\n", printed)  # rounding
     assert "compared in pairs" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_probes_of_other_solvers_and_unfinished_ones_are_marked(tree, tmp_path, capsys):
+    for folder in ("wide/step0000000", "wide/step0001000", "narrow/step0001000", "lookup_table"):
+        path = tree[0] / folder / "probe_pcfg_B.json"
+        record = json.loads(path.read_text())
+        record["arguments"] = {"solver": "lbfgs"} if folder == "lookup_table" else {"solver": "adamw", "learning_rate": 1e-3}
+        write_json(path, record | ({"unfinished": 1} if folder == "narrow/step0001000" else {}))
+    report.main([str(tree[0]), "--output", str(tmp_path / "out")])
+    lines = capsys.readouterr().out.splitlines()
+    marks = {
+        line.split()[0]: "".join(mark for mark in "†‡" if mark in line) for line in lines if re.match(r"\w+/step|lookup_", line)
+    }
+    assert marks["lookup_table"] == "†" and marks["narrow/step0001000"] == "‡" and marks["wide/step0001000"] == ""
+    assert any("read out differently" in line and "lookup_table by lbfgs, not adamw, rate 0.001" in line for line in lines)
 
 
 def test_errors(tmp_path):
