@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All experiments in one folder; shared models are trained once.
-#     bash scripts/reproduce_all.sh [--scale mini|small|paper] [--seeds 0,1,2] [--out OUT] [--task A,B,C] [--dry-run]
+# All studies of the mini language in one folder; shared models are trained once.
+#     bash scripts/reproduce_all.sh [--scale mini|small|paper] [--out OUT] [--jobs N] [--dry-run]
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/reproduce.sh" all "$@"
+studies=$(dirname "${BASH_SOURCE[0]}")/studies
+exec bash "${studies%/*}/reproduce.sh" "$studies"/{steps,sizes,algorithms,learning_rates,sam}.toml "$@"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Models of growing size at the same loss, in the parameters of the largest: does the trace fall, and does accuracy rise?
-#     bash scripts/reproduce_sizes.sh [--scale mini|small|paper] [--seeds 0,1,2] [--out OUT] [--task A,B,C] [--dry-run]
+# Models of growing size at the same loss: does the balanced trace fall, and does accuracy rise?
+#     bash scripts/reproduce_sizes.sh [--scale mini|small|paper] [--out OUT] [--jobs N] [--dry-run]
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/reproduce.sh" sizes "$@"
+studies=$(dirname "${BASH_SOURCE[0]}")/studies
+exec bash "${studies%/*}/reproduce.sh" "$studies/sizes.toml" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# More training after the loss has converged, by AdamW, and by SGD with a longer warmup: does the trace fall, and does accuracy
-# rise?
-#     bash scripts/reproduce_steps.sh [--scale mini|small|paper] [--seeds 0,1,2] [--out OUT] [--task A,B,C] [--dry-run]
+# More training after the loss has converged, by AdamW and by SGD: does the trace fall, and does accuracy rise?
+#     bash scripts/reproduce_steps.sh [--scale mini|small|paper] [--out OUT] [--jobs N] [--dry-run]
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/reproduce.sh" steps "$@"
+studies=$(dirname "${BASH_SOURCE[0]}")/studies
+exec bash "${studies%/*}/reproduce.sh" "$studies/steps.toml" "$@"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher.runner import parse_args as parse_deepspeed
 
-from pretraining.experiments import reproduce
+from pretraining.experiments import __main__ as experiments
 
 ROOT = Path(__file__).parents[1]
 FRONT, *REFERENCES = PAGES = ("README.md", "pcfg/README.md", "pretraining/README.md", "scripts/README.md")
@@ -115,8 +115,7 @@ def program(words: tuple[str, ...]) -> tuple:
         assert f"tests/benchmarks/benchmark_{arguments[0]}.py" in tracked()
         return (importlib.import_module(f"benchmark_{arguments[0]}") if arguments[1:] else None), arguments[1:]
     if name.startswith("reproduce_"):
-        experiment = name.removeprefix("reproduce_").removesuffix(".sh")
-        return reproduce, ("all" if experiment == "slurm.sbatch" else experiment, *arguments)
+        return experiments, ("scripts/studies/steps.toml", *([] if "--out" in arguments else ["--out", "OUT"]), *arguments)
     if name.startswith("pretrain"):
         names = zip(("--dataset_path", "--output_dir", "--job_name"), arguments[:3], strict=True)
         given = (*itertools.chain(*names), "--tokenizer_name", "T", *arguments[3:]) if name == "pretrain.sh" else arguments

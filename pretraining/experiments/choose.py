@@ -1,133 +1,135 @@
-"""Choose the weight of the adversarial term, on models and labelled sentences that nothing else is measured on.
+"""Decide on the value of a flag by models of the selection seeds, which nothing else is reported of.
 
-    python -m pretraining.experiments.choose --standard OUT/models/selection_standard/seed100/step0003000 \\
-        --candidate 0.1 OUT/models/selection_0.1/seed100/step0003000 --candidate 1 OUT/models/selection_1/seed100/step0003000 \\
-        --task pcfg_B --output OUT/adversarial
+    python -m pretraining.experiments.choose OUT weight
 
-The question is whether the accuracy of the probe can fall at the same loss. Among the weights whose model has the same loss as
-the standard one (`pretraining.report.same_loss`), the one with the lowest accuracy on --task is chosen, if that is below the
-standard model's. Reads the records of calculate_loss.py --compare-with and run_lp.py next to the weights. Writes choice.json
-(all weights, and the choice) and, if there is one, chosen.json, for --config of run_pretraining.py.
+A study's [choices.weight] says which group is trained with which values, and the rule (`pretraining.experiments.study.Choice`).
+Reads `study.json` and the records of loss and label curves next to the weights. Writes choices/weight.json in OUT: gap and
+accuracy of every value, and the decision.
 """
 
 if __name__ == "__main__":
     import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
 
 import argparse
-from pathlib import Path
 
-from pcfg.common.cli import Parser, non_negative, run_main
-from pcfg.common.files import InputError, write_json
-from pretraining.evaluation.records import AccuracyRecord, ComparisonRecord, read_records
-from pretraining.model.checkpoints import weights_sha256
-from pretraining.report.contract import Choice, Weight, write_choice
-from pretraining.report.same_loss import MARGIN, MAX_GAP, SameLoss
+import numpy as np
 
-
-def probe_of(folder: str, task: str) -> AccuracyRecord:
-    """The record of the model's probe on a task."""
-    record = read_records(folder).get(f"probe_{task}.json")
-    if not isinstance(record, AccuracyRecord):
-        raise InputError(f"{folder}: has no probe_{task}.json; measure it with run_lp.py first")
-    return record
+from pcfg.common.cli import Parser, run_main
+from pcfg.common.files import InputError
+from pcfg.common.schema import write_schema
+from pretraining.evaluation.records import CurveRecord, LossRecord, read_records
+from pretraining.experiments.study import Candidate, Choice, Decision, Studies, decision_file, model_folder, read_studies
 
 
-def comparison_with(folder: str, standard: str) -> ComparisonRecord:
-    """The record of the loss's comparison with the model in `standard`."""
-    digest = weights_sha256(standard)
-    for record in read_records(folder).values():
-        if isinstance(record, ComparisonRecord) and record.inputs["other"]["sha256"] == digest:
-            return record
-    raise InputError(f"{folder}: no comparison with {standard}; measure it with calculate_loss.py --compare-with first")
+def gap_of(folder: str) -> float:
+    """The gap of a model in nats; without true conditionals its loss, which differs by the same entropy for all models."""
+    record = read_records(folder).get("loss.json")
+    if not isinstance(record, LossRecord):
+        raise InputError(f"{folder}: has no loss.json; run the study again, which measures it")
+    return record.gap.sentences.mean if record.gap else record.value
 
 
-def choose(standard: str, candidates: dict[float, str], task: str, criterion: SameLoss) -> Choice:
-    """The choice among models of several weights (`candidates`: their folders), by their probes of `task`.
+def accuracy_of(folder: str, task: str, solver: str, labels: int) -> float:
+    """The mean accuracy of a model on a task with so many labelled sentences."""
+    name = f"curve_{task}_{solver}.json"
+    record = read_records(folder).get(name)
+    points = record.points if isinstance(record, CurveRecord) else []
+    for point in points:
+        if point.labels == labels:
+            return point.accuracy.mean
+    raise InputError(f"{folder}: {name} has no accuracy with {labels} labels; run the study again, which measures it")
 
-    `standard` is the folder of the model without the term.
+
+def mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """Mean and its standard error."""
+    mean = float(np.mean(values))
+    return mean, float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
+def decide(
+    choice: Choice,
+    seeds: tuple[int, ...],
+    gaps: dict[float, list[float]],
+    accuracies: dict[float, list[float]],
+    reference: list[float] | None,
+) -> Decision:
+    """The decision of a choice.
+
+    Args:
+        gaps, accuracies: by value, one number per selection seed; accuracies only for the rule `lowest_accuracy`.
+        reference: gaps of the choice's reference.
     """
-    standard_accuracy = probe_of(standard, task).value
-    weights = []
-    for weight, folder in sorted(candidates.items()):
-        comparison = comparison_with(folder, standard)
-        if comparison.gap_a is None or comparison.gap_b is None:
-            raise InputError(
-                f"{folder}: its comparison with {standard} has no gaps, so it is not known whether they are saturated; measure "
-                "it with calculate_loss.py --compare-with and --condprobfile or --rule-path"
-            )
-        difference = comparison.difference.sentences
-        gaps = [gap.sentences for gap in (comparison.gap_a, comparison.gap_b)]
-        are_saturated = all(criterion.is_saturated(gap.mean, gap.standard_error) for gap in gaps)
-        probe = probe_of(folder, task)
-        tried = Weight(
-            weight=weight,
-            gap_increase=difference.mean,
-            gap_increase_se=difference.standard_error,
-            accuracy=probe.value,
-            accuracy_se=probe.standard_error,
-            standard_accuracy=standard_accuracy,
-            same_loss=are_saturated and criterion.is_equal(difference.mean, difference.standard_error),
+    means = {value: mean_and_error(numbers) for value, numbers in gaps.items()}
+    start = min(mean for mean, _ in means.values()) if reference is None else float(np.mean(reference))
+    limit = None if choice.rule == "lowest_gap" else start + choice.tolerance
+    candidates = []
+    for value, (gap, error) in sorted(means.items()):
+        accuracy, accuracy_error = mean_and_error(accuracies[value]) if value in accuracies else (None, None)
+        admitted = limit is None or gap <= limit
+        candidate = Candidate(
+            value=value, gap=gap, gap_error=error, accuracy=accuracy, accuracy_error=accuracy_error, admitted=admitted
         )
-        weights.append(tried)
-    allowed = [tried for tried in weights if tried.same_loss and tried.accuracy < standard_accuracy]
-    return Choice(
-        criterion=f"Lowest probe accuracy on {task}, below the standard model's, among the weights with the standard model's "
-        f"loss. {criterion.statement()}",
-        gap_allowed=criterion.margin,
-        weights=tuple(weights),
-        chosen=min(allowed, key=lambda tried: tried.accuracy).weight if allowed else None,
+        candidates.append(candidate)
+    orders = {
+        "lowest_gap": lambda candidate: candidate.gap,
+        "largest": lambda candidate: -candidate.value,
+        "lowest_accuracy": lambda candidate: candidate.accuracy,
+    }
+    best = min((candidate for candidate in candidates if candidate.admitted), key=orders[choice.rule], default=None)
+    return Decision(
+        choice=choice,
+        seeds=seeds,
+        reference_gap=None if reference is None else start,
+        limit=limit,
+        candidates=tuple(candidates),
+        chosen=best.value if best else None,
     )
+
+
+def read_and_decide(out: str, studies: Studies, choice: Choice) -> Decision:
+    """The decision from the records in a folder of results."""
+    seeds = studies.selection.seeds
+    group = studies.groups[choice.group]
+    folders = {
+        value: [f"{out}/{model_folder(group, seed, group.steps[-1], f'choices/{choice.name}/{value:g}')}" for seed in seeds]
+        for value in choice.values
+    }
+    gaps = {value: [gap_of(folder) for folder in of_seeds] for value, of_seeds in folders.items()}
+    accuracies = {}
+    if choice.rule == "lowest_accuracy" and choice.task and choice.labels:
+        for value, of_seeds in folders.items():
+            accuracies[value] = [accuracy_of(folder, choice.task, studies.readouts[0], choice.labels) for folder in of_seeds]
+    reference = None
+    if choice.reference:
+        models = choice.reference
+        above = f"selection/{models.group}"
+        reference = [gap_of(f"{out}/{model_folder(studies.groups[models.group], seed, models.step, above)}") for seed in seeds]
+    return decide(choice, seeds, gaps, accuracies, reference)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m pretraining.experiments.choose", description=__doc__)
-    group = parser.add_argument_group("models")
-    group.add_argument("--standard", required=True, help="model folder without the adversarial term")
-    names = ("WEIGHT", "FOLDER")
-    group.add_argument(
-        "--candidate", nargs=2, action="append", required=True, metavar=names, help="a weight and its model; once per weight"
-    )
-    group = parser.add_argument_group("choice")
-    group.add_argument("--task", required=True, help="name of the probe's task, pcfg_B for probe_pcfg_B.json")
-    group.add_argument(
-        "--max-gap",
-        type=non_negative,
-        default=MAX_GAP,
-        help=f"nats; limit of gap + 1.96 standard errors (default: {MAX_GAP:g})",
-    )
-    group.add_argument(
-        "--margin",
-        "--gap-allowed",
-        type=non_negative,
-        default=MARGIN,
-        help=f"nats; the 95%% interval of the difference of the gaps lies inside +- this (default: {MARGIN:g})",
-    )
-    group.add_argument("--output", required=True, help="folder for choice.json and chosen.json")
+    parser.add_argument("out", metavar="OUT", help="folder of results of a study")
+    parser.add_argument("name", metavar="CHOICE", help="name of the choice in the study file")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    try:
-        candidates = {non_negative(weight): folder for weight, folder in options.candidate}
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(f"--candidate: {error}")
-    choice = choose(options.standard, candidates, options.task, SameLoss(options.max_gap, options.margin))
-    output = Path(options.output)
-    chosen = output / "chosen.json"
-    if choice.chosen is None:
-        chosen.unlink(missing_ok=True)
-    else:
-        write_json(chosen, {"arguments": {"adversarial_weight": choice.chosen}})
-    write_choice(output / "choice.json", choice)
-    for tried in choice.weights:
+    options = build_parser().parse_args(arguments)
+    studies = read_studies(options.out)
+    choices = {choice.name: choice for choice in studies.choices} if studies else {}
+    if studies is None or options.name not in choices:
+        raise InputError(f"{options.out}: no study with a choice {options.name!r} there; it has {', '.join(choices) or 'none'}")
+    choice = choices[options.name]
+    decision = read_and_decide(options.out, studies, choice)
+    write_schema(f"{options.out}/{decision_file(choice.name)}", decision)
+    for candidate in decision.candidates:
+        accuracy = "" if candidate.accuracy is None else f", accuracy {100 * candidate.accuracy:.1f}%"
         print(
-            f"weight {tried.weight:g}: gap {tried.gap_increase:+.4f} +- {tried.gap_increase_se:.4f} nats, "
-            f"{'the same loss' if tried.same_loss else 'not the same loss'}, accuracy {100 * tried.accuracy:.1f}% "
-            f"(standard {100 * tried.standard_accuracy:.1f}%)"
+            f"{choice.flag} {candidate.value:g}: gap {candidate.gap:.4f} +- {candidate.gap_error or 0:.4f} nats{accuracy}, "
+            f"{'admitted' if candidate.admitted else 'not admitted'}"
         )
-    print(f"chosen: {choice.chosen:g}" if choice.chosen is not None else f"none is chosen: {choice.criterion}")
+    print("none is admitted" if decision.chosen is None else f"chosen: {decision.chosen:g}")
 
 
 if __name__ == "__main__":

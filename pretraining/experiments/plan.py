@@ -1,93 +1,28 @@
-"""From a scale, seeds and tasks to the commands of the experiments, each after those that it depends on.
+"""From the design of studies to commands, each with its dependencies, and to `study.json`.
 
 A command is a line of the README's scripts. It reads and writes files below `$OUT`, and nothing else connects two commands.
-Runs that two experiments share are made once: the models of `steps` are those of the middle size of `sizes`, and the standard
-ones of `algorithms`.
 """
 
 import dataclasses
+import json
 import shlex
-import tomllib
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from pretraining.model.enlarge import TIED_SCALES
-from pretraining.report.contract import ALGORITHMS, SIZES, STEPS, Command, Entry, Experiment, Experiments
-from pretraining.report.rows import COMPARISON
-from pretraining.report.same_loss import MARGIN, MAX_GAP
+from pretraining.experiments.flags import REFERENCE, flag_words
+from pretraining.experiments.resolve import Design, references_of
+from pretraining.experiments.study import (
+    Control,
+    Flags,
+    Group,
+    Studies,
+    Task,
+    decision_file,
+    model_folder,
+)
 
-ADVERSARIAL_TASK = "B"
-CHOICE = "adversarial/choice.json"
-CHOSEN = "adversarial/chosen.json"
 LOOKUP = "lookup table"
-TABLE_FOLDER = "models/lookup_table"
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """The shape of a model; feed-forward layers are four times as wide as the hidden vector."""
-
-    hidden_size: int
-    layers: int
-    heads: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scale:
-    """One size of all experiments."""
-
-    name: str
-    rules: str
-    length_limit: int  # one more than the maximum number of words in a sentence
-    shards: int  # of training text
-    sentences: int  # per training shard
-    test_sentences: int  # of the test shard
-    labelled: int  # training rows of a downstream task
-    validation: int  # validation rows of a downstream task
-    # sizes: shapes by name, from small to large; the width of the largest is a multiple of each
-    sizes: dict[str, Size]
-    base: str  # the size of `steps` and `algorithms`
-    batch: int  # sentences per step
-    micro_batch: int  # maximum number of sentences per forward pass
-    dropout: float  # of pre-training
-    lr: float  # AdamW's highest rate
-    warmup: int  # AdamW's steps to it
-    half_life: int  # steps in which AdamW's rate halves from there
-    sgd_lr: float  # of SGD, which starts from AdamW's models at `steps`
-    sgd_warmup: int  # steps after which SGD's rate is constant
-    steps: int  # of all runs except those of the experiment `steps`
-    checkpoints: tuple[int, ...]  # steps at which those are saved, `steps` among them
-    weights: tuple[float, ...]  # of the adversarial term, to choose from
-    ridge: float  # of the adversarial term
-    adversarial_batch: int  # labelled sentences per step of the adversarial term
-    selection_seed: int  # of the models that the weight is chosen on
-    trace_sentences: int  # of a trace
-    probe: str  # flags of run_lp.py
-    finetune: str  # flags of run_ft.py
-    finetune_tasks: tuple[str, ...]  # fine-tuning is the most expensive measurement
-    precision: str  # flags of run_pretraining.py
-
-    @property
-    def tokens(self) -> int:
-        """Maximum number of tokens in a sample: [CLS], the words, [SEP]."""
-        return self.length_limit - 1 + 2
-
-    @property
-    def largest(self) -> str:
-        return max(self.sizes, key=lambda name: self.sizes[name].hidden_size)
-
-
-def _read_scales() -> dict[str, Scale]:
-    scales = {}
-    for name, fields in tomllib.loads(Path(__file__).with_name("scales.toml").read_text(encoding="utf-8")).items():
-        sizes = {size: Size(**shape) for size, shape in fields["sizes"].items()}
-        lists = {field: tuple(value) for field, value in fields.items() if isinstance(value, list)}
-        scales[name] = Scale(name=name, **(fields | lists | {"sizes": sizes}))
-    return scales
-
-
-SCALES = _read_scales()
+SAMPLES = "$OUT/data/pretraining"
+STAGES = ("data", "selection", "choices", "training", "measurements", "controls")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,10 +31,11 @@ class Step:
 
     name: str  # unique; of the command in status.json
     words: tuple[str, ...]  # of the command line; `$OUT` in them is the folder of everything
+    stage: str = "data"  # one of `STAGES`
     needs: tuple[str, ...] = ()  # commands that must be done before it
     # after: commands that must have ended, at least one successfully: a measurement of several runs does not need all
     after: tuple[str, ...] = ()
-    requires: str | None = None  # a file that an earlier command makes or, for a reason that it prints, does not make
+    choices: tuple[str, ...] = ()  # whose values are in the words as {NAME}
     # makes: files and folders that exist when it is done; a command without `makes` and `records` always runs
     makes: tuple[str, ...] = ()
     # records: (model folder, file): measurements that exist when it is done, for those folders that are models
@@ -108,7 +44,7 @@ class Step:
     @property
     def command(self) -> str:
         """The command line, as one types it after `OUT=...`."""
-        return " ".join(word if "$OUT" in word else shlex.quote(word) for word in self.words)
+        return " ".join(f'"{word}"' if "$OUT" in word else shlex.quote(word) for word in self.words)
 
     @property
     def all_makes(self) -> tuple[str, ...]:
@@ -116,312 +52,384 @@ class Step:
         return self.makes or tuple(f"{folder}/{file}" for folder, file in self.records)
 
 
+def _task_needs(task: Task) -> tuple[str, ...]:
+    """The command that makes the labelled files of a task, unless they are the user's own."""
+    return (f"task {task.label}",) if task.generate else ()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A pre-training run: `models/FOLDER/seedS`."""
+    """The models of a group that one folder has: `ABOVE/JOB/seedS/stepT`."""
 
-    folder: str  # below models/, of all seeds of one kind
-    size: str  # name in the scale
-    seed: int
-    saved: tuple[int, ...]  # steps with a checkpoint, up to the last one
-    flags: str  # of run_pretraining.py, in addition to those of all runs
-    # needs, requires: as in `Step`
-    needs: tuple[str, ...] = ()
-    requires: str | None = None
+    group: Group
+    above: str  # models, selection or choices/NAME
+    job: str
+    seeds: tuple[int, ...]
+    steps: tuple[int, ...]
+    trained: tuple[str, ...]  # names of the commands
 
     @property
-    def name(self) -> str:
-        return f"train {self.folder} seed {self.seed}"
-
-    def model(self, step: int) -> str:
-        """The folder of a checkpoint."""
-        return f"models/{self.folder}/seed{self.seed}/step{step:07d}"
-
-    def entry(self, group: str, step: int, before: int = 0) -> Entry:
-        """A checkpoint in an experiment; `before`: steps before this run began."""
-        return Entry(group=group, seed=self.seed, step=before + step, folder=self.model(step))
+    def folder(self) -> str:
+        return f"{self.above}/{self.job}"
 
     @property
-    def models(self) -> tuple[str, ...]:
-        return tuple(map(self.model, self.saved))
+    def title(self) -> str:
+        return self.job if self.above == "models" else f"{self.above} {self.job}"
+
+    def models(self, seed: int) -> list[str]:
+        """The folders of a seed's models."""
+        return [model_folder(self.group, seed, step, self.folder) for step in self.steps]
 
 
-@dataclasses.dataclass
+def make_plan(design: Design, launcher: list[str]) -> tuple[list[Step], Studies]:
+    """The commands of a design, each after those that it needs, and its `study.json` without registrations."""
+    planner = Planner(design, launcher)
+    return planner.plan()
+
+
 class Planner:
-    """The commands of the chosen experiments."""
+    """Collects the commands of a design.
 
-    scale: Scale
-    names: list[str]  # of the experiments, among `NAMES`
-    seeds: list[int]  # of pre-training
-    tasks: list[str]  # of A, B and C
-    launcher: list[str]  # words that start run_pretraining.py, instead of `python`
-    steps: list[Step] = dataclasses.field(default_factory=list)  # the commands so far
+    Args:
+        launcher: words that start run_pretraining.py for one seed, instead of `python`.
+    """
 
-    def plan(self) -> tuple[list[Step], Experiments]:
-        """The commands, and `experiments.json`."""
-        scale = self.scale
+    def __init__(self, design: Design, launcher: list[str]):
+        self.design = design
+        self.launcher = launcher
+        self.steps: list[Step] = []
+        self.selection: dict[str, Run] = {}  # by group: models of the selection seeds
+        self.decided: dict[str, str] = {}  # by choice: the name of the command that decides it
+        self.measured = [labelled.task for labelled in design.tasks.values() if labelled.is_measured]
+
+    def plan(self) -> tuple[list[Step], Studies]:
+        """All commands and `study.json`."""
+        design = self.design
         self._data()
-        base = [self._adamw(scale.base, seed) for seed in self.seeds]
-        sgd = [self._sgd(run) for run in base] if STEPS in self.names else []
-        others = [name for name in scale.sizes if name != scale.base] if SIZES in self.names else []
-        sizes = {name: [self._adamw(name, seed) for seed in self.seeds] for name in others} | {scale.base: base}
-        for runs in (base, *[sizes[name] for name in reversed(others)], sgd):
-            self._train(runs)
-        if ALGORITHMS in self.names:
-            adversarial = self._selection()
-            self._train(adversarial)
-        for runs in (base, sgd, *[sizes[name] for name in others]):
-            self._measure(runs, base[0])
-        experiments = []
-        if STEPS in self.names:
-            experiments.append(self._steps_experiment(base, sgd))
-        if SIZES in self.names:
-            experiments.append(self._sizes_experiment({name: sizes[name] for name in scale.sizes}))
-        if ALGORITHMS in self.names:
-            self._measure(adversarial, base[0])
-            self._lookup_probes()
-            experiments.append(self._algorithms_experiment(base, adversarial))
-        return self.steps, Experiments(
-            scale=scale.name,
-            seeds=tuple(self.seeds),
-            tasks=tuple(self.tasks),
-            finetune_tasks=tuple(task for task in self.tasks if task in scale.finetune_tasks),
-            saturated=MAX_GAP,
-            margin=MARGIN,
-            reference=base[0].model(scale.steps),
-            experiments=tuple(experiments),
-            commands=tuple(Command(name=step.name, command=step.command, makes=step.all_makes) for step in self.steps),
+        base = self._select(design.base.group)
+        for name in design.choices:
+            self._decide(name)
+        trained = [self._train(group, "models", group.name, group.seeds) for group in self._ordered()]
+        self._measure_accuracy(base, self.measured, "selection")
+        for models in trained:
+            self._measure(models)
+        controls = self._controls(base)
+        selection = base.group.model_copy(
+            update={
+                "seeds": base.seeds,
+                "folders": {
+                    f"{seed}@{step}": model_folder(base.group, seed, step, base.folder)
+                    for seed in base.seeds
+                    for step in base.steps
+                },
+            }
         )
+        studies = Studies(
+            scale=design.scale,
+            studies=design.studies,
+            text=design.text,
+            samples=design.samples,
+            tasks=tuple(self.measured),
+            finetuned=tuple(design.tasks[label].task.name for label in design.finetuned),
+            stacked=design.stacked,
+            readouts=design.readouts,
+            label_counts=design.label_counts,
+            groups=design.groups,
+            base=design.base,
+            selection=selection,
+            controls=controls,
+            choices=tuple(design.choices.values()),
+            measurements=tuple(design.measurements.values()),
+            criteria=design.criteria,
+            registrations=(),
+            commands={path: step.command for step in self.steps for path in step.all_makes},
+        )
+        return self.steps, studies
 
-    def _add(self, name: str, words: str, launcher: Iterable[str] = (), **rest: Any) -> str:
-        """One more command, from a text with blanks between its words; returns its name."""
-        self.steps.append(Step(name=name, words=(*launcher, *words.split()), **rest))
+    def _add(self, stage: str, name: str, words: list[str], **rest: Any) -> str:
+        """One more command; returns its name."""
+        self.steps.append(Step(stage=stage, name=name, words=tuple(words), **rest))
         return name
+
+    def _ordered(self) -> list[Group]:
+        """The groups, each after the one that it starts from."""
+        groups = self.design.groups
+        done: dict[str, Group] = {}
+
+        def visit(group: Group) -> None:
+            if group.start:
+                visit(groups[group.start.group])
+            done.setdefault(group.name, group)
+
+        for group in groups.values():
+            visit(group)
+        return list(done.values())
 
     # data
 
     def _data(self) -> None:
-        """The files made from the grammar. Without `makes`: these commands always run, and check existing files by hashes."""
-        scale = self.scale
-        self._add(
-            "text",
-            f"python generate_pretraining.py --rule-path {scale.rules} --save-path $OUT/data --sentence-num {scale.sentences} "
-            f"--shard-num {scale.shards} --test-shard-num 1 --test-sentence-num {scale.test_sentences} --length-limit "
-            f"{scale.length_limit}",
-        )
-        self._add(
+        """Text, samples, labelled sentences. Without `makes`: these commands check existing files by hashes."""
+        design = self.design
+        source = str(design.text.get("source", "pcfg"))
+        words = flag_words("generate_pretraining", design.text, source)
+        self._add("data", "text", ["python", "generate_pretraining.py", "--save-path", "$OUT/data", *words])
+        words = flag_words("generate_samples", design.samples)
+        words = ["python", "generate_samples.py", "--dir", "$OUT/data", "-o", SAMPLES, *words]
+        self._add("data", "samples", words, needs=("text",))
+        for label, labelled in design.tasks.items():
+            if labelled.task.generate:
+                words = ["python", "generate_downstream.py", "--save-path", "$OUT/data"]
+                self._add("data", f"task {label}", words + flag_words("generate_downstream", labelled.task.generate))
+        if design.has_grammar:
+            words = [
+                "--rule-path",
+                str(design.text["rule_path"]),
+                "--datafile",
+                "$OUT/data/test0.txt",
+                "--save-path",
+                "$OUT/data/lookup.hdf5",
+            ]
+            self._add("data", LOOKUP, ["python", "-m", "pcfg.lookup", *words], needs=("text",))
+
+    def _labelled_files(self, task: Task) -> list[str]:
+        """The labelled files as words: made below `$OUT`, or the user's own."""
+        return [f"$OUT/{file}" if task.generate else file for file in (task.train_file, task.validation_file)]
+
+    # training
+
+    def _train(self, group: Group, above: str, job: str, seeds: tuple[int, ...], value: tuple[str, float] | None = None) -> Run:
+        """Train a group's models of some seeds, in one process if they are stacked.
+
+        Args:
+            value: a flag and its value, of a candidate of a choice.
+        """
+        design = self.design
+        is_base = above == "selection" and group.name == design.base.group
+        flags = {**group.flags, **({value[0]: value[1]} if value else {})}
+        steps = (0, *group.steps) if is_base else group.steps
+        needs = [
             "samples",
-            "python generate_samples.py --dir $OUT/data -o $OUT/data/pretraining --dup_factor 1 --vocab_file vocab.txt "
-            f"--do_lower_case 1 --masked_lm_prob 0.15 --max_seq_length {scale.tokens} --model_name bert-large-uncased "
-            "--max_predictions_per_seq 5 --single_mask",
-            needs=("text",),
-        )
-        for task in self.tasks:
-            self._labelled(f"task {task}", task, "data", scale.labelled, scale.validation, seed=0)
-        self._add(
-            LOOKUP,
-            f"python -m pcfg.lookup --rule-path {scale.rules} --datafile $OUT/data/test0.txt --save-path $OUT/data/lookup.hdf5",
-            needs=("text",),
-        )
+            *(
+                f"task {name[6:]}"
+                for name in references_of(flags)
+                if name.startswith("tasks.") and design.tasks[name[6:]].task.generate
+            ),
+        ]
+        choices = tuple(name for name in references_of(flags) if not name.startswith("tasks."))
+        words = flag_words("run_pretraining", {name: self._resolved(flag) for name, flag in flags.items()})
+        words += self._saving(group, steps)
+        start_words: list[str] = []
+        start: Run | None = None
+        if group.start:
+            before = design.groups[group.start.group]
+            start = self._select(before.name) if above != "models" else None
+            folder = start.folder if start else f"models/{before.name}"
+            leaf = model_folder(before, 0, group.start.step, folder).replace("seed0", "seed{seed}")
+            start_words = ["--model_name_or_path", f"$OUT/{leaf}"]
+        models = Run(group=group, above=above, job=job, seeds=seeds, steps=steps, trained=())
+        stage = {"models": "training", "selection": "selection"}.get(above, "choices")
+        names = []
+        needs += [self.decided[name] for name in choices]
+        for part in [seeds] if design.stacked else [(seed,) for seed in seeds]:
+            ending = [] if design.stacked else [f"seed {part[0]}"]
+            own = list(needs)
+            if group.start:
+                origin = start.title if start else group.start.group
+                own.append(" ".join(["train", origin, *ending]))
+            if design.stacked:
+                of_seeds = [
+                    *start_words,
+                    "--seeds",
+                    ",".join(map(str, part)),
+                    "--output_dir",
+                    f"$OUT/{above}",
+                    "--job_name",
+                    job,
+                ]
+            else:
+                of_seeds = [word.replace("{seed}", str(part[0])) for word in start_words]
+                of_seeds += ["--seed", str(part[0]), "--output_dir", f"$OUT/{models.folder}", "--job_name", f"seed{part[0]}"]
+            launcher = ["python"] if design.stacked else self.launcher
+            command = [*launcher, "run_pretraining.py", "--dataset_path", SAMPLES, *words, *of_seeds]
+            makes = tuple(folder for seed in part for folder in models.models(seed))
+            name = " ".join(["train", models.title, *ending])
+            names.append(self._add(stage, name, command, needs=tuple(own), choices=choices, makes=makes))
+        return dataclasses.replace(models, trained=tuple(names))
 
-    def _labelled(self, name: str, task: str, folder: str, rows: int, validation: int, seed: int) -> str:
-        """Labelled sentences of a task in a folder of their own."""
-        return self._add(
-            name,
-            f"python generate_downstream.py --rule-path {self.scale.rules} --save-path $OUT/{folder} --sentence-num {rows} "
-            f"--validation-num {validation} --task-type {task} --seed {seed} --length-limit {self.scale.length_limit}",
-        )
+    def _resolved(self, flag: Any) -> Any:
+        """The value of a flag, with a file of a task in place of {tasks.NAME}: its adversarial one, else that for training."""
+        match = REFERENCE.fullmatch(flag) if isinstance(flag, str) else None
+        if match is None or not match[1].startswith("tasks."):
+            return flag
+        task = self.design.tasks[match[1].removeprefix("tasks.")].task
+        train_file = self._labelled_files(task)[0]
+        return train_file.replace(".csv", "_adversarial.csv") if task.generate.get("adversarial_num") else train_file
 
-    # pre-training
+    def _saving(self, group: Group, steps: tuple[int, ...]) -> list[str]:
+        """Flags of the duration and of the models that are saved."""
+        words = ["--max_steps", str(steps[-1])]
+        if group.flags.get("lr_schedule") != "wsd":
+            return [*words, "--save_steps", ",".join(map(str, steps))]
+        words += ["--branch_steps", ",".join(str(step) for step in steps if step)]
+        return words + (["--save_steps", "0"] if 0 in steps else [])
 
-    def _adamw(self, size: str, seed: int) -> Run:
-        """A standard run; that of the base size always has the length of the experiment `steps`."""
-        scale = self.scale
-        # The rate depends on the step alone, so that a longer run begins like a shorter one and continues after convergence.
-        flags = (
-            f"--optimizer_type adamw --lr {scale.lr:g} --lr_schedule constant_step --num_warmup_steps {scale.warmup} "
-            f"--curve exp --decay_rate 0.5 --decay_step {scale.half_life}"
-        )
-        saved = (0, *scale.checkpoints) if size == scale.base else (0, scale.steps)
-        return Run(folder=size, size=size, seed=seed, saved=saved, flags=flags)
+    def _select(self, name: str) -> Run:
+        """The models of a group on the selection seeds, trained and with their losses, once."""
+        if name not in self.selection:
+            models = self._train(self.design.groups[name], "selection", name, self.design.selection_seeds)
+            self.selection[name] = models
+            self._measure_loss(models, "selection")
+        return self.selection[name]
 
-    def _sgd(self, start: Run) -> Run:
-        """SGD from a model that AdamW has trained until its loss has converged: a warmup, then a constant rate."""
-        scale = self.scale
-        flags = (
-            f"--optimizer_type sgd --lr {scale.sgd_lr:g} --lr_schedule constant_step --num_warmup_steps {scale.sgd_warmup} "
-            f"--curve const --model_name_or_path $OUT/{start.model(scale.steps)}"
-        )
-        # Its steps are counted from there.
-        saved = tuple(step - scale.steps for step in scale.checkpoints if step > scale.steps)
-        return dataclasses.replace(start, folder=f"{start.folder}_sgd", saved=saved, flags=flags, needs=(start.name,))
-
-    def _train(self, runs: list[Run]) -> None:
-        scale = self.scale
-        for run in runs:
-            size = scale.sizes[run.size]
-            words = (
-                "run_pretraining.py --model_type bert-mlm --tokenizer_name bert-large-uncased --hidden_act gelu "
-                f"--hidden_size {size.hidden_size} --num_hidden_layers {size.layers} --num_attention_heads {size.heads} "
-                f"--intermediate_size {4 * size.hidden_size} --hidden_dropout_prob {scale.dropout:g} "
-                f"--attention_probs_dropout_prob {scale.dropout:g} --encoder_ln_mode pre-ln --train_batch_size {scale.batch} "
-                f"--train_micro_batch_size_per_gpu {scale.micro_batch} --gradient_clipping 1.0 --weight_decay 0.01 "
-                f"--adam_beta1 0.9 --adam_beta2 0.98 --adam_eps 1e-6 --max_steps {run.saved[-1]} "
-                f"--save_steps {','.join(map(str, run.saved))} --dataset_path $OUT/data/pretraining "
-                f"--output_dir $OUT/models/{run.folder} --job_name seed{run.seed} --seed {run.seed} --report_to none "
-                f"--total_training_time 100000 --early_exit_time_marker 100000 {run.flags} {scale.precision}"
+    def _decide(self, name: str) -> None:
+        """Train the candidates of a choice on the selection seeds, and decide."""
+        if name in self.decided:
+            return
+        design = self.design
+        choice = design.choices[name]
+        group = design.groups[choice.group]
+        for other in references_of(group.flags):
+            if other != name and other in design.choices:
+                self._decide(other)
+        # Its candidates' models are those of its last step.
+        group = group.model_copy(update={"steps": group.steps[-1:]})
+        needs = []
+        labelled = [task for task in self.measured if task.name == choice.task]
+        for value in choice.values:
+            models = self._train(group, f"choices/{name}", f"{value:g}", design.selection_seeds, (choice.flag, value))
+            needs += self._measure_loss(models, "choices") + self._measure_accuracy(
+                models, labelled, "choices", design.readouts[:1]
             )
-            needs = ("samples", *run.needs)
-            self._add(run.name, words, self.launcher, needs=needs, requires=run.requires, makes=run.models)
+        if choice.reference:
+            reference = self._select(choice.reference.group)
+            needs += [f"loss of {reference.title}"]
+        words = ["python", "-m", "pretraining.experiments.choose", "$OUT", name]
+        self.decided[name] = self._add("choices", f"choice {name}", words, needs=tuple(needs), makes=(decision_file(name),))
 
     # measurements
 
-    def _measure(self, runs: list[Run], reference: Run, for_selection: bool = False) -> None:
-        """Loss, comparison with the reference's loss, trace, probes and fine-tuning of all models of like runs.
+    def _add_records(
+        self, models: Run, what: str, file: str, words: list[str], stage: str, needs: tuple[str, ...]
+    ) -> list[str]:
+        """A measurement of all models of a folder; returns the name of its command."""
+        records = tuple((folder, file) for seed in models.seeds for folder in models.models(seed))
+        name = f"{what} of {models.title}"
+        return [self._add(stage, name, words, needs=needs, after=models.trained, records=records)]
 
-        Args:
-            runs: seeds of one kind.
-            for_selection: only what choosing a weight needs, on the labelled files for that.
-        """
-        if not runs:
-            return
-        scale = self.scale
-        folder = runs[0].folder
-        of_reference = reference.model(scale.steps)
+    def _data_words(self, flags: Flags, script: str) -> list[str]:
+        """The text and the vocabulary that the loss and the trace are measured on."""
+        grammar = (
+            {"datafile": "$OUT/data/test0.txt"} if self.design.has_grammar else {"datafile": f"{SAMPLES}/test_shard_0.hdf5"}
+        )
+        return [*flag_words(script, grammar | flags), "--vocabfile", f"{SAMPLES}/{self.design.samples['model_name']}/vocab.txt"]
 
-        def add(name: str, words: str, file: str, *needs: str) -> None:
-            models = [model for run in runs for model in run.models if model != of_reference or file != COMPARISON]
-            trained = tuple(run.name for run in runs)
-            records = tuple((model, file) for model in models)
-            self._add(f"{name} of {folder}", words, needs=needs, after=trained, records=records)
+    def _measure_loss(self, models: Run, stage: str) -> list[str]:
+        grammar = self.design.has_grammar
+        flags = {"condprobfile": "$OUT/data/lookup.hdf5"} if grammar else {}
+        words = ["python", "calculate_loss.py", "--model-path", f"$OUT/{models.folder}"]
+        words += self._data_words(flags | self.design.loss, "calculate_loss")
+        return self._add_records(models, "loss", "loss.json", words, stage, (LOOKUP,) if grammar else ("samples",))
 
-        data = f"--model-path $OUT/models/{folder} --datafile $OUT/data/test0.txt --vocabfile vocab.txt"
-        loss = f"python calculate_loss.py {data} --condprobfile $OUT/data/lookup.hdf5"
-        add("loss", loss, "loss.json", LOOKUP)
-        add("comparison", f"{loss} --compare-with $OUT/{of_reference}", COMPARISON, LOOKUP, reference.name)
-        tasks = self.tasks
-        source = "task"
-        labelled = "data"
-        if for_selection:
-            tasks = [ADVERSARIAL_TASK]
-            source = "selection task"
-            labelled = "data/selection"
-        else:
-            trace = f"python calculate_hessian.py {data} --nsamples {scale.trace_sentences}"
-            add("trace", trace, "hessian.json", "text")
+    def _measure_accuracy(
+        self, models: Run, tasks: list[Task], stage: str, readouts: tuple[str, ...] | None = None
+    ) -> list[str]:
+        """Label curves of all models of a folder; returns the names of the commands."""
+        names = []
         for task in tasks:
-            common = f"--model_name_or_path $OUT/models/{folder} {self._transfer(f'{labelled}/pcfg_{task}')}"
-            add(f"probe {task}", f"python run_lp.py {common} {scale.probe}", f"probe_pcfg_{task}.json", f"{source} {task}")
-            if task in scale.finetune_tasks and not for_selection:
-                finetune = f"python run_ft.py {common} {scale.finetune}"
-                add(f"finetune {task}", finetune, f"finetune_pcfg_{task}.json", f"task {task}")
+            for solver in readouts or self.design.readouts:
+                words = [
+                    "python",
+                    "run_lp.py",
+                    "--model_name_or_path",
+                    f"$OUT/{models.folder}",
+                    *self._curve_words(task, solver),
+                ]
+                needs = _task_needs(task)
+                names += self._add_records(
+                    models, f"{solver} {task.label}", f"curve_{task.name}_{solver}.json", words, stage, needs
+                )
+        return names
 
-    def _transfer(self, labelled: str, tokenizer: str = "bert-large-uncased") -> str:
-        """Flags that probes and fine-tuning share; `labelled`: the labelled files without their endings."""
-        return (
-            f"--train_file $OUT/{labelled}.csv --validation_file $OUT/{labelled}_validation.csv --tokenizer_name {tokenizer} "
-            f"--max_seq_length {self.scale.tokens} --do_train --do_eval --weight_decay 0.01 --max_grad_norm 1.0 "
-            "--lr_scheduler_type polynomial"
-        )
+    def _transfer_words(self, task: Task) -> list[str]:
+        """Flags that label curves and fine-tuning share."""
+        train_file, validation_file = self._labelled_files(task)
+        length = self.design.samples.get("max_seq_length", 32)
+        files = ["--train_file", train_file, "--validation_file", validation_file]
+        return [*files, "--max_seq_length", str(length), "--tokenizer_name", f"{SAMPLES}/{self.design.samples['model_name']}"]
 
-    def _lookup_probes(self) -> None:
-        """Probes of the language's own conditionals, under models/lookup_table."""
-        for task in self.tasks:
-            # Conditionals are far smaller numbers than hidden states: at the models' rate their probe would not converge.
-            words = (
-                f"python run_lp.py --features conditional --rule-path {self.scale.rules} --output_dir $OUT/{TABLE_FOLDER} "
-                f"{self._transfer(f'data/pcfg_{task}', '$OUT/data/pretraining/bert-large-uncased')} {self.scale.probe} "
-                "--solver adamw --learning_rate 1e-1"
-            )
-            file = f"{TABLE_FOLDER}/probe_pcfg_{task}.json"
-            self._add(f"probe {task} of the {LOOKUP}", words, needs=("samples", f"task {task}"), makes=(file,))
+    def _curve_words(self, task: Task, solver: str) -> list[str]:
+        counts = ",".join(map(str, self.design.label_counts))
+        words = [*self._transfer_words(task), "--solver", solver, "--label-counts", counts]
+        return words + flag_words("run_lp", self.design.probe)
 
-    # experiments
+    def _measure(self, models: Run) -> None:
+        """Everything that is measured of a group's models."""
+        design = self.design
+        stage = "measurements"
+        self._measure_loss(models, stage)
+        data = self._data_words(design.trace, "calculate_hessian")
+        words = ["python", "calculate_hessian.py", "--model-path", f"$OUT/{models.folder}", *data]
+        needs: tuple[str, ...] = ("text",) if design.has_grammar else ("samples",)
+        self._add_records(models, "trace", "hessian.json", words, stage, needs)
+        for estimator, number, file in (
+            ("hutchinson", design.hutchinson, "hessian_hutchinson.json"),
+            ("spectrum", design.spectrum, "spectrum.json"),
+        ):
+            truth = ["--condprobfile", "$OUT/data/lookup.hdf5"] if design.has_grammar else []
+            for seed in models.seeds[:number]:
+                one = dataclasses.replace(models, seeds=(seed,))
+                words = ["python", "calculate_hessian.py", "--model-path", f"$OUT/{models.folder}/seed{seed}", *data, *truth]
+                words += ["--estimator", estimator]
+                self._add_records(one, f"{estimator} seed {seed}", file, words, stage, (LOOKUP,) if truth else needs)
+        self._measure_accuracy(models, self.measured, stage)
+        for label in design.finetuned:
+            task = design.tasks[label].task
+            words = ["python", "run_ft.py", "--model_name_or_path", f"$OUT/{models.folder}", *self._transfer_words(task)]
+            words += flag_words("run_ft", design.finetune)
+            needs = _task_needs(task)
+            self._add_records(models, f"finetune {label}", f"finetune_{task.name}.json", words, stage, needs)
+        self._measure_own(models)
 
-    def _steps_experiment(self, base: list[Run], sgd: list[Run]) -> Experiment:
-        """Training on: checkpoints of AdamW's runs, and of SGD's, counted from where AdamW began."""
-        scale = self.scale
-        entries = [run.entry("AdamW", step) for run in base for step in scale.checkpoints]
-        for start, run in zip(base, sgd, strict=True):
-            entries += [start.entry("SGD", scale.steps), *(run.entry("SGD", step, scale.steps) for step in run.saved)]
-        return Experiment(name=STEPS, entries=tuple(entries))
+    def _measure_own(self, models: Run) -> None:
+        """The measurements that the study's author has written."""
+        for measurement in self.design.measurements.values():
+            for seed in models.seeds:
+                for folder in models.models(seed):
+                    record = f"{folder}/{measurement.name}.json"
+                    places = {"{model}": f"$OUT/{folder}", "{record}": f"$OUT/{record}"}
+                    words = shlex.split(measurement.command)
+                    for place, path in places.items():
+                        words = [word.replace(place, path) for word in words]
+                    self._add("measurements", f"{measurement.name} of {folder}", words, after=models.trained, makes=(record,))
 
-    def _sizes_experiment(self, sizes: dict[str, list[Run]]) -> Experiment:
-        """Models of all sizes at the same step, in the parameters of the largest by both rules."""
-        step = self.scale.steps
-        large = sizes[self.scale.largest][0]
-        entries = []
-        enlarged: dict[str, list[tuple[str, str]]] = {rule: [] for rule in TIED_SCALES}
-        for name, runs in sizes.items():
-            for run in runs:
-                common = {}
-                for rule in TIED_SCALES if name != large.size else ():
-                    common[rule] = f"enlarged/{rule}/{run.folder}/seed{run.seed}"
-                    command = self._add(
-                        f"enlarge {run.folder} seed {run.seed} by {rule}",
-                        f"python enlarge.py --checkpoint-path $OUT/{run.model(step)} --large-model-path "
-                        f"$OUT/{large.model(step)} --enlarged-model-path $OUT/{common[rule]} --tied-scale {rule}",
-                        needs=(run.name, large.name),
-                        makes=(common[rule],),
-                    )
-                    enlarged[rule].append((command, common[rule]))
-                entries.append(run.entry(name, step).model_copy(update={"common": common}))
-        for rule, models in enlarged.items():
-            self._add(
-                f"trace of the enlarged by {rule}",
-                f"python calculate_hessian.py --model-path $OUT/enlarged/{rule} --datafile $OUT/data/test0.txt --vocabfile "
-                f"vocab.txt --nsamples {self.scale.trace_sentences}",
-                needs=("text",),
-                after=tuple(command for command, _ in models),
-                records=tuple((folder, "hessian.json") for _, folder in models),
-            )
-        return Experiment(name=SIZES, entries=tuple(entries))
+    def _controls(self, base: Run) -> tuple[Control, ...]:
+        """Probes without pre-training, of the words and of the language itself."""
+        design = self.design
+        untrained = tuple(model_folder(base.group, seed, 0, base.folder) for seed in base.seeds)
+        controls = [Control(name="untrained", folders=untrained)]
+        kinds = {"words": ["--features", "words"]}
+        if design.has_grammar:
+            kinds["lookup"] = ["--features", "conditional", "--rule-path", str(design.text["rule_path"])]
+        for name, features in kinds.items():
+            folder = f"controls/{name}"
+            controls.append(Control.model_validate({"name": name, "folders": (folder,)}))
+            for task in self.measured:
+                for solver in design.readouts:
+                    words = [
+                        "python",
+                        "run_lp.py",
+                        *features,
+                        "--output_dir",
+                        f"$OUT/{folder}",
+                        *self._curve_words(task, solver),
+                    ]
+                    needs = ("samples", *_task_needs(task))
+                    makes = (f"{folder}/curve_{task.name}_{solver}.json",)
+                    self._add("controls", f"{solver} {task.label} of {name}", words, needs=needs, makes=makes)
+        return tuple(controls)
 
-    def _selection(self) -> list[Run]:
-        """Models for choosing the adversarial weight, the choice, and the runs with the chosen one, not yet trained."""
-        scale = self.scale
-        seed = scale.selection_seed
-        task = ADVERSARIAL_TASK
-        # Labelled files of their own: for the adversarial term, and for choosing; the tasks' files stay unseen.
-        adversarial = self._labelled("adversarial task", task, "data/adversarial", scale.labelled, 1, seed=1)
-        self._labelled(f"selection task {task}", task, "data/selection", scale.labelled, scale.validation, seed=2)
-        plain = dataclasses.replace(self._adamw(scale.base, seed), folder="selection_standard", saved=(0, scale.steps))
-        tried = {
-            weight: self._adversarial(f"selection_{weight:g}", seed, f"--adversarial_weight {weight:g}", adversarial)
-            for weight in scale.weights
-        }
-        runs = [plain, *tried.values()]
-        self._train(runs)
-        for run in runs:
-            self._measure([run], plain, for_selection=True)
-        candidates = " ".join(f"--candidate {weight:g} $OUT/{run.model(scale.steps)}" for weight, run in tried.items())
-        measured = [f"{what} of {run.folder}" for run in runs for what in ("comparison", f"probe {task}")]
-        self._add(
-            "choice of the weight",
-            f"python -m pretraining.experiments.choose --standard $OUT/{plain.model(scale.steps)} {candidates} "
-            f"--task pcfg_{task} --max-gap {MAX_GAP:g} --margin {MARGIN:g} --output $OUT/adversarial",
-            needs=tuple(measured),
-            makes=(CHOICE,),
-        )
-        runs = [
-            self._adversarial("adversarial", seed, f"--config $OUT/{CHOSEN}", adversarial, "choice of the weight")
-            for seed in self.seeds
-        ]
-        return [dataclasses.replace(run, requires=CHOSEN) for run in runs]
 
-    def _adversarial(self, folder: str, seed: int, flags: str, *needs: str) -> Run:
-        """A run with the adversarial term, of the standard one's length and order of sentences."""
-        scale = self.scale
-        plain = self._adamw(scale.base, seed)
-        flags = (
-            f"{plain.flags} --adversarial_file $OUT/data/adversarial/pcfg_{ADVERSARIAL_TASK}.csv --adversarial_batch_size "
-            f"{scale.adversarial_batch} --adversarial_ridge {scale.ridge:g} {flags}"
-        )
-        return dataclasses.replace(plain, folder=folder, saved=(0, scale.steps), flags=flags, needs=needs)
-
-    def _algorithms_experiment(self, base: list[Run], adversarial: list[Run]) -> Experiment:
-        """Standard, adversarial and lookup table."""
-        step = self.scale.steps
-        entries = [run.entry("standard", step) for run in base] + [run.entry("adversarial", step) for run in adversarial]
-        table = Entry(group=LOOKUP, seed=None, step=None, folder=TABLE_FOLDER)
-        return Experiment(name=ALGORITHMS, entries=(*entries, table), choice=CHOICE)
+def fingerprint(studies: Studies) -> str:
+    """The canonical JSON of a resolved study, for its hash: equal for the same study on every machine."""
+    content = studies.model_dump(mode="json", exclude={"registrations"})
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))

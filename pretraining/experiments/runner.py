@@ -19,8 +19,8 @@ from pathlib import Path
 
 from pcfg.common.files import disk_errors
 from pretraining.experiments.plan import Step
+from pretraining.experiments.study import Status, read_decision, read_statuses, write_statuses
 from pretraining.model.checkpoints import is_model_folder
-from pretraining.report.contract import Status, read_statuses, write_statuses
 
 ROOT = Path(__file__).parents[2]
 LOCK_FILE = ".running"
@@ -119,15 +119,17 @@ class Runner:
         """Record the state of a step that will not be started; returns whether that is so."""
         states = {name: self.statuses[name].state for name in (*step.needs, *step.after)}
         missing = [name for name in step.needs if states[name] != "done"]
-        if step.after and all(states[name] != "done" for name in step.after):
+        has_models = any(is_model_folder(self.out / folder) for folder, _ in step.records)
+        # A run of several seeds that fails for one of them has saved the models of the others.
+        if step.after and not has_models and all(states[name] != "done" for name in step.after):
             missing += step.after
         if missing:
             # A step that waits for one that is not due is not due either.
             is_due = any(states[name] != "not due" for name in missing)
             why = f"{missing[0]}: {states[missing[0]]}"
             self._note(step, Status(state="blocked" if is_due else "not due", why=why))
-        elif step.requires and not (self.out / step.requires).exists():
-            self._note(step, Status(state="not due", why=f"{step.requires} was not made"))
+        elif undecided := [name for name in step.choices if self._value(name) is None]:
+            self._note(step, Status(state="not due", why=f"choice {undecided[0]} admits none of its values"))
         elif is_done(step, self.out):
             self._note(step, Status(state="done"), skipped=True)
         else:
@@ -137,8 +139,15 @@ class Runner:
     def _log(self, step: Step) -> Path:
         return Path("logs") / (re.sub(r"[^\w.]+", "_", step.name) + ".log")
 
+    def _value(self, choice: str) -> float | None:
+        """The value that a choice has decided on, or None."""
+        decision = read_decision(self.out, choice)
+        return decision.chosen if decision else None
+
     def _start(self, step: Step) -> None:
         words = [word.replace("$OUT", str(self.out)) for word in step.words]
+        for name in step.choices:
+            words = [word.replace(f"{{{name}}}", f"{self._value(name):g}") for word in words]
         if words[0] == "python":
             words[0] = sys.executable
         path = self.out / self._log(step)

@@ -87,6 +87,12 @@ class Group(Schema):
         return step + (groups[self.start.group].total(self.start.step, groups) if self.start else 0)
 
 
+def model_folder(group: Group, seed: int, step: int, above: str | None = None) -> str:
+    """The folder of a model, relative to the folder of results; `above`: the one of all seeds, by default `models/GROUP`."""
+    cooled = "-cooled" if step and group.flags.get("lr_schedule") == "wsd" else ""
+    return f"{above or f'models/{group.name}'}/seed{seed}/step{step:07d}{cooled}"
+
+
 class Control(Schema):
     """A folder of records that no pre-trained model is in: words, untrained, lookup."""
 

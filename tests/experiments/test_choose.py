@@ -1,100 +1,101 @@
-"""The choice of the adversarial weight from made-up records."""
+"""The rules of choices against naive ones, and their records."""
 
+import itertools
+
+import numpy as np
 import pytest
 
-from pcfg.common.files import InputError, read_json, sha256
-from pretraining.evaluation.records import ComparisonRecord, ProbeRecord, write_record
+from pcfg.common.files import InputError
+from pretraining.evaluation.records import CurveRecord, LossRecord, write_record
 from pretraining.experiments import choose
-from pretraining.report.contract import read_choice
+from pretraining.experiments.plan import make_plan
+from pretraining.experiments.resolve import resolve
+from pretraining.experiments.study import Choice, read_decision, write_studies
+from tests.experiments.test_plan import TINY
 
-COMMON = {"inputs": {"data": {"sha256": "ab" * 32}}, "arguments": {}, "seconds": 1.0, "device": "cpu"}
-
-
-def means(value, error):
-    return {by: {"mean": value, "standard_error": error} for by in ("pairs", "sentences")}
-
-
-@pytest.fixture
-def model(tmp_path):
-    """Writes a model folder with a probe's record, and a comparison with the standard model."""
-
-    def write(name, accuracy, increase=None, error=0.001, gap=0.001):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "model.safetensors").write_text(name)
-        details = {"accuracies": [accuracy], "best_accuracy": accuracy, "sampling_standard_error": 0.01, "majority": 0.3}
-        kinds = {"value": accuracy, "standard_error": 0.004, "n": 100, "unit": "accuracy"}
-        write_record(folder, "probe_pcfg_B.json", ProbeRecord(**kinds, **details, **COMMON))
-        if increase is not None:
-            inputs = {"model": {"sha256": sha256(folder / "model.safetensors")}}
-            inputs["other"] = {"sha256": sha256(tmp_path / "standard/model.safetensors")}
-            kinds = {"value": increase, "standard_error": error, "n": 100, "unit": "nats", "models": ["a", "b"]}
-            rest = {**COMMON, "inputs": inputs}
-            if gap is not None:
-                kinds |= {"gap_a": means(gap + increase, 1e-4), "gap_b": means(gap, 1e-4)}
-            record = ComparisonRecord(difference=means(increase, error), **kinds, **rest)
-            write_record(folder, "comparison_0.json", record)
-        return str(folder)
-
-    return write
+COMMON = {"inputs": {"data": {"sha256": "ab" * 32}}, "arguments": {}, "seconds": 1.0, "device": "cpu", "n": 10}
 
 
-def run(tmp_path, standard, candidates, *flags):
-    words = ["--standard", standard, "--task", "pcfg_B", "--gap-allowed", "0.02", "--output", str(tmp_path / "out"), *flags]
-    for weight, folder in candidates.items():
-        words += ["--candidate", weight, folder]
-    choose.main(words)
-    return read_choice(tmp_path / "out/choice.json")
+def naive(rule, gaps, accuracies, reference, tolerance):
+    """The chosen value by plain loops."""
+    mean_gap = {value: sum(numbers) / len(numbers) for value, numbers in gaps.items()}
+    best = None
+    for value in mean_gap:
+        limit = (min(mean_gap.values()) if reference is None else sum(reference) / len(reference)) + tolerance
+        if rule == "lowest_gap":
+            if best is None or mean_gap[value] < mean_gap[best]:
+                best = value
+        elif mean_gap[value] <= limit:
+            if best is None:
+                best = value
+            elif rule == "largest":
+                best = max(best, value)
+            elif sum(accuracies[value]) < sum(accuracies[best]):
+                best = value
+    return best
 
 
-def test_the_lowest_accuracy_among_the_weights_that_keep_the_gap(tmp_path, model, capsys):
-    standard = model("standard", 0.9)
-    candidates = {
-        "3": model("w3", 0.3, 0.1),
-        "1": model("w1", 0.5, 0.0195, 0.001),  # less than 0.02, but not certainly
-        "0.3": model("w0.3", 0.6, 0.017),
-        "0.1": model("w0.1", 0.8, 0.001),
-    }
-    choice = run(tmp_path, standard, candidates, "--max-gap", "1")
-    assert [tried.same_loss for tried in choice.weights] == [True, True, False, False]
-    assert choice.chosen == 0.3 and "chosen: 0.3" in capsys.readouterr().out
-    assert [tried.weight for tried in choice.weights] == [0.1, 0.3, 1.0, 3.0]
-    assert (choice.weights[1].gap_increase, choice.weights[1].accuracy, choice.weights[1].standard_accuracy) == (
-        0.017,
-        0.6,
-        0.9,
+@pytest.mark.parametrize("rule", ["lowest_gap", "largest", "lowest_accuracy"])
+def test_rules_against_naive_ones(rule):
+    rng = np.random.default_rng(0)
+    chosen = set()
+    for _, tolerance, has_reference in itertools.product(range(40), (0.0, 0.2), (False, True)):
+        values = (0.5, 1.0, 2.0, 4.0)
+        gaps = {value: rng.random(3).tolist() for value in values}
+        accuracies = {value: rng.random(3).tolist() for value in values} if rule == "lowest_accuracy" else {}
+        reference = (rng.random(3) - 0.1).tolist() if has_reference else None
+        choice = Choice(name="c", group="g", flag="lr", values=values, rule=rule, tolerance=tolerance)
+        decision = choose.decide(choice, (1, 2, 3), gaps, accuracies, reference)
+        assert decision.chosen == naive(rule, gaps, accuracies, reference, tolerance)
+        chosen.add(decision.chosen)
+        for candidate in decision.candidates:
+            numbers = gaps[candidate.value]
+            assert candidate.gap == pytest.approx(np.mean(numbers))
+            assert candidate.gap_error == pytest.approx(np.std(numbers, ddof=1) / 3**0.5)
+    assert chosen >= {0.5, 1.0, 2.0, 4.0} and (None in chosen) == (rule != "lowest_gap")
+
+
+def write_model(folder, gap, accuracy):
+    folder.mkdir(parents=True)
+    means = {by: {"mean": gap, "standard_error": 0.001} for by in ("pairs", "sentences")}
+    numbers = {"value": 2 + gap, "standard_error": 0.001, "unit": "nats"}
+    write_record(folder, "loss.json", LossRecord(sampled_loss=means, gap=means, **numbers, **COMMON))
+    mean = {"mean": accuracy, "standard_error": 0.01}
+    point = {"labels": 40, "draws": 2, "accuracy": mean, "missing_classes": 0, "sampling_standard_error": 0.01}
+    point["strengths"] = [1.0, 1.0]
+    facts = {"task": "pcfg_A", "pool": "concat", "features": "hidden", "solver": "ridge", "majority": 0.3, "points": [point]}
+    record = CurveRecord(value=accuracy, standard_error=0.01, unit="accuracy", **facts, **COMMON)
+    write_record(folder, "curve_pcfg_A_ridge.json", record)
+
+
+def test_decision_from_the_records_of_a_study(tmp_path, capsys):
+    _, studies = make_plan(resolve(TINY, None), ["python"])
+    write_studies(tmp_path, studies)
+    main = lambda: choose.main([str(tmp_path), "weight"])  # noqa: E731
+    with pytest.raises(InputError, match=r"seed50/step0000004: has no loss.json; run the study again"):
+        main()
+    numbers = {"0.1": (0.1, 0.6), "0.2": (0.9, 0.2)}
+    for (value, (gap, accuracy)), seed in itertools.product(numbers.items(), (50, 51)):
+        write_model(tmp_path / f"choices/weight/{value}/seed{seed}/step0000004", gap, accuracy)
+    for seed in (50, 51):
+        write_model(tmp_path / f"selection/base/seed{seed}/step0000004", 0.0, 0.9)
+    main()
+    decision = read_decision(tmp_path, "weight")
+    assert decision.chosen == 0.2 and decision.limit == 1.0 and decision.reference_gap == 0.0 and decision.seeds == (50, 51)
+    assert [(row.value, row.gap, row.accuracy, row.admitted) for row in decision.candidates] == [
+        (0.1, 0.1, 0.6, True),
+        (0.2, 0.9, 0.2, True),
+    ]
+    assert (
+        "adversarial_weight 0.2: gap 0.9000 +- 0.0000 nats, accuracy 20.0%, admitted\nchosen: 0.2\n" in capsys.readouterr().out
     )
-    assert read_json(tmp_path / "out/chosen.json") == {"arguments": {"adversarial_weight": 0.3}}
-
-
-def test_none_where_the_gap_grows_or_the_accuracy_does(tmp_path, model, capsys):
-    standard = model("standard", 0.9)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/chosen.json").write_text("{}")  # of an earlier choice
-    choice = run(tmp_path, standard, {"1": model("w1", 0.5, 0.3), "0.1": model("w0.1", 0.91, 0.0)})
-    assert choice.chosen is None and not (tmp_path / "out/chosen.json").exists()
-    assert "none is chosen" in capsys.readouterr().out
-
-
-def test_both_models_must_be_saturated(tmp_path, model):
-    standard = model("standard", 0.9)
-    candidates = {"1": model("w1", 0.5, 0.004, gap=0.017), "0.1": model("w0.1", 0.8, 0.001, gap=0.017)}
-    assert run(tmp_path, standard, candidates).chosen == 0.1
-    assert run(tmp_path, standard, candidates, "--max-gap", "0.01").chosen is None
-    assert run(tmp_path, standard, candidates, "--max-gap", "0.03").chosen == 1.0
-    unknown = {"1": model("natural", 0.5, 0.0, gap=None)}
-    with pytest.raises(InputError, match="natural: .* no gaps.*--condprobfile or --rule-path"):
-        run(tmp_path, standard, unknown)
-
-
-def test_missing_measurements(tmp_path, model):
-    standard = model("standard", 0.9)
-    alone = model("w1", 0.5)
-    with pytest.raises(InputError, match="w1: no comparison with .*standard.*--compare-with"):
-        run(tmp_path, standard, {"1": alone})
-    (tmp_path / "standard/probe_pcfg_B.json").unlink()
-    with pytest.raises(InputError, match="no probe_pcfg_B.json; measure"):
-        run(tmp_path, standard, {"1": alone})
-    with pytest.raises(SystemExit) as error:
-        run(tmp_path, standard, {"much": alone})
-    assert error.value.code == 2
+    tighter = studies.choices[0].model_copy(update={"tolerance": 0.5})
+    write_studies(tmp_path, studies.model_copy(update={"choices": (tighter,)}))
+    main()
+    assert read_decision(tmp_path, "weight").chosen == 0.1
+    none = studies.choices[0].model_copy(update={"tolerance": 0.05})
+    write_studies(tmp_path, studies.model_copy(update={"choices": (none,)}))
+    main()
+    assert read_decision(tmp_path, "weight").chosen is None and "none is admitted" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no study with a choice 'wait' there; it has weight"):
+        choose.main([str(tmp_path), "wait"])

@@ -1,147 +1,209 @@
-"""The plans of all scales: what they hang on, and that every script knows its flags."""
+"""The plans of studies: what commands depend on, and that every script knows its flags."""
 
+import dataclasses
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from pcfg import lookup
+from pcfg.common.files import InputError
 from pretraining.evaluation.downstream import parse_arguments
-from pretraining.experiments import choose, reproduce
-from pretraining.experiments.plan import SCALES, Planner, Step
-from pretraining.report.contract import ALGORITHMS, NAMES, SIZES, STEPS, Status, read_experiments, write_experiments
+from pretraining.experiments import __main__ as experiments
+from pretraining.experiments.plan import Step, fingerprint, make_plan
+from pretraining.experiments.resolve import resolve
+from pretraining.experiments.study import Registration, Status, read_studies, write_statuses, write_studies
 from pretraining.training.arguments import parse_with_config
 
-ROOT = Path(__file__).parents[2]
+TINY = Path(__file__).with_name("tiny.toml")
 
 
-def plan(scale=SCALES["mini"], names=NAMES, seeds=(0, 1), tasks=("A", "B"), launcher=("python",)):
-    return Planner(scale, list(names), list(seeds), list(tasks), list(launcher)).plan()
+def plan(path=TINY, scale=None, launcher=("python",), **changes):
+    return make_plan(dataclasses.replace(resolve(path, scale), **changes), list(launcher))
 
 
-@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
-@pytest.mark.parametrize("names", [NAMES, (STEPS,), (SIZES,), (ALGORITHMS,)], ids=["all", *NAMES])
-def test_nothing_hangs_on_what_comes_later_and_every_entry_is_made(scale, names, tmp_path):
-    steps, experiments = plan(scale, names)
+def check_order(steps):
+    """Nothing depends on what comes later, and what a command reads below OUT was made before."""
     seen, makes = set(), set()
     for step in steps:
         assert step.name not in seen
         assert {*step.needs, *step.after} <= seen, step.name
-        # What a command names below OUT, but for data, was made before, is made by itself, or is what it waits for.
-        for path in re.findall(r"\$OUT/(\S+)", step.command):
-            known = [path == made or made.startswith(f"{path}/") for made in (*makes, *step.makes, step.requires or "")]
+        for path in re.findall(r"\$OUT/([^\"]+)", step.command):
+            paths = [path.replace("seed{seed}", f"seed{seed}") for seed in (7, 8, 50, 51)] if "{seed}" in path else [path]
+            makers = {*makes, *step.all_makes}
+            known = [any(other == made or made.startswith(f"{other}/") for made in makers) for other in paths]
+            # The output folder of stacked runs is above all that they make.
             assert path.split("/")[0] == "data" or any(known), (step.name, path)
         seen.add(step.name)
-        makes |= set(step.makes)
-    records = {folder for step in steps for folder, _ in step.records}
-    for experiment in experiments.experiments:
-        for entry in experiment.entries:
-            assert entry.folder in makes | {"models/lookup_table"}
-            assert entry.folder in records | {"models/lookup_table"}
-            assert set(entry.common.values()) <= makes & records
-    assert [experiment.name for experiment in experiments.experiments] == list(names)
-    assert experiments.reference in makes
-    write_experiments(tmp_path, experiments)
-    assert read_experiments(tmp_path) == experiments
+        makes |= {*step.makes, *(folder for folder, _ in step.records)}
+    return seen, makes
 
 
-@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
-def test_scales_are_consistent(scale):
-    assert scale.steps in scale.checkpoints and list(scale.checkpoints) == sorted(scale.checkpoints)
-    large = scale.sizes[scale.largest]
-    for size in scale.sizes.values():  # what enlarge.py can do
-        assert large.hidden_size % size.hidden_size == 0 and large.layers >= size.layers
-        assert size.hidden_size % size.heads == 0 and size.hidden_size // size.heads == large.hidden_size // large.heads
-    assert list(scale.sizes) == sorted(scale.sizes, key=lambda name: scale.sizes[name].hidden_size)
-    assert scale.batch <= scale.sentences and scale.adversarial_batch <= scale.labelled
-
-
-@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
-def test_every_script_knows_its_flags(scale, tmp_path):
-    (tmp_path / "adversarial").mkdir()
-    (tmp_path / "adversarial/chosen.json").write_text('{"arguments": {"adversarial_weight": 0.5}}')
+def check_flags(steps):
+    """Every script takes the words of its commands."""
     parsers = {}
-    for step in plan(scale)[0]:
-        words = [word.replace("$OUT", str(tmp_path)) for word in step.words]
+    for step in steps:
+        words = [word.replace("{weight}", "0.5").replace("{rho}", "0.5") for word in step.words]
         assert words[0] == "python"
+        if words[1] == "-c":
+            continue
         script, arguments = (words[2], words[3:]) if words[1] == "-m" else (Path(words[1]).stem, words[2:])
+        parser = parsers.setdefault(script, importlib.import_module(script).build_parser())
         if script in ("run_lp", "run_ft"):
-            module = importlib.import_module(script)
-            parse_arguments(module.build_parser(), [*arguments, "--use_cpu"])
+            parse_arguments(parser, [*arguments, "--use_cpu"])
         elif script == "run_pretraining":
-            options = parse_with_config(importlib.import_module(script).build_parser(), arguments)
-            assert options.adversarial_weight == (0.5 if "--config" in arguments else options.adversarial_weight)
-            assert bool(options.adversarial_file) == (
-                "adversarial" in step.name or re.search(r"selection_\d", step.name) is not None
-            )
+            options = parse_with_config(parser, arguments)
+            assert bool(options.adversarial_file) == ("adversarial" in step.name or "weight" in step.name)
         else:
-            parsers.setdefault(script, importlib.import_module(script).build_parser()).parse_args(arguments)
-    assert {"generate_pretraining", "generate_samples", "generate_downstream", "calculate_loss", "enlarge"} <= parsers.keys()
-    assert parsers.keys() >= {lookup.__name__, choose.__name__}
+            parser.parse_args(arguments)
+    return parsers
 
 
-def test_seeds_and_tasks_are_all_there():
-    steps, experiments = plan(seeds=(3, 5), tasks=("C",))
-    names = {step.name for step in steps}
-    assert {"train medium seed 3", "train medium_sgd seed 5", "probe C of large"} <= names
-    assert not any("probe A" in name or "seed 0" in name for name in names)
-    assert experiments.seeds == (3, 5) and experiments.tasks == ("C",) and experiments.finetune_tasks == ()
-    [adversarial] = [step for step in steps if step.name == "train adversarial seed 5"]
-    assert adversarial.requires == "adversarial/chosen.json" and "choice of the weight" in adversarial.needs
+@pytest.mark.parametrize("stacked", [False, True])
+def test_nothing_depends_on_what_comes_later_and_every_model_is_measured(stacked, tmp_path):
+    steps, studies = plan(stacked=stacked)
+    _, makes = check_order(steps)
+    records = {path for step in steps for path in step.all_makes}
+    for group in studies.groups.values():
+        for folder in group.folders.values():
+            assert folder in makes
+            for file in ("loss.json", "hessian.json", "curve_pcfg_A_ridge.json", "size.json"):
+                assert f"{folder}/{file}" in records and studies.commands[f"{folder}/{file}"]
+    hutchinson = {path for path in records if "hutchinson" in path}
+    assert hutchinson == {
+        f"{group.folders[f'7@{step}']}/hessian_hutchinson.json" for group in studies.groups.values() for step in group.steps
+    }
+    for control in studies.controls:
+        assert all(f"{folder}/curve_pcfg_A_ridge.json" in records for folder in control.folders)
+    assert studies.controls[0].folders == tuple(f"selection/base/seed{seed}/step0000000" for seed in (50, 51))
+    assert studies.selection.seeds == (50, 51) and set(studies.selection.folders.values()) <= makes
+    write_studies(tmp_path, studies)
+    assert read_studies(tmp_path) == studies
+
+
+def test_scripts_know_their_flags():
+    parsers = check_flags(plan(stacked=False)[0])
+    assert parsers.keys() >= {"generate_pretraining", "generate_samples", "generate_downstream", "calculate_loss", "run_lp"}
+    assert parsers.keys() >= {"pcfg.lookup", "pretraining.experiments.choose", "calculate_hessian", "run_pretraining"}
+
+
+def test_one_process_per_seed_or_for_all_seeds():
+    commands = {step.name: step for step in plan()[0]}
+    on = commands["train on seed 8"]
+    assert '--model_name_or_path "$OUT/models/base/seed8/step0000002"' in on.command and on.needs[-1] == "train base seed 8"
+    assert on.command.endswith('--seed 8 --output_dir "$OUT/models/on" --job_name seed8')
+    stacked = {step.name: step for step in plan(stacked=True)[0]}
+    on = stacked["train on"]
+    assert '--model_name_or_path "$OUT/models/base/seed{seed}/step0000002"' in on.command and on.needs[-1] == "train base"
+    assert on.command.endswith('--seeds 7,8 --output_dir "$OUT/models" --job_name on')
+    assert on.makes == ("models/on/seed7/step0000002", "models/on/seed8/step0000002")
+    # What a choice admits is known only when the group starts.
+    adversarial = stacked["train adversarial"]
+    assert adversarial.choices == ("weight",) and {"choice weight", "task A"} <= {*adversarial.needs}
+    assert "--adversarial_weight '{weight}'" in adversarial.command
+    candidate = stacked["train choices/weight 0.1"]
+    assert "--adversarial_weight 0.1 " in candidate.command and "--seeds 50,51" in candidate.command and not candidate.choices
+    assert "train selection base" in stacked and "--save_steps 0,2,4" in stacked["train selection base"].command
+
+
+def test_branches_are_measured_where_the_rate_is_constant():
+    design = resolve(TINY, None)
+    flags = {"lr_schedule": "wsd"}
+    groups = {name: group.model_copy(update={"flags": group.flags | flags}) for name, group in design.groups.items()}
+    steps, _ = plan(groups=groups)
+    commands = {step.name: step for step in steps}
+    assert commands["train base seed 7"].makes == (
+        "models/base/seed7/step0000002-cooled",
+        "models/base/seed7/step0000004-cooled",
+    )
+    assert "--max_steps 4 --branch_steps 2,4 --seed" in commands["train base seed 7"].command
+    assert "--branch_steps 2,4 --save_steps 0 " in commands["train selection base seed 50"].command
+    assert "selection/base/seed50/step0000000" in commands["train selection base seed 50"].makes
+    assert '"$OUT/models/base/seed7/step0000002-cooled"' in commands["train on seed 7"].command
 
 
 def test_the_launcher_starts_pre_training_and_nothing_else():
-    steps, _ = plan(launcher=("deepspeed", "--hostfile", "my hosts"))
-    for step in steps:
+    for step in plan(launcher=("deepspeed", "--hostfile", "my hosts"))[0]:
         assert step.command.startswith("deepspeed --hostfile 'my hosts' run_pretraining.py") == step.name.startswith("train ")
 
 
-def test_what_experiments_share_is_made_by_the_same_commands():
-    commands = [{step.name: step.command for step in plan(names=(name,))[0]} for name in NAMES]
-    together = {step.name: step.command for step in plan()[0]}
-    for some in commands:
-        assert some.items() <= together.items()
+def test_the_hash_is_of_the_resolved_study(tmp_path):
+    design = experiments.read_designs([TINY], None)
+    [study] = design.studies
+    assert len(study.sha256) == 64
+    same = tmp_path / "tiny.toml"
+    same.write_text("# another comment\n" + TINY.read_text().replace("[2, 4]", "[4,2]"))
+    assert experiments.read_designs([same], None).studies[0].sha256 == study.sha256
+    same.write_text(TINY.read_text().replace("label_counts = [20, 40]", "label_counts = [40, 60]"))
+    other = experiments.read_designs([same], None).studies[0].sha256
+    assert other != study.sha256
+    assert fingerprint(plan()[1]) == fingerprint(plan()[1])
 
 
-def test_dry_run_prints_commands_and_does_nothing(tmp_path):
-    command = ["bash", "scripts/reproduce_sizes.sh", "--dry-run", "--seeds", "1", "--task", "B", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "out").exists()
-    steps, _ = plan(names=(SIZES,), seeds=(1,), tasks=("B",))
-    for step in steps:
-        assert f"# {step.name}\n{step.command}\n" in done.stdout
-    assert done.stdout.endswith(f"# {len(steps)} commands, 0 done\n")
+def test_what_is_fixed_beforehand(tmp_path):
+    design = experiments.read_designs([TINY], None)
+    _, studies = make_plan(design, ["python"])
+    first = experiments.register(studies, tmp_path)
+    [registration] = first.registrations
+    assert registration.accuracies == 0 and registration.sha256 == {"tiny": design.studies[0].sha256}
+    assert experiments.register(first, tmp_path) == first
+    folder = tmp_path / studies.groups["base"].folders["7@2"]
+    folder.mkdir(parents=True)
+    for name in ("curve_pcfg_A_ridge.json", "probe_pcfg_A.json", "loss.json"):
+        (folder / name).touch()
+    changed = first.model_copy(update={"studies": (first.studies[0].model_copy(update={"sha256": "1" * 64}),)})
+    second = experiments.register(changed, tmp_path)
+    assert second.registrations[0] == registration and isinstance(registration, Registration)
+    assert second.registrations[1].accuracies == 2 and second.registrations[1].sha256 == {"tiny": "1" * 64}
 
 
-def test_dry_run_counts_what_is_done_and_the_measured_time(tmp_path):
-    steps = [Step(name=name, words=("true",), makes=(name,)) for name in ("a", "b", "c")]
-    for name in ("a", "b"):
-        (tmp_path / name).touch()
-    statuses = {"a": Status(state="done", seconds=61.0), "b": Status(state="done")}
-    text = reproduce.describe(steps, statuses, {"OMP_NUM_THREADS": "1"}, tmp_path)
-    assert "# a: done in 0:01:01\ntrue\n# b: done\ntrue\n# c\ntrue\n" in text
-    assert text.endswith("# 3 commands, 2 done, 1 of them took 0:01:01 one after another")
-
-
-def test_another_scale_or_seeds_in_the_same_folder_are_an_error(tmp_path):
-    write_experiments(tmp_path, plan()[1])
-    script = [sys.executable, "-m", "pretraining.experiments.reproduce", "steps", "--out", str(tmp_path), "--task", "A,B"]
-    for flags, text in (
-        (["--seeds", "0"], "--seeds 0: .*with --seeds 0,1"),
-        (["--scale", "small"], "--scale small: .*--scale mini"),
+def test_studies_that_follow_each_other_in_one_folder(tmp_path):
+    _, first = plan()
+    write_studies(tmp_path, first)
+    other = tmp_path / "other.toml"
+    other.write_text(f'include = "{TINY}"\nquestion = "Another?"\n[[comparisons]]\nbefore = "base@first"\nafter = "on"\n')
+    both = experiments.with_others(plan(other)[1], first, tmp_path)
+    assert [study.name for study in both.studies] == ["other", "tiny"]
+    assert set(both.groups) == {"base", "on", "adversarial"} and [choice.name for choice in both.choices] == ["weight"]
+    # The same study again replaces itself.
+    assert experiments.with_others(first, both, tmp_path).studies[0].name == "tiny"
+    # Models on the disk are not those of other flags.
+    changed = tmp_path / "changed.toml"
+    changed.write_text(TINY.read_text().replace("train_batch_size = 8", "train_batch_size = 4"))
+    experiments.with_others(plan(changed)[1], None, tmp_path)
+    (tmp_path / "models/base/seed7/step0000002").mkdir(parents=True)
+    with pytest.raises(
+        InputError,
+        match=r"seed7/step0000002: was made with other flags \(--train_batch_size was 8, now 4, --.*\); give another --out",
     ):
-        done = subprocess.run([*script, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and re.search(text, done.stderr) and "Traceback" not in done.stderr
+        experiments.with_others(plan(changed)[1], first, tmp_path)
+    changed.write_text(TINY.read_text().replace("shard_num = 1", "shard_num = 2"))
+    with pytest.raises(InputError, match=r"text of its study tiny is .*; give another --out"):
+        experiments.with_others(plan(changed)[1], first, tmp_path)
 
 
-def test_seed_and_task_lists():
-    options = reproduce.build_parser().parse_args(["all", "--task", "B"])
-    assert (options.seeds, options.task, options.scale) == ([0, 1, 2], ["B"], "mini")
-    for flags in (["--task", "D"], ["--seeds", "x"], ["--seeds", ","], ["--scale", "huge"], ["--task", ""]):
-        with pytest.raises(SystemExit) as error:
-            reproduce.build_parser().parse_args(["all", *flags])
-        assert error.value.code == 2
+def test_results_of_the_former_experiments_are_refused(tmp_path):
+    (tmp_path / "experiments.json").write_text("{}")
+    with pytest.raises(InputError, match=r"results of the former reproduce_\*.sh .* give another --out"):
+        experiments.main([str(TINY), "--out", str(tmp_path), "--dry-run"])
+
+
+def test_dry_run_says_what_exists_and_does_nothing(tmp_path, capsys):
+    experiments.main([str(TINY), "--out", str(tmp_path / "out"), "--dry-run"])
+    text = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert "primary: base at step 2 against on at step 2" in text
+    assert f"on: seeds 7, 8, steps 2, from base at step 2; 0 of 2 models in {tmp_path}/out/models/on" in text
+    steps, studies = plan()
+    training = [step for step in steps if step.stage == "training"]
+    assert re.search(rf"^training +{len(training)} +0  0 of 8$", text, re.M)
+    for folder in training[0].makes:
+        (tmp_path / folder).mkdir(parents=True)
+    write_statuses(tmp_path, {training[0].name: Status(state="done", seconds=61.0)})
+    text = experiments.describe(steps, studies, tmp_path)
+    assert re.search(rf"^training +{len(training)} +1  2 of 8, 0:01:01 one after another$", text, re.M)
+
+
+def test_a_command_shows_its_folder():
+    step = Step(name="x", words=("python", "a b", "$OUT/c"), makes=("c",))
+    assert step.command == "python 'a b' \"$OUT/c\"" and step.all_makes == ("c",)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from pcfg.common.files import write_json
+from pcfg.common.schema import write_schema
 from pretraining.experiments.plan import Step
 from pretraining.experiments.runner import Runner, is_done, lock
-from pretraining.report.contract import read_statuses
+from pretraining.experiments.study import Choice, Decision, decision_file, read_statuses
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +83,7 @@ def test_a_failure_stops_only_what_needs_it(tmp_path, capsys):
         writes("after_both", after=("a", "bad")),
         writes("after_bad", after=("bad", "liar")),
         writes("choice", needs=("a",)),
-        writes("not_due", needs=("choice",), requires="chosen"),
+        writes("not_due", needs=("choice",), choices=("rate",)),
         writes("not_due_either", needs=("not_due",)),
         writes("measures", after=("not_due",)),
     ]
@@ -92,12 +93,20 @@ def test_a_failure_stops_only_what_needs_it(tmp_path, capsys):
     assert states(tmp_path) == expected | {"not_due_either": "not due", "measures": "not due"}
     found = read_statuses(tmp_path)
     assert found["bad"].exit_code == 3 and found["liar"].exit_code == 0 and "not make" in found["liar"].why
-    assert found["needs"].why == "bad: failed" and found["not_due"].why == "chosen was not made"
+    assert found["needs"].why == "bad: failed" and found["not_due"].why == "choice rate admits none of its values"
     assert "bad: failed with exit code 3; see " in capsys.readouterr().out
     # Tried again, and mended.
     steps[1], steps[2] = writes("bad"), writes("liar")
     assert run(steps, tmp_path)
     assert states(tmp_path)["after_bad"] == "done"
+
+
+def test_the_value_of_a_choice_is_put_in(tmp_path):
+    choice = Choice(name="rate", group="g", flag="lr", values=(0.25, 1.0), rule="lowest_gap")
+    decision = Decision(choice=choice, seeds=(1,), candidates=(), chosen=0.25)
+    write_schema(tmp_path / decision_file("rate"), decision)
+    assert run([writes("a", text="{rate} {seed}", choices=("rate",))], tmp_path)
+    assert (tmp_path / "a").read_text() == "0.25 {seed}"
 
 
 def test_records_of_the_models_that_are_there(tmp_path):
@@ -126,11 +135,14 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from tests_steps import steps
+from pcfg.common.cli import run_main
 from pretraining.experiments.runner import Runner, lock
 out = Path({out!r})
-with lock(out) as descriptor:
-    print("begun", flush=True)
-    Runner(steps, out, 2, {{}}, descriptor).run()
+def main():
+    with lock(out) as descriptor:
+        print("begun", flush=True)
+        Runner(steps, out, 2, {{}}, descriptor).run()
+run_main(main)
 """
 
 
