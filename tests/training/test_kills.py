@@ -28,6 +28,7 @@ SMALL = (
     "--max_steps 12 --print_steps 1 --save_steps 0,2,4,9 --max_steps_per_epoch 7 --do_validation --validation_epochs 1 "
     "--validation_micro_batch 200"
 )
+BRANCHES = " --lr_schedule wsd --num_warmup_steps 2 --branch_steps 4,12 --cooldown_steps 6 --cooldown_batch_size 24"
 
 # Reads jobs, a JSON line each: ranks, arguments, and when to kill: "event" k: rank 0, before its k-th change of the file
 # system under the run's folder; "time" s: all ranks after s seconds; null: not at all. Answers with the ranks' exit
@@ -161,7 +162,7 @@ def log(job):
 def record(job):
     """All that must not depend on kills: each model folder's weights, and the losses and learning rates of the log."""
     weights = {path.parent.name: sha256(path) for path in sorted(job.glob("step*/model.safetensors"))}
-    names = ("step", "loss", "lr", "validation_loss", "adversarial_loss")
+    names = ("step", "loss", "lr", "validation_loss", "adversarial_loss", "branch")
     return weights, [tuple(map(r.get, names)) for r in read_metrics(job / "metrics.jsonl")]
 
 
@@ -178,15 +179,18 @@ def test_killed_at_any_moment_and_run_again(fork, labelled, tmp_path):
     """SIGKILL between any two changes of the disk (so inside saves), and at random moments; the reruns are killed as well.
 
     Every job is killed up to three times before it may finish. Weights, losses and learning rates are then bitwise those of
-    the undisturbed run. Those with ZeRO 2 have an adversarial term.
+    the undisturbed run. Those with ZeRO 2 have an adversarial term, those with ZeRO 1 branches.
     """
     rng, each = np.random.default_rng(5), -(-KILLS // len(KINDS))
     for ranks, stage in KINDS:
-        flags, kind = f"--zero_stage {stage}" + term(labelled) * (stage == 2), f"ranks{ranks}-zero{stage}"
+        kind = f"ranks{ranks}-zero{stage}"
+        flags = f"--zero_stage {stage}" + term(labelled) * (stage == 2) + BRANCHES * (stage == 1)
         codes, changes, seconds = fork(tmp_path / kind, flags, ranks)
         assert codes == [0] * ranks, log(tmp_path / kind)
         expected = record(tmp_path / kind)
-        assert len(expected[0]) == 5 and [step for step, loss, *_ in expected[1] if loss is not None] == list(range(1, 13))
+        assert len(expected[0]) == 5 + 2 * (stage == 1)
+        assert [step for step, loss, *_, branch in expected[1] if loss is not None and branch is None] == list(range(1, 13))
+        assert sum(branch == 12 for *_, branch in expected[1]) >= 6 * (stage == 1)
         by_time = each // 3
         pending = [("time", part) for part in moments(by_time, rng)] + [
             ("event", part) for part in moments(each - by_time, rng)
@@ -207,7 +211,7 @@ def test_killed_at_any_moment_and_run_again(fork, labelled, tmp_path):
             assert codes == [0] * ranks, log(job)
             assert record(job) == expected
             assert not [path for path in job.rglob(".*") if path.is_dir()]
-            assert len([path.name for path in (job / "training_state").glob("step*")]) == 2
+            assert len([path.name for path in (job / "training_state").iterdir() if path.is_dir()]) == 2
             jobs += 1
 
 
@@ -254,3 +258,11 @@ def test_two_ranks_agree_on_the_last_whole_state(fork, tmp_path):
     codes, *_ = fork(job, "--zero_stage 2", 2)
     assert 2 in codes and 0 not in codes
     assert "is missing" in log(job) and "no whole training state is left" in log(job) and "Traceback" not in log(job)
+
+
+def test_two_ranks_stop_at_the_same_gap_and_cool_down(fork, tiny_rules, tmp_path):
+    flags = f" --rule-path {tiny_rules} --gap_sentences 9 --gap_steps 3 --target_gap 9"
+    flags += BRANCHES.replace("--branch_steps 4,12", "")
+    assert fork(tmp_path / "job", flags, 2)[0] == [0, 0], log(tmp_path / "job")
+    assert {"step0000003", "step0000003-cooled"} < record(tmp_path / "job")[0].keys()
+    assert not list(tmp_path.glob("job/step0000004"))
