@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from pcfg.common.files import atomic_open
-from pretraining.experiments.study import Study
+from pretraining.experiments.study import Studies, Study
 from pretraining.report.analysis import Analysis, is_fixed_beforehand
 from pretraining.report.comparisons import Compared, Quantity
 from pretraining.report.intervals import FEWEST
@@ -33,10 +33,11 @@ from pretraining.report.verdicts import HOLDS, HOLDS_NOT, NOT_SAME_LOSS
 
 TEXTS = ("command", "comparable", "what", "models", "verdict", "quantity", "value", "file")  # columns of words
 RULE = (
-    "Verdicts, in this order: not at the same loss; no headroom; holds or does not hold where the 95% interval lies off 0; no "
-    "effect beyond X where it contains 0 and lies inside the margin; else undecided, with the number of seeds that would "
-    "decide it for the same mean and spread. Adjusted p-values are Holm's, over all verdicts of a study's primary comparisons; "
-    "that of no effect belongs to a difference outside the margin. Verdicts use the unadjusted intervals."
+    "A verdict is the first of these that applies: not at the same loss; no headroom (accuracies only); holds or does not "
+    "hold, where the 95% interval lies off 0; no effect beyond X, where it lies inside the margin. Else it is undecided, "
+    "with the number of seeds that would decide it for the same mean and spread. The margins are {accuracy:g} points of "
+    "accuracy and {trace:g}% of the trace before. Adjusted p-values are Holm's, over all verdicts of a study's primary "
+    "comparisons. That of no effect belongs to a difference outside the margin. Verdicts use the unadjusted intervals."
 )
 SYMMETRIES = (
     "A trace depends on how a function is written in parameters, not on the function alone.",
@@ -140,6 +141,12 @@ def enlarged_sentences(analysis: Analysis, section: str) -> list[str]:
     return sentences
 
 
+def rule(studies: Studies) -> str:
+    """How verdicts come about, with the studies' margins."""
+    criteria = studies.criteria
+    return RULE.format(accuracy=100 * criteria.accuracy_margin, trace=100 * criteria.trace_margin)
+
+
 def registration(analysis: Analysis, study: Study) -> str:
     """What a study's hash says, and whether the study was fixed before the first accuracy was measured."""
     fixed = analysis.studies is not None and is_fixed_beforehand(analysis.studies, study)
@@ -164,7 +171,7 @@ def printed(analysis: Analysis) -> str:
                 texts.append(f"{basis(one)}\n{comparison_block(one).text()}")
             texts += [table.text() for table in section_tables(analysis, analysis.section(study.name))]
             texts += correlation_sentences(analysis, study.name)
-        return "\n\n".join([*texts, analysis.criterion.statement(), RULE])
+        return "\n\n".join([*texts, analysis.criterion.statement(), rule(analysis.studies)])
     for section in analysis.sections:
         texts += enlarged_sentences(analysis, section.name)
     tables = [table for section in analysis.sections for table in section_tables(analysis, section)] or [model_table(analysis)]
@@ -223,7 +230,7 @@ def write_page(path: Path | str, analysis: Analysis, plots: dict[str, list[Plot]
     ]
     page = environment.get_template("report.html.jinja").render(
         criterion=analysis.criterion.statement(),
-        rule=RULE if studies else "",
+        rule=rule(studies) if studies else "",
         symmetries=SYMMETRIES if studies else (),
         sections=page_sections(analysis, plots),
         further=[table for table in further if table and table.lines],

@@ -160,6 +160,7 @@ def test_words_first_then_numbers(laboratory):
         "The heads differ in size",
         "Fisher and Hutchinson traces differ by more than two standard errors (paired) for 8 of 16 models",
         "Rank correlation with the balanced trace over all saturated models",
+        "The margins are 1.5 points of accuracy and 10% of the trace before.",
     ):
         assert text in printed and text in page, text
     assert "Liu et al" not in page and "lookup table" in page
