@@ -67,7 +67,6 @@ FLATNESS = [TRACE, HUTCHINSON, DIFFERENCE, BALANCED, RELATIVE, CONSTANT_SHARE]
 PARTS = ["tables", "encoder_matrices", "vectors", "head", "added_layers"]
 ACCURACY_PARTS = ["value", "se", "sampling_se", "seeds", "best", "n", "majority", "missing_classes", "unfinished"]
 COUNTS = ("seeds", "n", "missing_classes", "unfinished")
-COMPARISON = "comparison_*.json"  # a plan's name for a record whose name has the hash of the reference's weights
 LOSS_COLUMNS = ["gap", "gap_se", "saturated", "gap_difference", "gap_difference_se", "paired", "equal", "same_loss"]
 
 
