@@ -70,7 +70,8 @@ class Inputs:
 def model_label(folder: Path) -> str:
     """Name of a model in a record, which holds no paths: job and step."""
     facts = read_facts(folder)
-    return f"{facts['job_name']} step {facts['step']}" if {"job_name", "step"} <= facts.keys() else folder.name
+    cooled = ", cooled" if facts.get("cooled") else ""
+    return f"{facts['job_name']} step {facts['step']}{cooled}" if {"job_name", "step"} <= facts.keys() else folder.name
 
 
 def _check_data(data: Path, is_exact: bool, needs_truth: bool) -> None:

@@ -372,7 +372,11 @@ class Trainer:
         states = self.states / f"branch{step:07d}"
         if not self.ranks.of_main(self.ranks.is_main and cooled_models(self.options, step) is not None):
             branch = self._branch(states)
-            branch.train()
+            try:
+                branch.train()
+            finally:
+                for member in branch.members:
+                    member.train.close()
             if branch.is_interrupted and not branch.stop_reason():
                 self.branch = branch
                 self.is_interrupted = True

@@ -15,8 +15,10 @@ from deepspeed.accelerator import get_accelerator
 
 from pcfg.common.files import InputError, keyed_rng, read_json, sha256
 from pretraining.data.samples import read_samples
+from pretraining.evaluation.inputs import model_label
 from pretraining.model import checkpoints
 from pretraining.model.checkpoints import load_model, model_folders
+from pretraining.report.rows import model_folders as report_folders
 from pretraining.training import arguments as command_line
 from pretraining.training import pretrain, trainer
 from pretraining.training.batches import global_batches
@@ -228,7 +230,9 @@ def argparse_namespace(folder):
 def test_searches_take_cooled_models_and_verify_takes_all(train, capsys):
     job = train(BRANCHES).parent
     assert [folder.name for folder in model_folders(job.parent)] == ["step0000003-cooled", "step0000005-cooled", "step0000008"]
-    assert model_folders(job / "step0000003") == [job / "step0000003"]
+    assert report_folders(job) == model_folders(job)
+    assert model_folders(job / "step0000003") == report_folders(job / "step0000003") == [job / "step0000003"]
+    assert model_label(job / "step0000003-cooled") == "job step 3, cooled"
     capsys.readouterr()
     checkpoints.main(["verify", str(job)])
     assert capsys.readouterr().out.count("weights") == 5

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from pretraining.training.branches import branch_options
 from pretraining.training.engine import Schedule
 from pretraining.training.trainer import clock
 
@@ -36,6 +37,14 @@ def test_constant_step_has_its_own_warmup():
     schedule = Schedule.from_options(options(lr_schedule="constant_step", curve="const"))
     expected = reference(transformers.get_constant_schedule_with_warmup, 20, num_warmup_steps=5)
     assert [schedule(step) for step in range(20)] == pytest.approx(expected)
+
+
+def test_wsd_is_constant_after_its_warmup_and_a_branch_ends_at_zero():
+    trunk = Schedule.from_options(options(lr_schedule="wsd"))
+    assert [trunk(step) for step in range(60)] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, *[0.5] * 55])
+    changes = {"cooldown_steps": 4, "cooldown_batch_size": None, "train_batch_size": 8}
+    branch = Schedule.from_options(branch_options(options(lr_schedule="wsd", **changes), trunk(50)))
+    assert [branch(step) for step in range(4)] == pytest.approx([0.375, 0.25, 0.125, 0.0])
 
 
 def test_exponential_curve():
