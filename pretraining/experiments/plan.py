@@ -180,16 +180,14 @@ class Planner:
             if labelled.task.generate:
                 words = ["python", "generate_downstream.py", "--save-path", "$OUT/data"]
                 self._add("data", f"task {label}", words + flag_words("generate_downstream", labelled.task.generate))
-        if design.has_grammar:
-            words = [
-                "--rule-path",
-                str(design.text["rule_path"]),
-                "--datafile",
-                "$OUT/data/test0.txt",
-                "--save-path",
-                "$OUT/data/lookup.hdf5",
-            ]
-            self._add("data", LOOKUP, ["python", "-m", "pcfg.lookup", *words], needs=("text",))
+        if design.has_conditionals:
+            if design.has_grammar:
+                words = ["pcfg.lookup", "--rule-path", str(design.text["rule_path"])]
+            else:
+                model = str(design.text.get("model_name", "facebook/opt-125m"))
+                words = ["pretraining.sources.opt.lookup", "--data-path", "$OUT/data", "--model-name", model]
+            words += ["--datafile", "$OUT/data/test0.txt", "--save-path", "$OUT/data/lookup.hdf5"]
+            self._add("data", LOOKUP, ["python", "-m", *words], needs=("text",))
 
     def _labelled_files(self, task: Task) -> list[str]:
         """The labelled files as words: made below `$OUT`, or the user's own."""
@@ -318,17 +316,16 @@ class Planner:
 
     def _data_words(self, flags: Flags, script: str) -> list[str]:
         """The text and the vocabulary that the loss and the trace are measured on."""
-        grammar = (
-            {"datafile": "$OUT/data/test0.txt"} if self.design.has_grammar else {"datafile": f"{SAMPLES}/test_shard_0.hdf5"}
-        )
-        return [*flag_words(script, grammar | flags), "--vocabfile", f"{SAMPLES}/{self.design.samples['model_name']}/vocab.txt"]
+        text = "$OUT/data/test0.txt" if self.design.has_conditionals else f"{SAMPLES}/test_shard_0.hdf5"
+        words = flag_words(script, {"datafile": text} | flags)
+        return [*words, "--vocabfile", f"{SAMPLES}/{self.design.samples['model_name']}/vocab.txt"]
 
     def _measure_loss(self, models: Run, stage: str) -> list[str]:
-        grammar = self.design.has_grammar
-        flags = {"condprobfile": "$OUT/data/lookup.hdf5"} if grammar else {}
+        is_exact = self.design.has_conditionals
+        flags = {"condprobfile": "$OUT/data/lookup.hdf5"} if is_exact else {}
         words = ["python", "calculate_loss.py", "--model-path", f"$OUT/{models.folder}"]
         words += self._data_words(flags | self.design.loss, "calculate_loss")
-        return self._add_records(models, "loss", "loss.json", words, stage, (LOOKUP,) if grammar else ("samples",))
+        return self._add_records(models, "loss", "loss.json", words, stage, (LOOKUP,) if is_exact else ("samples",))
 
     def _measure_accuracy(
         self, models: Run, tasks: list[Task], stage: str, readouts: tuple[str, ...] | None = None
@@ -355,6 +352,7 @@ class Planner:
         train_file, validation_file = self._labelled_files(task)
         length = self.design.samples.get("max_seq_length", 32)
         files = ["--train_file", train_file, "--validation_file", validation_file]
+        files += ["--task_name", task.task_name] if task.task_name else []
         return [*files, "--max_seq_length", str(length), "--tokenizer_name", f"{SAMPLES}/{self.design.samples['model_name']}"]
 
     def _curve_words(self, task: Task, solver: str) -> list[str]:
@@ -369,13 +367,13 @@ class Planner:
         self._measure_loss(models, stage)
         data = self._data_words(design.trace, "calculate_hessian")
         words = ["python", "calculate_hessian.py", "--model-path", f"$OUT/{models.folder}", *data]
-        needs: tuple[str, ...] = ("text",) if design.has_grammar else ("samples",)
+        needs: tuple[str, ...] = ("text",) if design.has_conditionals else ("samples",)
         self._add_records(models, "trace", "hessian.json", words, stage, needs)
         for estimator, number, file in (
             ("hutchinson", design.hutchinson, "hessian_hutchinson.json"),
             ("spectrum", design.spectrum, "spectrum.json"),
         ):
-            truth = ["--condprobfile", "$OUT/data/lookup.hdf5"] if design.has_grammar else []
+            truth = ["--condprobfile", "$OUT/data/lookup.hdf5"] if design.has_conditionals else []
             for seed in models.seeds[:number]:
                 one = dataclasses.replace(models, seeds=(seed,))
                 words = ["python", "calculate_hessian.py", "--model-path", f"$OUT/{models.folder}/seed{seed}", *data, *truth]

@@ -9,6 +9,7 @@ from typing import Any
 
 from pcfg.common.files import InputError
 from pcfg.labels import Words
+from pretraining.data.tasks import GLUE
 from pretraining.experiments.flags import REFERENCE, actions, take_flags
 from pretraining.experiments.study import (
     Choice,
@@ -71,6 +72,11 @@ class Design:
     def has_grammar(self) -> bool:
         return self.text.get("source", "pcfg") == "pcfg"
 
+    @property
+    def has_conditionals(self) -> bool:
+        """Whether the text's exact conditionals are known: those of a grammar or of a language model."""
+        return self.has_grammar or self.text["source"] == "opt"
+
 
 def merge(designs: list[Design], paths: list[Path]) -> Design:
     """One design of several study files; what they share must be the same."""
@@ -123,6 +129,7 @@ class _Resolver:
                         f"{name!r}: a name has letters, digits, '_', '-' and '.', and is not seed, model or record"
                     )
         self.groups: dict[str, Group] = {}
+        self.tokenizer = TOKENIZER
 
     def design(self) -> Design:
         """Everything that the file asks for."""
@@ -136,6 +143,7 @@ class _Resolver:
             text = f"selection_seeds: {min(both)} is one of seeds, too; settings are chosen on other seeds"
             raise top.error(text, "selection_seeds")
         text_flags, samples = self._language(top.table("language"))
+        self.tokenizer = samples["model_name"]
         self._expand_groups()
         tasks = self._tasks(text_flags)
         train = top.table("train")
@@ -197,7 +205,8 @@ class _Resolver:
 
     def _file(self, value: Any, source: Path) -> Any:
         path = source.parent / value if isinstance(value, str) and value and not value.startswith("$") else None
-        if path is None or not path.is_file():
+        # The name of a folder may also be a word, such as a schedule.
+        if path is None or not (path.is_file() or ("/" in value and path.is_dir())):
             return value
         return os.path.relpath(path.resolve(), ROOT) if path.resolve().is_relative_to(ROOT) else str(path.resolve())
 
@@ -243,11 +252,13 @@ class _Resolver:
                     place = table.tree.place((*table.keys, key))[0].parent / file
                     if not place.is_file():
                         raise table.error(f"{key}: {place}: no such file; paths are relative to the study file", key)
-                    paths.append(self._file(file, place.parent / "study"))
+                    paths.append(self._file(file, table.tree.place((*table.keys, key))[0]))
+                glue = table.take_one("task_name", GLUE, None)
                 table.finish()
                 generate: Flags = {}
-                name = Path(train_file).stem
+                name = glue or Path(train_file).stem
             else:
+                glue = None
                 inherited = {key: text[key] for key in ("rule_path", "length_limit") if key in text}
                 generate = inherited | self._paths(table, "generate_downstream")
                 if "task_type" not in generate or "rule_path" not in generate:
@@ -262,7 +273,8 @@ class _Resolver:
                     f"the same file name as tasks.{files[name]} ({name}.csv), which names the records; one is enough"
                 )
             files[name] = label
-            task = Task(name=name, label=label, train_file=paths[0], validation_file=paths[1], generate=generate)
+            names = {"name": name, "label": label, "task_name": glue}
+            task = Task(**names, train_file=paths[0], validation_file=paths[1], generate=generate)
             tasks[label] = Labelled(task=task, is_measured=is_measured)
         if not any(labelled.is_measured for labelled in tasks.values()):
             raise self.top.error('no tasks; give at least one, such as [tasks.A] with task_type = "A"', "tasks")
@@ -314,7 +326,7 @@ class _Resolver:
         start = table.take("start", str, None)
         references = frozenset({*self.tables["choices"], *(f"tasks.{label}" for label in self.tables["tasks"])})
         shape = Table(models[model].tree, models[model].keys, dict(models[model].values)) if model else None
-        flags: Flags = {"tokenizer_name": TOKENIZER, **TRAIN}
+        flags: Flags = {"tokenizer_name": self.tokenizer, **TRAIN}
         for part in filter(None, (common, shape, table)):
             flags |= self._paths(part, "run_pretraining", references=references)
         if "train_batch_size" in flags:

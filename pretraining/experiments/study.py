@@ -49,6 +49,7 @@ class Task(Schema):
     train_file: str
     validation_file: str
     generate: Flags  # of generate_downstream.py; empty for one's own files
+    task_name: str | None = None  # of GLUE, whose columns the files have; None for text,label
 
 
 class Choice(Schema):

@@ -8,6 +8,7 @@ import pytest
 import generate_downstream
 from pcfg.common.files import InputError
 from pretraining.experiments.flags import flag_words
+from pretraining.experiments.plan import make_plan
 from pretraining.experiments.resolve import merge, resolve, task_file
 
 TINY = Path(__file__).with_name("tiny.toml")
@@ -195,3 +196,51 @@ def test_studies_of_one_folder_agree(tmp_path):
             merge([designs[0], other], paths)
     with pytest.raises(InputError, match="a second study of the name a; rename the file"):
         merge([designs[0], designs[0]], [paths[0], paths[0]])
+
+
+def test_texts_without_a_grammar(tmp_path):
+    """Folders and files elsewhere than next to the study, the samples' own tokenizer, tasks in GLUE's columns."""
+    for part in ("train", "validation"):
+        (tmp_path / "data" / "glue").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "glue" / f"{part}.tsv").write_text("question\tsentence\tlabel\n")
+    (tmp_path / "studies").mkdir()
+    path = tmp_path / "studies" / "own.toml"
+    text = """question = "mine"
+[language.text]
+source = "SOURCE"
+dataset = "../data/glue"
+[language.samples]
+model_name = "own"
+[train]
+steps = [2]
+[models.base]
+[groups.base]
+[groups.other]
+lr = 1e-4
+[tasks.pairs]
+task_name = "qnli"
+train_file = "../data/glue/train.tsv"
+validation_file = "../data/glue/validation.tsv"
+[[comparisons]]
+before = "base"
+after = "other"
+"""
+    path.write_text(text.replace("SOURCE", "corpus"))
+    design = resolve(path, None)
+    assert design.text["dataset"] == str(tmp_path / "data/glue")
+    assert design.groups["base"].flags["tokenizer_name"] == "own"
+    task = design.tasks["pairs"].task
+    assert (task.name, task.train_file) == ("qnli", str(tmp_path / "data/glue/train.tsv"))
+    steps, _ = make_plan(design, ["python"])
+    commands = {step.name: step.command for step in steps}
+    assert "lookup table" not in commands and "test_shard_0.hdf5" in commands["loss of base"]
+    assert "--task_name qnli" in commands["ridge pairs of base"]
+    path.write_text(text.replace("SOURCE", "opt").replace("dataset", "model_name"))
+    steps, _ = make_plan(resolve(path, None), ["python"])
+    commands = {step.name: step.command for step in steps}
+    assert f"--model-name {tmp_path}/data/glue" in commands["lookup table"]
+    assert "--condprobfile" in commands["loss of base"] and "test0.txt" in commands["trace of base"]
+    assert not any("conditional" in step.words for step in steps)  # no lookup table of the tasks' sentences
+    path.write_text(text.replace("SOURCE", "corpus").replace("qnli", "qnl"))
+    with pytest.raises(InputError, match="task_name: 'qnl' is unknown; did you mean qnli"):
+        resolve(path, None)
