@@ -29,7 +29,7 @@ from pretraining.experiments.study import (
 from pretraining.report import intervals
 from pretraining.report.comparisons import LOOKUP, Compared, Comparer
 from pretraining.report.intervals import Correlation, correlate
-from pretraining.report.rows import BALANCED, Tree
+from pretraining.report.rows import BALANCED, Tree, accuracy_label
 from pretraining.report.same_loss import SameLoss
 from pretraining.report.sections import (
     EnlargedPair,
@@ -74,6 +74,10 @@ class Analysis:
     statuses: dict[str, Status] = dataclasses.field(default_factory=dict)
     missing: list[str] = dataclasses.field(default_factory=list)
     paper: dict[str, pd.DataFrame] = dataclasses.field(default_factory=dict)  # by study: published numbers next to ours
+
+    def label(self, accuracy: str) -> str:
+        """The name of an accuracy for people."""
+        return accuracy_label(accuracy, {task.name: task.label for task in self.studies.tasks} if self.studies else None)
 
     def section(self, name: str) -> Section:
         return next(section for section in self.sections if section.name == name)

@@ -79,6 +79,7 @@ class Comparer:
         self.studies = studies
         self.criterion = criterion
         self.digests = tree.digests()
+        self.tasks = {task.name: task.label for task in studies.tasks}
         self.controls = {control.name: control.folders for control in studies.controls}
         self.own = {(name, model): number for name, model, number in self._own_measurements()}
         self.headrooms = {
@@ -190,7 +191,7 @@ class Comparer:
             change = paired_change([before[seed][0] for seed in common], [after[seed][0] for seed in common])
         elif first and second:
             change = change_of_means(mean_of(first), mean_of(second))
-        label = LABELS.get(name) or (accuracy_label(name) if kind == "accuracy" else name)
+        label = LABELS.get(name) or (accuracy_label(name, self.tasks) if kind == "accuracy" else name)
         means = summary([*before.values()]), summary([*after.values()])
         return Quantity(name=name, label=label, kind=kind, unit=unit, before=means[0], after=means[1], change=change)
 
@@ -331,7 +332,7 @@ class Comparer:
             quantities.append(
                 Quantity(
                     name=name,
-                    label=accuracy_label(name),
+                    label=accuracy_label(name, self.tasks),
                     kind="accuracy",
                     unit="points",
                     before=summary(values),

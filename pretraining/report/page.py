@@ -13,9 +13,6 @@ from pretraining.report.analysis import Analysis, is_fixed_beforehand
 from pretraining.report.comparisons import Compared, Quantity
 from pretraining.report.intervals import FEWEST
 from pretraining.report.plots import OVERVIEW, Plot
-from pretraining.report.rows import (
-    accuracy_label,
-)
 from pretraining.report.sections import LABELS, LARGER, SMALLER
 from pretraining.report.tables import (
     choice_table,
@@ -52,14 +49,14 @@ SYMMETRIES = (
 
 
 def accuracies_in_words(names: list[str]) -> str:
-    """Accuracies by task, with their numbers of labels.
+    """Labels of accuracies by task, with their numbers of labelled sentences.
 
-    >>> accuracies_in_words(["curve_pcfg_A_ridge_100", "curve_pcfg_A_ridge_1000", "curve_pcfg_C_ridge_100"])
+    >>> accuracies_in_words(["A, 100 labels (ridge)", "A, 1,000 labels (ridge)", "C, 100 labels (ridge)"])
     'A (100, 1,000 labels) and C (100 labels)'
     """
     by_task: dict[str, list[str]] = {}
     for name in names:
-        task, _, labels = accuracy_label(name).partition(" (")[0].partition(", ")
+        task, _, labels = name.partition(" (")[0].partition(", ")
         by_task.setdefault(task, []).append(labels.removesuffix(" labels"))
     return enumeration([f"{task} ({', '.join(labels)} labels)" for task, labels in by_task.items()])
 
@@ -68,7 +65,7 @@ def _grouped(one: Compared, word_of: Callable[[Quantity], str]) -> str:
     """The accuracies of a comparison by what is said of them."""
     words: dict[str, list[str]] = {}
     for quantity in one.of("accuracy"):
-        words.setdefault(word_of(quantity), []).append(quantity.name)
+        words.setdefault(word_of(quantity), []).append(quantity.label)
     return "; ".join(f"{word} for {accuracies_in_words(names)}" for word, names in words.items() if word)
 
 
@@ -115,7 +112,7 @@ def correlation_sentences(analysis: Analysis, section: str) -> list[str]:
         found = correlated.correlation
         if correlated.section != section or not found.n:
             continue
-        label = accuracy_label(correlated.accuracy)
+        label = analysis.label(correlated.accuracy)
         if found.spearman is None:
             texts.append(f"{label}: not defined ({f'fewer than {FEWEST} models' if found.n < FEWEST else 'no spread'})")
             continue

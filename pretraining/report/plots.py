@@ -25,7 +25,7 @@ from matplotlib.lines import Line2D
 from pcfg.common.files import atomic_open, atomic_path
 from pretraining.report.analysis import Analysis
 from pretraining.report.comparisons import LOOKUP, Compared, Quantity
-from pretraining.report.rows import BALANCED, CONSTANT_SHARE, RELATIVE, TRACE, TRANSFORMER, accuracy_label
+from pretraining.report.rows import BALANCED, CONSTANT_SHARE, RELATIVE, TRACE, TRANSFORMER
 from pretraining.report.sections import GAP_NAME, LABELS, Line, Section
 
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
@@ -74,12 +74,6 @@ def _scale(name: str) -> float:
     return 100.0 if _is_accuracy(name) else 1.0
 
 
-def _axis_label(name: str) -> str:
-    if _is_accuracy(name):
-        return f"accuracy, {accuracy_label(name).partition(' (')[0]} (%)"
-    return f"{LABELS[name]}{' to the entropy' if name == GAP_NAME else ''}{'' if name in UNITLESS else ' (nats)'}"
-
-
 @dataclasses.dataclass(frozen=True)
 class Plot:
     """A plot of the page."""
@@ -108,6 +102,12 @@ class SectionPlots:
         self.quantities = [name for name in names if any(line.values[name].n for line in self.lines)]
         self.accuracies = [name for name in self.quantities if _is_accuracy(name)]
         self.traces = [name for name in self.quantities if name.startswith(TRACE)]
+
+    def axis_label(self, name: str) -> str:
+        """A quantity with its unit."""
+        if _is_accuracy(name):
+            return f"accuracy, {self.analysis.label(name).partition(' (')[0]} (%)"
+        return f"{LABELS[name]}{' to the entropy' if name == GAP_NAME else ''}{'' if name in UNITLESS else ' (nats)'}"
 
     def curve_names(self, task_and_solver: str) -> list[str]:
         """The accuracies of one label curve."""
@@ -151,7 +151,7 @@ class SectionPlots:
         names = [f"{line.group}\nstep {line.step:,}" if several and line.step else line.group for line in self.lines]
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlabel(_axis_label(name), fontsize=9)
+        axes.set_xlabel(self.axis_label(name), fontsize=9)
         if _is_accuracy(name):
             for control, value in self.controls(name).items():
                 axes.axvline(value, color=GREY, linestyle=CONTROLS[control], linewidth=1.2)
@@ -193,7 +193,7 @@ class SectionPlots:
         axes.set_xscale("log")
         _few_ticks(axes, labels)
         axes.set_xlabel("labelled sentences")
-        axes.set_ylabel(f"accuracy of {accuracy_label(names[0]).partition(',')[0]} (%)")
+        axes.set_ylabel(f"accuracy of {self.analysis.label(names[0]).partition(',')[0]} (%)")
 
     def changes(self, axes: Axes, name: str) -> None:
         """The changes of a quantity with their intervals, comparisons below each other, and the margin."""
@@ -216,7 +216,7 @@ class SectionPlots:
         axes.axvline(0, color=GREY, linewidth=1)
         axes.set_yticks(range(len(shown)), [one.name for one, _ in shown], fontsize=8)
         axes.set_ylim(len(shown) - 0.5, -0.5)
-        label = accuracy_label(name) if _is_accuracy(name) else LABELS[name]
+        label = self.analysis.label(name) if _is_accuracy(name) else LABELS[name]
         axes.set_xlabel(f"change of {label} ({'points' if _is_accuracy(name) else '% of before'})")
 
     def compared_with(self, name: str) -> list[tuple[Compared, Quantity]]:
@@ -260,13 +260,13 @@ class SectionPlots:
         for group, points in by_group.items():
             _draw_points(axes, self.styles[group], points)
         x_values = [point[0] for points in by_group.values() for point in points]
-        axes.set_xlabel(_axis_label(trace))
+        axes.set_xlabel(self.axis_label(trace))
         _scale_axis(axes.xaxis, x_values)
         self._finish(axes, accuracy, [])
 
     def _finish(self, axes: Axes, name: str, values: list[float]) -> None:
         """Label, scale and reference lines of the vertical axis."""
-        axes.set_ylabel(_axis_label(name))
+        axes.set_ylabel(self.axis_label(name))
         if name == GAP_NAME:
             axes.axhline(self.analysis.criterion.max_gap, color=GREY, linestyle=":", linewidth=1.2)
         if not _is_accuracy(name):

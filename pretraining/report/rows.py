@@ -23,6 +23,7 @@ measurement that does not exist.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -303,13 +304,22 @@ def accuracy_order(name: str) -> tuple:
     return (place, name.startswith("probe_cond"), stem, int(labels)) if kind == "curve" else (place, "_cond" in name, name, 0)
 
 
-def accuracy_label(name: str) -> str:
+def accuracy_label(name: str, tasks: Mapping[str, str] | None = None) -> str:
     """The name of an accuracy for people.
+
+    Args:
+        tasks: by names of tasks in records their names for people.
 
     >>> accuracy_label("probe_pcfg_B"), accuracy_label("finetune_pcfg_B"), accuracy_label("curve_pcfg_B_ridge_1000")
     ('probe B', 'fine-tuning B', 'B, 1,000 labels (ridge)')
+    >>> accuracy_label("curve_brown_genre_ridge_50", {"brown_genre": "genre"})
+    'genre, 50 labels (ridge)'
     """
     kind, _, task = name.partition("_pcfg_" if "_pcfg_" in name else "_")
+    for record, label in (tasks or {}).items():
+        if f"_{record}_" in f"{name}_":
+            kind, _, task = name.partition(f"_{record}")
+            task = label + task
     if kind.startswith("curve"):
         task, solver, labels = task.rsplit("_", 2)
         features = kind.removeprefix("curve").lstrip("_")  # of the curve, where they are not the default

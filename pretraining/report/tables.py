@@ -19,7 +19,6 @@ from pretraining.report.rows import (
     SAMPLED_LOSS,
     TRACE,
     TRANSFORMER,
-    accuracy_label,
     losses,
 )
 from pretraining.report.same_loss import Z
@@ -239,7 +238,7 @@ def accuracy_table(analysis: Analysis, section: Section, solver: str, is_first: 
         return None
     has_steps = len({line.step for line in lines}) > 1
     body = []
-    titles = {name: f"{accuracy_label(name).replace(f' ({solver})', '')} (%)" for name in names}
+    titles = {name: f"{analysis.label(name).replace(f' ({solver})', '')} (%)" for name in names}
     for line in lines:
         body.append(_label(line, has_steps) + [(titles[name], _shown(line.values[name], 1, 100.0)) for name in names])
     majority = {name: analysis.tree.measured[name, "majority"].max() for name in names}
@@ -297,10 +296,10 @@ def model_table(analysis: Analysis) -> Table:
             mark = OWN if is_own else ""
             if readouts.get((str(model), name), usual[name]) != usual[name]:
                 mark += OTHER_READOUT
-                others.add(f"{accuracy_label(name)} of {model} by {readouts[str(model), name]}, not {usual[name]}")
+                others.add(f"{analysis.label(name)} of {model} by {readouts[str(model), name]}, not {usual[name]}")
             mark += UNFINISHED if own[name, "unfinished"] > 0 else ""
             error = own[name, "sampling_se" if is_own else "se"]
-            cells.append((f"{accuracy_label(name)} (%)", _number(own[name, "value"], error, 1, 100, mark)))
+            cells.append((f"{analysis.label(name)} (%)", _number(own[name, "value"], error, 1, 100, mark)))
         lines.append(cells)
     notes = _model_notes(analysis, bool(only_loss.any()))
     notes += (
@@ -357,7 +356,7 @@ def choice_table(decision: Decision) -> Table:
 
 def headroom_table(analysis: Analysis) -> Table | None:
     """The headroom of each task and number of labels, with its figures; None where no study asks for it."""
-    body = [[accuracy_label(name), _room(state.exists), state.reason] for name, state in analysis.headrooms.items()]
+    body = [[analysis.label(name), _room(state.exists), state.reason] for name, state in analysis.headrooms.items()]
     return Table("Headroom on the selection seeds", ["accuracy", "headroom", "what"], body) if body else None
 
 

@@ -33,7 +33,7 @@ SELECTION = (1000, 1001, 1002)
 COUNTS = (100, 1000)
 TASKS = (
     Task(name="pcfg_A", label="A", train_file="data/a.csv", validation_file="data/b.csv", generate={}),
-    Task(name="pcfg_C", label="C", train_file="data/c.csv", validation_file="data/d.csv", generate={}),
+    Task(name="pcfg_C", label="third word", train_file="data/c.csv", validation_file="data/d.csv", generate={}),
 )
 SHA256 = hashlib.sha256(b"study").hexdigest()
 

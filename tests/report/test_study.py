@@ -153,7 +153,7 @@ def test_words_first_then_numbers(laboratory):
     for text in (
         "Does it?",
         "Fixed beforehand: this hash was recorded before the first accuracy of a reported seed was measured",
-        "Claim of adversarial: does not hold for A (100, 1,000 labels) and C (100, 1,000 labels).",
+        "Claim of adversarial: does not hold for A (100, 1,000 labels) and third word (100, 1,000 labels).",
         "Claim of unsaturated: no verdict, not at the same loss: models/unsaturated/seed",
         "from AdamW, step 8,000 to SGD 0.4, step 20,000; differences are paired by seed (n = 8).",
         "the groups share no two seeds, so intervals are Welch's (n = 8 and 6).",
@@ -257,7 +257,8 @@ def test_no_verdict_without_headroom(tmp_path):
     refused = verdict_of(analysis, "curve_pcfg_A_ridge_1000")
     assert refused.word == "no headroom" and "words 91.2%" in refused.text()
     assert verdict_of(analysis, "curve_pcfg_A_ridge_1000", comparison=1).word == "no headroom"  # of the lookup table
-    assert "holds for A (100 labels) and C (100, 1,000 labels); no headroom for A (1,000 labels)" in report.printed(analysis)
+    text = "holds for A (100 labels) and third word (100, 1,000 labels); no headroom for A (1,000 labels)"
+    assert text in report.printed(analysis)
 
 
 def test_the_same_loss_is_asked_over_seeds_and_sentences(tmp_path):
