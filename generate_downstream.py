@@ -13,7 +13,7 @@ nonterminal of each label id) and manifest_downstream_B.json. Tasks, which pcfg/
     A, B, C                         the nonterminal over the whole sentence, its first 4 and its first 2 words
     span --span 2:5                 over the third to the fifth word, a slice as in Python: pcfg_span_2-5.csv
     span --span=-3:                 over the last 3 words: pcfg_span_-3-end.csv
-    depth                           the depth of the most probable parse: pcfg_depth.csv
+    depth                           the depth of the most probable parse: pcfg_depth.csv; the shipped grammars have one class
     state --position 6              the sixth state of a hidden Markov model (python -m pcfg.hmm): pcfg_state6.csv
 
 Sentences that no nonterminal derives have no label. They are left out and counted; more of them than rows is an error, unless
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     labels = parser.add_argument_group("labels")
     labels.add_argument("--task-type", choices=TASKS, required=True, help="the task, see above")
     labels.add_argument("--label-rule", choices=LABEL_RULES, help="the score; default: posterior for states, else likelihood")
-    text = "words under the label, START:STOP for the task span; their number for B (default 4) and C (default 2)"
+    text = "START:STOP (--span=-3: for one with a leading minus) of the task span; number of words of B (4) and C (2)"
     labels.add_argument("--span", type=span_argument, help=text)
     labels.add_argument("--position", type=positive_int, help="of the state, in words from 1; required with --task-type state")
     text = "leave out sentences without a label, however many; default: an error if they are more than the rows"

@@ -81,7 +81,7 @@ for name in A B C; do
     python run_lp.py --model_name_or_path "$models" $(task $name) "${probe[@]}" --learning_rate 1e-3
     # Conditionals are far smaller numbers than hidden states: at 1e-3 AdamW would leave their probe unfinished.
     # shellcheck disable=SC2046
-    python run_lp.py --features conditional --rule-path $rules --output_dir "$models/lookup_table" $(task $name) \
+    python run_lp.py --features conditional --solver adamw --rule-path $rules --output_dir "$models/lookup_table" $(task $name) \
         "${probe[@]}" --tokenizer_name "$data/pretraining/bert-large-uncased" --learning_rate 1e-1
 done
 

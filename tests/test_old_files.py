@@ -85,7 +85,7 @@ RERUNS = {
     "other probe": (run_lp, f"{PROBE} --seeds 0 --solver lbfgs --pool mean --bootstrap 20"),
     "probe of the language": (
         run_lp,
-        f"{TASK} --features conditional --rule-path {RULES} --output_dir models/lookup_table --seeds 0 "
+        f"{TASK} --features conditional --rule-path {RULES} --output_dir models/lookup_table --seeds 0 --solver adamw "
         "--tokenizer_name data/pretraining/bert-large-uncased",
     ),
     "fine-tuning": (run_ft, f"{PROBE} --seeds 0"),

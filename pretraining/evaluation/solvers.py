@@ -38,7 +38,7 @@ from pcfg.common.files import InputError, keyed_rng
 from pretraining.evaluation.downstream import training_steps
 
 SOLVERS = ("adamw", "lbfgs", "ridge")
-RIDGE_STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-8, 5))  # lambda: 1e-4 to 100 by factors of sqrt(10)
+RIDGE_STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-16, 5))  # lambda: 1e-8 to 100 by factors of sqrt(10)
 STRENGTHS = tuple(10.0**-power for power in range(7))  # lambda, from the strongest on
 HELD_OUT = 5  # one of 5 training sentences is held out
 # Nats above the minimum, at most: for the choice of the strength, and for the result.
@@ -325,12 +325,13 @@ class RidgeFit:
 def fit_ridge(features: Tensor, labels: Tensor, classes: int, strengths: tuple[float, ...] = RIDGE_STRENGTHS) -> RidgeFit:
     """The minimum of the ridge objective of the module, at the strength with the least leave-one-out errors.
 
-    One eigendecomposition serves all strengths: that of Z^T Z, or, with more features than sentences, of Z Z^T (the dual form).
-    Z are the centred features, and R, (n, r), the same in coordinates of the eigenvectors, whose eigenvalues are e. Then
+    One eigendecomposition serves all strengths, of the centred features Z. With eigenvalues e, eigenvectors V and p = lambda s:
 
-        h_ii = 1/n + sum_j R_ij^2 / (e_j + lambda s)            leverage; 1/n is that of the intercept
-        sum_i ||(y_i - fitted_i) / (1 - h_ii)||^2               leave-one-out errors, as n refits with the same lambda s give
+        Z^T Z:                                R = Z V    1 - h_ii = 1 - 1/n - sum_j R_ij^2 / (e_j + p)
+        Z Z^T (dual, for about n features):   R = V      1 - h_ii = sum_j R_ij^2 p / (e_j + p), j without the constant vector
+        sum_i ||(y_i - fitted_i) / (1 - h_ii)||^2     leave-one-out errors: those of n refits with the same p
 
+    1/n is the leverage of the intercept. The dual form has no difference of nearly equal numbers where h_ii is almost 1.
     A class without sentences always has the score 0, and the scores of a sentence sum to 1: it is never predicted.
 
     Args:
@@ -343,24 +344,31 @@ def fit_ridge(features: Tensor, labels: Tensor, classes: int, strengths: tuple[f
     centred = features.double() - mean  # (n, d)
     targets = F.one_hot(labels, classes).to(centred)  # (n, classes)
     share = targets.mean(0)
-    is_dual = width > number
-    eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T if is_dual else centred.T @ centred)
-    eigenvalues = eigenvalues.clamp_min(0)
-    rotated = vectors * eigenvalues.sqrt() if is_dual else centred @ vectors  # (n, r)
-    projected = rotated.T @ (targets - share)  # (r, classes)
+    outcome = targets - share
     scale = float(centred.square().sum() / number) or 1.0  # 1 for features that are all the same
+    is_dual = width >= number - 1
+    if is_dual:
+        # The constant vector, of eigenvalue 0, is given the largest one, which is left out.
+        eigenvalues, vectors = torch.linalg.eigh(centred @ centred.T + 2 * scale)
+        eigenvalues = eigenvalues[:-1]
+        rotated = vectors[:, :-1]  # (n, r)
+    else:
+        eigenvalues, vectors = torch.linalg.eigh(centred.T @ centred)
+        rotated = centred @ vectors  # (n, r)
+    eigenvalues = eigenvalues.clamp_min(0)
+    projected = rotated.T @ outcome  # (r, classes)
     errors = []
     for strength in strengths:
-        inverse = 1 / (eigenvalues + strength * scale)
-        residuals = targets - share - rotated @ (inverse[:, None] * projected)
-        leverage = 1 / number + rotated.square() @ inverse
-        errors.append(float((residuals / (1 - leverage)[:, None]).square().sum()))
+        penalty = strength * scale
+        inverse = 1 / (eigenvalues + penalty)
+        residuals = rotated @ (inverse[:, None] * projected)
+        rest = rotated.square() @ inverse  # (n,); with `residuals` up to the form
+        residuals = penalty * residuals if is_dual else outcome - residuals
+        rest = penalty * rest if is_dual else 1 - 1 / number - rest
+        errors.append(float((residuals / rest[:, None]).square().sum()))
     strength = strengths[int(np.argmin(errors))]
-    inverse = 1 / (eigenvalues + strength * scale)
-    if is_dual:
-        weight = centred.T @ (vectors @ (inverse[:, None] * (vectors.T @ (targets - share))))  # (d, classes)
-    else:
-        weight = vectors @ (inverse[:, None] * projected)
+    coefficients = projected / (eigenvalues + strength * scale)[:, None]
+    weight = centred.T @ (rotated @ coefficients) if is_dual else vectors @ coefficients  # (d, classes)
     head = nn.utils.skip_init(nn.Linear, width, classes)
     head.weight = nn.Parameter(weight.T.to(features.dtype), requires_grad=False)
     head.bias = nn.Parameter((share - mean @ weight).to(features.dtype), requires_grad=False)

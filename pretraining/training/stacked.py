@@ -25,10 +25,9 @@ from pcfg.common.files import InputError, keyed_rng
 from pretraining.data.contexts import concatenate
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
-from pretraining.model.layers import SelfAttention
+from pretraining.model.layers import SelfAttention, eager_attention
 from pretraining.training.adversarial import AdversarialTerm, ridge_validation_loss
 from pretraining.training.batches import (
-    OVERHEAD_TOKENS,
     GlobalBatch,
     MicroBatch,
     count_masks,
@@ -42,6 +41,7 @@ from pretraining.training.learner import Member
 from pretraining.training.sam import ascent
 from pretraining.training.state import SafeCheckpointEngine
 
+OVERHEAD = 128  # cost of a micro-batch of small models, in tokens of a member: measured on CPU, near a flat minimum
 IGNORED = -100  # label of a position that `F.cross_entropy` leaves out
 ELEMENTWISE = ("adamw", "adam", "sgd")  # optimizers for which the extent of a tensor has no meaning
 STATE_FILE = "stacked.pt"  # of a training state
@@ -86,6 +86,8 @@ class Stack:
         for module in self.base.modules():
             if isinstance(module, SelfAttention):
                 module.most_copies = math.inf  # vmap can't count the positions of a sentence
+                if models[0].decoder_bias.device.type != "cpu":
+                    module.attend = eager_attention  # not every kernel of a GPU knows vmap
         self.leaves: dict[str, Tensor] = {}  # (members, *shape)
         self.weights: list[Tensor] = []  # (members, numbers): of matrices and tables; of the other parameters
         self.gradients: list[Tensor] = []  # the same
@@ -181,7 +183,7 @@ def stacked_micro_batches(batches: Sequence[GlobalBatch], size: int) -> list[Mic
         order = np.argsort(lengths, axis=1, kind="stable")
         arrays = [np.take_along_axis(array, order[..., None], 1) for array in arrays]
         longest = np.sort(lengths, axis=1).max(0)
-    ends = [0, *cuts(longest, size, OVERHEAD_TOKENS)]
+    ends = [0, *cuts(longest, size, OVERHEAD)]
     return [_stacked(*(array[:, start:end] for array in arrays)) for start, end in itertools.pairwise(ends)]
 
 

@@ -20,6 +20,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,8 @@ from pretraining.data.samples import Samples, read_samples
 from pretraining.evaluation.loss import gap_meter
 from pretraining.training import arguments as command_line
 from pretraining.training.batches import GlobalBatch, count_masks, masked_loss, micro_batch, rank_micro_batches
-from pretraining.training.engine import EngineLearner, build_optimizer, cpu_has_bfloat16, start_ranks
-from pretraining.training.pretrain import build_model, load_data, run_facts
+from pretraining.training.engine import build_optimizer, cpu_has_bfloat16, start_ranks
+from pretraining.training.pretrain import build_learner, build_model, load_data, run_facts
 from pretraining.training.state import Progress
 from pretraining.training.trainer import Trainer
 
@@ -43,6 +44,7 @@ FULL_VOCABULARY = 30_522  # BERT's, uncased
 LENGTH = 32
 TURNS, SECONDS = 5, 4.0  # of each contender, at --scale 1
 RATE = "sentences/s"
+SEEDS = 8  # of the stacked models
 
 
 class Bench:
@@ -77,16 +79,24 @@ class Bench:
         words = [*files, *model, *sizes, *schedule, *(["--bf16"] if options.bf16 else []), *flags]
         return command_line.build_parser("").parse_args([str(word) for word in words])
 
-    def engine_trainer(self, vocab_size: int) -> Trainer:
+    def trainer(self, vocab_size: int, job: str, *flags) -> Trainer:
         """The project's own trainer, on a model with `vocab_size` words."""
-        options = self.training_options("--job_name", f"v{vocab_size}")
+        options = self.training_options("--job_name", job, *flags)
         data, length = load_data(options, gap_meter)
         Path(options.output_dir, options.job_name).mkdir(parents=True, exist_ok=True)
         config = command_line.model_config(options, vocab_size, length)
         ranks = start_ranks(options)
         facts = run_facts(options, data, config, ranks)
-        learner = EngineLearner(options, build_model(config, 0), ranks, facts.precision)
-        return Trainer(options, learner, ranks, data, facts, Progress())
+        models = [build_model(config, member.seed) for member in data.members]
+        return Trainer(options, build_learner(options, models, ranks, facts), ranks, data, facts, Progress())
+
+    def train(self, trainer: Trainer, rows: Sequence[np.ndarray]) -> None:
+        """A step of a trainer, on the rows of each of its members."""
+        batches = [GlobalBatch(self.samples, own, index=0, is_last=False) for own in rows]
+        trainer.follow_schedule()
+        losses = trainer.learner.accumulate(trainer.progress.step, batches, trainer.members)
+        trainer.learner.step(trainer.lr)
+        trainer.advance(batches, losses)
 
     def plain_step(self, vocab_size: int):
         """The same model, batches and optimizer as the trainer's, in a loop without DeepSpeed."""
@@ -161,20 +171,13 @@ def useful_flops(samples: Samples, config) -> float:
 
 
 def training_rows(bench: Bench, what: str, vocab_size: int, goal_ratio: float | None) -> list[Row]:
-    trainer = bench.engine_trainer(vocab_size)
-    config = trainer.learner.engine.module.config
-
-    def our_step(rows: np.ndarray) -> None:
-        batches = [GlobalBatch(bench.samples, rows, index=0, is_last=False)]
-        trainer.follow_schedule()
-        losses = trainer.learner.accumulate(trainer.progress.step, batches, trainer.members)
-        trainer.learner.step(trainer.lr)
-        trainer.advance(batches, losses)
+    trainer = bench.trainer(vocab_size, f"v{vocab_size}")
+    config = trainer.learner.models()[0].config
 
     arithmetic = torch.bfloat16 if bench.options.bf16 else None
     rates = bench.rates(
         {
-            "ours": our_step,
+            "ours": lambda rows: bench.train(trainer, [rows]),
             "loop": bench.plain_step(vocab_size),
             "plain": PlainLoop(config, bench.samples, bench.device, sparse=False, autocast=arithmetic).step,
             "sparse": PlainLoop(config, bench.samples, bench.device, sparse=True, autocast=arithmetic).step,
@@ -228,6 +231,27 @@ def compact_rows(bench: Bench) -> list[Row]:
     return rows
 
 
+def stacked_rows(bench: Bench) -> list[Row]:
+    """Small models of eight seeds in one run, next to one model after the other by DeepSpeed's engine."""
+    size = int(bench.samples.attributes["vocab_size"])
+    shape = ["--hidden_size", 32, "--num_hidden_layers", 2, "--num_attention_heads", 2, "--intermediate_size", 128]
+    flags = [*shape, "--hidden_dropout_prob", 0, "--attention_probs_dropout_prob", 0, "--bf16", "false"]
+    single = bench.trainer(size, "single", *flags)
+    stacked = bench.trainer(size, "stacked", *flags, "--seeds", ",".join(map(str, range(SEEDS))))
+
+    def in_turn(rows: np.ndarray) -> None:
+        for own in np.array_split(rows, SEEDS):
+            bench.train(single, [own])
+
+    rates = bench.rates({"stacked": lambda rows: bench.train(stacked, np.array_split(rows, SEEDS)), "single": in_turn})
+    for trainer in (single, stacked):
+        trainer.metrics.close()
+    note = (
+        f"--seeds, hidden 32, 2 layers, batches of {bench.options.batch // SEEDS} without dropout; baseline: a run of one seed"
+    )
+    return [Row(f"training, {SEEDS} stacked seeds", rates["stacked"], RATE, rates["single"], goal_ratio=1.2, note=note)]
+
+
 def startup_rows(bench: Bench) -> list[Row]:
     """Seconds from the start of run_pretraining.py to the end of a run of one step, the second time."""
     options = bench.training_options()
@@ -243,7 +267,7 @@ def startup_rows(bench: Bench) -> list[Row]:
     return [Row("start of run_pretraining.py", statistics.median(seconds), "s", goal=20, smaller_is_better=True, note=note)]
 
 
-ROWS = {"full": full_rows, "compact": compact_rows, "startup": startup_rows}
+ROWS = {"full": full_rows, "compact": compact_rows, "stacked": stacked_rows, "startup": startup_rows}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ from pretraining.evaluation.features import (
     word_features,
 )
 from pretraining.evaluation.probes import curve_point, fit_draws, label_draws
-from pretraining.evaluation.solvers import ProbeData, accuracy, fit_adamw, fit_lbfgs, fit_ridge, linear_head, standardise
+from pretraining.evaluation.solvers import ROUGH, ProbeData, accuracy, fit_adamw, fit_lbfgs, fit_ridge, linear_head, standardise
 from pretraining.model.checkpoints import load_model, load_vocabulary
 
 LENGTH = 12  # longer than any sentence needs: the padding must be zeros
@@ -269,7 +269,7 @@ def test_a_curves_point_is_the_mean_over_draws(solver):
             head = fit_ridge(part.features, part.labels, 3).head
         else:
             standardise(part)
-            head = fit_lbfgs(part.features, part.labels, 3, strengths[0]).head
+            head = fit_lbfgs(part.features, part.labels, 3, strengths[0], ROUGH).head
         predicted = head(part.validation_features).argmax(1)
         assert match.tolist() == (predicted == validation_labels).tolist()
     assert not (predicted == 1).all() and (head.weight != 0).any() and len(strengths) == (3 if solver == "ridge" else 1)

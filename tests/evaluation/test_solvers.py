@@ -132,7 +132,7 @@ def ridge_by_rows(features, labels, classes, penalty):
     return solution[:-1], solution[-1]
 
 
-@pytest.mark.parametrize("n, width", [(40, 6), (15, 30), (12, 12)])  # primal, dual, and as many features as sentences
+@pytest.mark.parametrize("n, width", [(40, 6), (15, 30), (12, 12), (12, 11), (12, 10)])  # primal, dual, and the bounds
 @pytest.mark.parametrize("shift", [0.0, 5.0])
 def test_ridge_is_chosen_by_refits_without_each_sentence(n, width, shift):
     rng = np.random.default_rng(n)

@@ -16,6 +16,8 @@ from pretraining.experiments.study import Registration, Status, read_studies, wr
 from pretraining.training.arguments import parse_with_config
 
 TINY = Path(__file__).with_name("tiny.toml")
+ROOT = Path(__file__).parents[2]
+STUDIES = ROOT / "scripts/studies"
 
 
 def plan(path=TINY, scale=None, launcher=("python",), **changes):
@@ -207,3 +209,54 @@ def test_dry_run_says_what_exists_and_does_nothing(tmp_path, capsys):
 def test_a_command_shows_its_folder():
     step = Step(name="x", words=("python", "a b", "$OUT/c"), makes=("c",))
     assert step.command == "python 'a b' \"$OUT/c\"" and step.all_makes == ("c",)
+
+
+@pytest.mark.parametrize("scale", [None, "small", "paper"])
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_studies(path, scale):
+    if path.stem == "mini":
+        with pytest.raises(InputError, match="question: is missing"):
+            resolve(path, scale)
+        return
+    steps, studies = plan(path, scale)
+    assert check_flags(steps)
+    seen = set()
+    for step in steps:
+        assert step.name not in seen and {*step.needs, *step.after} <= seen, step.name
+        seen.add(step.name)
+    assert studies.stacked == (scale is None) and all(group.folders for group in studies.groups.values())
+    assert set(range(100, 108)) >= {*studies.groups["base"].seeds} and studies.selection.seeds[0] == 1000
+    for group in studies.groups.values():  # widths have a place in the widest
+        assert group.flags["hidden_size"] // group.flags["num_attention_heads"] == 16 * (1 if scale is None else 4)
+
+
+DROPOUT = f"""
+question = "Does dropout change the flatness at the same loss?"
+include = "{STUDIES / "mini.toml"}"
+seeds = "0-3"
+
+[language.text]
+rule_path = "my_rules.txt"
+
+[groups.dropout]
+vary = {{ hidden_dropout_prob = [0, 0.1] }}
+
+[[comparisons]]
+before = "dropout-0"
+after = "dropout-0.1"
+"""
+
+
+def test_a_question_of_ones_own_in_a_few_lines(tmp_path, capsys):
+    assert DROPOUT.count("\n") <= 25
+    rules = (ROOT / "pcfg/rules/rule_mini_headroom.txt").read_text()
+    (tmp_path / "my_rules.txt").write_text(rules)
+    (tmp_path / "dropout.toml").write_text(DROPOUT)
+    experiments.main([str(tmp_path / "dropout.toml"), "--out", str(tmp_path / "out"), "--dry-run"])
+    text = capsys.readouterr().out
+    assert "primary: dropout-0 at step 8000 against dropout-0.1 at step 8000" in text and "sgd" not in text
+    steps, studies = plan(tmp_path / "dropout.toml")
+    check_flags(steps)
+    assert set(studies.groups) == {"dropout-0", "dropout-0.1"} and studies.studies[0].paper is None
+    assert studies.text["rule_path"] == str(tmp_path / "my_rules.txt")
+    assert [studies.groups[f"dropout-{value}"].flags["hidden_dropout_prob"] for value in (0, 0.1)] == [0, 0.1]
