@@ -23,7 +23,7 @@ from pretraining.experiments.study import (
     Task,
     model_folder,
 )
-from pretraining.experiments.study_file import REQUIRED, Table, Tree, at_scale, read_tree, suggestion
+from pretraining.experiments.study_file import REQUIRED, Table, Tree, read_tree, suggestion
 
 ROOT = Path(__file__).parents[2]  # of the commands
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # of groups, tasks, choices, measurements: parts of paths
@@ -104,7 +104,7 @@ def merge(designs: list[Design], paths: list[Path]) -> Design:
 
 def resolve(path: Path, scale: str | None) -> Design:
     """The design of one study file at a scale."""
-    tree = at_scale(read_tree(path), scale)
+    tree = read_tree(path, scale)
     return _Resolver(path, tree, scale or "mini").design()
 
 

@@ -63,8 +63,8 @@ class Tree:
         path, line = self.place(keys)
         return InputError(f"{path}:{line}: {message}")
 
-    def overlay(self, other: "Tree", source: Keys = ()) -> None:
-        """Lay the table `source` of another tree over this one: its values count, tables are merged."""
+    def overlay(self, other: "Tree") -> None:
+        """Lay another tree over this one: its values count, tables are merged."""
 
         def lay(below: dict, above: dict) -> None:
             for name, value in above.items():
@@ -73,12 +73,13 @@ class Tree:
                 else:
                     below[name] = copy.deepcopy(value)
 
-        table = other.values
-        for key in source:
-            table = table[key]  # type: ignore[index]
-        lay(self.values, table)
-        length = len(source)
-        self.places |= {keys[length:]: place for keys, place in other.places.items() if keys[:length] == source}
+        lay(self.values, other.values)
+        self.places |= other.places
+
+    def places_below(self, *table: str) -> dict[Keys, tuple[Path, int]]:
+        """The places of the keys of a table, as if it were a file."""
+        length = len(table)
+        return {keys[length:]: place for keys, place in self.places.items() if keys[:length] == table and len(keys) > length}
 
     def include(self, other: "Tree") -> None:
         """Lay an included file over this tree, without what it says of itself; comparisons of several files are joined."""
@@ -95,8 +96,20 @@ class Tree:
         self.overlay(other)
 
 
-def read_tree(path: Path, including: tuple[Path, ...] = ()) -> Tree:
-    """The tree of a study file, laid over those of the files that it includes."""
+def read_tree(path: Path, scale: str | None = None) -> Tree:
+    """The tree of a study file, laid over those of the files that it includes, with the settings of a scale.
+
+    A file's settings of the scale lie over its own keys, and under those of files that include it.
+    """
+    names = {"mini"}
+    tree = _read(path, scale, (), names)
+    if scale is not None and scale not in names:
+        raise InputError(f"--scale {scale}: {path} has no [scales.{scale}]; it has {', '.join(sorted(names))}")
+    return tree
+
+
+def _read(path: Path, scale: str | None, including: tuple[Path, ...], scales: set[str]) -> Tree:
+    """The tree of a file for `read_tree`; adds the names of its scales to `scales`."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -118,23 +131,13 @@ def read_tree(path: Path, including: tuple[Path, ...] = ()) -> Tree:
             raise own.error(("include",), f"include: {other}: no such file; names are relative to this file")
         if other.resolve() in (path.resolve(), *including):
             raise own.error(("include",), f"include: {name} includes this file; leave one of them out")
-        tree.include(read_tree(other, (*including, path.resolve())))
+        tree.include(_read(other, scale, (*including, path.resolve()), scales))
+    settings = Table(own, (), {"scales": values.pop("scales", {})}).table("scales").tables()
+    scales.update(settings)
     tree.overlay(own)
+    if scale in settings:
+        tree.overlay(Tree(settings[scale].values, own.places_below("scales", scale)))
     return tree
-
-
-def at_scale(tree: Tree, scale: str | None) -> Tree:
-    """The tree with the settings of a scale; without a name the file as it is."""
-    scales = Table(tree, ("scales",), dict(tree.values.get("scales", {})))
-    result = Tree({name: value for name, value in copy.deepcopy(tree.values).items() if name != "scales"}, dict(tree.places))
-    if scale in (None, "mini") and "mini" not in scales.values:
-        return result
-    if scale not in scales.values:
-        names = ", ".join(["mini", *scales.values])
-        raise InputError(f"--scale {scale}: {tree.place(())[0]} has no [scales.{scale}]; it has {names}")
-    scales.tables()  # each is a table
-    result.overlay(tree, ("scales", str(scale)))
-    return result
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:

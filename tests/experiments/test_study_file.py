@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pcfg.common.files import InputError
-from pretraining.experiments.study_file import Table, at_scale, key_lines, read_tree
+from pretraining.experiments.study_file import Table, key_lines, read_tree
 
 STUDIES = Path(__file__).parents[2] / "scripts/studies"
 TEXT = (
@@ -103,13 +103,15 @@ def test_included_files_lie_below_and_keep_their_places(tmp_path):
 
 def test_a_scale_lies_over_the_file(tmp_path):
     write(tmp_path, study="x = 1\n[t]\na = 1\nb = 2\n[scales.big]\nx = 2\n[scales.big.t]\nb = 3\n[scales.wrong]\nx = 4")
-    tree = read_tree(tmp_path / "study.toml")
-    assert at_scale(tree, None).values == at_scale(tree, "mini").values == {"x": 1, "t": {"a": 1, "b": 2}}
-    big = at_scale(tree, "big")
+    path = tmp_path / "study.toml"
+    assert read_tree(path).values == read_tree(path, "mini").values == {"x": 1, "t": {"a": 1, "b": 2}}
+    big = read_tree(path, "big")
     assert big.values == {"x": 2, "t": {"a": 1, "b": 3}} and big.place(("t", "b"))[1] == 8
-    assert tree.values["x"] == 1 and tree.values["t"]["b"] == 2
-    with pytest.raises(InputError, match=r"--scale bog: .*study.toml has no \[scales.bog\]; it has mini, big, wrong"):
-        at_scale(tree, "bog")
+    with pytest.raises(InputError, match=r"--scale bog: .*study.toml has no \[scales.bog\]; it has big, mini, wrong"):
+        read_tree(path, "bog")
+    # What a study says itself counts more than an included file's scale.
+    write(tmp_path, top='include = "study.toml"\n[t]\nb = 4')
+    assert read_tree(tmp_path / "top.toml", "big").values == {"x": 2, "t": {"a": 1, "b": 4}}
 
 
 def test_damaged_files(tmp_path):
