@@ -17,7 +17,8 @@ in all and V words of the language:
     log_true      (M,)    float32, log P(x_t | x_-t), nats, likewise
 
 Its attributes: `format` (2), `conditionals` ("float32", "float16" or "none"), `text_sha256`, `text_name`, `grammar_sha256`
-(of a grammar, or of a restricted language model), `versions` (JSON).
+(of a grammar, or of a restricted language model), `versions` (JSON), and `sha256`, of everything before it in this list, which
+is compared whenever a table is opened. Tables of earlier versions have none.
 
 A table may have the first n sentences of its text only. A table of a random choice of positions
 (`pretraining.sources.opt.lookup`) has format 3, M counts the choice, and there are two more datasets and an attribute:
@@ -33,6 +34,7 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -54,6 +56,7 @@ from pcfg.grammar import Grammar, find_rules
 
 FORMAT = 2  # of all positions
 FORMAT_CHOSEN = 3  # of some
+CHECKSUM = "sha256"
 DTYPES = ("float32", "float16", "none")
 MAKERS = "python -m pcfg.lookup (of a language model's text: pretraining.sources.opt.lookup)"
 # Numbers in a block of a dataset: 16 MiB of float32, small enough for its memory to be used again.
@@ -139,6 +142,17 @@ class TableOrigin:
             file.attrs["text_name"] = Path(self.datafile).name
             file.attrs["grammar_sha256"] = self.language_sha256
             file.attrs["versions"] = json.dumps(versions("numpy", "numba", "h5py"))
+            file.attrs[CHECKSUM] = _content_sha256(file)
+
+
+def _content_sha256(file: h5py.File) -> str:
+    """SHA-256 of the attributes and datasets of a table, read block by block."""
+    attributes = {name: str(value) for name, value in file.attrs.items() if name != CHECKSUM}
+    digest = hashlib.sha256(json.dumps(attributes, sort_keys=True).encode())
+    for name in sorted(file):
+        for block in _blocks_of(file[name]):
+            digest.update(b"\0".join(block.tolist()) if block.dtype == object else block.tobytes())
+    return digest.hexdigest()
 
 
 def _check_file(file: h5py.File, path: Path) -> None:
@@ -160,10 +174,13 @@ def _check_file(file: h5py.File, path: Path) -> None:
         raise InputError(f"{path}: lengths or true_words out of range; {again}")
     if chosen and not _positions_fit(file):
         raise InputError(f"{path}: positions out of range; {again}")
+    if CHECKSUM in file.attrs and file.attrs[CHECKSUM] != _content_sha256(file):
+        raise InputError(f"{path}: damaged, its content does not have the SHA-256 that it was written with; {again}")
 
 
 def _blocks_of(dataset: h5py.Dataset) -> Iterator[np.ndarray]:
-    return (dataset[first : first + BLOCK_ELEMENTS] for first in range(0, len(dataset), BLOCK_ELEMENTS))
+    step = max(1, BLOCK_ELEMENTS // max(1, math.prod(dataset.shape[1:])))
+    return (dataset[first : first + step] for first in range(0, len(dataset), step))
 
 
 def _positions_fit(file: h5py.File) -> bool:

@@ -234,6 +234,11 @@ def test_loadpath_measures_other_weights(setting):
     model = {"--model-path": folder / "models" / "step1"}
     calculate_hessian.main(flags(folder, "--nsamples", 10, "--loadpath", other, **model))
     assert json.loads((other / "hessian.json").read_text())["value"] == read(folder)["value"]
+    weights = folder / "models" / "step1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    for loadpath in ([], ["--loadpath", weights], ["--loadpath", weights.parent]):
+        with pytest.raises(InputError, match="model.safetensors: damaged"):
+            calculate_hessian.main(flags(folder, "--nsamples", 10, "--overwrite", *loadpath, **model))
     with pytest.raises(InputError, match="--loadpath .*nowhere"):
         calculate_hessian.main(flags(folder, "--loadpath", folder / "nowhere", **model))
     with pytest.raises(InputError, match="must be one model folder"):

@@ -1,8 +1,10 @@
 """run_ft.py's main() on a tiny model: the README's flags, the record, skipping, and the errors."""
 
 import json
+import math
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import run_ft
 from pcfg.common.files import InputError
@@ -147,6 +149,28 @@ def test_a_glue_task_by_name_needs_the_hub(model, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(InputError, match="--task_name sst2: .* is not in the hub's local cache"):
         run_ft.main(["--model_name_or_path", str(model), "--task_name", "sst2", *SHORT])
+
+
+def spoil(model, name, value):
+    """Set the first entry of a weight of a model folder without hashes."""
+    (model / "args.json").unlink()
+    weights = load_file(model / "model.safetensors")
+    weights[name].view(-1)[0] = value
+    save_file(weights, model / "model.safetensors")
+
+
+@pytest.mark.parametrize("name, value", [("lm_head.bias", math.nan), ("roberta_prelayernorm.LayerNorm.bias", 3e38)])
+def test_what_is_not_finite_is_no_accuracy(model, data, name, value):
+    spoil(model, name, value)
+    with pytest.raises(InputError, match="not finite|diverged"):
+        run_ft.main(["--model_name_or_path", str(model), *data, *SHORT])
+    assert not list(model.glob("finetune*"))
+
+
+def test_a_diverged_training_is_no_accuracy(model, data):
+    with pytest.raises(InputError, match="diverged.*nothing is recorded, lower --learning_rate"):
+        run_ft.main(["--model_name_or_path", str(model), *data, *SHORT, "--learning_rate", "1e30"])
+    assert not list(model.glob("finetune*"))
 
 
 def test_help(capsys):

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 import run_lp
 from pcfg import lookup
@@ -376,6 +378,28 @@ def test_usage_errors_exit_with_2(model, data, flags):
 def test_flags_without_effect_are_named(model, data, capsys):
     run_lp.main(["--model_name_or_path", str(model), *data, *SHORT, "--label_smoothing_factor", "0.1"])
     assert "no effect on a linear probe: --label_smoothing_factor\n" in capsys.readouterr().out
+
+
+def spoil(model, name, value):
+    """Set the first entry of a weight of a model folder without hashes."""
+    (model / "args.json").unlink()
+    weights = load_file(model / "model.safetensors")
+    weights[name].view(-1)[0] = value
+    save_file(weights, model / "model.safetensors")
+
+
+@pytest.mark.parametrize("name, value", [("lm_head.bias", math.nan), ("roberta_prelayernorm.LayerNorm.bias", 3e38)])
+def test_what_is_not_finite_is_no_accuracy(model, data, name, value):
+    spoil(model, name, value)
+    with pytest.raises(InputError, match="not finite|diverged"):
+        run_lp.main(["--model_name_or_path", str(model), *data, *SHORT])
+    assert not list(model.glob("probe*"))
+
+
+def test_a_diverged_training_is_no_accuracy(model, data):
+    with pytest.raises(InputError, match="diverged.*nothing is recorded, lower --learning_rate"):
+        run_lp.main(["--model_name_or_path", str(model), *data, *SHORT, "--learning_rate", "1e30"])
+    assert not list(model.glob("probe*"))
 
 
 def test_help(capsys):

@@ -87,10 +87,10 @@ def csv_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[int], list[dict
             rows.append(row)
             if None in row:  # where DictReader puts what the header has no name for
                 number = len(row) - 1 + len(row[None])
-                raise InputError(
-                    f"{path}:{reader.line_num}: {number} columns, the header has {len(names)}; a text with the delimiter in it "
-                    "needs quotes around it"
-                )
+                advice = "remove the tabs that do not separate two columns, also at the end of the line"
+                if not dialect:
+                    advice = "a text with the delimiter in it needs quotes around it"
+                raise InputError(f"{path}:{reader.line_num}: {number} columns, the header has {len(names)}; {advice}")
             for column in columns:
                 if not (row[column] or "").strip():
                     raise InputError(f"{path}:{reader.line_num}: empty {column!r}; remove the row or fill it in")

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from pcfg.common.files import InputError, describe_file, read_json
-from pcfg.common.text import csv_rows, read_labelled, read_texts
+from pcfg.common.text import csv_rows, read_labelled, read_texts, shown
 from pretraining.data.contexts import Contexts, check_length, from_texts
 from pretraining.data.masking import check_lengths
 from pretraining.data.vocabulary import Vocabulary, check_single_tokens, hub_is_off, resolve_tokenizer
-from pretraining.model.checkpoints import load_vocabulary
+from pretraining.model.checkpoints import check_folder, load_vocabulary
 from pretraining.model.config import ModelConfig
 
 GLUE_REPOSITORY = "nyu-mll/glue"
@@ -153,7 +153,7 @@ def _check_classes(part: Part) -> list[int]:
 def _read_part(path: Path, glue: GlueFormat | None, is_test: bool) -> Part:
     """The sentences of one file, with its labels as numbers; a test file may have none."""
     if glue is not None:
-        return _read_glue(path, *glue)
+        return _read_glue(path, *glue, is_test)
     # In any other file than a test file, missing labels are an error of read_labelled.
     if is_test and "label" not in csv_rows(path, ("text",))[1][0]:
         return Part(path, read_texts(path), None, None)
@@ -181,31 +181,36 @@ def _hub_files(task: str) -> dict[str, Path]:
         ) from None
 
 
-def _read_glue(path: Path, columns: tuple[str, ...], names: tuple[str, ...]) -> Part:
+def _read_glue(path: Path, columns: tuple[str, ...], names: tuple[str, ...], is_test: bool) -> Part:
     """A file of a GLUE task: `.csv` or `.tsv` with a header, or the hub's `.parquet`; labels are numbers or names."""
+    values = {**{str(number): number for number in range(-1, len(names))}, **{name: i for i, name in enumerate(names)}}
     if path.suffix == ".parquet":
         lines, table = _parquet_columns(path, columns)
     else:
         lines, rows = csv_rows(path, columns)
-        table = {column: [row[column] for row in rows] for column in (*columns, "label") if column in rows[0]}
+        table = {column: [row[column] for row in rows] for column in rows[0]}
     texts = [[str(text or "").strip() for text in table[column]] for column in columns]
     if empty := sum("" in row for row in zip(*texts, strict=True)):
         print(f"warning: {empty} of {len(lines)} rows of {path} have an empty text")
     labels = None
+    if "label" not in table and not is_test:
+        others = [column for column in table if column not in columns]
+        similar = [column for column in others if all(str(label).strip() in values for label in table[column])]
+        advice = f"rename its column {similar[-1]!r} to 'label'" if similar else f"it has {', '.join(map(str, table))}"
+        raise InputError(f"{path}: no column 'label'; {advice} and give the file again (--train_file, --validation_file)")
     if "label" in table:
-        values = {**{str(number): number for number in range(-1, len(names))}, **{name: i for i, name in enumerate(names)}}
         labels = np.array([values.get(str(label).strip(), -2) for label in table["label"]], np.int64)
         if (labels == -2).any():
             row = int(np.argmax(labels == -2))
             known = ", ".join(f"{number} or {name}" for number, name in enumerate(names))
-            raise InputError(f"{path}:{lines[row]}: label {table['label'][row]!r}; it must be {known}")
+            raise InputError(f"{path}:{lines[row]}: label {shown(str(table['label'][row]))}; it must be {known}")
     if labels is not None and (labels == -1).all():
         labels = None  # GLUE keeps those of its test sets to itself
     return Part(path, texts[0], texts[1] if len(texts) > 1 else None, labels)
 
 
 def _parquet_columns(path: Path, columns: tuple[str, ...]) -> tuple[list[int], dict]:
-    """Row numbers from 1, and `columns` (and label, if there is one) of a parquet file."""
+    """Row numbers from 1, and the columns of a parquet file, of which `columns` are text."""
     from pyarrow import ArrowException  # slow to import
     from pyarrow.parquet import read_table
 
@@ -217,8 +222,12 @@ def _parquet_columns(path: Path, columns: tuple[str, ...]) -> tuple[list[int], d
         raise InputError(f"{path}: no column {missing[0]!r}; it has {', '.join(table.column_names)}")
     if not len(table):
         raise InputError(f"{path}: no sentences; the file is empty")
-    present = [column for column in (*columns, "label") if column in table.column_names]
-    return list(range(1, len(table) + 1)), table.select(present).to_pydict()
+    for column in columns:
+        kind = table.schema.field(column).type
+        content = getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
+        if str(content) not in ("string", "large_string", "string_view"):
+            raise InputError(f"{path}: column {column!r} is {kind}, not text; give a file whose {column!r} is of type string")
+    return list(range(1, len(table) + 1)), table.to_pydict()
 
 
 def _check_label_names(parts: list[Part]) -> None:
@@ -268,6 +277,7 @@ def encode_task(task: Task, folder: Path, config: ModelConfig, options: Any) -> 
     tokenizer = None
     if options.tokenizer_name is not None or task.pieces:
         name = str(folder) if options.tokenizer_name is None else options.tokenizer_name
+        check_folder(folder)  # the tokenizer's files, which no other check reads
         tokenizer = resolve_tokenizer(name, [folder])
         if tokenizer.get_vocab() != vocabulary.ids:
             raise InputError(

@@ -30,7 +30,7 @@ from pretraining.evaluation.downstream import (
     training_steps,
 )
 from pretraining.evaluation.records import FinetuneRecord
-from pretraining.evaluation.solvers import linear_head
+from pretraining.evaluation.solvers import check_loss, finite_argmax, linear_head
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import describe_model, load_model
 
@@ -129,18 +129,21 @@ def finetune(
             train_dataset=SentenceDataset(parts[0], task.train.labels),
             eval_dataset=SentenceDataset(parts[1], task.validation.labels),
             compute_metrics=_share_correct,
-            preprocess_logits_for_metrics=lambda logits, _labels: logits.argmax(-1),
+            preprocess_logits_for_metrics=lambda logits, _labels: finite_argmax(logits),
             callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
         )
         trainer.train()
-        last = trainer.evaluate()["eval_accuracy"]
-        train = trainer.evaluate(trainer.train_dataset, metric_key_prefix="train")["train_accuracy"]
+        validation = trainer.evaluate()
+        train = trainer.evaluate(trainer.train_dataset, metric_key_prefix="train")
+        check_loss(train["train_loss"])
         predictions = {}
         if task.test is not None:
             # Without labels, since the Trainer would compute a loss: a label of the test part may be unknown to the task.
             predictions["predictions"] = trainer.predict(SentenceDataset(parts[2], None)).predictions
     history = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    return {"last": last, "best": max(history), "train": train, "steps": trainer.state.global_step, **predictions}
+    steps = trainer.state.global_step
+    accuracies = {"last": validation["eval_accuracy"], "best": max(history), "train": train["train_accuracy"]}
+    return {**accuracies, "steps": steps, **predictions}
 
 
 def write_predictions(path: Path, task: Task, test: Part, seeds: list[int], predictions: list[np.ndarray]) -> None:

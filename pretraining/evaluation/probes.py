@@ -268,6 +268,9 @@ def _measure(
 
     def prepare() -> ProbeData:
         features, width = compute_features()
+        for rows, part in zip(features, task.parts(), strict=False):
+            if not rows.isfinite().all():
+                raise InputError(f"{folder}: features of {part.file} are not finite; the model's hidden states overflow")
         labels = [torch.from_numpy(part.labels) for part in (task.train, task.validation)]
         train, validation, *labels = _placed(training.device, *features, *labels)
         return ProbeData(train, labels[0], validation, labels[1], len(task.classes), width)

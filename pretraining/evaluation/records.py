@@ -262,15 +262,15 @@ def is_measured(folder: Path | str, name: str, inputs: dict, arguments: dict, ov
 
 
 def write_record(folder: Path | str, name: str, record: Record, number_file: bool = False) -> None:
-    """Write record `name` of `folder`, atomically; with `number_file` also the value alone, as a .txt of the same name.
-
-    Raises:
-        ValueError: a number other than the value is not finite.
-    """
+    """Write record `name` of `folder`, atomically; with `number_file` also the value alone, as a .txt of the same name."""
     path = Path(folder) / name
-    if not math.isfinite(record.value):
-        raise InputError(f"{path}: the {record.measurement} is {record.value}; the model's weights are not finite or overflow")
-    json.dumps(record.model_dump(mode="json"), allow_nan=False)
+    try:
+        json.dumps(record.model_dump(mode="json"), allow_nan=False)
+    except ValueError:
+        raise InputError(
+            f"{path}: not written, the {record.measurement} (value {record.value}) has a number that is not finite; the model "
+            "has diverged or overflows"
+        ) from None
     if number_file:  # before the record, whose presence says that the measurement is complete
         with atomic_open(path.with_suffix(".txt")) as file:
             file.write(f"{record.value:.6f}\n")

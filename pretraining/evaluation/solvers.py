@@ -50,6 +50,7 @@ NEGLIGIBLE = 1e-5  # times the mean of a column: a standard deviation that is on
 # A probe by AdamW is unfinished if this share of more steps lowers its training loss by more than so many nats.
 FURTHER_STEPS = 0.1
 STILL_FALLS = 0.005
+DIVERGED = 100.0  # nats, a mean cross-entropy: the probability of a label is then 0 in float32
 NO_CLASS = -1e4  # the bias of a class without training sentences: exp() of it is 0
 
 
@@ -82,8 +83,27 @@ def correct(head: nn.Linear, features: Tensor, labels: Tensor, batch_size: int =
     """(n,) bool on the CPU: whether the largest logit is that of the label."""
     device = head.weight.device
     with torch.inference_mode():
-        predictions = [head(rows.to(device)).argmax(-1).cpu() for rows in features.split(batch_size)]
+        predictions = [finite_argmax(head(rows.to(device))).cpu() for rows in features.split(batch_size)]
     return torch.cat(predictions) == labels.cpu()
+
+
+def finite_argmax(logits: Tensor) -> Tensor:
+    """argmax over the classes, (n, classes) -> (n,) int64; refuses logits that are not finite, whose argmax means nothing."""
+    if not logits.isfinite().all():
+        raise diverged("logits that are not finite")
+    return logits.argmax(-1)
+
+
+def check_loss(loss: float) -> float:
+    """The mean cross-entropy of all training or validation sentences, in nats; refuses that of a diverged training."""
+    if not loss <= DIVERGED:
+        raise diverged(f"a loss of {loss:.3g} nats")
+    return loss
+
+
+def diverged(what: str) -> InputError:
+    """The error of a classifier that has learned nothing, because its training diverged."""
+    return InputError(f"the training of the classifier diverged: it has {what}; nothing is recorded, lower --learning_rate")
 
 
 def accuracy(head: nn.Linear, features: Tensor, labels: Tensor) -> float:
@@ -195,6 +215,7 @@ def progress_left(head: nn.Linear, data: ProbeData, training: TrainingArguments,
     epoch. The schedule's own end says nothing, since a rate of zero stops any training.
     """
     loss, norm = training_loss(head, data)
+    check_loss(loss)
     further = copy.deepcopy(head)
     number = len(data.labels)
     steps = max(10, round(FURTHER_STEPS * training_steps(training, number)), math.ceil(number / _batch_size(training)))

@@ -185,17 +185,26 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 def load_model(
     folder: AnyPath, device: str | torch.device = "cpu", attention: str = "sdpa", weights: AnyPath | None = None
 ) -> MaskedLM:
-    """The model of a folder, in float32 and eval mode; `weights`: a file that replaces the folder's, of the same shape."""
+    """The model of a folder, in float32 and eval mode; `weights`: a file that replaces the folder's, of the same shape.
+
+    The one loader of all programs: files that an `args.json` next to them lists must be those that were saved, and all weights
+    must be finite.
+    """
     folder = Path(folder)
     if not is_model_folder(folder):
         raise InputError(f"{folder}: not a model folder ({CONFIG_FILE} and {WEIGHTS_FILE} or {PICKLE_FILE} are needed)")
     if (folder / FACTS_FILE).exists() and FILES not in read_facts(folder):
         print(f"warning: {folder / FACTS_FILE} lists no hashes: {folder} is used as it is")
-    _check_files(folder, CONFIG_FILE, *([] if weights else [weights_file(folder).name]))
-    config = read_config(folder, attention)
     path = Path(weights or weights_file(folder))
+    _check_files(folder, CONFIG_FILE)
+    _check_files(path.parent, path.name)
+    config = read_config(folder, attention)
+    state = from_stored(_read_weights(path), config, path)
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: {name} has entries that are not finite; the training has diverged, make the model again")
     model = MaskedLM(config)
-    model.load_state_dict(from_stored(_read_weights(path), config, path))
+    model.load_state_dict(state)
     return model.to(device).eval()
 
 
@@ -328,12 +337,10 @@ def verify(root: AnyPath) -> list[str]:
     for folder in all_model_folders(root):
         try:
             check_folder(folder)
-            model = load_model(folder)
+            load_model(folder)
         except InputError as error:
             problems.append(str(error))
             continue
-        bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
-        problems += [f"{folder}: {name} has entries that are not finite" for name in bad[:1]]
         digest = weights_sha256(folder)
         facts = read_facts(folder)
         if digest in owners:

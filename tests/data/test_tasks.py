@@ -172,13 +172,44 @@ def test_glue_of_the_hubs_kind(folder, capsys):
         (QNLI + "Who?\tMe.\tnot.\t1\n", "train.tsv:2: 4 columns, the header has 3"),
         (QNLI + "Who?\t\t1\n", "train.tsv:2: empty 'sentence'"),
         (QNLI + "Who?\tMe.\t1\n", "at least 2 classes"),
-        ("question\tsentence\nWho?\tMe.\n", "train.tsv: not labelled"),
+        ("question\tsentence\nWho?\tMe.\n", "train.tsv: no column 'label'; it has question, sentence"),
     ],
 )
 def test_malformed_glue_files(pairs, content, message):
     (pairs / "train.tsv").write_text(content)
     with pytest.raises(InputError, match=message):
         read_task(glue(pairs))
+
+
+def test_columns_of_parquet_are_text(folder):
+    import pyarrow
+    from pyarrow import parquet
+
+    kinds = {"int64": [1, 2], "double": [0.5, 1.5], "list<element: string>": [["a"], ["b"]], "binary": [b"a", b"b"]}
+    kinds["struct<text: string>"] = [{"text": "a"}, {"text": "b"}]
+    for kind, values in kinds.items():
+        parquet.write_table(pyarrow.table({"sentence": values, "label": [0, 1]}), folder / "train.parquet")
+        with pytest.raises(InputError, match=f"train.parquet: column 'sentence' is {kind}, not text"):
+            read_task(glue(folder, "sst2", ".parquet"))
+    texts = pyarrow.array(["a", "b"]).dictionary_encode()
+    for name in ("train", "validation"):
+        parquet.write_table(pyarrow.table({"sentence": texts, "label": [0, 1]}), folder / f"{name}.parquet")
+    assert read_task(glue(folder, "sst2", ".parquet")).train.texts == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "task, header, row, message",
+    [
+        ("qqp", "id question1 question2 is_duplicate", "7 a b 1", "rename its column 'is_duplicate' to 'label'.*--train_file"),
+        ("mnli", "index premise hypothesis gold_label", "7 a b neutral", "rename its column 'gold_label' to 'label'"),
+        ("qqp", "id question1 question2 x", "7 a b yes", "no column 'label'; it has id, question1, question2, x"),
+        ("sst2", "sentence label", "a 1 ", "3 columns, the header has 2; remove the tabs that do not separate two columns"),
+    ],
+)
+def test_columns_of_glues_own_files(folder, task, header, row, message):
+    (folder / "train.tsv").write_text("\n".join(line.replace(" ", "\t") for line in (header, row, row)) + "\n")
+    with pytest.raises(InputError, match=f"train.tsv.*{message}"):
+        read_task(glue(folder, task))
 
 
 def test_glue_by_name_without_the_hub_fails_at_once(folder, monkeypatch, tmp_path):

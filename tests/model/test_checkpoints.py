@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import pickle
 import shutil
@@ -218,6 +219,20 @@ def test_damaged_weights(tmp_path):
         load_model(tmp_path / "model")
     with pytest.raises(InputError, match="not a whole safetensors file"):
         load_model(made_by_others(tmp_path / "model"))
+
+
+def test_infinite_weights_and_weights_of_another_folder_are_checked(tmp_path):
+    model = make_folder(tmp_path / "a")
+    make_folder(tmp_path / "b", seed=2)
+    spoiled = tmp_path / "b" / "model.safetensors"
+    spoiled.write_bytes(spoiled.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(InputError, match="b/model.safetensors: damaged"):
+        load_model(tmp_path / "a", weights=spoiled)
+    with torch.no_grad():
+        model.decoder_bias[3] = math.nan
+    safetensors.torch.save_file(checkpoints.to_stored(model.state_dict(), model.config), tmp_path / "nan.safetensors")
+    with pytest.raises(InputError, match="nan.safetensors: decoder_bias has entries that are not finite"):
+        load_model(tmp_path / "a", weights=tmp_path / "nan.safetensors")
 
 
 def test_files_changed_on_purpose(tmp_path, capsys):

@@ -247,6 +247,24 @@ def test_a_table_with_parts_missing_or_wrong_is_refused(folder, table_path, chan
         LookupTable.open(broken)
 
 
+def test_flipped_bytes_are_found_and_tables_without_checksum_are_read(folder, table_path):
+    content = table_path.read_bytes()
+    damaged = folder / "damaged.hdf5"
+    with h5py.File(table_path) as file:
+        texts = {"words": content.index(b"d", content.index(b"GCOL"))}
+        places = {name: file[name].id.get_offset() + 8 for name in ("conditionals", "entropy", "log_true")} | texts
+    for name, place in places.items():
+        damaged.write_bytes(content[:place] + bytes(byte ^ 1 for byte in content[place : place + 4]) + content[place + 4 :])
+        with pytest.raises(InputError, match="damaged.hdf5: "):
+            LookupTable.open(damaged)
+        assert name in h5py.File(damaged)
+    damaged.write_bytes(content)
+    with h5py.File(damaged, "r+") as file:
+        del file.attrs["sha256"]
+        file["entropy"][0] = 7.0
+    assert LookupTable.open(damaged).entropy[0] == 7.0
+
+
 def test_entropy_of_the_published_grammar(published_rules):
     """4.4565 (pairs) and 4.1850 (sentences) nats, known from 1e6 sentences to 0.0004 and 0.0010; all lengths."""
     grammar = Grammar.read(published_rules)
