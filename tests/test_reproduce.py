@@ -59,7 +59,8 @@ def test_a_study_killed_twice(forks, tmp_path):
             records = {path.name for path in (out / folder).glob("*.json")}
             assert {"loss.json", "hessian.json", "curve_pcfg_A_ridge.json", "size.json"} <= records
             arguments = json.loads((out / folder / "args.json").read_text())["arguments"]
-            assert arguments["adversarial_weight"] == (decision.chosen if group.name == "adversarial" else 0)
+            weight = decision.chosen if group.name == "adversarial" else 0
+            assert (arguments.get("adversarial_weight") or 0) == weight
     for path in studies.commands:
         assert (out / path).exists()
     assert (out / "report/report.html").stat().st_size > 10_000

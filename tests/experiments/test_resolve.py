@@ -98,7 +98,7 @@ def test_the_tiny_study():
         ("primary = true", 'tasks = ["C"]', "tasks: task 'C' is unknown; there are A"),
         ("primary = true", "primry = true", "primry: unknown key; did you mean primary"),
         ("[measurements.size]", "[measurements.loss]", "loss.json is a record of the project's own"),
-        (" {record} {model}", " {record}", "command: has no {model}"),
+        ("{model}/config.json", "config.json", "command: has no {model}"),
     ],
 )
 def test_mistakes_are_refused_with_their_line(tmp_path, old, new, message):
