@@ -5,7 +5,6 @@ of labelled sentences, which differ from step to step.
 """
 
 import copy
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from pretraining.data.contexts import concatenate, from_texts, sentence_batch
 from pretraining.data.masking import check_lengths
 from pretraining.data.tasks import read_labelled_part
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.training.batches import OVERHEAD_TOKENS, cuts, to_device
+from pretraining.training.batches import OVERHEAD_TOKENS, sort_and_cut, to_device
 
 Encoder = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # of ids and mask
 FourTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -134,12 +133,10 @@ class AdversarialTerm:
                 padding. It gets sentences of similar length: each member's, sorted, are cut at the same places.
         """
         half = self._size // 2
-        lengths = self._contexts.lengths[rows]  # (members, size)
-        order = np.argsort(lengths, axis=1, kind="stable")
+        order, blocks = sort_and_cut(self._contexts.lengths[rows], self._size, OVERHEAD_TOKENS)
         by_length = np.take_along_axis(rows, order, 1)
-        longest = np.sort(lengths, axis=1).max(0)
         encoded = []
-        for start, end in itertools.pairwise([0, *cuts(longest, self._size, OVERHEAD_TOKENS)]):
+        for start, end in blocks:
             block = by_length[:, start:end]
             ids, is_token = sentence_batch(self._contexts, block.ravel())
             mask = None if is_token.all() else to_device(is_token.view(*block.shape, -1), device)

@@ -80,19 +80,24 @@ def rank_micro_batches(
     order = np.argsort(lengths, kind="stable")
     longest = lengths[order][np.minimum(np.arange(world_size - 1, len(rows) + world_size - 1, world_size), len(rows) - 1)]
     own = rows[order][rank::world_size]
-    ends = cuts(longest, size, overhead)
-    return [own[start:end] for start, end in itertools.pairwise([0, *ends])]
+    return [own[start:end] for start, end in cuts(longest, size, overhead)]
 
 
-def cuts(lengths: np.ndarray, size: int, overhead: int) -> list[int]:
-    """The ends of micro-batches of sentences sorted by length, at the minimum cost.
+def sort_and_cut(lengths: np.ndarray, size: int, overhead: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """The order, (members, n) int64, of each member's sentences by their `lengths` (members, n), and `cuts` that all share."""
+    order = np.argsort(lengths, axis=1, kind="stable")
+    return order, cuts(np.take_along_axis(lengths, order, 1).max(0), size, overhead)
+
+
+def cuts(lengths: np.ndarray, size: int, overhead: int) -> list[tuple[int, int]]:
+    """Starts and ends of micro-batches of sentences sorted by length, at the minimum cost.
 
     A micro-batch of m sentences with at most L tokens costs m L + `overhead` tokens. A dynamic program over distinct lengths
     finds the cheapest of all ways to cut where the length changes. Parts of more than `size` sentences are then cut evenly.
-    `lengths` are (n,) int64, ascending, n >= 1; the last of the ascending ends is n.
+    `lengths` are (n,) int64, ascending, n >= 1.
 
     >>> cuts(np.array([3, 3, 4, 9, 9, 9]), size=2, overhead=4)
-    [2, 3, 4, 6]
+    [(0, 2), (2, 3), (3, 4), (4, 6)]
     """
     ends = [*(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]  # of the runs of equal lengths
     best = [0.0]  # cost of all sentences before a run
@@ -106,15 +111,15 @@ def cuts(lengths: np.ndarray, size: int, overhead: int) -> list[int]:
         cheapest = min(range(len(costs)), key=costs.__getitem__)
         best.append(costs[cheapest])
         start_of.append(cheapest)
-    cut_points: list[int] = []
+    cut_points = [len(lengths)]
     run = len(ends)
     while run:
         start = [0, *ends][start_of[run]]
         end = ends[run - 1]
         parts = math.ceil((end - start) / size)
-        cut_points += [start + (end - start) * part // parts for part in range(parts, 0, -1)]
+        cut_points += [start + (end - start) * part // parts for part in reversed(range(parts))]
         run = start_of[run]
-    return cut_points[::-1]
+    return list(itertools.pairwise(cut_points[::-1]))
 
 
 def masked_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:

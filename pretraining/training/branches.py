@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pcfg.common.files import InputError, keyed_rng
 from pretraining.model.checkpoints import COOLED, check_folder, read_facts
@@ -33,25 +34,13 @@ def cooled_name(step: int) -> str:
 
 def branch_options(options: argparse.Namespace, lr: float) -> argparse.Namespace:
     """The options of a run that does what a branch does, from the trunk's learning rate on."""
-    no_limit = dict.fromkeys(("total_training_time", "early_exit_time_marker"), FOREVER)
-    return argparse.Namespace(
-        **vars(options)
-        | no_limit
-        | {
-            "lr": lr,
-            "lr_schedule": "branch",
-            "curve": "cooldown",
-            "warmup_proportion": 0.0,
-            "max_steps": options.cooldown_steps,
-            "num_epochs": 1 << 62,
-            "train_batch_size": options.cooldown_batch_size or options.train_batch_size,
-            "save_steps": [],
-            "finetune_time_markers": [],
-            "num_epochs_between_checkpoints": -1,
-            "use_early_stopping": False,
-            "target_gap": None,
-        }
-    )
+    changes: dict[str, Any] = {"lr": lr, "lr_schedule": "branch", "curve": "cooldown", "warmup_proportion": 0.0}
+    changes |= dict.fromkeys(("total_training_time", "early_exit_time_marker"), FOREVER)
+    changes |= {"max_steps": options.cooldown_steps, "num_epochs": 1 << 62}
+    changes["train_batch_size"] = options.cooldown_batch_size or options.train_batch_size
+    changes |= {"save_steps": [], "finetune_time_markers": [], "num_epochs_between_checkpoints": -1}
+    changes |= {"use_early_stopping": False, "target_gap": None}
+    return argparse.Namespace(**vars(options) | changes)
 
 
 def branch_members(members: tuple[Member, ...], step: int) -> tuple[Member, ...]:

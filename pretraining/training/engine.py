@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -13,11 +14,11 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from torch import nn
 
-from pcfg.common.files import InputError, keyed_rng
+from pcfg.common.files import InputError
 from pcfg.common.ranks import Ranks
 from pretraining.model.bert import MaskedLM
-from pretraining.training.batches import GlobalBatch, MicroBatch, count_masks, masked_loss, micro_batch, rank_micro_batches
-from pretraining.training.learner import Member
+from pretraining.training.batches import GlobalBatch, MicroBatch, masked_loss
+from pretraining.training.learner import Learner, Member, backward_pass
 from pretraining.training.sam import ascent
 from pretraining.training.state import SafeCheckpointEngine
 
@@ -190,8 +191,8 @@ def build_engine(options: argparse.Namespace, model: nn.Module, world_size: int,
     return engine
 
 
-class EngineLearner:
-    """One model in DeepSpeed's engine, split over any number of ranks: a `pretraining.training.learner.Learner`."""
+class EngineLearner(Learner):
+    """One model in DeepSpeed's engine, split over any number of ranks."""
 
     def __init__(self, options: argparse.Namespace, model: MaskedLM, ranks: Ranks, arithmetic: str):
         self.engine = build_engine(options, model, ranks.size, arithmetic)
@@ -201,15 +202,12 @@ class EngineLearner:
 
     @property
     def loss_scale(self) -> float | None:
-        """The loss scale of float16; None in other arithmetic."""
         return self.engine.optimizer.loss_scale if self._is_scaled else None
 
     def models(self) -> list[MaskedLM]:
-        """The model."""
         return [self.engine.module]
 
     def accumulate(self, step: int, batches: Sequence[GlobalBatch], members: Sequence[Member]) -> dict[str, torch.Tensor]:
-        """Accumulate the gradient of a global batch in the engine; returns the losses of `Learner.accumulate`."""
         (batch,) = batches
         (member,) = members
         losses = self._backward(step, batch, member)
@@ -223,39 +221,19 @@ class EngineLearner:
         return losses
 
     def _backward(self, step: int, batch: GlobalBatch, member: Member) -> dict[str, torch.Tensor]:
-        """One pass forward and backward; it has the same dropout masks whenever it is repeated."""
         ranks = self._ranks
-        torch.manual_seed(int(keyed_rng(member.stream, "dropout", step, ranks.rank).integers(1 << 63)))
-        masks = count_masks(batch.samples, batch.rows)
-        loss = torch.zeros(1, device=ranks.device)
-        size = self._options.train_micro_batch_size_per_gpu
-        for rows in rank_micro_batches(batch.samples, batch.rows, size, ranks.rank, ranks.size):
-            # A rank without a row takes one times 0: all ranks go through the same collectives.
-            part = micro_batch(batch.samples, rows if len(rows) else batch.rows[:1]).to(ranks.device)
-            share = masked_loss(self.engine, part) * (len(rows) > 0) / masks
-            # The loss of a step is the mean over the masked positions of the GLOBAL batch, so that grouping changes nothing.
-            # Every rank knows their number without communication. DeepSpeed averages gradients over ranks, hence `size`; its
-            # division by the number of accumulation steps is turned off.
-            self.engine.backward(share * ranks.size, scale_wrt_gas=False)
-            loss += share.detach()
-        losses = {"loss": loss}
-        if member.adversarial is not None:
-            # Every rank computes the whole term, so DeepSpeed's mean over ranks is right. The recorded one is a sum of equal
-            # parts: either all ranks see that it is not finite, or none.
-            term = member.adversarial.loss(self.engine, step)
-            self.engine.backward(-self._options.adversarial_weight * term, scale_wrt_gas=False)
-            losses["adversarial_loss"] = term.detach().reshape(1) / ranks.size
+        # DeepSpeed averages gradients over ranks; its division by the number of accumulation steps is turned off.
+        backward = functools.partial(self.engine.backward, scale_wrt_gas=False)
+        losses = backward_pass(self._options, self.engine, step, batch, member, backward, ranks.rank, ranks.size)
         return {name: ranks.sum_on_device(share) for name, share in losses.items()}
 
     def step(self, lr: float) -> None:
-        """Change the weights by the accumulated gradient with the learning rate `lr`."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
 
     @torch.no_grad()
     def validation_loss(self, batches: Iterable[MicroBatch]) -> torch.Tensor:
-        """Sum of -log f over the masked positions of this rank's batches, in nats, without dropout: (1,) float64."""
         self.engine.eval()
         loss = torch.zeros(1, dtype=torch.float64, device=self._ranks.device)
         for batch in batches:
@@ -264,12 +242,10 @@ class EngineLearner:
         return loss
 
     def save(self, folder: Path) -> None:
-        """Write DeepSpeed's checkpoint into the folder of a training state."""
         self.engine.checkpoint_engine = SafeCheckpointEngine()
         self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
     def load(self, folder: Path, files: dict[str, str]) -> None:
-        """Load weights and optimizer from a verified checkpoint; `files` are the SHA-256 of its files by name."""
         self.engine.checkpoint_engine = SafeCheckpointEngine(files)
         try:
             loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)

@@ -1,15 +1,18 @@
 """What the training loop trains: a `Learner` holds the models of a run with their optimizer, one model per `Member`."""
 
+import argparse
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
+from pcfg.common.files import keyed_rng
 from pretraining.model.bert import MaskedLM
 from pretraining.training.adversarial import AdversarialTerm
-from pretraining.training.batches import GlobalBatch, MicroBatch
+from pretraining.training.batches import GlobalBatch, MicroBatch, count_masks, masked_loss, micro_batch, rank_micro_batches
 from pretraining.training.sample_stream import Shards
 
 
@@ -31,7 +34,7 @@ class Learner(Protocol):
     @property
     def loss_scale(self) -> float | None:
         """The loss scale of float16; None in other arithmetic."""
-        ...
+        return None
 
     def models(self) -> list[MaskedLM]:
         """The model of each member, with its present weights, to measure or to save."""
@@ -61,3 +64,43 @@ class Learner(Protocol):
     def load(self, folder: Path, files: dict[str, str]) -> None:
         """Replace weights and optimizer, bit for bit, by what `save` wrote; `files` are the SHA-256 of its files by name."""
         ...
+
+
+def backward_pass(
+    options: argparse.Namespace,
+    model: nn.Module,
+    step: int,
+    batch: GlobalBatch,
+    member: Member,
+    backward: Callable[[Tensor], object] = Tensor.backward,
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[str, Tensor]:
+    """Accumulate the gradient of a global batch in one model; returns a rank's parts of the losses of `Learner.accumulate`.
+
+    It has the same dropout masks whenever it is repeated. The mean of the gradients over ranks is that of the global batch.
+
+    Args:
+        model: a `MaskedLM`, or DeepSpeed's engine of one, in training mode.
+        backward: adds the gradient of a scalar to those of the parameters.
+    """
+    device = next(model.parameters()).device
+    torch.manual_seed(int(keyed_rng(member.stream, "dropout", step, rank).integers(1 << 63)))
+    masks = count_masks(batch.samples, batch.rows)
+    loss = torch.zeros(1, device=device)
+    for rows in rank_micro_batches(batch.samples, batch.rows, options.train_micro_batch_size_per_gpu, rank, world_size):
+        # A rank without a row takes one times 0: all ranks go through the same collectives.
+        part = micro_batch(batch.samples, rows if len(rows) else batch.rows[:1]).to(device)
+        share = masked_loss(model, part) * (len(rows) > 0) / masks
+        # The loss of a step is the mean over the masked positions of the GLOBAL batch, so that grouping changes nothing. Every
+        # rank knows their number without communication.
+        backward(share * world_size)
+        loss += share.detach()
+    losses = {"loss": loss}
+    if member.adversarial is not None:
+        # Every rank computes the whole term, so the mean over ranks is right. The recorded one is a sum of equal parts: either
+        # all ranks see that it is not finite, or none.
+        term = member.adversarial.loss(model, step)
+        backward(-options.adversarial_weight * term)
+        losses["adversarial_loss"] = term.detach().reshape(1) / world_size
+    return losses

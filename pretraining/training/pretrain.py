@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,10 @@ FREE_TO_CHANGE = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initia
 GapMeter = Callable[[str, int, Vocabulary, int, int], Callable[[nn.Module], dict[str, float]]]
 
 
-def pretrain(options: argparse.Namespace, gap_meter: GapMeter, now: Callable[[], float] = time.monotonic) -> Path:
+def pretrain(options: argparse.Namespace, gap_meter: GapMeter) -> Path:
     """Run the pre-training that the options describe, or the rest of it; returns the final model folder.
 
-    The options are those of `pretraining.training.arguments`, checked. `now` returns the seconds of a monotonic clock.
+    The options are those of `pretraining.training.arguments`, checked.
     """
     job = job_folder(options)
     ranks = start_ranks(options)
@@ -79,7 +78,7 @@ def pretrain(options: argparse.Namespace, gap_meter: GapMeter, now: Callable[[],
     learner = build_learner(options, models, ranks, facts)
     if start is not None:
         learner.load(start.folder, start.saved.files)
-    return Trainer(options, learner, ranks, data, facts, progress, now, start.folder if start else None).run()
+    return Trainer(options, learner, ranks, data, facts, progress, start.folder if start else None).run()
 
 
 def describe_initial(options: argparse.Namespace, folders: list[Path]) -> dict[str, str]:
@@ -104,7 +103,8 @@ def load_data(options: argparse.Namespace, gap_meter: GapMeter) -> tuple[Data, i
     """Tokenizer and shards, checked against each other, and the samples' `max_seq_length`."""
     tokenizer = resolve_tokenizer(options.tokenizer_name, nearby=[Path(options.dataset_path)])
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    first = train_shards(options, vocabulary, seeds_of(options)[0])
+    dynamic = seeds_of(options)[0] if options.dynamic_masking else None
+    first = Shards(options.dataset_path, "train", vocabulary, dynamic=dynamic)
     length = first.max_seq_length
     test = None
     if options.do_validation:
@@ -116,24 +116,16 @@ def load_data(options: argparse.Namespace, gap_meter: GapMeter) -> tuple[Data, i
             f"{length} tokens (max_seq_length); give {length} or more"
         )
 
-    def member(index: int, seed: int) -> Member:
-        # Without dynamic masks all members read the same samples.
-        train = train_shards(options, vocabulary, seed) if index and options.dynamic_masking else first
+    def member(seed: int) -> Member:
         gap = adversarial = None
         if options.rule_path:
             gap = gap_meter(options.rule_path, options.gap_sentences, vocabulary, length, seed)
         if options.adversarial_weight:
             sizes = (options.adversarial_batch_size, options.adversarial_ridge)
             adversarial = AdversarialTerm(options.adversarial_file, *sizes, vocabulary, length, seed)
-        return Member(seed, seed, train, adversarial, gap)
+        return Member(seed, seed, first.of_stream(seed), adversarial, gap)
 
-    members = tuple(member(index, seed) for index, seed in enumerate(seeds_of(options)))
-    return Data(members, test, tokenizer), length
-
-
-def train_shards(options: argparse.Namespace, vocabulary: Vocabulary, stream: int) -> Shards:
-    """The training shards, whose dynamic masks are a function of `stream`."""
-    return Shards(options.dataset_path, "train", vocabulary, dynamic=stream if options.dynamic_masking else None)
+    return Data(tuple(map(member, seeds_of(options))), test, tokenizer), length
 
 
 def build_model(config: ModelConfig, seed: int) -> MaskedLM:

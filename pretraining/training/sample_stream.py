@@ -50,8 +50,8 @@ class Shards(contextlib.AbstractContextManager):
         weakref.finalize(self, _end, self._ahead)
 
     def of_stream(self, seed: int) -> "Shards":
-        """The same shards with the dynamic masks of another seed; these themselves if the masks are those in the files."""
-        if self._seed is None:
+        """The same shards with the dynamic masks of another seed; these themselves if that changes nothing."""
+        if self._seed in (None, seed):
             return self
         return Shards(self.paths[0].parent, self.split, self.vocabulary, len(self.paths), seed)
 

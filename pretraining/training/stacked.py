@@ -9,7 +9,6 @@ DeepSpeed's engine has no part in it: one rank, float32.
 
 import argparse
 import copy
-import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -27,17 +26,9 @@ from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 from pretraining.model.layers import SelfAttention, eager_attention
 from pretraining.training.adversarial import AdversarialTerm, ridge_validation_loss
-from pretraining.training.batches import (
-    GlobalBatch,
-    MicroBatch,
-    count_masks,
-    cuts,
-    masked_loss,
-    micro_batch,
-    rank_micro_batches,
-)
+from pretraining.training.batches import GlobalBatch, MicroBatch, count_masks, masked_loss, sort_and_cut
 from pretraining.training.engine import build_optimizer
-from pretraining.training.learner import Member
+from pretraining.training.learner import Learner, Member, backward_pass
 from pretraining.training.sam import ascent
 from pretraining.training.state import SafeCheckpointEngine
 
@@ -177,14 +168,9 @@ def stacked_micro_batches(batches: Sequence[GlobalBatch], size: int) -> list[Mic
         return np.stack([getattr(one, name)[own] for one, own in zip(samples, rows, strict=True)])
 
     arrays = [take(name) for name in ("input_ids", "input_mask", "masked_lm_positions", "masked_lm_ids")]
-    lengths = arrays[1].sum(2, dtype=np.int64)  # (members, sentences)
-    longest = lengths[0]
-    if lengths.min() != lengths.max():
-        order = np.argsort(lengths, axis=1, kind="stable")
-        arrays = [np.take_along_axis(array, order[..., None], 1) for array in arrays]
-        longest = np.sort(lengths, axis=1).max(0)
-    ends = [0, *cuts(longest, size, OVERHEAD)]
-    return [_stacked(*(array[:, start:end] for array in arrays)) for start, end in itertools.pairwise(ends)]
+    order, parts = sort_and_cut(arrays[1].sum(2, dtype=np.int64), size, OVERHEAD)
+    arrays = [np.take_along_axis(array, order[..., None], 1) for array in arrays]
+    return [_stacked(*(array[:, start:end] for array in arrays)) for start, end in parts]
 
 
 def _stacked(input_ids: np.ndarray, input_mask: np.ndarray, positions: np.ndarray, words: np.ndarray) -> MicroBatch:
@@ -208,13 +194,11 @@ def _stacked(input_ids: np.ndarray, input_mask: np.ndarray, positions: np.ndarra
     )
 
 
-class StackedLearner:
-    """The models of several seeds, each trained as the run of its own seed: a `pretraining.training.learner.Learner`.
+class StackedLearner(Learner):
+    """The models of several seeds, each trained as the run of its own seed.
 
     One rank, float32. With `is_stacked`, `vmap` runs over the members; else they take turns within each step.
     """
-
-    loss_scale = None
 
     def __init__(self, options: argparse.Namespace, models: list[MaskedLM], device: torch.device, is_stacked: bool):
         self._options = options
@@ -225,11 +209,9 @@ class StackedLearner:
         self._optimizer = build_optimizer(options, parameters)
 
     def models(self) -> list[MaskedLM]:
-        """The members' models; training changes them."""
         return self._stack.models
 
     def accumulate(self, step: int, batches: Sequence[GlobalBatch], members: Sequence[Member]) -> dict[str, Tensor]:
-        """Add the gradient of each member's global batch to its own; returns the losses of `Learner.accumulate`."""
         losses = self._accumulate(step, batches, members)
         if self._options.sam_rho:
             with ascent(self._stack.weights, self._stack.gradients, self._options.sam_rho, per_member=True):
@@ -255,24 +237,11 @@ class StackedLearner:
         return {"loss": loss, "adversarial_loss": adversarial_loss}
 
     def _in_turn(self, step: int, batches: Sequence[GlobalBatch], members: Sequence[Member]) -> dict[str, Tensor]:
-        losses: dict[str, list[Tensor]] = {"loss": []}
-        for model, batch, member in zip(self.models(), batches, members, strict=True):
-            torch.manual_seed(int(keyed_rng(member.stream, "dropout", step, 0).integers(1 << 63)))
-            masks = count_masks(batch.samples, batch.rows)
-            loss = torch.zeros((), device=self._device)
-            for rows in rank_micro_batches(batch.samples, batch.rows, self._options.train_micro_batch_size_per_gpu):
-                share = masked_loss(model, micro_batch(batch.samples, rows).to(self._device)) / masks
-                share.backward()
-                loss += share.detach()
-            losses["loss"].append(loss)
-            if member.adversarial is not None:
-                term = member.adversarial.loss(model, step)
-                (-self._options.adversarial_weight * term).backward()
-                losses.setdefault("adversarial_loss", []).append(term)
-        return {name: torch.stack(values) for name, values in losses.items()}
+        triples = zip(self.models(), batches, members, strict=True)
+        losses = [backward_pass(self._options, model, step, batch, member) for model, batch, member in triples]
+        return {name: torch.cat([own[name] for own in losses]) for name in losses[0]}
 
     def step(self, lr: float) -> None:
-        """Clip each member's gradient, change the weights with the learning rate `lr`, and clear the gradients."""
         if self._options.gradient_clipping:
             self._stack.clip(self._options.gradient_clipping)
         for group in self._optimizer.param_groups:
@@ -282,7 +251,6 @@ class StackedLearner:
 
     @torch.no_grad()
     def validation_loss(self, batches: Iterable[MicroBatch]) -> Tensor:
-        """Sum of -log f over the masked positions of the batches, in nats, without dropout: (members,) float64."""
         losses = torch.zeros(len(self.models()), dtype=torch.float64, device=self._device)
         for model in self.models():
             model.eval()
@@ -293,13 +261,11 @@ class StackedLearner:
         return losses
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer into the folder of a training state."""
         content = {"weights": self._stack.weights, "optimizer": self._optimizer.state_dict()}
         SafeCheckpointEngine().save(content, str(folder / STATE_FILE))
 
     @torch.no_grad()
     def load(self, folder: Path, files: dict[str, str]) -> None:
-        """Load weights and optimizer from a verified training state; `files` are the SHA-256 of its files by name."""
         if STATE_FILE not in files:
             raise InputError(f"{folder}: the state of a run of one seed; leave --seeds out, or take another state")
         content = SafeCheckpointEngine(files).load(str(folder / STATE_FILE), self._device)

@@ -6,9 +6,9 @@ import datetime
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic, perf_counter
 from typing import Any
 
 import numpy as np
@@ -39,15 +39,10 @@ STATE_FOLDER = "training_state"
 Z = 1.96  # of a 95% interval
 
 
-def clock(hours: float = 0.0, now: Callable[[], float] = time.monotonic) -> Callable[[], float]:
-    """A function that returns the hours of training: those since now and `hours` before this process.
-
-    >>> seconds = iter([100.0, 1900.0])
-    >>> clock(hours=2.0, now=lambda: next(seconds))()
-    2.5
-    """
-    start = now() - 3600 * hours
-    return lambda: (now() - start) / 3600
+def clock(hours: float) -> Callable[[], float]:
+    """A function that returns the hours of training: those since now and `hours` before this process."""
+    start = monotonic() - 3600 * hours
+    return lambda: (monotonic() - start) / 3600
 
 
 @dataclasses.dataclass
@@ -73,7 +68,6 @@ class Trainer:
     data: Data
     facts: RunFacts
     progress: Progress
-    now: Callable[[], float] = time.monotonic  # seconds
     state_folder: Path | None = None  # a training state of the present step
     trunk: "Trainer | None" = None
 
@@ -81,7 +75,7 @@ class Trainer:
         progress = self.progress
         self.members = self.data.members
         self.schedule = Schedule.from_options(self.options)
-        self.clock = clock(progress.hours, self.now)
+        self.clock = clock(progress.hours)
         self.states = job_folder(self.options) / STATE_FOLDER
         self.metrics: Metrics | None = None
         if self.trunk is not None:
@@ -98,7 +92,7 @@ class Trainer:
         self.gaps: list[dict[str, float]] = []  # the newest, on the main rank
         self.is_interrupted = False
         # Sentences and time, at the start of this process and at the last measurement of the speed.
-        self._started = (progress.samples, time.perf_counter())
+        self._started = (progress.samples, perf_counter())
         self._speed_from = self._started
 
     def run(self) -> Path:
@@ -381,9 +375,9 @@ class Trainer:
                 self.branch = branch
                 self.is_interrupted = True
                 return
-            self.clock = clock(branch.progress.hours, self.now)
+            self.clock = clock(branch.progress.hours)
             self.learner.load(self.state_folder, state.read(self.state_folder).files)
-            self._started = self._speed_from = (self.progress.samples, time.perf_counter())
+            self._started = self._speed_from = (self.progress.samples, perf_counter())
         if self.ranks.is_main and states.exists():
             shutil.rmtree(states)
 
@@ -400,7 +394,7 @@ class Trainer:
         data = dataclasses.replace(self.data, members=branch_members(self.members, step))
         options = branch_options(self.options, self.schedule(step))
         shared = (self.learner, self.ranks, data, self.facts)
-        return Trainer(options, *shared, progress, self.now, start and start.folder, trunk=self)
+        return Trainer(options, *shared, progress, start and start.folder, trunk=self)
 
     def finish(self) -> Path:
         """Last validation, training state, branch and model; the final model marks the run as complete."""
@@ -486,7 +480,7 @@ class Trainer:
     def _speed(self) -> float:
         """Sentences per second since the last call."""
         samples, since = self._speed_from
-        self._speed_from = (self.progress.samples, time.perf_counter())
+        self._speed_from = (self.progress.samples, perf_counter())
         return (self.progress.samples - samples) / max(self._speed_from[1] - since, 1e-9)
 
     def _seconds_left(self) -> float:
@@ -497,5 +491,5 @@ class Trainer:
         samples, since = self._started
         if options.max_steps is not None and progress.samples > samples:
             sentences = (options.max_steps - progress.step) * options.train_batch_size
-            left = min(left, sentences * (time.perf_counter() - since) / (progress.samples - samples))
+            left = min(left, sentences * (perf_counter() - since) / (progress.samples - samples))
         return max(left, 0.0)

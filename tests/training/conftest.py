@@ -20,18 +20,22 @@ SMALL = (
 
 
 @pytest.fixture
-def train(tiny_samples, tmp_path):
-    """Runs the pre-training of a small model in this process; returns its final model folder."""
+def train(tiny_samples, tmp_path, monkeypatch):
+    """Runs the pre-training of a small model in this process, by the clock `now`; returns its final model folder."""
     from pretraining.evaluation.loss import gap_meter
     from pretraining.training import arguments as command_line
+    from pretraining.training import trainer
     from pretraining.training.pretrain import pretrain
 
-    def run(flags="", job="job", data=tiny_samples, **keywords):
+    def run(flags="", job="job", data=tiny_samples, now=None):
         fixed = ["--dataset_path", str(data), "--output_dir", str(tmp_path), "--job_name", job]
         parser = command_line.build_parser("")
         options = parser.parse_args([*fixed, *shlex.split(SMALL), *shlex.split(flags)])
         command_line.check(options)
-        return pretrain(options, gap_meter, **keywords)
+        with monkeypatch.context() as patch:
+            if now is not None:
+                patch.setattr(trainer, "monotonic", now)
+            return pretrain(options, gap_meter)
 
     return run
 

@@ -62,8 +62,8 @@ def test_every_row_is_dealt_once_in_as_many_batches_a_rank(number, ranks, size):
     assert all(len(part) for of_rank in parts for part in of_rank[:-1])
 
 
-def cost(lengths, ends, overhead):
-    return sum(overhead + (end - start) * lengths[end - 1] for start, end in itertools.pairwise([0, *ends]))
+def cost(lengths, parts, overhead):
+    return sum(overhead + (end - start) * lengths[end - 1] for start, end in parts)
 
 
 @pytest.mark.parametrize("overhead", [0, 3, 20, 1000])
@@ -73,8 +73,10 @@ def test_cuts_cost_least_of_all_ways_to_cut(overhead):
         lengths = np.sort(rng.integers(3, 9, rng.integers(1, 11)))
         inner = range(1, len(lengths))
         ways = [[*way, len(lengths)] for k in range(len(lengths)) for way in itertools.combinations(inner, k)]
-        best = min(cost(lengths, way, overhead) for way in ways)
-        assert cost(lengths, cuts(lengths, size=100, overhead=overhead), overhead) == best
+        best = min(cost(lengths, itertools.pairwise([0, *way]), overhead) for way in ways)
+        parts = cuts(lengths, size=100, overhead=overhead)
+        assert cost(lengths, parts, overhead) == best
+        assert [row for start, end in parts for row in range(start, end)] == list(range(len(lengths)))
 
 
 def test_without_overhead_nothing_is_padded():
