@@ -1,6 +1,8 @@
 import copy
 import csv
+import functools
 import shlex
+import time
 
 import pytest
 import torch
@@ -19,25 +21,30 @@ SMALL = (
 )
 
 
-@pytest.fixture
-def train(tiny_samples, tmp_path, monkeypatch):
+@pytest.fixture(scope="session")
+def train_in(tiny_samples):
     """Runs the pre-training of a small model in this process, by the clock `now`; returns its final model folder."""
     from pretraining.evaluation.loss import gap_meter
     from pretraining.training import arguments as command_line
     from pretraining.training import trainer
     from pretraining.training.pretrain import pretrain
 
-    def run(flags="", job="job", data=tiny_samples, now=None):
-        fixed = ["--dataset_path", str(data), "--output_dir", str(tmp_path), "--job_name", job]
+    def run(folder, flags="", job="job", data=tiny_samples, now=time.monotonic):
+        fixed = ["--dataset_path", str(data), "--output_dir", str(folder), "--job_name", job]
         parser = command_line.build_parser("")
         options = parser.parse_args([*fixed, *shlex.split(SMALL), *shlex.split(flags)])
         command_line.check(options)
-        with monkeypatch.context() as patch:
-            if now is not None:
-                patch.setattr(trainer, "monotonic", now)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "monotonic", now)
             return pretrain(options, gap_meter)
 
     return run
+
+
+@pytest.fixture
+def train(train_in, tmp_path):
+    """The same in the test's own folder."""
+    return functools.partial(train_in, tmp_path)
 
 
 @pytest.fixture(scope="session")

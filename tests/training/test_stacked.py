@@ -1,6 +1,9 @@
+"""Members of a stack against models and runs of their own. LONG_TESTS=1 adds optimizers and steps."""
+
 import argparse
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -22,10 +25,12 @@ from pretraining.training.metrics import read_metrics
 from pretraining.training.pretrain import finished_model
 from pretraining.training.stacked import IGNORED, Stack, StackedLearner, is_worth_stacking, stacked_micro_batches
 
+LONG = bool(os.environ.get("LONG_TESTS"))
 NO_DROPOUT = "--hidden_dropout_prob 0 --attention_probs_dropout_prob 0"
 DROPOUT = "--hidden_dropout_prob 0.1 --attention_probs_dropout_prob 0.1"
 SEEDS = "--seeds 3,4,5"
-WSD = "--lr_schedule wsd --num_warmup_steps 2 --branch_steps 10 --cooldown_steps 5 --cooldown_batch_size 48"
+STEPS = 20 if LONG else 8
+WSD = f"--lr_schedule wsd --num_warmup_steps 2 --branch_steps {STEPS // 2} --cooldown_steps 5 --cooldown_batch_size 48"
 
 
 def weights(folder):
@@ -200,38 +205,39 @@ def test_adversarial_terms_are_those_of_each_model_alone(labelled, tiny_data):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--optimizer_type adamw --lr_schedule step",
         "--optimizer_type sgd --lr 0.1 --gradient_clipping 0 --dynamic_masking WSD",
         "--optimizer_type adamw ADVERSARIAL --gradient_clipping 0.5",
+        "--optimizer_type adamw --lr_schedule step",
         "--optimizer_type lamb",
-    ],
+    ][: 4 if LONG else 2],
 )
 def test_members_equal_the_runs_of_their_own_seeds(train, labelled, flags):
     adversarial = f"--adversarial_weight 0.1 --adversarial_file {labelled} --adversarial_batch_size 20"
-    flags = f"{flags.replace('ADVERSARIAL', adversarial).replace('WSD', WSD)} {NO_DROPOUT} --max_steps 20"
+    flags = f"{flags.replace('ADVERSARIAL', adversarial).replace('WSD', WSD)} {NO_DROPOUT} --max_steps {STEPS}"
+    name = f"step{STEPS:07d}"
     final = train(f"{flags} {SEEDS}", job="stacked")
-    assert final == final.parents[1] / "seed3" / "step0000020"
+    assert final == final.parents[1] / "seed3" / name
     assert read_json(final / "args.json")["stacked"] == {"seeds": [3, 4, 5], "vmap": True}
     job = final.parents[1]
     alone = train(f"{flags} --seed 5", job="alone")
-    assert (job / "seed5/step0000010-cooled").exists() == ("wsd" in flags)
+    assert (job / f"seed5/step{STEPS // 2:07d}-cooled").exists() == ("wsd" in flags)
     for folder in (alone, *alone.parent.glob("*-cooled")):
         assert distance(folder, job / "seed5" / folder.name) < 1e-4
-    assert distance(alone, job / "seed4/step0000020") > 1e-2
-    facts = read_json(job / "seed5/step0000020/args.json")
-    assert (facts["seed"], facts["step"]) == (5, 20)
+    assert distance(alone, job / "seed4" / name) > 1e-2
+    facts = read_json(job / "seed5" / name / "args.json")
+    assert (facts["seed"], facts["step"]) == (5, STEPS)
     own = [record for record in read_metrics(job / "metrics.jsonl") if record["seed"] == 5]
     for record, other in zip(own, read_metrics(alone.parent / "metrics.jsonl"), strict=True):
         assert record["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
 def test_members_in_turn_are_the_runs_of_their_seeds_with_dropout_too(train, labelled):
-    flags = f"{DROPOUT} --max_steps 10 --lr 1e-3"
+    flags = f"{DROPOUT} --max_steps {STEPS // 2} --lr 1e-3"
     flags += f" --adversarial_weight 0.1 --adversarial_file {labelled} --adversarial_batch_size 20"
     final = train(f"--seeds 3,4 {flags}", job="turns")  # two members are never stacked
     assert read_json(final / "args.json")["stacked"] == {"seeds": [3, 4], "vmap": False}
     alone = train(f"--seed 4 {flags}", job="alone")
-    assert distance(alone, final.parents[1] / "seed4" / "step0000010") < 1e-5
+    assert distance(alone, final.parents[1] / "seed4" / final.name) < 1e-5
 
 
 def test_dropout_differs_between_members_and_steps(learner):
@@ -248,7 +254,8 @@ def test_dropout_differs_between_members_and_steps(learner):
 
 
 def test_a_killed_run_resumes_bit_for_bit(train, monkeypatch):
-    flags = f"{SEEDS} {DROPOUT} --dynamic_masking --max_steps_per_epoch 3 --save_steps 3,5 --max_steps 8"
+    steps = 8 if LONG else 6
+    flags = f"{SEEDS} {DROPOUT} --dynamic_masking --max_steps_per_epoch 3 --save_steps 3,5 --max_steps {steps}"
     undisturbed = train(flags, job="undisturbed")
     save = trainer.Trainer.save_state
 
@@ -263,12 +270,13 @@ def test_a_killed_run_resumes_bit_for_bit(train, monkeypatch):
     monkeypatch.undo()
     resumed = train(flags, job="killed")
     for seed in (3, 4, 5):
-        assert_same_weights(undisturbed.parents[1] / f"seed{seed}/step0000008", resumed.parents[1] / f"seed{seed}/step0000008")
+        name = f"seed{seed}/step000000{steps}"
+        assert_same_weights(undisturbed.parents[1] / name, resumed.parents[1] / name)
     losses = [
         [record["loss"] for record in read_metrics(final.parents[1] / "metrics.jsonl")] for final in (undisturbed, resumed)
     ]
     assert losses[0] == losses[1]
-    assert len(losses[0]) == 8 * 3
+    assert len(losses[0]) == steps * 3
 
 
 def test_members_start_from_their_own_models_and_validate_alone(train):
