@@ -32,6 +32,7 @@ Pool = str | int  # one of them, or the position of the one word that is read, f
 BLOCK_SENTENCES = 512  # of a lookup table in memory at a time
 # Per encoder pass: more do not fit into the cache of a CPU (20% slower at 32,768), and a GPU needs more.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+BATCH_CONTEXTS = 512  # of predicted conditionals
 
 
 def _allocate(rows: int, width: int) -> Tensor:
@@ -71,12 +72,7 @@ def _pooled(vectors: Tensor, pool: Pool, positions: int) -> Tensor:
 
 @torch.inference_mode()
 def hidden_features(
-    model: MaskedLM,
-    contexts: Contexts,
-    positions: int,
-    pool: Pool = "concat",
-    batch_tokens: int | None = None,
-    layer: int | None = None,
+    model: MaskedLM, contexts: Contexts, positions: int, pool: Pool = "concat", layer: int | None = None
 ) -> Tensor:
     """Hidden states of whole (unmasked) sentences.
 
@@ -86,7 +82,6 @@ def hidden_features(
     Args:
         contexts: the sentences; only their `input_ids` and `lengths` are used.
         positions: of the concatenated features, at least the longest length.
-        batch_tokens: tokens per batch, approximately; None for the default of the device.
         layer: number of layers before the hidden states; None for all.
 
     Returns:
@@ -95,7 +90,6 @@ def hidden_features(
     width = feature_width(pool, positions, model.config.hidden_size)
     features = _allocate(len(contexts.lengths), width)
     device = next(model.parameters()).device
-    batch_tokens = batch_tokens or BATCH_TOKENS[device.type]
     layers = len(model.layers)
     if layer is not None and not 0 <= layer <= layers:
         raise InputError(f"--layer {layer}: the model has {layers} layers; give 0 (embeddings) to {layers}")
@@ -112,7 +106,7 @@ def hidden_features(
         for length in np.unique(contexts.lengths).tolist():
             rows = np.flatnonzero(contexts.lengths == length)
             distinct, inverse = np.unique(contexts.input_ids[rows, :length], axis=0, return_inverse=True)
-            sentences = torch.from_numpy(distinct).split(max(1, batch_tokens // length))
+            sentences = torch.from_numpy(distinct).split(max(1, BATCH_TOKENS[device.type] // length))
             encoded = [_pooled(encode(ids.to(device)), pool, positions).float().cpu() for ids in sentences]
             features[torch.from_numpy(rows)] = torch.cat(encoded)[torch.from_numpy(inverse.ravel())]
             progress.update(len(rows))
@@ -132,9 +126,7 @@ def _put(features: Tensor, sentence: np.ndarray, word: np.ndarray, vectors: Tens
 
 
 @torch.inference_mode()
-def conditional_features(
-    model: MaskedLM, contexts: Contexts, max_words: int, pool: Pool = "concat", batch_size: int = 512
-) -> Tensor:
+def conditional_features(model: MaskedLM, contexts: Contexts, max_words: int, pool: Pool = "concat") -> Tensor:
     """Conditionals f(x_-t) that a model predicts at every word position t, over its whole vocabulary; concatenated or the mean.
 
     Returns:
@@ -143,7 +135,7 @@ def conditional_features(
     features = _allocate(len(contexts.lengths), feature_width(pool, max_words, model.config.vocab_size))
     device = next(model.parameters()).device
     counts = contexts.counts
-    batches = contexts.batches(np.arange(len(contexts.label)), batch_size)
+    batches = contexts.batches(np.arange(len(contexts.label)), BATCH_CONTEXTS)
     for batch in tqdm(batches, desc="conditionals", unit="batch", leave=False):
         probabilities = torch.softmax(model(*contexts.batch(batch, device)).float(), -1).cpu()  # (m, vocab_size)
         word = contexts.position[batch] - 1  # position 0 is [CLS]

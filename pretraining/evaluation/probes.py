@@ -23,18 +23,8 @@ from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
 from pretraining.data.masking import check_lengths
 from pretraining.data.tasks import Task, encode_task
-from pretraining.evaluation.downstream import (
-    HARMLESS,
-    TRAINING_FLAGS,
-    DownstreamArguments,
-    DownstreamTrainingArguments,
-    describe_curve,
-    flag,
-    measure_accuracy,
-    parse_integers,
-    plain_flags,
-    record_inputs,
-)
+from pretraining.evaluation import downstream, solvers
+from pretraining.evaluation.downstream import DownstreamArguments, DownstreamTrainingArguments, flag
 from pretraining.evaluation.features import (
     FEATURES,
     POOLS,
@@ -47,28 +37,14 @@ from pretraining.evaluation.features import (
     word_features,
 )
 from pretraining.evaluation.records import CurvePoint, CurveRecord, Mean, ProbeRecord, is_measured, write_record
-from pretraining.evaluation.solvers import (
-    ROUGH,
-    SOLVERS,
-    STILL_FALLS,
-    ProbeData,
-    accuracy,
-    bootstrap,
-    choose_strength,
-    correct,
-    fit_adamw,
-    fit_lbfgs,
-    fit_ridge,
-    progress_left,
-    standardise,
-)
+from pretraining.evaluation.solvers import ProbeData
 from pretraining.model.checkpoints import FACTS_FILE, describe_model, is_model_folder, load_model
 
 LOOKUP_TABLE = "lookup table"  # the name in args.json by which the report knows it
 WORDS = "words"  # the same of one-hot words
 CHOICE_DRAWS = 5  # draws per number of labels on which the strength of L-BFGS is chosen
 # The training flags that AdamW depends on; the other TrainingArguments configure the Trainer, which a probe does not use.
-FLAGS = (*TRAINING_FLAGS, "lr_scheduler_kwargs", "eval_strategy", "eval_steps")
+FLAGS = (*downstream.TRAINING_FLAGS, "lr_scheduler_kwargs", "eval_strategy", "eval_steps")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -93,7 +69,7 @@ class ProbeArguments(DownstreamArguments):
     position: int | None = flag(default=None, help="read the word at this position alone, from 1; default: all, by --pool")
     solver: str | None = flag(
         default=None,
-        metadata={"choices": SOLVERS},
+        metadata={"choices": solvers.SOLVERS},
         help="adamw: trained with the training flags; lbfgs, ridge: the regularised optimum of the cross-entropy or of the "
         "squared error, which ignores them; default: adamw for hidden states, lbfgs for conditional and words",
     )
@@ -126,7 +102,7 @@ class ProbeArguments(DownstreamArguments):
 
 def ineffective_flags(changed: dict[str, Any], solver: str) -> list[str]:
     """The training flags in `changed` that a probe by `solver` ignores."""
-    return sorted(changed.keys() - set(FLAGS if solver == "adamw" else ()) - HARMLESS - {"use_cpu"})
+    return sorted(changed.keys() - set(FLAGS if solver == "adamw" else ()) - downstream.HARMLESS - {"use_cpu"})
 
 
 def fit(
@@ -136,33 +112,34 @@ def fit(
     fields: dict[str, Any] = {}
     bests = [0.0] * len(seeds)
     if options.method == "ridge":
-        ridge = fit_ridge(data.features, data.labels, data.classes)
+        ridge = solvers.fit_ridge(data.features, data.labels, data.classes)
         heads = [ridge.head]
         fields = {"strengths": [ridge.strength]}
 
         def refit(sentences: np.ndarray) -> nn.Linear:
             rows = torch.from_numpy(sentences).to(data.features.device)
-            return fit_ridge(data.features[rows], data.labels[rows], data.classes, (ridge.strength,)).head
+            return solvers.fit_ridge(data.features[rows], data.labels[rows], data.classes, (ridge.strength,)).head
 
     elif options.method == "lbfgs":
-        standardise(data)
+        solvers.standardise(data)
         # The optimum at the strength that each seed's split chooses.
-        strengths = [choose_strength([(data.features, data.labels)], data.classes, seed) for seed in seeds]
-        optima = {strength: fit_lbfgs(data.features, data.labels, data.classes, strength) for strength in set(strengths)}
+        strengths = [solvers.choose_strength([(data.features, data.labels)], data.classes, seed) for seed in seeds]
+        part = (data.features, data.labels, data.classes)
+        optima = {strength: solvers.fit_lbfgs(*part, strength) for strength in set(strengths)}
         heads = [optima[strength].head for strength in strengths]
         fields = {"strengths": strengths, "excess_nats": max(optimum.excess for optimum in optima.values())}
 
         def refit(sentences: np.ndarray) -> nn.Linear:
             weights = torch.from_numpy(np.bincount(sentences, minlength=len(data.labels))).to(data.features)
             start = optima[strengths[0]]
-            return fit_lbfgs(data.features, data.labels, data.classes, strengths[0], weights=weights, start=start).head
+            return solvers.fit_lbfgs(*part, strengths[0], weights=weights, start=start).head
 
     else:
-        fits = [fit_adamw(data, training, seed) for seed in seeds]
+        fits = [solvers.fit_adamw(data, training, seed) for seed in seeds]
         heads = [head for head, _ in fits]
         bests = [best for _, best in fits]
-        progress = [progress_left(head, data, training, seed) for head, seed in zip(heads, seeds, strict=True)]
-        unfinished = [fall for _, fall in progress if fall > STILL_FALLS]
+        progress = [solvers.progress_left(head, data, training, seed) for head, seed in zip(heads, seeds, strict=True)]
+        unfinished = [fall for _, fall in progress if fall > solvers.STILL_FALLS]
         if unfinished:
             print(
                 f"warning: the training loss still falls, by {max(unfinished):.3f} nats in a few more steps ({len(unfinished)} "
@@ -172,15 +149,15 @@ def fit(
         fields = {"gradient_norms": [norm for norm, _ in progress], "unfinished": len(unfinished)}
 
         def refit(sentences: np.ndarray) -> nn.Linear:
-            return fit_adamw(data, training, seeds[0], sentences)[0]
+            return solvers.fit_adamw(data, training, seeds[0], sentences)[0]
 
-    matches = [correct(head, data.validation_features, data.validation_labels).numpy() for head in heads]
+    matches = [solvers.correct(head, data.validation_features, data.validation_labels).numpy() for head in heads]
     runs = []
     for head, best, match in zip(heads, bests, matches, strict=True):
         last = int(match.sum()) / len(match)
-        runs.append({"last": last, "best": max(best, last), "train": accuracy(head, data.features, data.labels)})
+        runs.append({"last": last, "best": max(best, last), "train": solvers.accuracy(head, data.features, data.labels)})
     if options.bootstrap:
-        fields["bootstrap"] = bootstrap(data, np.mean(matches, axis=0), refit, options.bootstrap, seeds[0])
+        fields["bootstrap"] = solvers.bootstrap(data, np.mean(matches, axis=0), refit, options.bootstrap, seeds[0])
     return runs, fields
 
 
@@ -202,23 +179,23 @@ def fit_draws(data: ProbeData, solver: str, draws: list[np.ndarray]) -> tuple[np
     parts = [torch.from_numpy(draw).to(data.features.device) for draw in draws]
     matches = []
     if solver == "ridge":
-        fits = [fit_ridge(data.features[rows], data.labels[rows], data.classes) for rows in parts]
-        matches = [correct(fit.head, data.validation_features, data.validation_labels).numpy() for fit in fits]
+        fits = [solvers.fit_ridge(data.features[rows], data.labels[rows], data.classes) for rows in parts]
+        matches = [solvers.correct(fit.head, data.validation_features, data.validation_labels).numpy() for fit in fits]
         return np.stack(matches), [fit.strength for fit in fits]
 
     def standardised(rows: Tensor, validation: Tensor) -> ProbeData:
         part = dataclasses.replace(
             data, features=data.features[rows], labels=data.labels[rows], validation_features=validation.clone()
         )
-        standardise(part)
+        solvers.standardise(part)
         return part
 
     samples = [standardised(rows, data.validation_features[:0]) for rows in parts[:CHOICE_DRAWS]]
-    strength = choose_strength([(sample.features, sample.labels) for sample in samples], data.classes, 0)
+    strength = solvers.choose_strength([(sample.features, sample.labels) for sample in samples], data.classes, 0)
     for rows in parts:
         part = standardised(rows, data.validation_features)
-        head = fit_lbfgs(part.features, part.labels, data.classes, strength, ROUGH).head
-        matches.append(correct(head, part.validation_features, data.validation_labels).numpy())
+        head = solvers.fit_lbfgs(part.features, part.labels, data.classes, strength, solvers.ROUGH).head
+        matches.append(solvers.correct(head, part.validation_features, data.validation_labels).numpy())
     return np.stack(matches), [strength]
 
 
@@ -264,7 +241,7 @@ def _measure(
     own: dict[str, Any] = {option: getattr(options, option) for option in ("features", "pool", "bootstrap")}
     own |= {name: value for name in ("layer", "position") if (value := getattr(options, name)) is not None}
     own["solver"] = options.method
-    flags = plain_flags(training, FLAGS) if options.method == "adamw" else {}
+    flags = downstream.plain_flags(training, FLAGS) if options.method == "adamw" else {}
 
     def prepare() -> ProbeData:
         features, width = compute_features()
@@ -284,7 +261,7 @@ def _measure(
         _measure_curve(folder, name, task, options, training, model, own, prepare)
     else:
         name = "_".join(["probe", *middle]) + ".json"
-        measure_accuracy(folder, name, ProbeRecord, task, options, training, model, {**flags, **own}, run)
+        downstream.measure_accuracy(folder, name, ProbeRecord, task, options, training, model, {**flags, **own}, run)
 
 
 def _measure_curve(
@@ -298,8 +275,8 @@ def _measure_curve(
     prepare: Callable[[], ProbeData],
 ) -> None:
     """Measure the accuracy for each of --label-counts and write record `name`, unless it is complete."""
-    counts = sorted(parse_integers("label_counts", options.label_counts or "", 2, len(task.train)))
-    inputs, data_flags = record_inputs(task, options, model)
+    counts = sorted(downstream.parse_integers("label_counts", options.label_counts or "", 2, len(task.train)))
+    inputs, data_flags = downstream.record_inputs(task, options, model)
     arguments = {**own, **data_flags, "label_counts": counts, "label_draws": options.label_draws}
     if is_measured(folder, name, inputs, arguments, options.overwrite):
         print(f"{folder}: {name} is measured already, skipped (--overwrite measures again)")
@@ -311,6 +288,7 @@ def _measure_curve(
     points = [curve_point(data, options.method, draws) for draws in tqdm(sets, desc="label counts", leave=False)]
     most = points[-1].accuracy
     details: dict[str, Any] = {"overlap": task.overlap, "classes": len(task.classes), "train_n": len(task.train)}
+    details |= {name: getattr(options, name) for name in ("features", "pool", "layer", "position")}
     record = CurveRecord(
         value=most.mean,
         standard_error=most.standard_error,
@@ -323,15 +301,11 @@ def _measure_curve(
         task=task.name,
         points=points,
         majority=task.majority,
-        features=options.features,
-        pool=options.pool,
         solver=options.method,
-        layer=options.layer,
-        position=options.position,
         **details,
     )
     write_record(folder, name, record)
-    print(f"{folder}: curve {task.name} by {options.method}: {describe_curve(record)}")
+    print(f"{folder}: curve {task.name} by {options.method}: {downstream.describe_curve(record)}")
 
 
 def _placed(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -28,19 +28,8 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from pcfg.common.files import InputError
 from pcfg.common.ranks import Ranks
 from pretraining.data.contexts import Contexts, check_length
-from pretraining.evaluation.hessian import (
-    LEFT_OUT,
-    WINDOW,
-    Sampling,
-    Truth,
-    draw_probe,
-    loss_gradients,
-    loss_name,
-    measured_contexts,
-    measured_parameters,
-    truth_of,
-    unmeasured,
-)
+from pretraining.evaluation import hessian
+from pretraining.evaluation.hessian import Sampling, Truth
 from pretraining.evaluation.inputs import Inputs
 from pretraining.evaluation.records import Density, Eigenvalue, SpectrumRecord, TracePart, write_record
 from pretraining.model.bert import MaskedLM
@@ -71,7 +60,7 @@ def hessian_operator(
         truth: P; None for the words of the text.
         batch_size: contexts of one length per pass.
     """
-    parameters = list(measured_parameters(model).values())
+    parameters = list(hessian.measured_parameters(model).values())
     sizes = [parameter.numel() for parameter in parameters]
     counts = sampling.counts(contexts)
 
@@ -79,12 +68,12 @@ def hessian_operator(
         pieces = torch.from_numpy(vector.reshape(-1).copy()).to(parameters[0].device).split(sizes)
         probe = [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)]
         total = [torch.zeros_like(parameter) for parameter in parameters]
-        for low in range(0, len(counts), WINDOW):
-            high = min(low + WINDOW, len(counts))
+        for low in range(0, len(counts), hessian.WINDOW):
+            high = min(low + hessian.WINDOW, len(counts))
             conditionals = None if truth is None else truth.window(contexts, low, high, model)
-            for batch in contexts.batches(measured_contexts(contexts, range(low, high), sampling), batch_size):
+            for batch in contexts.batches(hessian.measured_contexts(contexts, range(low, high), sampling), batch_size):
                 weights = 1.0 / (counts[contexts.sentence[batch]] * len(counts))
-                gradients = loss_gradients(model, contexts, batch, weights, conditionals)
+                gradients = hessian.loss_gradients(model, contexts, batch, weights, conditionals)
                 products = torch.autograd.grad(gradients, parameters, probe)
                 total = [whole + part for whole, part in zip(total, products, strict=True)]
         return torch.cat([whole.reshape(-1) for whole in total]).cpu().numpy()
@@ -165,7 +154,7 @@ def measure_spectrum(
     started = time.monotonic()
     operator = hessian_operator(model, contexts, sampling, truth, batch_size)
     number = operator.shape[0]
-    drawn = [draw_probe(model, sampling.probe, sampling.seed, 0, draw) for draw in range(sampling.probe_num)]
+    drawn = [hessian.draw_probe(model, sampling.probe, sampling.seed, 0, draw) for draw in range(sampling.probe_num)]
     probes = [torch.cat([piece.reshape(-1) for piece in probe]).double().cpu().numpy() for probe in drawn]
     eigenvalues = largest_eigenvalues(operator, options.eigenvalues, probes[0])
     quadratures = [lanczos(operator.matvec, probe, options.lanczos_steps) for probe in probes]
@@ -177,9 +166,9 @@ def measure_spectrum(
         "unit": "nats",
         "n": len(counts),
         "contexts": int(counts.sum()),
-        "loss": loss_name(truth),
+        "loss": hessian.loss_name(truth),
         "parameters": number,
-        "left_out": list(LEFT_OUT),
+        "left_out": list(hessian.LEFT_OUT),
         "eigenvalues": eigenvalues,
         "density": density_of(quadratures, eigenvalues[0].value),
         "trace": TracePart(value=traces.mean(), standard_error=traces.std(ddof=1) / np.sqrt(len(traces))),
@@ -202,8 +191,8 @@ def measure_spectra(
         raise InputError(f"--estimator spectrum: runs in one process, not in {ranks.size}; start it with python")
     chosen = {name: sampling.described()[name] for name in ("nsamples", "positions", "seed", "probe", "probe_num")}
     settings = {"estimator": "spectrum", **chosen, **dataclasses.asdict(options)}
-    truth = truth_of(inputs)
-    for output, described, model in unmeasured(models, inputs, {"spectrum": RECORD}, settings, ranks, overwrite):
+    truth = hessian.truth_of(inputs)
+    for output, described, model in hessian.unmeasured(models, inputs, {"spectrum": RECORD}, settings, ranks, overwrite):
         fields = measure_spectrum(model.double(), inputs.contexts, sampling, options, truth, batch_size, inputs.source)
         record = SpectrumRecord(**fields, seeds=[sampling.seed], inputs=described, arguments=settings, device=device)
         write_record(output, RECORD, record)

@@ -17,18 +17,9 @@ import torch
 from pcfg.common.files import InputError
 from pcfg.common.ranks import Ranks
 from pretraining.model.checkpoints import save_model
-from pretraining.training import state
+from pretraining.training import branches, state
 from pretraining.training.arguments import job_folder, member_folders
 from pretraining.training.batches import GlobalBatch, MicroBatch, global_batches, micro_batch, rank_micro_batches
-from pretraining.training.branches import (
-    branch_members,
-    branch_options,
-    branch_progress,
-    branch_state,
-    cooled_models,
-    cooled_name,
-    is_branch_due,
-)
 from pretraining.training.engine import LOWEST_LOSS_SCALE, Schedule
 from pretraining.training.learner import Learner, Member
 from pretraining.training.metrics import LossWatch, Metrics, Signals, diverged_error
@@ -207,7 +198,8 @@ class Trainer:
             self.compare_with_target()
         if self.stop_reason():
             return  # `finish` saves the final model and state
-        saves = self._is_folder_due(is_end_of_epoch) or step in options.save_steps or is_branch_due(options, self.progress)
+        is_asked_for = step in options.save_steps or branches.is_branch_due(options, self.progress)
+        saves = self._is_folder_due(is_end_of_epoch) or is_asked_for
         if saves:
             self.save_model(final=False)
         if saves or validates:
@@ -317,7 +309,7 @@ class Trainer:
         self._check_sound()
         self.record_gap()
         step = self.trunk.progress.step if self.trunk else self.progress.step
-        name = cooled_name(step) if self.trunk else f"step{step:07d}"
+        name = branches.cooled_name(step) if self.trunk else f"step{step:07d}"
         folders = []
         models = self.learner.models() if self.ranks.is_main else []
         for index in self.loss_watch.living():
@@ -359,12 +351,12 @@ class Trainer:
 
         A signal interrupts the branch, and the trunk with it.
         """
-        if not is_branch_due(self.options, self.progress) or self.is_interrupted:
+        if not branches.is_branch_due(self.options, self.progress) or self.is_interrupted:
             return
         assert self.state_folder is not None
         step = self.progress.step
         states = self.states / f"branch{step:07d}"
-        if not self.ranks.of_main(self.ranks.is_main and cooled_models(self.options, step) is not None):
+        if not self.ranks.of_main(self.ranks.is_main and branches.cooled_models(self.options, step) is not None):
             branch = self._branch(states)
             try:
                 branch.train()
@@ -383,16 +375,16 @@ class Trainer:
 
     def _branch(self, states: Path) -> "Trainer":
         """The branch of this step: at its newest training state, else at its beginning."""
-        start = self.ranks.of_main(self.ranks.is_main and branch_state(states, self.facts)) or None
-        progress = start.progress() if start else branch_progress(self.progress)
+        start = self.ranks.of_main(self.ranks.is_main and branches.branch_state(states, self.facts)) or None
+        progress = start.progress() if start else branches.branch_progress(self.progress)
         step = self.progress.step
         if start is not None:
             self.learner.load(start.folder, start.saved.files)
         if self.metrics is not None:
             self.metrics.begin_branch(step, step + progress.step)
             print(f"branch of step {step}, from its step {progress.step}", flush=True)
-        data = dataclasses.replace(self.data, members=branch_members(self.members, step))
-        options = branch_options(self.options, self.schedule(step))
+        data = dataclasses.replace(self.data, members=branches.branch_members(self.members, step))
+        options = branches.branch_options(self.options, self.schedule(step))
         shared = (self.learner, self.ranks, data, self.facts)
         return Trainer(options, *shared, progress, start and start.folder, trunk=self)
 
@@ -406,14 +398,14 @@ class Trainer:
         if self.saved_step != self.progress.step:
             self.save_state()
         self.cool_down()
-        if self.branch is not None or self.is_interrupted and is_branch_due(self.options, self.progress):
+        if self.branch is not None or self.is_interrupted and branches.is_branch_due(self.options, self.progress):
             return self.interrupt()
         if self.ranks.is_main:
             print(f"finished: {self.stop_reason()}")
         folder = self.save_model(final=True)
         diverged = dict(self.progress.diverged)
         for step in self._branches() if self.ranks.is_main else ():
-            diverged |= cooled_models(self.options, step) or {}
+            diverged |= branches.cooled_models(self.options, step) or {}
         if diverged := self.ranks.of_main(diverged):
             raise diverged_error(diverged)
         return folder
@@ -423,7 +415,7 @@ class Trainer:
         if self.options.lr_schedule != "wsd":
             return []
         step = self.progress.step
-        last = [step] if is_branch_due(self.options, self.progress) else []
+        last = [step] if branches.is_branch_due(self.options, self.progress) else []
         return sorted({*(branch for branch in self.options.branch_steps if branch <= step), *last})
 
     def interrupt(self) -> Path:

@@ -12,8 +12,10 @@ from pcfg.common.text import read_texts
 from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable
 from pretraining.data.contexts import concatenate, from_texts
+from pretraining.evaluation import features as features_module
 from pretraining.evaluation.downstream import DownstreamTrainingArguments
 from pretraining.evaluation.features import (
+    BATCH_TOKENS,
     POOLS,
     conditional_features,
     feature_width,
@@ -60,8 +62,10 @@ def sentence_ids(text, vocabulary):
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, 30, None])
 @pytest.mark.parametrize("pool", POOLS)
-def test_hidden_features_agree_with_one_sentence_at_a_time(model, tiny_model, texts, contexts, pool, tokens):
-    features = hidden_features(model, contexts, LENGTH, pool, tokens)
+def test_hidden_features_agree_with_one_sentence_at_a_time(model, tiny_model, texts, contexts, pool, tokens, monkeypatch):
+    if tokens is not None:
+        monkeypatch.setitem(BATCH_TOKENS, "cpu", tokens)
+    features = hidden_features(model, contexts, LENGTH, pool)
     vocabulary, width = load_vocabulary(tiny_model), model.config.hidden_size
     assert features.shape == (len(texts), feature_width(pool, LENGTH, width))
     assert not features.is_inference()  # a solver can differentiate by what multiplies them
@@ -118,8 +122,9 @@ def test_a_sentence_that_is_there_twice_is_encoded_once(model, tiny_model, texts
 
 @torch.no_grad()
 @pytest.mark.parametrize("pool", ["concat", "mean", 3])
-def test_conditional_features_agree_with_one_position_at_a_time(model, tiny_model, texts, contexts, pool):
-    features = conditional_features(model, contexts, LENGTH - 2, pool, 16)
+def test_conditional_features_agree_with_one_position_at_a_time(model, tiny_model, texts, contexts, pool, monkeypatch):
+    monkeypatch.setattr(features_module, "BATCH_CONTEXTS", 16)
+    features = conditional_features(model, contexts, LENGTH - 2, pool)
     vocabulary, size = load_vocabulary(tiny_model), model.config.vocab_size
     for row, text in zip(features, texts, strict=True):
         ids = sentence_ids(text, vocabulary)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pcfg.common.files import InputError
-from pretraining.evaluation import spectrum
+from pretraining.evaluation import hessian
 from pretraining.evaluation.hessian import Sampling, Truth, draw_probe
 from pretraining.evaluation.spectrum import SpectrumOptions, density_of, hessian_operator, lanczos, measure_spectrum
 from tests.evaluation.dense import Flat, OwnDistribution, true_labels
@@ -41,7 +41,7 @@ def test_several_sentences_in_pieces(dense, sentences, is_exact, monkeypatch):
     flat = Flat(model, contexts)
     expected = flat.hessian(true_labels(contexts, truth, model) if is_exact else labels, range(3)).numpy()
     vector = np.random.default_rng(0).normal(size=len(expected))
-    monkeypatch.setattr(spectrum, "WINDOW", 2)
+    monkeypatch.setattr(hessian, "WINDOW", 2)
     operator = hessian_operator(model, contexts, Sampling(nsamples=3), truth if is_exact else None, 2)
     np.testing.assert_allclose(operator @ vector, expected @ vector, rtol=0, atol=1e-10)
 
