@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
         manifest.add(names[split], **facts, dropped=rows.dropped)
         print(
             f"{folder / names[split]}: {len(rows.labels)} rows, {rows.distinct} of them distinct, {class_line(rows.labels)}; "
-            f"{rows.dropped} sentences without a label dropped"
+            f"{rows.dropped} sentences without a label dropped; {rows.ties} drawn with equal scores, which have the lowest id"
         )
     if not manifest.is_complete(label_file):
         ids = {str(number): name for number, name in enumerate(labeller.names)}

@@ -6,8 +6,9 @@ With `i < j` positions between words (0..T) and A a nonterminal,
     outside(i, j, A) = P(start =>* x_0 .. x_{i-1} A x_j .. x_{T-1})
 
 (Baker 1979, "Trainable grammars for speech recognition"; Lari and Young 1990), both with all chains of unary rules, which
-are followed within a cell, children first (inside) or parents first (outside). Labels, entropies, posteriors and masked
-conditionals
+are followed within a cell, children first (inside) or parents first (outside), as in `pcfg.engine.rule_graph.unary_chains`.
+Where unary rules form a cycle, a derivation can pass A several times in one cell, and its probability counts each time in
+outside(i, j, A). Posteriors are divided by the expected number of passes. Labels, entropies and masked conditionals
 
     P(x_t = w | x_-t)  proportional to  sum_A outside(t, t+1, A) P(A -> w)
 
@@ -19,7 +20,9 @@ c(T) = 2^(RANGE / T). That multiplies all values of a cell by the same number, s
 An inside value over w words is then at most c^w, an outside value at most c^(T - w), and nothing overflows. Underflow loses at
 most 2^-149 per term in float32, which counts at most c^(T - 1) <= 2^96 times in a total. Where the total is 1 or more (one unit
 for each of the 2^29 terms of a large chart included), the loss is below 2^-24 of it. Other sentences are repeated in float64,
-which is exact enough down to totals of 2^-1036 before scaling (1e-5 per word at 64 words).
+which is exact enough down to totals of 2^-1036 before scaling (1e-5 per word at 64 words). Cycles of unary rules multiply
+outside values, and so the loss, by up to the passes of a cell; the total must be as much, or with more than 2^20 passes,
+all is repeated in float64.
 """
 
 import collections
@@ -45,6 +48,8 @@ SENTENCES_PER_TASK = 1024
 NEAR_TIE = 1e-4
 # Scores that are equal in exact arithmetic differ by rounding (1e-16 per sum); they must tie all the same.
 TIE = 1e-12
+# Expected passes of a cell's nonterminal, by cycles of unary rules, up to which values stay in the range of float32.
+MAX_VISITS = 2.0**20
 # The words start .. stop - 1, counted from 0; stop None: to the sentence's end. None: the whole sentence.
 Span = tuple[int, int | None] | None
 
@@ -57,6 +62,10 @@ class Chart:
             Results do not depend on it.
         dtype: float32, with sentences beyond its range repeated in float64 (`redone` counts them), or float64 for everything.
 
+    Attributes:
+        redone: sentences that were repeated in float64.
+        ties: sentences that `labels` gave the lowest of several labels whose scores are equal.
+
     Sentences are `tokens`, (n, T) integers, indices into `grammar.words`, anything beyond a sentence's end, and `lengths`,
     (n,), in words. All methods refuse a sentence of no word or of more than 64.
     """
@@ -66,6 +75,11 @@ class Chart:
         self.threads = threads or available_cores()
         self.dtype = np.dtype(dtype).name
         self.redone = 0
+        self.ties = 0
+        # Expected passes of A in a cell, (N,), once there is one: None without cycles of unary rules.
+        self._visits = grammar.chains.visits if (grammar.chains.visits > 1).any() else None
+        most = grammar.chains.visits.max()
+        self._least_total = most if most <= MAX_VISITS else np.inf
         self._plans = ChartPlans(grammar)
         emission = np.asarray(grammar.emission, np.float64)
         self._column_scale = emission.max(axis=0)  # (V,), positive: a grammar has only words that it emits
@@ -84,12 +98,15 @@ class Chart:
         return self._whole_chart(sentence)[1]
 
     def posteriors(self, sentence: np.ndarray) -> np.ndarray:
-        """P(A derives x_i .. x_{j-1} | x) = inside(i, j, A) outside(i, j, A) / inside(0, T, start): (T, T + 1, N) float64."""
+        """P(A derives x_i .. x_{j-1} | x) = inside(i, j, A) outside(i, j, A) / inside(0, T, start): (T, T + 1, N) float64.
+
+        Divided by the expected passes of A in a cell, where unary rules form cycles.
+        """
         inside, outside = self._whole_chart(sentence)
         total = inside[0, -1, 0]
         if total == 0:
             raise self._underivable(np.asarray(sentence), "sentence", 1)
-        return inside * outside / total
+        return inside * outside / (total if self._visits is None else total * self._visits)
 
     def log_probability(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """log P(sentence), (n,) float64, in nats; -inf for a sentence that the grammar cannot derive."""
@@ -161,7 +178,7 @@ class Chart:
 
         sweep(self.dtype, np.arange(len(lengths)))
         if self.dtype == "float32":
-            doubtful = np.flatnonzero(~((totals >= 1) & np.isfinite(totals)))
+            doubtful = np.flatnonzero(~((totals >= self._least_total) & np.isfinite(totals)))
             self.redone += len(doubtful)
             sweep("float64", doubtful)
         for bad in np.flatnonzero(totals == 0)[:1]:
@@ -171,8 +188,8 @@ class Chart:
     def span_scores(self, tokens: np.ndarray, lengths: np.ndarray, span: Span = None, rule: str = "likelihood") -> np.ndarray:
         """Scores of all nonterminals over a span of each sentence: (n, N) float64, each row up to a factor of its own.
 
-        The rule "likelihood" is inside(start, stop, A), "posterior" is inside(start, stop, A) outside(start, stop, A). Zeros
-        where nothing derives the span, and for a sentence that ends before the span does.
+        The rule "likelihood" is inside(start, stop, A), "posterior" is P(A derives the span | x).
+        Zeros where nothing derives the span, and for a sentence that ends before the span does.
         """
         tokens, lengths = self._checked(tokens, lengths)
         symbols = np.arange(len(self.grammar.names))
@@ -184,26 +201,33 @@ class Chart:
         """The best of the nonterminals `symbols`, (S,), over a span of each sentence, by `span_scores`.
 
         Returns:
-            (n,) int64, index into `symbols`; ties (to 1e-12, relative) take the lowest; -1 where no candidate derives the
-            span, or the sentence ends before it does.
+            (n,) int64, index into `symbols`; ties (to 1e-12, relative, in float64) take the lowest, and `ties` counts them; -1
+            where no candidate derives the span, or the sentence ends before it does.
         """
         tokens, lengths = self._checked(tokens, lengths)
         symbols = np.asarray(symbols)
         posterior = rule == "posterior"
         if self.dtype == "float64":
-            return _best(self._scores(tokens, lengths, symbols, span, posterior, "float64")[0])
+            return self._best(self._scores(tokens, lengths, symbols, span, posterior, "float64")[0])
         scores, covered = self._scores(tokens, lengths, symbols, span, posterior, "float32")
         labels = scores.argmax(axis=1)
         best = scores[np.arange(len(scores)), labels]
         near = np.count_nonzero(scores >= (best * np.float32(1 - NEAR_TIE))[:, None], axis=1)
-        sure = (best >= 1) & np.isfinite(best) & (near == 1)
+        sure = (best >= self._least_total) & np.isfinite(best) & (near == 1)
         labels[~covered] = -1
         doubtful = np.flatnonzero(covered & ~sure)
         self.redone += len(doubtful)
         if len(doubtful):
             again = self._scores(tokens[doubtful], lengths[doubtful], symbols, span, posterior, "float64")[0]
-            labels[doubtful] = _best(again)
+            labels[doubtful] = self._best(again)
         return labels
+
+    def _best(self, scores: np.ndarray) -> np.ndarray:
+        """The first of the best scores of each row, up to rounding; -1 where all are 0. Counts the ties."""
+        best = scores.max(axis=1, initial=0)
+        equal = scores >= (best * (1 - TIE))[:, None]
+        self.ties += int(np.count_nonzero((best > 0) & (np.count_nonzero(equal, axis=1) > 1)))
+        return np.where(best > 0, np.argmax(equal, axis=1), -1)
 
     def parses(self, tokens: np.ndarray, lengths: np.ndarray) -> list:
         """The best parse of each sentence as an `nltk.Tree` whose root has its probability (`prob()`, `logprob()`).
@@ -248,7 +272,7 @@ class Chart:
         """
 
         def parse(length: int, rows: np.ndarray) -> None:
-            plan = self._plans.of(length, (0,), "float64")
+            plan = self._plans.of(length, (0,), "float64", best=True)
             if plan is None:
                 return
             factor = _factor(length, "float64")
@@ -320,6 +344,8 @@ class Chart:
             )
 
         self._in_groups(score, used, np.flatnonzero(covered))
+        if with_outside and self._visits is not None:
+            scores /= self._visits[symbols].astype(dtype)
         return scores, covered
 
     def _whole_chart(self, sentence: np.ndarray) -> np.ndarray:
@@ -339,13 +365,6 @@ class Chart:
 def _factor(length: int, dtype: str) -> Any:
     """c(T), in the chart's dtype."""
     return np.dtype(dtype).type(2.0 ** (RANGE[dtype] / length))
-
-
-def _best(scores: np.ndarray) -> np.ndarray:
-    """The first of the best scores of each row, up to rounding; -1 where all are 0."""
-    best = scores.max(axis=1, initial=0)
-    labels = np.argmax(scores >= (best * (1 - TIE))[:, None], axis=1)
-    return np.where(best > 0, labels, -1)
 
 
 def _tree(nodes: list, words: list[str], names: list[str], log2_probability: float) -> "ProbabilisticTree":

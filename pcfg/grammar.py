@@ -25,7 +25,15 @@ import numpy as np
 from pcfg.common.files import InputError, atomic_open
 from pcfg.common.text import decoded, shown
 from pcfg.common.words import WordIndex, padded
-from pcfg.engine.rule_graph import longest_yields, reachable, shortest_yields, strong_components
+from pcfg.engine.rule_graph import (
+    cycle_matrix,
+    longest_yields,
+    reachable,
+    shortest_yields,
+    strong_components,
+    unary_chains,
+    unary_cycles,
+)
 
 if TYPE_CHECKING:
     import nltk
@@ -34,6 +42,10 @@ RULES_FOLDER = Path(__file__).parent / "rules"
 SUM_TOLERANCE = 1e-2
 # Nonterminals times words: 1.6 GB of emissions.
 MAX_EMISSIONS = 200_000_000
+# Nonterminals that derive each other by unary rules: the square of them are the steps of each cell of a chart.
+MAX_CYCLE = 1_000
+# A spectral radius above is 1 but for rounding.
+MAX_RADIUS = 1.0 - 1e-12
 # Symbols on the right of a rule in nltk's format: a rule of more derives no sentence that a chart can hold.
 MAX_RIGHT_SIDE = 64
 # Lines of the rules format that are split into fields at a time: all at once would be ten times the file in memory.
@@ -49,6 +61,11 @@ RIGHT_SIDE = re.compile(
     re.VERBOSE,
 )
 
+# How to write a grammar in which X -> (nothing) has the probability p.
+EPSILON = (
+    "an empty X (an epsilon rule) of probability p has to be rewritten: split each rule with X on its right in two, one with X,"
+    " times 1 - p, and one without, times p; then divide the other probabilities of X by 1 - p"
+)
 # Left side, right side of one or two symbols, probability.
 WeightedRule = tuple[str, tuple[str, ...], float]
 # Left side, first and second symbol of the right side, probability, line.
@@ -120,9 +137,9 @@ class Grammar:
         words: V words, sorted.
         binary: (R, 3) int32, left side, left child, right child; sorted by (left child, right child, left side).
         binary_probability: (R,) float64.
-        unary: (U, 2) int32, left side, child; without cycles; in the order of the file.
+        unary: (U, 2) int32, left side, child; in the order of the file.
         unary_probability: (U,) float64.
-        unary_order: (U,) int64, the unary rules in an order in which all rules with the left side B come before A -> B.
+        chains, best_chains: how values of a chart's cell follow all chains of unary rules, in sums and in maxima.
         emission: (N, V) float64, P(A -> w).
         shortest, longest: (N,) int64, the least and the largest number of words that a nonterminal derives, UNBOUNDED (2^30)
             where it is that or more; `longest` is UNBOUNDED also where a nonterminal can come back to itself.
@@ -155,15 +172,7 @@ class Grammar:
         self.binary_probability = probability[by_children]
         self._set_emission(rules, sides[emits, 0], rules.first[origin[emits]], probability[emits])
 
-        component = strong_components(len(symbols), *self.unary.T.astype(np.int64))
-        for rule in np.flatnonzero(component[self.unary[:, 0]] == component[self.unary[:, 1]])[:1]:
-            left, child = self.unary[rule]
-            place = rules.place(origin[is_unary][rule])
-            raise InputError(
-                f"{place}: the unary rule {shown(self.names[left])} -> {shown(self.names[child])} "
-                f"is part of a cycle ({self.listed(component == component[left])}); remove one of its rules"
-            )
-        self.unary_order = np.argsort(component[self.unary[:, 0]], kind="stable")
+        self._set_chains(rules, origin[is_unary])
         self._set_yields(rules, first_rule, np.bincount(sides[emits, 0], minlength=len(symbols)) > 0)
 
     def _set_emission(self, rules: WeightedRules, left: np.ndarray, symbol: np.ndarray, probability: np.ndarray) -> None:
@@ -177,6 +186,35 @@ class Grammar:
         word[used] = [word_index[rules.symbols[number]] for number in used]
         self.emission = np.zeros((len(self.names), len(self.words)))  # (N, V)
         self.emission[left, word[symbol]] = probability
+
+    def _set_chains(self, rules: WeightedRules, origin: np.ndarray) -> None:
+        """Set `chains` and `best_chains`; refuse cycles of unary rules that are never left, or too large.
+
+        `origin`, (U,): the place of each unary rule in `rules`.
+        """
+        component = strong_components(len(self.names), *self.unary.T.astype(np.int64))
+        leaves = component[self.unary[:, 0]] != component[self.unary[:, 1]]
+        leaving = self.emission.sum(axis=1)
+        np.add.at(leaving, self.binary[:, 0], self.binary_probability)
+        np.add.at(leaving, self.unary[leaves, 0], self.unary_probability[leaves])
+        for members, cycle in unary_cycles(self.unary, component):
+            place = rules.place(origin[cycle[0]])
+            names = [f"{shown(self.names[left])} -> {shown(self.names[child])}" for left, child in self.unary[cycle[:3]]]
+            listed = ", ".join(names) + (f" and {len(cycle) - 3:,} more" if len(cycle) > 3 else "")
+            never_left = not leaving[members].any()
+            if len(members) > MAX_CYCLE and not never_left:
+                wrong = f"{len(members):,} nonterminals derive each other by unary rules ({listed}); {MAX_CYCLE:,} are the most"
+                raise InputError(f"{place}: {wrong}; remove some of the rules")
+            radius = 1.0
+            if not never_left:
+                within = cycle_matrix(members, self.unary[cycle], self.unary_probability[cycle])
+                radius = np.abs(np.linalg.eigvals(within)).max()
+            if radius >= MAX_RADIUS:
+                raise InputError(
+                    f"{place}: the unary rules {listed} form a cycle that is never left (spectral radius {radius:.6g}, it must "
+                    "be below 1); lower their probabilities in favour of other rules"
+                )
+        self.chains, self.best_chains = unary_chains(self.unary, self.unary_probability, component, leaving)
 
     def _set_yields(self, rules: WeightedRules, first_rule: np.ndarray, emits: np.ndarray) -> None:
         """Set `shortest` and `longest`; refuse nonterminals that derive no sentence, and warn of unreachable ones."""
@@ -195,7 +233,8 @@ class Grammar:
         if unused.any():
             warnings.warn(
                 f"{rules.place(first_rule[np.argmax(unused)])}: {unused.sum()} nonterminals can't be reached from the "
-                f"start symbol {shown(self.names[0])} and have no effect: {self.listed(unused)}",
+                f"start symbol {shown(self.names[0])} (the first left side, unless %start names another) and have no effect: "
+                f"{self.listed(unused)}",
                 stacklevel=4,
             )
 
@@ -209,8 +248,8 @@ class Grammar:
         """The grammar of a list of (left side, right side of one or two symbols, probability).
 
         Repeated rules add up; each left side is normalised to 1; rules of probability 0 are dropped. A binary rule has no
-        word. The probabilities are in [0, 1] and sum to 1 per left side, within 0.01. Unary rules form no cycle, and every
-        nonterminal derives a sentence. Messages name the list `source`; its first rule is line 1.
+        word. The probabilities are in [0, 1] and sum to 1 per left side, within 0.01. Cycles of unary rules can be left,
+        and every nonterminal derives a sentence. Messages name the list `source`; its first rule is line 1.
 
         >>> grammar = Grammar.from_rules([("S", ("A", "A"), 1.0), ("A", ("a",), 0.5), ("A", ("b",), 0.5)])
         >>> grammar.names, grammar.words, grammar.emission[1].tolist(), int(grammar.longest[0])
@@ -306,8 +345,9 @@ def _merged(rules: WeightedRules, left: np.ndarray, first_rule: np.ndarray) -> t
     values = probability.tolist()
     sums = np.array([math.fsum(values[start:end]) for start, end in zip(starts[:-1], starts[1:], strict=True)])  # (N,)
     for symbol in np.flatnonzero(np.abs(sums - 1.0) > SUM_TOLERANCE)[:1]:
-        wrong = f"the probabilities of {shown(rules.symbols[rules.left[first_rule[symbol]]])} add up to {sums[symbol]:.6g}"
-        raise InputError(f"{rules.place(first_rule[symbol])}: {wrong}; they must add up to 1 (within 0.01)")
+        wrong = f"the probabilities of {shown(rules.symbols[rules.left[first_rule[symbol]]])} add up to {sums[symbol]}"
+        limit = f"{abs(sums[symbol] - 1.0)} from 1; at most {SUM_TOLERANCE} is allowed"
+        raise InputError(f"{rules.place(first_rule[symbol])}: {wrong}, which is {limit}")
     new = np.append(True, (keys[1:] != keys[:-1]).any(axis=1))
     starts = np.append(np.flatnonzero(new), len(keys))
     merged = probability[new]
@@ -366,7 +406,10 @@ def parse_rules(lines: list[str], source: str) -> WeightedRules:
         if not {len(line) for line in fields} <= {3, 4}:
             line, number = next((line, number) for line, number in zip(fields, numbers, strict=True) if len(line) not in (3, 4))
             wrong = f"{len(line):,} fields in {shown(lines[number - 1].strip())}"
-            raise InputError(f"{source}:{number}: {wrong}; a rule is `LHS RHS prob` or `LHS RHS1 RHS2 prob`")
+            advice = "a rule is `LHS RHS prob` or `LHS RHS1 RHS2 prob`, with nothing after it"
+            if len(line) == 2:
+                advice += f"; if its right side is empty, {EPSILON}"
+            raise InputError(f"{source}:{number}: {wrong}; {advice}")
         collector.extend(
             [line[0] for line in fields],
             [line[1] for line in fields],
@@ -422,41 +465,49 @@ class _Production(NamedTuple):
 
 
 def _productions(line: str, source: str, number: int) -> list[_Production]:
-    """The alternatives of one line, read as nltk does: the last number of an alternative is its probability, 0 without."""
+    """The alternatives of one line, read as nltk does: the last number of an alternative is its probability.
+
+    nltk takes an alternative without a number as one of probability 0, which would be dropped without a word.
+    """
     place = f"{source}:{number}"
     left = NONTERMINAL.match(line)
     arrow = left and ARROW.match(line, left.end())
     if not left or not arrow:
-        raise InputError(f"{place}: {shown(line)} is no rule; a rule is like `S -> NP VP [0.6] | 'word' [0.4]`")
+        like = "a rule is like `S -> NP VP [0.6] | 'word' [0.4]`, with spaces around ->"
+        raise InputError(f"{place}: {shown(line)} is no rule; {like}")
     right_sides: list[list[tuple[str, bool]]] = [[]]
-    probabilities = ["0"]
+    probabilities = [""]
+    begins = [arrow.end()]
     position = arrow.end()
     while position < len(line):
         part = RIGHT_SIDE.match(line, position)
         if not part:
-            expected = "there should be a symbol, a word in quotes, a number in brackets or |"
+            expected = "there should be a symbol (letters, digits, _ / ^ < > -), a word in quotes, a number in brackets or |"
             raise InputError(f"{place}: can't read {shown(line[position:])}; {expected}")
         position = part.end()
         if part["bar"]:
             right_sides.append([])
-            probabilities.append("0")
+            probabilities.append("")
+            begins.append(position)
         elif part["probability"] is not None:
             probabilities[-1] = part["probability"]
         elif part["symbol"]:
             right_sides[-1].append((part["symbol"], False))
         else:
             right_sides[-1].append((part["word"][1:-1], True))
-    numbers = parse_probabilities(probabilities, source, [number] * len(probabilities))
-    productions = [_Production(left[1], right, value, number) for right, value in zip(right_sides, numbers, strict=True)]
-    for right in right_sides:
-        if not right:
-            raise InputError(f"{place}: a right side of {shown(line)} is empty, which is not supported")
+    for right, probability, begin in zip(right_sides, probabilities, begins, strict=True):
+        if not right or ("", True) in right:
+            raise InputError(f"{place}: a right side of {shown(line)} is empty; {EPSILON}")
+        if not probability:
+            rule = shown(f"{left[1]} -> {line[begin:].split('|')[0].strip()}")
+            raise InputError(f"{place}: the rule {rule} has no probability; write it behind in brackets, such as [0.5]")
         if len(right) > MAX_RIGHT_SIDE:
             raise InputError(f"{place}: {len(right):,} symbols on the right of a rule; {MAX_RIGHT_SIDE} are the most")
         for name, is_word in right:
             if is_word and len(name.split()) != 1:
-                raise InputError(f"{place}: the word {shown(name)}; a word has no spaces and is not empty")
-    return productions
+                raise InputError(f"{place}: the word {shown(name)}; a word has no spaces")
+    numbers = parse_probabilities(probabilities, source, [number] * len(probabilities))
+    return [_Production(left[1], right, value, number) for right, value in zip(right_sides, numbers, strict=True)]
 
 
 def _binarised(productions: list[_Production], source: str) -> WeightedRules:

@@ -12,8 +12,8 @@ With `inside` and `outside` as in `pcfg.chart`, the label of a sentence of T wor
 
 The rule "likelihood" of A, B, C and span uses inside alone, with no prior and no context, as the code published with the
 paper does. The rule "posterior" uses inside(i, j, A) outside(i, j, A) over the same cell. The label's id is its place in the
-list, or the depth; ties take the lowest id. Slices are Python's: 2:5 is the third to the fifth word, -3: the last three,
-1:-1 all but the first and the last. So 0:4 is task B, and 0:2 is task C.
+list, or the depth; ties take the lowest id and are counted. Slices are Python's: 2:5 is the third to the fifth word, -3: the
+last three, 1:-1 all but the first and the last. So 0:4 is task B, and 0:2 is task C.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ import numpy as np
 from pcfg.chart import MAX_WORDS, Chart
 from pcfg.common.files import InputError, keyed_rng
 from pcfg.common.means import mean_by_pairs, mean_by_sentences
+from pcfg.engine.rule_graph import strong_components
 from pcfg.grammar import Grammar
 from pcfg.sampler import Sampler
 
@@ -110,6 +111,11 @@ class Labeller:
         self._symbols, self._ids, self.names = _candidates(grammar, task, position)
         self._chart = Chart(grammar)
 
+    @property
+    def ties(self) -> int:
+        """How many sentences got the lowest of several labels whose scores are equal, so far; not counted of depths."""
+        return self._chart.ties
+
     def label(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Label ids of sentences, as `Chart` takes them: (n,) int64, -1 where nothing derives the span or it is too long."""
         if self.task == DEPTH_TASK:
@@ -157,11 +163,13 @@ def _candidates(grammar: Grammar, task: str, position: int | None) -> tuple[np.n
 
 
 def _longest_chain(grammar: Grammar) -> int:
-    """Rules of the longest chain of unary rules, which have no cycles."""
-    chain = np.zeros(len(grammar.names), np.int64)
-    parent, child = grammar.unary.T
-    while not np.array_equal(chain[parent], longer := np.maximum(chain[parent], chain[child] + 1)):
-        np.maximum.at(chain, parent, longer)
+    """A bound on the unary rules of a chain that passes no nonterminal twice; the longest chain, where there are no cycles."""
+    component = strong_components(len(grammar.names), *grammar.unary.T.astype(np.int64))
+    size = np.bincount(component)
+    chain = size - 1  # rules within the component and below it
+    for parent, child in sorted(component[grammar.unary].tolist()):  # children, with lower numbers, first
+        if parent != child:
+            chain[parent] = max(chain[parent], size[parent] + chain[child])
     return int(chain.max())
 
 
@@ -228,6 +236,7 @@ class LabelledRows(NamedTuple):
     labels: np.ndarray  # (n,) int64
     distinct: int  # distinct sentences among the rows (by a hash of 64 bits)
     dropped: int  # sentences that were drawn and left out because nothing derives their span
+    ties: int  # sentences that were drawn and given the lowest of several labels whose scores are equal
 
     def texts(self) -> Iterator[str]:
         """The sentences, in the order of `labels`."""
@@ -286,6 +295,7 @@ class LabelledSentences:
         labels: list[np.ndarray] = []
         hashes: list[np.ndarray] = []
         rows = dropped = drawn = 0
+        earlier_ties = self._labeller.ties
         # A split that holds a hundredth of its fair part of the language's probability still fills up.
         limit = 100_000 + 100 * sum(self._numbers.values())
         while rows < number:
@@ -315,7 +325,7 @@ class LabelledSentences:
                     "--length-limit"
                 )
         distinct = len(np.unique(np.concatenate(hashes)))
-        return LabelledRows(blocks, np.concatenate(labels), distinct, dropped)
+        return LabelledRows(blocks, np.concatenate(labels), distinct, dropped, self._labeller.ties - earlier_ties)
 
 
 def grammar_facts(grammar: Grammar, sentences: int, states: bool = False) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pcfg import PLAIN_LANES
 from pcfg.common.files import InputError
+from pcfg.common.text import shown
 from pcfg.engine.plain_lanes import CHUNK
 from pcfg.engine.rule_graph import reachable, strong_components
 from pcfg.grammar import Grammar
@@ -25,6 +26,8 @@ else:
 DRAWING = 2
 # Fewer sentences than this share within the limits of length: a mistake in the limits, not a wish to wait.
 LEAST_ACCEPTED = 1e-4
+# Times that a cycle of unary rules comes back on average: each takes a random number, of 32 bits for a rule's probability.
+MAX_VISITS = 1e5
 # Bytes per block of text: it stays in a core's cache until it is hashed and written.
 TEXT_BUFFER = 1 << 18
 
@@ -36,7 +39,8 @@ class Sampler:
     depth limit. A sampler can be used by several threads at once.
 
     A grammar is refused if less than 1e-4 of its sentences are short enough, or if their expected length is infinite: the
-    expected children of a recursive set of nonterminals have a spectral radius of 1 or more.
+    expected children of a recursive set of nonterminals have a spectral radius of 1 or more. So is one whose cycles of unary
+    rules come back more than 100,000 times on average.
 
     Attributes:
         width: the columns of `sample`'s tokens: max_words, or the longest sentence if that is shorter.
@@ -50,12 +54,17 @@ class Sampler:
 
     def __init__(self, grammar: Grammar, max_words: int):
         _refuse_infinite_length(grammar)
+        for symbol in np.flatnonzero(grammar.chains.visits > MAX_VISITS)[:1]:
+            often = f"its unary rules lead back to it {grammar.chains.visits[symbol]:.3g} times on average"
+            raise InputError(
+                f"the nonterminal {shown(grammar.names[symbol])}: {often}, too often to draw; lower their probabilities"
+            )
         self.words = grammar.words
         self.width = int(min(max_words, grammar.longest[0]))
         lengths = np.zeros((self.width + 1, len(grammar.names)))  # (words, nonterminals)
         lengths[1] = grammar.emission.sum(axis=1)
-        unary = (grammar.unary[grammar.unary_order], grammar.unary_probability[grammar.unary_order])
-        _fill_lengths(lengths, grammar.binary, grammar.binary_probability, *unary, grammar.shortest, grammar.longest)
+        chains = grammar.chains[:2]
+        _fill_lengths(lengths, grammar.binary, grammar.binary_probability, *chains, grammar.shortest, grammar.longest)
         self.length_probability = lengths[:, 0].copy()
         self._refuse_hopeless(1)
         self._shortest = int(grammar.shortest[0])
@@ -224,10 +233,10 @@ def _alias_table(probability):
 
 
 @numba.njit(cache=True)
-def _fill_lengths(lengths, binary, binary_probability, unary, unary_probability, shortest, longest):
+def _fill_lengths(lengths, binary, binary_probability, steps, step_probability, shortest, longest):
     """lengths[l, A] = P(A derives l words), by the inside recursion over lengths alone.
 
-    Row 1 has the words' rules already; the unary rules of B come before A -> B.
+    Row 1 has the words' rules already; `steps` are `Grammar.chains`.
     """
     for words in range(1, len(lengths)):
         once = lengths[words]
@@ -237,8 +246,8 @@ def _fill_lengths(lengths, binary, binary_probability, unary, unary_probability,
             for k in range(max(shortest[left], words - longest[right]), min(longest[left], words - shortest[right]) + 1):
                 total += lengths[k, left] * lengths[words - k, right]
             once[parent] += binary_probability[rule] * total
-        for rule in range(len(unary)):
-            once[unary[rule, 0]] += unary_probability[rule] * once[unary[rule, 1]]
+        for step in range(len(steps)):
+            once[steps[step, 0]] += step_probability[step] * once[steps[step, 1]]
 
 
 @numba.njit(inline="always")

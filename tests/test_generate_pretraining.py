@@ -202,6 +202,21 @@ def test_special_tokens_are_no_words(tmp_path):
         generate(tmp_path / "rules.txt", tmp_path / "data")
 
 
+def test_words_that_the_tokenizer_splits_are_found_before_the_text(tmp_path, capsys):
+    rules = "S W W 1.0\nW U.S. 0.25\nW 's 0.25\nW John 0.25\nW cat 0.25\n"
+    (tmp_path / "rules.txt").write_text(rules)
+    with pytest.raises(InputError, match=r"words \"'s\", 'U.S.' are not one token each.*; replace them"):
+        generate(tmp_path / "rules.txt", tmp_path / "data")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ncat\n##ing\nJohn\n")
+    (tmp_path / "pieces.txt").write_text("S cat 0.25\nS ##ing 0.75\n")
+    with pytest.raises(InputError, match="words '##ing' are not one token each"):
+        generate(tmp_path / "pieces.txt", tmp_path / "data", "--vocab-file", tmp_path / "vocab.txt")
+    assert not (tmp_path / "data").exists()
+    (tmp_path / "rules.txt").write_text(rules.replace("U.S.", "us").replace("'s", "possessive"))
+    generate(tmp_path / "rules.txt", tmp_path / "data")
+    assert "words with capitals or accents: 'John'; generate_samples.py needs --do_lower_case 0" in capsys.readouterr().out
+
+
 def test_shipped_grammars_are_found_and_announced(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     generate("rule_mini_mlm.txt", "data")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from pcfg.engine.rule_graph import carry
+from pcfg.engine.rule_graph import Chains, carry
 
 if TYPE_CHECKING:
     from pcfg.grammar import Grammar
@@ -38,8 +38,10 @@ class Kind(NamedTuple):
     singles: np.ndarray  # (L, 4) int32: left child, first d, last d + 1, right child
     rules: np.ndarray  # (E, 2) int32: parent (place in symbols), slot; by parent
     probability: np.ndarray  # (E,) float64
-    chains: np.ndarray  # (U, 2) int32: parent, child of unary rules, children's own rules first
-    chain_probability: np.ndarray  # (U,) float64
+    chains: np.ndarray  # (K, 2) int32: parent, child of the steps of `pcfg.engine.rule_graph.Chains`
+    chain_probability: np.ndarray  # (K,) float64
+    unary: np.ndarray  # (U, 2) int32: parent, child of unary rules
+    unary_probability: np.ndarray  # (U,) float64
     left: np.ndarray  # (width - 1, N) bool: what lives in the left part of a split after d = 1, 2, .. words
     right: np.ndarray  # (width - 1, N) bool: in the right part
 
@@ -76,6 +78,9 @@ class ChartPlan(NamedTuple):
     chain_start: np.ndarray
     chains: np.ndarray
     chain_probability: np.ndarray
+    unary_start: np.ndarray
+    unary: np.ndarray
+    unary_probability: np.ndarray
     most_slots: int
 
 
@@ -88,13 +93,13 @@ def possible_widths(grammar: "Grammar") -> np.ndarray:
     """possible[A, w]: whether A derives some string of w words; (N, MAX_WORDS + 1) bool."""
     possible = np.zeros((len(grammar.names), MAX_WORDS + 1), dtype=bool)
     possible[:, 1] = grammar.emission.any(axis=1)
-    _mark_widths(possible, grammar.binary, grammar.unary[grammar.unary_order])
+    _mark_widths(possible, grammar.binary, grammar.chains.steps)
     return possible
 
 
 @njit(cache=True)
-def _mark_widths(possible, binary, unary):
-    """Mark possible[A, w] by the binary rules whose children have yields of w words together, then by the unary rules."""
+def _mark_widths(possible, binary, steps):
+    """Mark possible[A, w] by the binary rules whose children have yields of w words together, then by chains of unary rules."""
     for width in range(1, possible.shape[1]):
         for rule in range(len(binary)):
             parent, first, second = binary[rule]
@@ -102,7 +107,7 @@ def _mark_widths(possible, binary, unary):
                 if possible[parent, width]:
                     break
                 possible[parent, width] = possible[first, words] and possible[second, width - words]
-        carry(possible[:, width], unary[:, 1], unary[:, 0])
+        carry(possible[:, width], steps[:, 1], steps[:, 0])
 
 
 class ChartPlans:
@@ -116,23 +121,24 @@ class ChartPlans:
         self._pair_of_rule = self._pair_of_rule.reshape(-1)
         self._parent = grammar.binary[:, 0]
         self._probability = grammar.binary_probability
-        self._unary = grammar.unary[grammar.unary_order]
-        self._unary_probability = grammar.unary_probability[grammar.unary_order]
+        self._unary = grammar.unary
+        self._unary_probability = grammar.unary_probability
+        self._chains = (grammar.chains, grammar.best_chains)
         self._kinds: dict[tuple, Kind] = {}
         self._plans: dict[tuple, ChartPlan | None] = {}
 
-    def of(self, length: int, roots: Iterable[int] | None, dtype: str) -> ChartPlan | None:
-        """The plan of sentences of `length` words; None where no root derives so many.
+    def of(self, length: int, roots: Iterable[int] | None, dtype: str, best: bool = False) -> ChartPlan | None:
+        """The plan of sentences of `length` words, for sums or for best parses; None where no root derives so many.
 
         `roots` are the nonterminals whose value over the whole sentence is needed; None: every nonterminal in every cell.
         """
-        key = (length, None if roots is None else tuple(roots), dtype)
+        key = (length, None if roots is None else tuple(roots), dtype, best)
         if key not in self._plans:
-            living = self._living(length, roots)
+            living = self._living(length, roots, best)
             self._plans[key] = self._assemble(length, living, dtype) if living else None
         return self._plans[key]
 
-    def _living(self, length: int, roots: Iterable[int] | None) -> dict[tuple[int, int], Kind]:
+    def _living(self, length: int, roots: Iterable[int] | None, best: bool) -> dict[tuple[int, int], Kind]:
         """The kind of each living cell (begin, width), the widest first."""
         alive = np.zeros((length, length + 1, self._number), dtype=bool)
         alive[0, length, slice(None) if roots is None else np.asarray(roots)] = True
@@ -145,20 +151,21 @@ class ChartPlans:
                 alive[begin, end] &= self._possible[:, width]
                 if not alive[begin, end].any():
                     continue
-                key = (width, np.packbits(alive[begin, end]).tobytes())
+                key = (width, np.packbits(alive[begin, end]).tobytes(), best)
                 if key not in self._kinds:
-                    self._kinds[key] = self._make_kind(width, alive[begin, end])
+                    self._kinds[key] = self._make_kind(width, alive[begin, end], self._chains[best])
                 kind = kinds[begin, width] = self._kinds[key]
                 alive[begin, begin + 1 : end] |= kind.left
                 alive[begin + 1 : end, end] |= kind.right
         return kinds
 
-    def _make_kind(self, width: int, alive: np.ndarray) -> Kind:
+    def _make_kind(self, width: int, alive: np.ndarray, chains: Chains) -> Kind:
         alive = alive.copy()
-        carry(alive, *self._unary[::-1].T)  # parents first
+        carry(alive, *chains.steps[::-1].T)  # parents first
         # What a child cannot derive, its own children by unary rules cannot either.
         alive &= self._possible[:, width]
-        chained = alive[self._unary].all(axis=1)
+        chained = alive[chains.steps].all(axis=1)
+        rewrites = alive[self._unary].all(axis=1)
         pairs = np.unique(self._pair_of_rule[alive[self._parent]])
         left, right = self._pairs[pairs].T
         # (pairs, width - 1): whether the pair can be split after d words
@@ -183,9 +190,9 @@ class ChartPlans:
         rule = np.repeat(rule, repeats)
         slot = slots[run_start[self._pair_of_rule[rule]] + within]
         rules = np.column_stack([np.searchsorted(symbols, self._parent[rule]), slot]).astype(np.int32)
-        chains = self._unary[chained].astype(np.int32)
-        chain_probability = self._unary_probability[chained]
-        return Kind(width, symbols, quads, singles, rules, self._probability[rule], chains, chain_probability, *lives)
+        steps = (chains.steps[chained], chains.probability[chained])
+        unary = (self._unary[rewrites], self._unary_probability[rewrites])
+        return Kind(width, symbols, quads, singles, rules, self._probability[rule], *steps, *unary, *lives)
 
     def _assemble(self, length: int, living: dict[tuple[int, int], Kind], dtype: str) -> ChartPlan:
         cells = list(living)[::-1]
@@ -229,6 +236,9 @@ class ChartPlans:
             chain_start=offsets([len(kind.chains) for kind in kinds]),
             chains=joined([kind.chains for kind in kinds]),
             chain_probability=joined([kind.chain_probability for kind in kinds], dtype),
+            unary_start=offsets([len(kind.unary) for kind in kinds]),
+            unary=joined([kind.unary for kind in kinds]),
+            unary_probability=joined([kind.unary_probability for kind in kinds], dtype),
             most_slots=int(slots.max(initial=0)),
         )
 

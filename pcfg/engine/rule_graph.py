@@ -1,4 +1,4 @@
-"""Properties that follow from the shape of a grammar's rules alone, in time linear in the rules (but for sorting and a heap).
+"""Properties of a grammar's rules: those of their shape, in time linear in the rules (but for sorting and a heap), and chains.
 
 A graph over nonterminals 0 .. N - 1 consists of edges `parent` and `child`, (E,) integers each: a rule has an edge from its
 left side to each nonterminal on its right. Rules are `left`, `first` and `second`, (R,) integers each; `second` is -1 in a
@@ -8,12 +8,26 @@ unary rule. `emits`, (N,) bool, says which nonterminals have a rule to a word.
 """
 
 import heapq
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
 # A number of words that is this large, or infinite.
 UNBOUNDED = 1 << 30
+
+
+class Chains(NamedTuple):
+    """What follows all chains of unary rules within a cell: value[parent] += probability value[child], step by step in order.
+
+    The steps reversed, with parents and children exchanged, do the same for outside values. Without a cycle the steps are the
+    unary rules, children's own rules first. With maxima in place of sums there are other steps.
+    """
+
+    steps: np.ndarray  # (K, 2) int32, parent and child; the same in a step that multiplies
+    probability: np.ndarray  # (K,) float64; above 1 where a cycle repeats more than once on average
+    visits: np.ndarray  # (N,) float64, expected number of A in all chains that begin with A, 1 where A is on no cycle
 
 
 @njit(cache=True)
@@ -144,24 +158,101 @@ def shortest_yields(left, first, second, emits):
 def longest_yields(left, first, second, emits, component):
     """The largest number of words of each nonterminal, UNBOUNDED where it is that or more: (N,) int64.
 
-    A nonterminal that derives itself is unbounded, as a cycle, never of unary rules alone, adds words. The others are sums
-    over children; `component` has the `strong_components` of all edges of the rules.
+    Nonterminals that derive each other have the same: UNBOUNDED if a binary rule is among the rules that lead back to them,
+    since each use adds words; cycles of unary rules alone add none. `component` has the `strong_components` of all edges.
 
     >>> left, first, second = np.array([0, 1, 2]), np.array([1, 3, 2]), np.array([1, -1, 3])
     >>> emits = np.array([False, False, False, True])
     >>> longest_yields(left, first, second, emits, np.array([2, 1, 3, 0])).tolist()
     [2, 1, 1073741824, 1]
     """
-    longest = emits.astype(np.int64)
+    longest = np.zeros(emits.size, np.int64)  # of components, of which there are at most N
+    for node in range(emits.size):
+        longest[component[node]] |= emits[node]
     for rule in range(left.size):
-        same = component[first[rule]] == component[left[rule]]
-        if same or (second[rule] >= 0 and component[second[rule]] == component[left[rule]]):
-            longest[left[rule]] = UNBOUNDED
+        own = component[left[rule]]
+        if second[rule] >= 0 and (component[first[rule]] == own or component[second[rule]] == own):
+            longest[own] = UNBOUNDED
     start, place = _grouped(emits.size, left)
     for node in np.argsort(component):  # children first
         for rule in place[start[node] : start[node + 1]]:
-            total = longest[first[rule]]
+            total = longest[component[first[rule]]]
             if second[rule] >= 0:
-                total += longest[second[rule]]
-            longest[node] = max(longest[node], min(total, UNBOUNDED))
-    return longest
+                total += longest[component[second[rule]]]
+            longest[component[node]] = max(longest[component[node]], min(total, UNBOUNDED))
+    return longest[component]
+
+
+def unary_cycles(unary: np.ndarray, component: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each component with a cycle: its nonterminals, (k,), and its unary rules, (r,), ascending."""
+    owner = component[unary[:, 0]]
+    cyclic = np.flatnonzero(owner == component[unary[:, 1]])
+    cyclic = cyclic[np.argsort(owner[cyclic], kind="stable")]
+    for rules in np.split(cyclic, np.flatnonzero(np.diff(owner[cyclic])) + 1) if len(cyclic) else ():
+        yield np.unique(unary[rules]), rules
+
+
+def cycle_matrix(members: np.ndarray, unary: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """U[A, B] = P(A -> B) of a component, (k, k) float64; `members`, (k,), ascending."""
+    matrix = np.zeros((len(members), len(members)))
+    matrix[tuple(np.searchsorted(members, unary).T)] = probability
+    return matrix
+
+
+def unary_chains(
+    unary: np.ndarray, probability: np.ndarray, component: np.ndarray, leaving: np.ndarray
+) -> tuple[Chains, Chains]:
+    """The chains of unary rules for sums and for maxima.
+
+    With U[A, B] = P(A -> B) within a component, the sums over all chains are (I - U)^-1. It is applied as the factors of
+    Gaussian elimination (Grassmann, Taksar and Heyman 1985): 1 - U[A, A] is added up from the rules that leave A, so that
+    nothing is subtracted and each factor is exact up to rounding, however close to 1 the spectral radius of U is. A cycle never
+    raises a probability, so the best chain is acyclic: the closure of Floyd and Warshall with maxima of products.
+
+    Args:
+        unary: (U, 2) integers, left side and child; probability (U,) float64.
+        component: (N,) int64, `strong_components` of the unary rules.
+        leaving: (N,) float64, the probability of all rules of a nonterminal but the unary ones to its own component.
+    """
+    visits = np.ones(len(component))
+    order = np.argsort(component[unary[:, 0]], kind="stable")
+    crossing = order[component[unary[order, 0]] != component[unary[order, 1]]]
+    # A component's steps come after the rules that leave it, whose children's components are lower.
+    parts = [[(component[unary[crossing, 0]], unary[crossing], probability[crossing])] for _ in range(2)]
+    for members, rules in unary_cycles(unary, component):
+        matrix = cycle_matrix(members, unary[rules], probability[rules])
+        sums, visits[members] = _elimination(matrix.copy(), leaving[members].copy())
+        for middle in range(len(members)):
+            matrix = np.maximum(matrix, np.outer(matrix[:, middle], matrix[middle]))
+        np.fill_diagonal(matrix, 0.0)
+        maxima = np.column_stack([*np.nonzero(matrix), matrix[matrix > 0.0]])
+        for part, steps in zip(parts, (sums, maxima), strict=True):
+            part.append((np.full(len(steps), component[members[0]]), members[steps[:, :2].astype(np.int64)], steps[:, 2]))
+    results = []
+    for part in parts:
+        owner, steps, factor = (np.concatenate(column) for column in zip(*part, strict=True))
+        order = np.argsort(owner, kind="stable")
+        results.append(Chains(steps[order].astype(np.int32), factor[order], visits))
+    return results[0], results[1]
+
+
+def _elimination(matrix: np.ndarray, leaving: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(I - matrix)^-1 as steps (K, 3), parent, child and factor, and its diagonal; `matrix` (k, k), `leaving` (k,) are lost."""
+    forward = []
+    back = []
+    closure = np.eye(len(matrix))
+    for node in range(len(matrix) - 1, -1, -1):
+        stays = 1.0 / (matrix[node, :node].sum() + leaving[node])  # 1 / (1 - matrix[node, node])
+        forward.append((node, node, matrix[node, node] * stays))  # x + (stays - 1) x
+        forward += [(parent, node, matrix[parent, node]) for parent in range(node)]
+        matrix[node, :node] *= stays
+        leaving[node] *= stays
+        back += [(node, child, matrix[node, child]) for child in range(node)]
+        matrix[:node, :node] += np.outer(matrix[:node, node], matrix[node, :node])
+        leaving[:node] += matrix[:node, node] * leaving[node]
+        closure[node] *= stays
+        closure[:node] += np.outer(matrix[:node, node], closure[node])
+    for node in range(1, len(matrix)):
+        closure[node] += matrix[node, :node] @ closure[:node]
+    steps = np.array(forward + back[::-1])
+    return steps[steps[:, 2] > 0.0], np.diag(closure)

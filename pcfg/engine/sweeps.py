@@ -339,10 +339,10 @@ def _best_rewrite(cell, symbol, lane, word_value, inside, plan):
                 if value > best:
                     best = value
                     rewrite = (BINARY, left_row, right_row)
-    for chain in range(plan.chain_start[kind], plan.chain_start[kind + 1]):
-        if plan.chains[chain, 0] == symbol:
-            child = cell * plan.number + plan.chains[chain, 1]
-            value = inside[child, lane] * plan.chain_probability[chain]
+    for rule in range(plan.unary_start[kind], plan.unary_start[kind + 1]):
+        if plan.unary[rule, 0] == symbol:
+            child = cell * plan.number + plan.unary[rule, 1]
+            value = inside[child, lane] * plan.unary_probability[rule]
             if value > best:
                 best = value
                 rewrite = (UNARY, child, 0)

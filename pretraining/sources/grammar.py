@@ -7,9 +7,11 @@ from pathlib import Path
 from pcfg.common.cli import non_negative_int
 from pcfg.common.executors import add_executor_arguments, executor_options
 from pcfg.common.files import InputError, keyed_rng, sha256
+from pcfg.common.text import shown
 from pcfg.grammar import Grammar, find_rules
 from pcfg.sampler import DRAWING, Sampler
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
+from pretraining.data.wordpiece import ordinary_words_changed, wordpiece
 from pretraining.sources.text_shards import Shard, TextFolder, add_folder_arguments, add_shard_arguments, list_shards
 
 SIZE_SAMPLE = 2_000  # sentences from which the mean size of a sentence is estimated
@@ -27,7 +29,9 @@ def vocabulary_bytes(grammar: Grammar, vocab_file: str | None) -> bytes:
         if token in grammar.words:
             raise InputError(f"{token}: a special token as a word of the grammar; rename the word")
     if vocab_file is None:
-        return "".join(f"{word}\n" for word in (*SPECIAL_TOKENS, *grammar.words)).encode()
+        vocabulary = Vocabulary([*SPECIAL_TOKENS, *grammar.words])
+        _refuse_changed_words(grammar, vocabulary)
+        return "".join(f"{word}\n" for word in vocabulary.words).encode()
     vocabulary = Vocabulary.read(vocab_file)
     missing = [word for word in grammar.words if word not in vocabulary.ids]
     if missing:
@@ -35,7 +39,24 @@ def vocabulary_bytes(grammar: Grammar, vocab_file: str | None) -> bytes:
             f"{vocab_file}: {missing[0]!r} is not in this vocabulary ({len(missing)} of {len(grammar.words)} words "
             "missing); one word must be one token: give another vocabulary, or leave --vocab-file out"
         )
+    _refuse_changed_words(grammar, vocabulary)
     return Path(vocab_file).read_bytes()
+
+
+def _refuse_changed_words(grammar: Grammar, vocabulary: Vocabulary) -> None:
+    """Refuse words that BERT's tokenizer never takes as one token; say so if it needs another --do_lower_case for some."""
+    ordinary = {vocabulary.words[index] for index in vocabulary.ordinary_ids()}
+    for lower in (False, True):
+        changed = ordinary_words_changed(vocabulary, wordpiece(vocabulary, do_lower_case=lower))
+        wrong = [word for word in grammar.words if word not in ordinary or word in changed]
+        listed = ", ".join(map(shown, wrong[:5])) + (f" and {len(wrong) - 5:,} more" if len(wrong) > 5 else "")
+        if wrong and not lower:
+            raise InputError(
+                f"--rule-path: the words {listed} are not one token each: BERT's tokenizer splits at punctuation, and keeps "
+                "##... and [unused...] for itself; replace them, such as 's by possessive"
+            )
+        if wrong:
+            print(f"words with capitals or accents: {listed}; generate_samples.py needs --do_lower_case 0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,10 +28,12 @@ class Naive:
         self.binary = np.zeros((number, len(grammar.binary)), kind)  # (N, rules): P(rule) at its left side
         self.binary[grammar.binary[:, 0], np.arange(len(grammar.binary))] = grammar.binary_probability
 
-    def table(self, columns):
+    def table(self, columns, without=None):
         """inside of a sentence given as T columns, each (N, 1), or (N, W) for W variants of it at once.
 
-        {(i, j): (N, W)}, and (N, 1) where the words i .. j - 1 are the same in all variants.
+        {(i, j): (N, W)}, and (N, 1) where the words i .. j - 1 are the same in all variants. Chains of unary rules, of any
+        length where they form cycles, are followed until nothing changes. `without`, (i, j, A), leaves out all derivations in
+        which A derives the words i .. j - 1.
         """
         left, right = self.grammar.binary[:, 1:].T
         table, nonzero, length = {}, {}, len(columns)
@@ -45,9 +47,10 @@ class Naive:
                     rules = np.flatnonzero(nonzero[i, k][left] & nonzero[k, j][right])
                     if len(rules):
                         cell += self.binary[:, rules] @ (table[i, k][left[rules]] * table[k, j][right[rules]])
-                chain = cell
-                while chain.any():
-                    chain = self.unary @ chain
+                allowed = np.array([without != (i, j, symbol) for symbol in range(len(cell))])[:, None]
+                chain = cell = cell * allowed
+                while (cell + chain != cell).any():
+                    chain = (self.unary @ chain) * allowed
                     cell = cell + chain
                 table[i, j], nonzero[i, j] = cell, cell.any(axis=1)
         return table
@@ -65,18 +68,22 @@ class Naive:
         return self.table(columns)[0, len(columns)][0]
 
     def best(self, sentence):
-        """The largest probability of a derivation of the sentence, rule by rule."""
+        """The largest probability of a derivation of the sentence, rule by rule.
+
+        Of all derivations whose chains of unary rules have up to one rule more than there are nonterminals.
+        """
         grammar = self.grammar
+        longest = len(grammar.names) + 1
 
         @functools.cache
-        def value(symbol, i, j):
+        def value(symbol, i, j, rules=longest):
             best = grammar.emission[symbol, sentence[i]] if j == i + 1 else 0.0
             for (parent, left, right), probability in zip(grammar.binary, grammar.binary_probability, strict=True):
                 if parent == symbol:
                     best = max([best, *(probability * value(left, i, k) * value(right, k, j) for k in range(i + 1, j))])
             for (parent, child), probability in zip(grammar.unary, grammar.unary_probability, strict=True):
-                if parent == symbol:
-                    best = max(best, probability * value(child, i, j))
+                if parent == symbol and rules > 0:
+                    best = max(best, probability * value(child, i, j, rules - 1))
             return best
 
         return value(0, 0, len(sentence))
@@ -117,14 +124,17 @@ def enumerate_sentences(grammar, max_words):
     return found
 
 
-def random_grammar(seed):
-    """A small grammar with recursion, unary chains and words that several nonterminals emit; some words are rare."""
+def random_grammar(seed, cycles=False):
+    """A small grammar with recursion, unary chains and words that several nonterminals emit; some words are rare.
+
+    Unary rules form cycles only if `cycles`.
+    """
     rng = np.random.default_rng(seed)
     names = ["S"] + [f"N{i}" for i in rng.permutation(rng.integers(1, 5))]
     rules = []
     for index, name in enumerate(names):
         options = [(word,) for word in "abcd" if rng.random() < 0.4]
-        options += [(child,) for child in names[index + 1 :] if rng.random() < 0.4]
+        options += [(child,) for child in names[0 if cycles else index + 1 :] if rng.random() < 0.4]
         options += [pair for pair in itertools.product(names, repeat=2) if rng.random() < 0.25]
         options = options or [("a",)]
         weights = rng.gamma(0.5, size=len(options)) + 1e-6

@@ -45,9 +45,8 @@ def test_the_arrays_of_a_small_grammar(tmp_path):
     np.testing.assert_allclose(grammar.emission, [[0, 0], [0, 0], [0, 0.9], [0.6, 0.4]])
     # closure[A, B] = sum over all unary chains from A to B of their probability, children's own rules first
     closure = np.eye(4)
-    for rule in grammar.unary_order:
-        left, child = grammar.unary[rule]
-        closure[left] += grammar.unary_probability[rule] * closure[child]
+    for (left, child), probability in zip(grammar.chains.steps, grammar.chains.probability, strict=True):
+        closure[left] += probability * closure[child]
     # S =>* Y: directly, or by X
     assert closure[0].tolist() == [1, 0.5, 0.5 + 0.5 * 0.25, 0]
     unary = np.zeros((4, 4))
@@ -85,18 +84,25 @@ def test_the_hash_is_of_the_meaning_and_not_of_the_file(tmp_path):
     [
         ("", 1, "no rules"),
         ("# only a comment\n\n", 1, "no rules"),
-        ("S a\n", 1, "2 fields in 'S a'"),
+        ("S a\n", 1, "2 fields in 'S a'; a rule is .*; if its right side is empty, an empty X .*, times p; then divide"),
         ("# c\nS A B C 1.0\n", 2, "5 fields"),
         ("S a 0.5\nS b half\n", 2, "'half' is not a number"),
         ("S a 0.5\nS b -0.5\n", 2, "probability -0.5"),
         ("S a nan\n", 1, "probability nan"),
         ("S a inf\n", 1, "probability inf"),
         ("S a 1.00000001\n", 1, "probability 1.00000001"),
-        ("S A A 1\n\nA a 0.5\nA b 0.48\n", 3, "'A' add up to 0.98"),
-        ("S a 0.9\nS b 0.2\n", 1, "'S' add up to 1.1"),
+        ("S A A 1\n\nA a 0.5\nA b 0.48\n", 3, "'A' add up to 0.98, which is 0.02"),
+        ("S a 0.9\nS b 0.2\n", 1, "'S' add up to 1.1, which is 0.10000000000000009 from 1; at most 0.01 is allowed"),
+        ("S a 0.33\nS b 0.33\nS c 0.33\n", 1, "'S' add up to 0.99, which is 0.010000000000000009 from 1; at most 0.01 is"),
+        ("S a 0.9899999\n", 1, "'S' add up to 0.9899999, which is 0.010000099999999956 from 1"),
         ("S A a 1\nA a 1\n", 1, "'a' in a binary rule is a word"),
-        ("S A 1\nA B 0.5\nA a 0.5\nB A 0.5\nB b 0.5\n", 2, r"'A' -> 'B' is part of a cycle \(A, B\)"),
-        ("S S 0.5\nS a 0.5\n", 1, "'S' -> 'S' is part of a cycle"),
+        (
+            "S A 1\nA B 1\nB A 1\n",
+            2,
+            "the unary rules 'A' -> 'B', 'B' -> 'A' form a cycle that is never left .spectral radius 1,",
+        ),
+        ("S S 1.0\nS a 0.0\n", 1, "the unary rules 'S' -> 'S' form a cycle"),
+        ("S a 0.5\nS X 0.5\nX X 0.9999999999999\nX x 1e-13\n", 3, "'X' -> 'X' form a cycle that is never left .*radius 1,"),
         ("S a 0.5\nS X 0.5\nX X X 1\n", 3, "'X' derives no sentence"),
         ("S X Y 1\nX a 1\nY X Z 1\nZ Y X 1\n", 1, "'S' derives no sentence"),
     ],
@@ -197,7 +203,12 @@ def test_rules_of_any_length_are_binarised_and_keep_the_probability_of_every_sen
         ("S -> 'a [1.0]\n", r"""rules.txt:1: can't read "'a \[1.0\]";"""),
         ("S -> 'a' [1.5]\n", "rules.txt:1: probability 1.5"),
         ("S -> 'a' [half]\n", "rules.txt:1: probability 'half' is not a number"),
-        ("S -> 'a' [0.5] | [0.5]\n", "rules.txt:1: a right side of .* is empty"),
+        ("S -> 'a' [0.5] | [0.5]\n", "rules.txt:1: a right side of .* is empty; an empty X .* split each rule with X"),
+        ("S -> 'a' [0.5]\nA -> '' [1.0]\n", "rules.txt:2: a right side of .* is empty; an empty X .* split each rule with X"),
+        ("S -> A A [1.0]\nA -> 'a' | 'b' [1.0]\n", r"rules.txt:2: the rule \"A -> 'a'\" has no probability; .*\[0.5\]"),
+        ("S -> NP VP\nNP -> 'a'\n", "rules.txt:1: the rule 'S -> NP VP' has no probability"),
+        ("S->A A [1.0]\nA -> 'a' [1.0]\n", "rules.txt:1: 'S->A A .1.0.' is no rule; .* with spaces around ->"),
+        ("S -> A @B [1.0]\n", r"can't read '@B \[1.0\]'; there should be a symbol \(letters, digits, _ / \^ < > -\)"),
         ("S -> " + "'a' " * 65 + "[1.0]\n", "rules.txt:1: 65 symbols on the right"),
         ("S -> 'a' [1.0] |\\\n'b' [0.0] \\", "rules.txt:2: the file ends in a line that is to go on"),
         ("%stop S\nS -> 'a' [1.0]\n", "rules.txt:1: '%stop S' is no directive"),
