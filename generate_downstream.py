@@ -118,10 +118,10 @@ def main(arguments: list[str] | None = None) -> None:
     for split, rows in {split: sentences.draw(split, options.drop_unlabelled) for split in missing}.items():
         write_labelled(folder / names[split], rows.texts(), rows.labels)
         facts = {"rows": len(rows.labels), "distinct": rows.distinct, "classes": len(np.unique(rows.labels))}
-        manifest.add(names[split], **facts, dropped=rows.dropped)
+        manifest.add(names[split], **facts, dropped=rows.dropped, ties=rows.ties)
         print(
             f"{folder / names[split]}: {len(rows.labels)} rows, {rows.distinct} of them distinct, {class_line(rows.labels)}; "
-            f"{rows.dropped} sentences without a label dropped; {rows.ties} drawn with equal scores, which have the lowest id"
+            f"{rows.dropped} sentences without a label dropped; {rows.ties} ties took the lowest id"
         )
     if not manifest.is_complete(label_file):
         ids = {str(number): name for number, name in enumerate(labeller.names)}

@@ -62,10 +62,6 @@ class Chart:
             Results do not depend on it.
         dtype: float32, with sentences beyond its range repeated in float64 (`redone` counts them), or float64 for everything.
 
-    Attributes:
-        redone: sentences that were repeated in float64.
-        ties: sentences that `labels` gave the lowest of several labels whose scores are equal.
-
     Sentences are `tokens`, (n, T) integers, indices into `grammar.words`, anything beyond a sentence's end, and `lengths`,
     (n,), in words. All methods refuse a sentence of no word or of more than 64.
     """
@@ -75,7 +71,6 @@ class Chart:
         self.threads = threads or available_cores()
         self.dtype = np.dtype(dtype).name
         self.redone = 0
-        self.ties = 0
         # Expected passes of A in a cell, (N,), once there is one: None without cycles of unary rules.
         self._visits = grammar.chains.visits if (grammar.chains.visits > 1).any() else None
         most = grammar.chains.visits.max()
@@ -196,19 +191,28 @@ class Chart:
         return self._scores(tokens, lengths, symbols, span, rule == "posterior", "float64")[0]
 
     def labels(
-        self, tokens: np.ndarray, lengths: np.ndarray, symbols: np.ndarray, span: Span = None, rule: str = "likelihood"
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        symbols: np.ndarray,
+        span: Span = None,
+        rule: str = "likelihood",
+        tied: np.ndarray | None = None,
     ) -> np.ndarray:
         """The best of the nonterminals `symbols`, (S,), over a span of each sentence, by `span_scores`.
 
         Returns:
-            (n,) int64, index into `symbols`; ties (to 1e-12, relative, in float64) take the lowest, and `ties` counts them; -1
-            where no candidate derives the span, or the sentence ends before it does.
+            (n,) int64, index into `symbols`; ties (to 1e-12, relative, in float64) take the lowest, and are marked in `tied`,
+            (n,) bool, if given; -1 where no candidate derives the span, or the sentence ends before it does.
         """
         tokens, lengths = self._checked(tokens, lengths)
         symbols = np.asarray(symbols)
         posterior = rule == "posterior"
+        if tied is None:
+            tied = np.zeros(len(lengths), dtype=bool)
         if self.dtype == "float64":
-            return self._best(self._scores(tokens, lengths, symbols, span, posterior, "float64")[0])
+            labels, tied[:] = _best(self._scores(tokens, lengths, symbols, span, posterior, "float64")[0])
+            return labels
         scores, covered = self._scores(tokens, lengths, symbols, span, posterior, "float32")
         labels = scores.argmax(axis=1)
         best = scores[np.arange(len(scores)), labels]
@@ -219,15 +223,8 @@ class Chart:
         self.redone += len(doubtful)
         if len(doubtful):
             again = self._scores(tokens[doubtful], lengths[doubtful], symbols, span, posterior, "float64")[0]
-            labels[doubtful] = self._best(again)
+            labels[doubtful], tied[doubtful] = _best(again)
         return labels
-
-    def _best(self, scores: np.ndarray) -> np.ndarray:
-        """The first of the best scores of each row, up to rounding; -1 where all are 0. Counts the ties."""
-        best = scores.max(axis=1, initial=0)
-        equal = scores >= (best * (1 - TIE))[:, None]
-        self.ties += int(np.count_nonzero((best > 0) & (np.count_nonzero(equal, axis=1) > 1)))
-        return np.where(best > 0, np.argmax(equal, axis=1), -1)
 
     def parses(self, tokens: np.ndarray, lengths: np.ndarray) -> list:
         """The best parse of each sentence as an `nltk.Tree` whose root has its probability (`prob()`, `logprob()`).
@@ -365,6 +362,13 @@ class Chart:
 def _factor(length: int, dtype: str) -> Any:
     """c(T), in the chart's dtype."""
     return np.dtype(dtype).type(2.0 ** (RANGE[dtype] / length))
+
+
+def _best(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first of the best scores of each row, up to rounding, -1 where all are 0, and which rows have several best ones."""
+    best = scores.max(axis=1, initial=0)
+    equal = scores >= (best * (1 - TIE))[:, None]
+    return np.where(best > 0, np.argmax(equal, axis=1), -1), (best > 0) & (np.count_nonzero(equal, axis=1) > 1)
 
 
 def _tree(nodes: list, words: list[str], names: list[str], log2_probability: float) -> "ProbabilisticTree":

@@ -111,23 +111,24 @@ class Labeller:
         self._symbols, self._ids, self.names = _candidates(grammar, task, position)
         self._chart = Chart(grammar)
 
-    @property
-    def ties(self) -> int:
-        """How many sentences got the lowest of several labels whose scores are equal, so far; not counted of depths."""
-        return self._chart.ties
+    def label(self, tokens: np.ndarray, lengths: np.ndarray, tied: np.ndarray | None = None) -> np.ndarray:
+        """Label ids of sentences, as `Chart` takes them: (n,) int64, -1 where nothing derives the span or it is too long.
 
-    def label(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Label ids of sentences, as `Chart` takes them: (n,) int64, -1 where nothing derives the span or it is too long."""
+        Marks those with several equal scores in `tied`, (n,) bool, if given; a depth is never marked.
+        """
         if self.task == DEPTH_TASK:
             return self._chart.depths(tokens, lengths)
         if self.words.start >= 0 and (self.words.stop or 0) >= 0:  # the same cell at each length
-            best = self._chart.labels(tokens, lengths, self._symbols, self.words, self.rule)
+            best = self._chart.labels(tokens, lengths, self._symbols, self.words, self.rule, tied)
             return np.where(best < 0, -1, self._ids[best])
         best = np.full(len(lengths), -1)
         for length in np.unique(lengths):
             rows = np.flatnonzero(lengths == length)
             if cell := self.words.cell(int(length)):
-                best[rows] = self._chart.labels(tokens[rows], lengths[rows], self._symbols, cell, self.rule)
+                equal = np.zeros(len(rows), dtype=bool)
+                best[rows] = self._chart.labels(tokens[rows], lengths[rows], self._symbols, cell, self.rule, equal)
+                if tied is not None:
+                    tied[rows] = equal
         return np.where(best < 0, -1, self._ids[best])
 
 
@@ -236,7 +237,7 @@ class LabelledRows(NamedTuple):
     labels: np.ndarray  # (n,) int64
     distinct: int  # distinct sentences among the rows (by a hash of 64 bits)
     dropped: int  # sentences that were drawn and left out because nothing derives their span
-    ties: int  # sentences that were drawn and given the lowest of several labels whose scores are equal
+    ties: int  # rows with the lowest of several labels whose scores are equal
 
     def texts(self) -> Iterator[str]:
         """The sentences, in the order of `labels`."""
@@ -294,8 +295,7 @@ class LabelledSentences:
         blocks: list[bytes] = []
         labels: list[np.ndarray] = []
         hashes: list[np.ndarray] = []
-        rows = dropped = drawn = 0
-        earlier_ties = self._labeller.ties
+        rows = dropped = drawn = ties = 0
         # A split that holds a hundredth of its fair part of the language's probability still fills up.
         limit = 100_000 + 100 * sum(self._numbers.values())
         while rows < number:
@@ -303,9 +303,11 @@ class LabelledSentences:
             drawn += len(lengths)
             hashed = self.hashes(tokens, lengths)
             ours = np.flatnonzero(np.searchsorted(self._bounds, hashed, "right") == self._splits.index(split))
-            ids = self._labeller.label(tokens[ours], lengths[ours])
+            tied = np.zeros(len(ours), dtype=bool)
+            ids = self._labeller.label(tokens[ours], lengths[ours], tied)
             labelled = np.flatnonzero(ids >= 0)[: number - rows]
             rows += len(labelled)
+            ties += int(tied[labelled].sum())
             blocks.append(self._sampler.to_text(tokens[ours[labelled]], lengths[ours[labelled]], blank_line=False))
             labels.append(ids[labelled])
             hashes.append(hashed[ours[labelled]])
@@ -325,7 +327,7 @@ class LabelledSentences:
                     "--length-limit"
                 )
         distinct = len(np.unique(np.concatenate(hashes)))
-        return LabelledRows(blocks, np.concatenate(labels), distinct, dropped, self._labeller.ties - earlier_ties)
+        return LabelledRows(blocks, np.concatenate(labels), distinct, dropped, ties)
 
 
 def grammar_facts(grammar: Grammar, sentences: int, states: bool = False) -> list[str]:
