@@ -312,7 +312,7 @@ def test_more_unlabelled_sentences_than_rows_are_dropped_on_request(tmp_path, ca
 
 
 def test_equal_scores_are_counted(tmp_path, capsys):
-    """P and Q derive the sentences whose second word is a with the same probability, those with another by one of them alone."""
+    """P and Q derive the sentences whose second word is a with the same probability, another by one of them alone."""
     path = tmp_path / "ties.txt"
     words = "".join(f"W w{number} 0.05\n" for number in range(10))
     path.write_text(f"S P 0.5\nS Q 0.5\nP W W 1.0\nQ W V 1.0\nW a 0.5\n{words}V a 0.5\nV c 0.5\n")
