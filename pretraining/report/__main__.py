@@ -1,6 +1,6 @@
 """One report of everything measured under a folder: tables, verdicts, plots and one self-contained page.
 
-    python -m pretraining.report quickstart/models --output quickstart/report
+    python -m pretraining.report quickstart --output quickstart/report
 
 The report is a pure function of a tree of folders. Each folder with weights, or with records only (a lookup table measured
 as a model), is one row of `results.csv`. The numbers come from the measurements' JSON files next to the weights, the facts from

@@ -6,8 +6,8 @@ In some seconds, with rough numbers:
 
     bash scripts/benchmark.sh loss --scale 0.02 --only mini
 
-Rates are sentences per second of wall time on --cores cores. The models have random weights and the shapes of
-scripts/quickstart.sh. The baseline is the code of transformers on sentences padded to 32 tokens (10 on the mini grammar). It is
+Rates are sentences per second of wall time on --cores cores. The models have random weights, and the shapes of models on the
+mini grammar. The baseline is the code of transformers on sentences padded to 32 tokens (10 on the mini grammar). It is
 timed on few sentences, at equal steps of the list sorted by length. The faster of one thread and --cores threads counts.
 """
 
