@@ -53,7 +53,8 @@ def check_flags(steps):
             continue
         assert words[0] == "python"
         script, arguments = (words[2], words[3:]) if words[1] == "-m" else (Path(words[1]).stem, words[2:])
-        parser = parsers.setdefault(script, importlib.import_module(script).build_parser())
+        source = arguments[arguments.index("--source") + 1 :][:1] if "--source" in arguments else ()
+        parser = parsers.setdefault(script, importlib.import_module(script).build_parser(*source))
         if script in ("run_lp", "run_ft"):
             parse_arguments(parser, [*arguments, "--use_cpu"])
         elif script == "run_pretraining":
@@ -237,6 +238,59 @@ def test_shipped_studies(path, scale):
     assert set(range(seeds, seeds + 8)) >= {*studies.groups["base"].seeds} and studies.selection.seeds[0] == selection_seeds
     for group in studies.groups.values():  # widths have a place in the widest
         assert group.flags["hidden_size"] // group.flags["num_attention_heads"] == 16 * (1 if scale is None else 4)
+
+
+def lay_out(folder, inputs):
+    """Empty inputs of a study: a folder where a name ends with a slash, else a labelled file."""
+    for name in inputs:
+        path = folder / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.write_text("text,label\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "inputs", "text"),
+    [
+        (
+            *("natural", None),
+            [f"natural/{task}{part}" for task in ("genre", "tag3") for part in (".csv", "_validation.csv")]
+            + ["natural/sst2.tsv", "natural/sst2_validation.tsv", "natural/vocab.txt", "natural/text/"],
+            {"dataset": "natural/text", "vocab_file": "natural/vocab.txt"},
+        ),
+        (
+            *("language_model", None),
+            ["lm/model/", *(f"lm/{task}/{part}.csv" for task in ("sst2", "qnli") for part in ("train", "validation"))],
+            {"model_name": "lm/model"},
+        ),
+        *(
+            (
+                *("language_model", scale),
+                ["lm/opt-125m/", *(f"lm/glue/{task}/{part}.tsv" for task in ("SST-2", "QNLI") for part in ("train", "dev"))],
+                {"model_name": "lm/opt-125m"},
+            )
+            for scale in ("small", "paper")
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_studies_of_the_users_own_data(name, scale, inputs, text, tmp_path):
+    path = tmp_path / "scripts/studies" / f"{name}.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text((STUDIES / path.name).read_text())
+    with pytest.raises(
+        InputError, match=rf"{name}.toml:\d+: train_file: .*: no such file; paths are relative to the study file"
+    ):
+        resolve(path, scale)
+    lay_out(tmp_path, inputs)
+    design = resolve(path, scale)
+    assert {key: design.text[key] for key in text} == {key: str(tmp_path / value) for key, value in text.items()}
+    files = {file for labelled in design.tasks.values() for file in (labelled.task.train_file, labelled.task.validation_file)}
+    assert files == {str(tmp_path / name) for name in inputs if "." in name and "vocab" not in name}
+    steps, studies = plan(path, scale)
+    check_flags(steps)
+    assert [control.name for control in studies.controls] == ["untrained", "words"]
+    assert ("lookup table" in {step.name for step in steps}) == (name == "language_model")
 
 
 DROPOUT = f"""
