@@ -25,8 +25,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
 from pcfg.common.files import InputError, atomic_folder, keyed_rng, sha256, write_json
 from pcfg.common.text import csv_rows, write_labelled
@@ -83,31 +81,29 @@ def divide(sentences: list[Sentence], seed: int) -> dict[str, list[Sentence]]:
     return parts
 
 
-def write_task(folder: Path, task: str, parts: dict[str, tuple[list[str], list[str]]], options: argparse.Namespace) -> None:
-    """Write the CSV files of a task, at most as many rows as the flags say, and its labels; `parts`: texts and label names."""
-    names = sorted(set(parts["training"][1]))
-    numbers = {name: number for number, name in enumerate(names)}
-    rows = {"training": options.sentence_num, "validation": options.validation_num}
-    for split, (texts, labels) in parts.items():
-        known = [number for number, label in enumerate(labels) if label in numbers]
-        chosen = keyed_rng(options.seed, f"{task} {split}").permutation(known)[: rows[split]].tolist()
+def write_task(folder: Path, task: str, parts: dict[str, list[tuple[str, str]]], options: argparse.Namespace) -> None:
+    """Write the CSV files of a task, at most as many rows as the flags say, and its labels; `parts`: texts with label names."""
+    numbers = {name: number for number, name in enumerate(sorted({label for _, label in parts["training"]}))}
+    most = {"training": options.sentence_num, "validation": options.validation_num}
+    for split, rows in parts.items():
+        known = [row for row, (_, label) in enumerate(rows) if label in numbers]
+        chosen = [rows[row] for row in keyed_rng(options.seed, f"{task} {split}").permutation(known)[: most[split]].tolist()]
         file = folder / f"{task}{'' if split == 'training' else '_validation'}.csv"
-        write_labelled(file, [texts[row] for row in chosen], [numbers[labels[row]] for row in chosen])
-        print(f"{options.folder / file.name}: {len(chosen)} rows of {len(texts)}, {len(names)} labels")
+        write_labelled(file, [text for text, _ in chosen], [numbers[label] for _, label in chosen])
+        print(f"{options.folder / file.name}: {len(chosen)} rows of {len(rows)}, {len(numbers)} labels")
     write_json(folder / f"{task}_labels.json", {"names": {str(number): name for name, number in numbers.items()}})
 
 
 def tag_task(parts: dict[str, list[Sentence]], entries: set[str], position: int, classes: int) -> dict:
-    """Texts and tags at `position` of each part, of the most frequent `classes` there in training."""
-    rows: dict[str, tuple[list[str], list[str]]] = {}
+    """Texts with their tags at `position` in each part, of the most frequent `classes` there in training."""
+    rows: dict[str, list[tuple[str, str]]] = {}
     frequent: set[str] = set()
     for split in ("training", "validation"):
         # A word that the tokenizer splits would move the position.
         whole = [sentence for sentence in parts[split] if {word.lower() for word in sentence.words[:position]} <= entries]
-        tags = [sentence.tags[position - 1] for sentence in whole]
-        frequent = frequent or {tag for tag, _ in Counter(tags).most_common(classes)}
-        kept = np.flatnonzero([tag in frequent for tag in tags])
-        rows[split] = [whole[row].text for row in kept], [tags[row] for row in kept]
+        tagged = [(sentence.text, sentence.tags[position - 1]) for sentence in whole]
+        frequent = frequent or {tag for tag, _ in Counter(tag for _, tag in tagged).most_common(classes)}
+        rows[split] = [(text, tag) for text, tag in tagged if tag in frequent]
     return rows
 
 
@@ -144,10 +140,9 @@ def main(arguments: list[str] | None = None) -> None:
             (folder / "text" / f"{document}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         entries = train_wordpiece(lambda: (sentence.text for sentence in parts["text"]), options.vocab_size, do_lower_case=True)
         (folder / "vocab.txt").write_text("".join(f"{entry}\n" for entry in entries), encoding="utf-8")
-        tasks = {
-            split: [row for row in parts[split] if len(row.words) >= options.min_words] for split in ("training", "validation")
-        }
-        labelled = {split: ([row.text for row in rows], [row.label for row in rows]) for split, rows in tasks.items()}
+        splits = ("training", "validation")
+        tasks = {split: [row for row in parts[split] if len(row.words) >= options.min_words] for split in splits}
+        labelled = {split: [(row.text, row.label) for row in rows] for split, rows in tasks.items()}
         write_task(folder, options.label, labelled, options)
         write_task(folder, f"tag{options.position}", tag_task(tasks, set(entries), options.position, options.tags), options)
         flags = {name: value for name, value in vars(options).items() if name not in ("table", "folder")}

@@ -68,9 +68,7 @@ def micro_batch(samples: Samples, rows: np.ndarray) -> MicroBatch:
     )
 
 
-def rank_micro_batches(
-    samples: Samples, rows: np.ndarray, size: int, rank: int = 0, world_size: int = 1, overhead: int = OVERHEAD_TOKENS
-) -> list[np.ndarray]:
+def rank_micro_batches(samples: Samples, rows: np.ndarray, size: int, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
     """The micro-batches of one rank, arrays of rows: `rows` sorted by length, dealt to the ranks in turn, and cut by `cuts`.
 
     Ranks work on similar lengths at the same time, and all have the same number of micro-batches. On a rank without a row left
@@ -80,7 +78,7 @@ def rank_micro_batches(
     order = np.argsort(lengths, kind="stable")
     longest = lengths[order][np.minimum(np.arange(world_size - 1, len(rows) + world_size - 1, world_size), len(rows) - 1)]
     own = rows[order][rank::world_size]
-    return [own[start:end] for start, end in cuts(longest, size, overhead)]
+    return [own[start:end] for start, end in cuts(longest, size, OVERHEAD_TOKENS)]
 
 
 def sort_and_cut(lengths: np.ndarray, size: int, overhead: int) -> tuple[np.ndarray, list[tuple[int, int]]]:

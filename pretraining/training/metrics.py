@@ -106,10 +106,10 @@ class LossWatch:
     On a GPU the losses of a step are read when the next step is queued, so that the device is never idle; on a CPU at once.
     """
 
-    def __init__(self, device: torch.device, names: Sequence[str] = ("",), diverged: dict[str, str] | None = None):
+    def __init__(self, device: torch.device, names: Sequence[str], diverged: dict[str, str]):
         """`diverged` gets the reason by name of each member that is left out; the names begin the messages."""
         self._names = names
-        self._diverged = {} if diverged is None else diverged
+        self._diverged = diverged
         self._delay = 0 if device.type == "cpu" else 1
         self._unseen: list[tuple[str, dict[str, torch.Tensor]]] = []
 

@@ -8,6 +8,7 @@ from pcfg.common.files import InputError
 from pretraining.data.samples import Samples
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
+from pretraining.training import batches
 from pretraining.training.batches import count_masks, cuts, global_batches, masked_loss, micro_batch, rank_micro_batches
 
 VOCABULARY, LENGTH, MASKS = 30, 12, 3
@@ -79,9 +80,10 @@ def test_cuts_cost_least_of_all_ways_to_cut(overhead):
         assert [row for start, end in parts for row in range(start, end)] == list(range(len(lengths)))
 
 
-def test_without_overhead_nothing_is_padded():
+def test_without_overhead_nothing_is_padded(monkeypatch):
+    monkeypatch.setattr(batches, "OVERHEAD_TOKENS", 0)
     samples = random_samples(200)
-    parts = [micro_batch(samples, part) for part in rank_micro_batches(samples, np.arange(200), 20, overhead=0)]
+    parts = [micro_batch(samples, part) for part in rank_micro_batches(samples, np.arange(200), 20)]
     assert all(part.input_mask is None for part in parts)
     assert sum(part.input_ids.numel() for part in parts) == samples.input_mask.sum()
     assert all(len(part.input_ids) <= 20 for part in parts)

@@ -25,7 +25,7 @@ def test_the_first_signal_is_noted_and_the_second_acts(number):
 
 
 def test_the_cpu_is_looked_at_at_once():
-    watch = LossWatch(torch.device("cpu"))
+    watch = LossWatch(torch.device("cpu"), [""], {})
     watch.add("step 1", {"loss": torch.tensor([2.0])})
     with pytest.raises(InputError, match="step 2: the loss is nan"):
         watch.add("step 2", {"loss": torch.tensor([float("nan")])})
@@ -34,7 +34,7 @@ def test_the_cpu_is_looked_at_at_once():
 
 
 def test_a_gpu_is_looked_at_a_step_later():
-    watch = LossWatch(torch.device("cuda"))
+    watch = LossWatch(torch.device("cuda"), [""], {})
     watch.add("step 1", {"loss": torch.tensor([float("inf")])})
     with pytest.raises(InputError, match="step 1: the loss is inf"):
         watch.add("step 2", {"loss": torch.tensor([2.0])})

@@ -268,17 +268,14 @@ def read_documents(piece: Piece, reading: Reading, counts: Counter) -> Iterator[
 def _opened(piece: Piece) -> Iterator[Any]:
     """A binary file of lines, decompressed."""
     try:
-        if piece.compression == ".gz":
-            with gzip.open(piece.path, "rb") as file:
-                yield file
-        elif piece.compression == ".zst":
+        if piece.compression == ".zst":
             import pyarrow
 
             # Unlike the package zstandard, it detects a file that is cut short.
             with pyarrow.CompressedInputStream(pyarrow.OSFile(piece.path), "zstd") as stream:
                 yield io.BufferedReader(stream, 1 << 20)
         else:
-            with open(piece.path, "rb") as file:
+            with (gzip.open if piece.compression else open)(piece.path, "rb") as file:
                 yield file
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
