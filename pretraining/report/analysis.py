@@ -27,9 +27,9 @@ from pretraining.experiments.study import (
     read_studies,
 )
 from pretraining.report import intervals
-from pretraining.report.comparisons import LOOKUP, Compared, Comparer
+from pretraining.report.comparisons import Compared, Comparer
 from pretraining.report.intervals import Correlation, correlate
-from pretraining.report.rows import BALANCED, Tree, accuracy_label
+from pretraining.report.rows import BALANCED, LOOKUP_TABLE, Number, Tree, accuracy_label
 from pretraining.report.same_loss import SameLoss
 from pretraining.report.sections import (
     EnlargedPair,
@@ -86,8 +86,7 @@ class Analysis:
         """By model its group and seed."""
         members = [member for section in self.sections for member in section.members if not section.is_shape]
         rows = {member.model: (member.group, member.seed) for member in members}
-        frame = pd.DataFrame.from_dict(rows, orient="index", columns=["group", "seed"])
-        return frame.astype({"seed": "Int64"})
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["group", "seed"]).astype({"seed": "Int64"})
 
 
 def analyse(tree: Tree, folder: Path | str, max_gap: float | None = None, margin: float | None = None) -> Analysis:
@@ -115,11 +114,11 @@ def analyse_studies(tree: Tree, folder: Path, studies: Studies, criterion: SameL
     sections = [comparer.section(study) for study in studies.studies]
     compared = {study.name: comparer.compare_all(study) for study in studies.studies}
     return Analysis(
-        tree=tree,
-        criterion=criterion,
-        reference=None,
-        sections=sections,
-        lines={section.name: section.lines(tree) for section in sections},
+        tree,
+        criterion,
+        None,
+        sections,
+        {section.name: section.lines(tree) for section in sections},
         studies=studies,
         compared=compared,
         correlations=[correlated for section in sections for correlated in _correlations(tree, comparer, section)],
@@ -142,15 +141,13 @@ def _correlations(tree: Tree, comparer: Comparer, section: Section) -> list[Corr
     saturated = {m.model: m for m in section.members if section.is_saturated(tree, m)}
     correlations = []
     for name in comparer.accuracies(studies.readouts[0], studies.label_counts):
-        points = []
-        for member in saturated.values():
-            x, _ = section.number(tree, member, BALANCED)
-            y, _ = section.number(tree, member, name)
-            if x is not None and y is not None:
-                points.append((x, y, f"{roots[member.group]} seed {member.seed}"))
-        x_values, y_values, runs = ([*column] for column in zip(*points, strict=True)) if points else ([], [], [])
-        found = correlate(x_values, y_values, runs, f"{section.name}, {name}, {BALANCED}")
-        correlations.append(Correlated(section=section.name, accuracy=name, against=BALANCED, correlation=found))
+        points = [
+            (member.number(tree, BALANCED)[0], member.number(tree, name)[0], f"{roots[member.group]} seed {member.seed}")
+            for member in saturated.values()
+        ]
+        x, y, runs = pd.DataFrame(points, columns=["x", "y", "run"]).dropna().T.to_numpy()
+        correlation = correlate(x, y, runs.tolist(), f"{section.name}, {name}, {BALANCED}")
+        correlations.append(Correlated(section=section.name, accuracy=name, against=BALANCED, correlation=correlation))
     return correlations
 
 
@@ -161,44 +158,43 @@ def _root(group: Group, studies: Studies) -> str:
 
 def _missing(folder: Path, studies: Studies, sections: list[Section]) -> list[str]:
     """The planned models and records that do not exist, each with its command."""
-    texts = []
     shown = {member.model for section in sections for member in section.members}
-    for path, command in studies.commands.items():
-        model = path.rpartition("/")[0] if path.endswith(".json") else path
-        if model in shown and not (folder / path).exists():
-            texts.append(f"{path}: {command}")
-    return texts
+    return [
+        f"{path}: {command}"
+        for path, command in studies.commands.items()
+        if path in shown or (path.endswith(".json") and path.rpartition("/")[0] in shown)
+        if not (folder / path).exists()
+    ]
 
 
 def _paper(study: Study, studies: Studies, compared: list[Compared]) -> pd.DataFrame:
     """The numbers of Liu et al. (2023) for a study, with our counterparts in the published unit (`ours`, `error`)."""
     published = pd.read_csv(Path(__file__).with_name("published.csv"), dtype=str)
     published = published[published["experiment"] == study.paper]
-    solver = studies.readouts[0]
-    most = max(studies.label_counts)
-    tasks = {task.label: f"curve_{task.name}_{solver}_{most}" for task in studies.tasks}
-    named = {one.name: one for one in compared}
+    tasks = {task.label: f"curve_{task.name}_{studies.readouts[0]}_{max(studies.label_counts)}" for task in studies.tasks}
     first = next((one for one in compared if one.primary), compared[0])
-    table = named.get(LOOKUP)
+    table = next((one for one in compared if one.name == LOOKUP_TABLE), None)
     ours = []
     for row in published.itertuples():
-        one = table if row.role == LOOKUP else first
+        one = table if row.role == LOOKUP_TABLE else first
         name = tasks.get(row.quantity, row.quantity)
         quantity = next((quantity for quantity in one.quantities if quantity.name == name), None) if one else None
-        scale = 100.0 if row.quantity in tasks else 1.0
-        number: tuple[float | None, float | None] = (None, None)
+        number: Number = (None, None)
         if quantity and row.role == "later":
             number = (quantity.change.value, quantity.change.error) if quantity.change else number
         elif quantity:
             side = quantity.before if row.role in ("standard", "smallest") else quantity.after
             number = (side.mean, side.error)
-        ours.append([None if value is None else value * scale for value in number])
-    return published.reset_index(drop=True).join(pd.DataFrame(ours, columns=["ours", "error"], dtype=float))
+        ours.append(number)
+    numbers = pd.DataFrame(ours, columns=["ours", "error"], dtype=float, index=published.index)
+    numbers.loc[published["quantity"].isin(tasks)] *= 100.0
+    return published.join(numbers).reset_index(drop=True)
 
 
-def is_fixed_beforehand(studies: Studies, study: Study) -> bool:
+def is_fixed_beforehand(analysis: Analysis, study: Study) -> bool:
     """Whether a registration has the study's hash at a time when no accuracy of a reported seed was on the disk."""
-    return any(entry.sha256.get(study.name) == study.sha256 and not entry.accuracies for entry in studies.registrations)
+    registrations = analysis.studies.registrations if analysis.studies else ()
+    return any(entry.sha256.get(study.name) == study.sha256 and not entry.accuracies for entry in registrations)
 
 
 def write_results(path: Path | str, analysis: Analysis) -> None:
@@ -217,15 +213,10 @@ def write_results(path: Path | str, analysis: Analysis) -> None:
         },
         "scale": studies and studies.scale,
         "studies": [
-            {
-                **{key: getattr(study, key) for key in ("name", "title", "question", "paper", "sha256")},
-                "fixed_beforehand": is_fixed_beforehand(studies, study),
-                "comparisons": analysis.compared[study.name],
-            }
-            for study in studies.studies
-        ]
-        if studies
-        else [],
+            study.model_dump(exclude={"comparisons"})
+            | {"fixed_beforehand": is_fixed_beforehand(analysis, study), "comparisons": analysis.compared[study.name]}
+            for study in (studies.studies if studies else ())
+        ],
         "headroom": analysis.headrooms,
         "controls": analysis.controls,
         "choices": analysis.decisions,
@@ -253,6 +244,5 @@ def comparison_table(analysis: Analysis) -> pd.DataFrame:
             row |= {name: change and getattr(change, name) for name in ("value", "error", "low", "high", "degrees")}
             row |= {"verdict": verdict and verdict.word, "reason": verdict and verdict.reason, "claim": quantity.claim}
             row |= {name: verdict and getattr(verdict, name) for name in ("p_value", "adjusted", "survives")}
-            row["required_seeds"] = verdict and verdict.seeds
-            rows.append(row)
+            rows.append(row | {"required_seeds": verdict and verdict.seeds})
     return pd.DataFrame(rows).astype(dict.fromkeys(("pairs", "required_seeds"), "Int64") if rows else {})

@@ -20,6 +20,7 @@ from pcfg.common.schema import Schema
 from pretraining.report.same_loss import LEVEL
 
 TAIL = (1 + LEVEL) / 2
+Method = Literal["paired", "Welch", "one sample"]
 NO_SPREAD = 1e-12  # standard error, relative to the value, below which all differences count as equal
 DRAWS = 10_000
 SEED = 0  # of the bootstrap
@@ -36,6 +37,11 @@ class Mean:
     degrees: float  # of freedom of the error; infinite for an error over sentences
     n: int  # number of values
 
+    @property
+    def deviations(self) -> tuple[float, ...]:
+        """The standard deviation of the values; empty for a single one."""
+        return () if self.error is None else (self.error * math.sqrt(self.n),)
+
 
 def mean_of(values: ArrayLike) -> Mean:
     """Mean of independent values (one per seed), s / sqrt(n) its standard error.
@@ -51,14 +57,14 @@ def mean_of(values: ArrayLike) -> Mean:
 class Change(Schema):
     """A difference with its 95% interval."""
 
-    # value, error, low, high: in the unit of what was subtracted; the last three None where there is no interval
+    # value, error, low, high: in the unit of what was subtracted; the last two None where there is no interval
     value: float
     error: float | None
-    low: float | None
-    high: float | None
-    degrees: float | None  # of freedom of Student's t; None for the normal distribution, and where there is no interval
+    low: float | None = None
+    high: float | None = None
+    degrees: float | None = None  # of freedom of Student's t; None for the normal distribution, and where there is no interval
     n: tuple[int, ...]  # number of values on either side, or of pairs
-    method: Literal["paired", "Welch", "one sample"]
+    method: Method
     deviations: tuple[float, ...] = ()  # standard deviations over seeds: of the pairs' differences, or of either side
 
     def sign(self) -> int:
@@ -91,33 +97,30 @@ def _change(
     error: float | None,
     degrees: float,
     n: tuple[int, ...],
-    method: Literal["paired", "Welch", "one sample"],
+    method: Method,
     deviations: tuple[float, ...] = (),
 ) -> Change:
     """The interval of a difference. Without any spread there is none: a few equal accuracies do not prove a variance of 0.
 
     Nor does a spread of rounding: 0.75 - 0.7 and 0.65 - 0.6 differ in their last digit.
     """
+    change = Change(value=value, error=error, n=n, method=method)
     if not error or error <= NO_SPREAD * max(1.0, abs(value)):
-        return Change(value=value, error=error, low=None, high=None, degrees=None, n=n, method=method)
+        return change
     half = float(stats.t.ppf(TAIL, degrees)) * error
-    return Change(
-        value=value,
-        error=error,
-        low=value - half,
-        high=value + half,
-        degrees=float(degrees) if math.isfinite(degrees) else None,
-        n=n,
-        method=method,
-        deviations=deviations,
-    )
+    ends = {"low": value - half, "high": value + half, "degrees": float(degrees) if math.isfinite(degrees) else None}
+    return change.model_copy(update={**ends, "deviations": deviations})
+
+
+def _change_of_mean(value: float, mean: Mean, method: Method) -> Change:
+    """The change `value`, with the t interval of a mean."""
+    return _change(value, mean.error, mean.degrees, (mean.n,), method, mean.deviations)
 
 
 def paired_change(before: ArrayLike, after: ArrayLike) -> Change:
     """Mean of `after` - `before` over pairs (one per seed), t interval with n - 1 degrees of freedom; none for one pair."""
     mean = mean_of(np.asarray(after, np.float64) - np.asarray(before, np.float64))
-    deviations = () if mean.error is None else (mean.error * math.sqrt(mean.n),)
-    return _change(mean.value, mean.error, mean.degrees, (mean.n,), "paired", deviations)
+    return _change_of_mean(mean.value, mean, "paired")
 
 
 def change_of_means(before: Mean, after: Mean) -> Change:
@@ -132,15 +135,14 @@ def change_of_means(before: Mean, after: Mean) -> Change:
     total = sum(square for square, _ in squares)
     below = sum(square**2 / degrees for square, degrees in squares)
     degrees = total**2 / below if below else math.inf
-    deviations = (before.error * math.sqrt(before.n), after.error * math.sqrt(after.n)) if min(n) > 1 else ()
+    deviations = before.deviations + after.deviations if min(n) > 1 else ()
     return _change(after.value - before.value, math.sqrt(total), degrees, n, "Welch", deviations)
 
 
 def change_to_number(before: ArrayLike, number: float) -> Change:
     """`number` less the mean of values (one per seed), with the t interval of that mean; the number counts as exact."""
     mean = mean_of(before)
-    deviations = () if mean.error is None else (mean.error * math.sqrt(mean.n),)
-    return _change(number - mean.value, mean.error, mean.degrees, (mean.n,), "one sample", deviations)
+    return _change_of_mean(number - mean.value, mean, "one sample")
 
 
 def required_seeds(change: Change, margin: float) -> int | None:
@@ -167,12 +169,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     >>> holm([0.01, 0.04, 0.02])
     [0.03, 0.04, 0.04]
     """
-    adjusted = [1.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
-        adjusted[index] = largest
-    return adjusted
+    order = np.argsort(p_values, kind="stable")
+    scaled = np.asarray(p_values, np.float64)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(scaled))
+    return adjusted.tolist()
 
 
 class Correlation(Schema):
@@ -229,25 +230,20 @@ def correlate(x: ArrayLike, y: ArrayLike, runs: Sequence[str], purpose: str, dra
     y = np.asarray(y, np.float64)
     labels = list(dict.fromkeys(runs))
     member = np.array([[label == run for run in runs] for label in labels], np.float64).reshape(len(labels), len(x))
+    result = Correlation(n=len(x), runs=len(labels))
     if len(x) < FEWEST or x.min() == x.max() or y.min() == y.max():
-        return Correlation(n=len(x), runs=len(labels))
+        return result
 
     def both(counts: np.ndarray) -> list[np.ndarray]:
         return [_pearson(_ranks(x, counts), _ranks(y, counts), counts), _pearson(x[None], y[None], counts)]
 
     spearman, pearson = (float(r[0]) for r in both(np.ones((1, len(x)))))
+    result = result.model_copy(update={"spearman": spearman, "pearson": pearson})
     if len(labels) == 1:
-        return Correlation(n=len(x), runs=len(labels), spearman=spearman, pearson=pearson)
+        return result
     rng = keyed_rng(SEED, f"bootstrap, {purpose}")
     counts = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=draws) @ member  # (draws, n)
     drawn = [r[~np.isnan(r)] for r in both(counts)]
     by_rank, linear = [tuple(np.quantile(r, (1 - TAIL, TAIL)).tolist()) if len(r) else None for r in drawn]
-    return Correlation(
-        n=len(x),
-        runs=len(labels),
-        spearman=spearman,
-        pearson=pearson,
-        spearman_interval=by_rank,
-        pearson_interval=linear,
-        undefined_draws=1 - min(map(len, drawn)) / draws,
-    )
+    update = {"spearman_interval": by_rank, "pearson_interval": linear, "undefined_draws": 1 - min(map(len, drawn)) / draws}
+    return result.model_copy(update=update)

@@ -146,12 +146,8 @@ def rule(studies: Studies) -> str:
 
 def registration(analysis: Analysis, study: Study) -> str:
     """What a study's hash says, and whether the study was fixed before the first accuracy was measured."""
-    fixed = analysis.studies is not None and is_fixed_beforehand(analysis.studies, study)
-    when = (
-        "Fixed beforehand: this hash was recorded before"
-        if fixed
-        else "Not fixed beforehand: this hash was not recorded before"
-    )
+    fixed = is_fixed_beforehand(analysis, study)
+    when = f"{'Fixed' if fixed else 'Not fixed'} beforehand: this hash was {'' if fixed else 'not '}recorded before"
     return f"{when} the first accuracy of a reported seed was measured (sha256 {study.sha256[:12]})."
 
 

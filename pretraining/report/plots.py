@@ -11,9 +11,9 @@ import dataclasses
 import io
 import itertools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -23,46 +23,33 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from pcfg.common.files import atomic_open, atomic_path
+from pretraining.experiments.study import Studies
 from pretraining.report.analysis import Analysis
-from pretraining.report.comparisons import LOOKUP, Compared, Quantity
-from pretraining.report.rows import BALANCED, CONSTANT_SHARE, RELATIVE, TRACE, TRANSFORMER
-from pretraining.report.sections import GAP_NAME, LABELS, Line, Section
+from pretraining.report.comparisons import Compared, Quantity
+from pretraining.report.rows import BALANCED, CONSTANT_SHARE, GAP_NAME, LOOKUP_TABLE, RELATIVE, TRACE, TRANSFORMER
+from pretraining.report.sections import LABELS, Line, Section
 
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
 MARKERS = "osD^vXP<>*p"
 DASHES = ("-", "--", "-.", ":")
 GREY = "0.45"
-CONTROLS: dict[str, Any] = {"majority class": ":", "words": "--", "untrained": "-.", LOOKUP: (0, (6, 3))}  # their dashes
+CONTROLS: dict[str, Any] = {"majority class": ":", "words": "--", "untrained": "-.", LOOKUP_TABLE: (0, (6, 3))}  # their dashes
 PANEL = (4.6, 3.4)  # inches
 COLUMNS = 2
 DPI = 130
 FILLED = "filled: saturated"
 OVERVIEW = "overview"
-UNITLESS = (RELATIVE, CONSTANT_SHARE)
+SEEDS = "Means over seeds, ± one standard error over seeds; a single model has the error of its own measurement."
+READING = f"{SEEDS} {FILLED.capitalize()}. Dotted: the limit of saturation (gap), the majority class (accuracy)."
 Point = tuple[float, float, float, float, bool]  # x, y, error of x, error of y, whether the marker is filled
 
 
-@dataclasses.dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     """The appearance of a group."""
 
-    label: str
     colour: str
     marker: str
     dash: str
-
-    def handle(self, line: bool) -> Line2D:
-        """The group in a legend, its markers joined by a line or not."""
-        dash: Any = self.dash if line else "none"
-        return Line2D([], [], color=self.colour, marker=self.marker, linestyle=dash, label=self.label)
-
-
-def styles_of(groups: list[str]) -> dict[str, Style]:
-    """A style per group, by its place among the groups of all sections."""
-    return {
-        group: Style(group, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
-        for i, group in enumerate(groups)
-    }
 
 
 def _is_accuracy(name: str) -> bool:
@@ -86,44 +73,47 @@ class Plot:
 
 
 class SectionPlots:
-    """Draws the plots of one section.
+    """Draws the plots of one section into a folder.
 
     Attributes:
         quantities: gap, traces and accuracies of at least one model.
+        plots: in the order in which they are shown.
     """
 
-    def __init__(self, analysis: Analysis, section: Section, styles: dict[str, Style]):
+    def __init__(self, analysis: Analysis, section: Section, output: Path):
         self.analysis = analysis
         self.tree = analysis.tree
         self.section = section
-        self.styles = styles
+        self.output = output
+        self.plots: list[Plot] = []
+        groups = list(dict.fromkeys(group for each in analysis.sections for group in each.groups))
+        looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), itertools.cycle(DASHES), strict=False)
+        self.styles = {group: Style(*look) for group, look in zip(groups, looks, strict=False)}
         self.lines = [line for line in analysis.lines[section.name] if line.kind == TRANSFORMER]
         names = [name for name in section.quantities if not (section.is_shape and name == GAP_NAME)]
         self.quantities = [name for name in names if any(line.values[name].n for line in self.lines)]
         self.accuracies = [name for name in self.quantities if _is_accuracy(name)]
-        self.traces = [name for name in self.quantities if name.startswith(TRACE)]
 
     def axis_label(self, name: str) -> str:
         """A quantity with its unit."""
         if _is_accuracy(name):
             return f"accuracy, {self.analysis.label(name).partition(' (')[0]} (%)"
-        return f"{LABELS[name]}{' to the entropy' if name == GAP_NAME else ''}{'' if name in UNITLESS else ' (nats)'}"
+        unit = "" if name in (RELATIVE, CONSTANT_SHARE) else " (nats)"
+        return f"{LABELS[name]}{' to the entropy' if name == GAP_NAME else ''}{unit}"
 
-    def curve_names(self, task_and_solver: str) -> list[str]:
-        """The accuracies of one label curve."""
-        return [name for name in self.accuracies if name.rpartition("_")[0] == task_and_solver]
-
-    @property
-    def curves(self) -> list[str]:
-        """The label curves of the first readout, by `curve_TASK_SOLVER`."""
-        readouts = self.analysis.studies.readouts if self.analysis.studies else ()
-        stems = dict.fromkeys(name.rpartition("_")[0] for name in self.accuracies if name.startswith("curve_"))
-        return [stem for stem in stems if readouts and stem.endswith(f"_{readouts[0]}")]
+    def curves(self, solver: str) -> dict[str, list[str]]:
+        """The accuracies of each label curve of a readout, by `curve_TASK_SOLVER`."""
+        curves: dict[str, list[str]] = {}
+        for name in self.accuracies:
+            stem = name.rpartition("_")[0]
+            if name.startswith("curve_") and stem.endswith(f"_{solver}"):
+                curves.setdefault(stem, []).append(name)
+        return curves
 
     def points(self, name: str, line: Line) -> list[float]:
         """The numbers of the single models of a line."""
         members = [member for member in self.section.members if (member.group, member.step) == (line.group, line.step)]
-        values = [self.section.number(self.tree, member, name)[0] for member in members]
+        values = [member.number(self.tree, name)[0] for member in members]
         return [value * _scale(name) for value in values if value is not None]
 
     def _point(self, name: str, line: Line, x: float) -> Point:
@@ -149,16 +139,9 @@ class SectionPlots:
             values += [y, *single]
         several = len({line.step for line in self.lines}) > 1
         names = [f"{line.group}\nstep {line.step:,}" if several and line.step else line.group for line in self.lines]
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlabel(self.axis_label(name), fontsize=9)
-        if _is_accuracy(name):
-            for control, value in self.controls(name).items():
-                axes.axvline(value, color=GREY, linestyle=CONTROLS[control], linewidth=1.2)
-        else:
-            _scale_axis(axes.xaxis, values)
+        _name_rows(axes, names)
+        self._finish(axes.xaxis, name, values, fontsize=9)
         if name == GAP_NAME:
-            axes.axvline(self.analysis.criterion.max_gap, color=GREY, linestyle=":", linewidth=1.2)
             axes.set_xlim(left=0)
 
     def controls(self, name: str, majority: bool = False) -> dict[str, float]:
@@ -171,25 +154,22 @@ class SectionPlots:
         values = {"majority class": measured["majority"].max()} if majority or not self.analysis.studies else {}
         for control, of_control in self.analysis.controls.items():
             if name in of_control:
-                values[LOOKUP if control == "lookup" else control] = of_control[name].mean
-        if not self.analysis.studies and (table := measured["value"][self.tree.models["kind"] == LOOKUP].dropna()).size:
-            values[LOOKUP] = table.iloc[0]
+                values[LOOKUP_TABLE if control == "lookup" else control] = of_control[name].mean
+        if not self.analysis.studies and (table := measured["value"][self.tree.models["kind"] == LOOKUP_TABLE].dropna()).size:
+            values[LOOKUP_TABLE] = table.iloc[0]
         return {control: value * 100 for control, value in values.items() if value is not None}
 
-    def label_curve(self, axes: Axes, stem: str) -> None:
+    def label_curve(self, axes: Axes, names: list[str]) -> None:
         """Accuracies against the number of labelled sentences, a line per group, with the controls."""
-        names = self.curve_names(stem)
         labels = [int(name.rpartition("_")[2]) for name in names]
+        pairs = list(zip(labels, names, strict=True))
         for line in self.lines:
-            points = [
-                self._point(name, line, x) for name, x in zip(names, labels, strict=True) if line.values[name].mean is not None
-            ]
+            points = [self._point(name, line, x) for x, name in pairs if line.values[name].mean is not None]
             _draw_points(axes, self.styles[line.group], points, line=True)
-        of_controls = [self.controls(name, majority=True) for name in names]
+        of_controls = [(x, self.controls(name, majority=True)) for x, name in pairs]
         for control, dash in CONTROLS.items():
-            points_of = [(x, of[control]) for x, of in zip(labels, of_controls, strict=True) if control in of]
-            if points_of:
-                axes.plot(*zip(*points_of, strict=True), color=GREY, linestyle=dash, linewidth=1.2)
+            if curve := [(x, values[control]) for x, values in of_controls if control in values]:
+                axes.plot(*zip(*curve, strict=True), color=GREY, linestyle=dash, linewidth=1.2)
         axes.set_xscale("log")
         _few_ticks(axes, labels)
         axes.set_xlabel("labelled sentences")
@@ -197,25 +177,22 @@ class SectionPlots:
 
     def changes(self, axes: Axes, name: str) -> None:
         """The changes of a quantity with their intervals, comparisons below each other, and the margin."""
-        shown = self.compared_with(name)
-        criteria = self.analysis.studies.criteria if self.analysis.studies else None
-        for place, (_, quantity) in enumerate(shown):
+        compared = self.compared_with(name)
+        for place, (_, quantity) in enumerate(compared):
             change = quantity.change
             scale = 100.0 if _is_accuracy(name) else 100.0 / abs(quantity.before.mean or 1.0)
             if change is None:
                 continue
             if change.low is not None and change.high is not None:
                 axes.plot([change.low * scale, change.high * scale], [place, place], color="black", linewidth=1.3)
-            filled = "black" if change.sign() else "white"
-            axes.plot(
-                change.value * scale, place, marker="o", markerfacecolor=filled, markeredgecolor="black", linestyle="none"
-            )
-        if criteria:
+            face = "black" if change.sign() else "white"
+            axes.plot(change.value * scale, place, marker="o", markerfacecolor=face, markeredgecolor="black", linestyle="none")
+        if self.analysis.studies:
+            criteria = self.analysis.studies.criteria
             margin = 100 * (criteria.accuracy_margin if _is_accuracy(name) else criteria.trace_margin)
             axes.axvspan(-margin, margin, color="0.9", zorder=0)
         axes.axvline(0, color=GREY, linewidth=1)
-        axes.set_yticks(range(len(shown)), [one.name for one, _ in shown], fontsize=8)
-        axes.set_ylim(len(shown) - 0.5, -0.5)
+        _name_rows(axes, [one.name for one, _ in compared])
         label = self.analysis.label(name) if _is_accuracy(name) else LABELS[name]
         axes.set_xlabel(f"change of {label} ({'points' if _is_accuracy(name) else '% of before'})")
 
@@ -234,8 +211,12 @@ class SectionPlots:
             _draw_points(axes, self.styles[group], points, line=True)
             steps |= {line.step for line in lines if line.step is not None}
             values += [point[1] for point in points]
-        _steps_axis(axes, sorted(steps))
-        self._finish(axes, name, values)
+        positive = [step for step in steps if step > 0]
+        if positive and max(positive) / min(positive) > 3:
+            axes.set_xscale("symlog", linthresh=min(positive), linscale=0.5)
+        _few_ticks(axes, sorted(steps))
+        axes.set_xlabel("training steps")
+        self._finish(axes.yaxis, name, values)
 
     def against_size(self, axes: Axes, name: str) -> None:
         """Means against the number of parameters, each group at its last measured step."""
@@ -245,83 +226,84 @@ class SectionPlots:
         for line, point in zip(lines, points, strict=True):
             _draw_points(axes, self.styles[line.group], [point])
         axes.plot([point[0] for point in points], [point[1] for point in points], color=GREY, linewidth=1, zorder=0)
-        _size_axis(axes, sorted({line.parameters for line in lines if line.parameters}))
-        self._finish(axes, name, [point[1] for point in points])
+        sizes = sorted({line.parameters for line in lines if line.parameters})
+        if len(sizes) > 1:
+            axes.set_xscale("log")
+            axes.margins(x=0.12)
+        if all(b / a > 1.25 for a, b in itertools.pairwise(sizes)):
+            _few_ticks(axes, sizes)
+        axes.set_xlabel("parameters")
+        self._finish(axes.yaxis, name, [point[1] for point in points])
 
-    def against_trace(self, axes: Axes, accuracy: str, trace: str) -> None:
+    def against_trace(self, axes: Axes, pair: tuple[str, str]) -> None:
         """An accuracy against a trace, one point per model."""
+        accuracy, trace = pair
         by_group: dict[str, list[Point]] = {}
         for member in self.section.members:
-            (x, x_error), (y, y_error) = (self.section.number(self.tree, member, name) for name in (trace, accuracy))
+            (x, x_error), (y, y_error) = (member.number(self.tree, name) for name in (trace, accuracy))
             if x is not None and y is not None:
                 filled = bool(self.section.is_saturated(self.tree, member))
                 errors = (0.0, 0.0) if self.analysis.studies else (x_error or 0.0, 100 * (y_error or 0.0))
                 by_group.setdefault(member.group, []).append((x, 100 * y, *errors, filled))
         for group, points in by_group.items():
             _draw_points(axes, self.styles[group], points)
-        x_values = [point[0] for points in by_group.values() for point in points]
         axes.set_xlabel(self.axis_label(trace))
-        _scale_axis(axes.xaxis, x_values)
-        self._finish(axes, accuracy, [])
+        _scale_axis(axes.xaxis, [point[0] for points in by_group.values() for point in points])
+        self._finish(axes.yaxis, accuracy, [])
 
-    def _finish(self, axes: Axes, name: str, values: list[float]) -> None:
-        """Label, scale and reference lines of the vertical axis."""
-        axes.set_ylabel(self.axis_label(name))
+    def during_training(self, axes: Axes, what: str | tuple[str, str]) -> None:
+        """A quantity against training steps, or an accuracy against a trace."""
+        if isinstance(what, tuple):
+            self.against_trace(axes, what)
+        else:
+            self.against_steps(axes, what)
+
+    def _finish(self, axis: Axis, name: str, values: list[float], **font: Any) -> None:
+        """Label, scale and reference lines of the axis of a quantity."""
+        axis.set_label_text(self.axis_label(name), **font)
+        draw_line = axis.axes.axhline if axis is axis.axes.yaxis else axis.axes.axvline
         if name == GAP_NAME:
-            axes.axhline(self.analysis.criterion.max_gap, color=GREY, linestyle=":", linewidth=1.2)
+            draw_line(self.analysis.criterion.max_gap, color=GREY, linestyle=":", linewidth=1.2)
         if not _is_accuracy(name):
-            _scale_axis(axes.yaxis, values)
+            _scale_axis(axis, values)
             return
         for control, value in self.controls(name).items():
-            axes.axhline(value, color=GREY, linestyle=CONTROLS[control], linewidth=1.2)
+            draw_line(value, color=GREY, linestyle=CONTROLS[control], linewidth=1.2)
 
     def legend(self, names: Collection[str], lines: bool = False, groups: bool = True, majority: bool = False) -> list[Line2D]:
         """The groups that have models, the meaning of filled markers, and the controls where accuracies are shown."""
-        drawn = {line.group for line in self.lines}
-        handles = [self.styles[group].handle(lines) for group in self.section.groups if group in drawn and groups]
+        handles = []
+        for group in dict.fromkeys(line.group for line in self.lines) if groups else ():
+            style = self.styles[group]
+            dash: Any = style.dash if lines else "none"
+            handles.append(Line2D([], [], color=style.colour, marker=style.marker, linestyle=dash, label=group))
         face: dict[str, Any] = {"markerfacecolor": GREY, "markeredgecolor": GREY, "linestyle": "none"}
         handles.append(Line2D([], [], marker="o", **face, label=FILLED))
         controls = {control for name in names if _is_accuracy(name) for control in self.controls(name, majority)}
-        handles += [
-            Line2D([], [], color=GREY, linestyle=dash, label=control)
-            for control, dash in CONTROLS.items()
-            if control in controls
-        ]
-        return handles
-
-
-SEEDS = "Means over seeds, ± one standard error over seeds; a single model has the error of its own measurement."
-READING = f"{SEEDS} {FILLED.capitalize()}. Dotted: the limit of saturation (gap), the majority class (accuracy)."
-
-
-class Drawer:
-    """Writes plots as NAME.png and NAME.svg, and keeps what the page shows of them."""
-
-    def __init__(self, output: Path):
-        self.output = output
-        self.plots: dict[str, list[Plot]] = {}  # by section, in the order in which they are shown
+        dashes = [(control, dash) for control, dash in CONTROLS.items() if control in controls]
+        return handles + [Line2D([], [], color=GREY, linestyle=dash, label=control) for control, dash in dashes]
 
     def add(
         self,
-        section: str,
         name: str,
         title: str,
         caption: str,
-        draw: list[Callable[[Axes], None]],
+        draw: Callable[[Axes, Any], None],
+        what: Sequence,
         legend: list[Line2D],
         columns: int = COLUMNS,
         size: tuple[float, float] = PANEL,
     ) -> None:
-        """One plot of panels, next to each other in `columns`, each of `size` inches."""
-        figure, axes = _make_figure(len(draw), columns, size)
+        """Write NAME.png and NAME.svg, a panel for each of `what`, next to each other in `columns`, each of `size` inches."""
+        figure, axes = _make_figure(len(what), columns, size)
         panels = []
-        for place, (panel, draw_panel) in enumerate(zip(axes, draw, strict=True)):
-            draw_panel(panel)
+        for place, (panel, of_panel) in enumerate(zip(axes, what, strict=True)):
+            draw(panel, of_panel)
             # On a page each panel is a picture of its own, which narrow screens show below each other.
             single, (alone,) = _make_figure(1, 1, PANEL if columns == COLUMNS else (PANEL[0], size[1]))
-            draw_panel(alone)
+            draw(alone, of_panel)
             label = f"{panel.get_ylabel() or 'groups'} against {panel.get_xlabel()}"
-            panels.append((" ".join(label.split()), base64.b64encode(_png(single)).decode()))
+            panels.append((" ".join(label.split()), _in_base64(_png(single))))
             if columns > COLUMNS and place % columns:  # the groups are named once
                 panel.set_yticklabels([])
         if legend:
@@ -329,95 +311,86 @@ class Drawer:
             figure.legend(loc="outside lower center", **options)
             alone_legend = Figure(figsize=(2 * PANEL[0], 1))
             alone_legend.legend(loc="center", **options)
-            panels.append(("legend", base64.b64encode(_png(alone_legend, bbox_inches="tight")).decode()))
+            panels.append(("legend", _in_base64(_png(alone_legend, bbox_inches="tight"))))
         picture = _png(figure)
         with atomic_open(self.output / f"{name}.png", "wb") as file:
             file.write(picture)
         _save_svg(figure, self.output / f"{name}.svg")
-        whole = base64.b64encode(picture).decode() if columns > COLUMNS else ""
-        self.plots.setdefault(section, []).append(Plot(name, title, caption, panels, whole))
+        self.plots.append(Plot(name, title, caption, panels, _in_base64(picture) if columns > COLUMNS else ""))
 
+    def draw_study(self, studies: Studies) -> None:
+        """The plots of a study: overview, changes, label curves, accuracy against balanced trace."""
+        suffix = "" if len(self.analysis.sections) == 1 else f"_{self.section.name}"
+        curves = self.curves(studies.readouts[0])
+        ends = [name for names in curves.values() for name in dict.fromkeys([names[-1], names[0]])]
+        loss = [name for name in (GAP_NAME, TRACE, BALANCED) if name in self.quantities]
+        names = loss + ends[1::-1]
+        height = 1.1 + 0.42 * len(self.lines)
+        reading = f"; every small point is one seed. {SEEDS} {FILLED.capitalize()}."
+        probes = f" Accuracies: linear probes by {studies.readouts[0]}."
+        title = "Gap, flatness and accuracy"
+        caption = f"{title}{reading} Dotted line of the gap: the limit.{probes}"
+        legend = self.legend(names, groups=False)
+        self.add(f"{OVERVIEW}{suffix}", title, caption, self.by_line, names, legend, columns=len(names), size=(2.7, height))
+        if further := [name for name in self.quantities if name in LABELS and name not in loss] + ends[2:]:
+            title = "Further measures of flatness, and further accuracies"
+            legend = self.legend(further, groups=False)
+            size = (PANEL[0], height)
+            self.add(f"further{suffix}", title, f"{title}{reading}{probes}", self.by_line, further, legend, size=size)
+        changes = [name for name in (TRACE, BALANCED, RELATIVE, *ends) if any(q.change for _, q in self.compared_with(name))]
+        if changes:
+            title = "Changes with their 95% intervals"
+            caption = f"{title}; grey: the margin. Filled: the interval lies off 0."
+            size = (PANEL[0], 1.1 + 0.3 * max(len(self.compared_with(name)) for name in changes))
+            self.add(f"changes{suffix}", title, caption, self.changes, changes, [], size=size)
+        if curves:
+            title = "Accuracy against the number of labelled sentences"
+            legend = self.legend(ends, lines=True, majority=True)
+            self.add(f"curves{suffix}", title, f"{title}. {SEEDS}", self.label_curve, [*curves.values()], legend)
+        if ends and BALANCED in self.quantities:
+            title = "Accuracy against balanced trace, one point per model"
+            pairs = [(name, BALANCED) for name in ends]
+            caption = f"{title}. {FILLED.capitalize()}."
+            self.add(f"accuracy_against_balanced{suffix}", title, caption, self.against_trace, pairs, self.legend(ends))
 
-def _bind(function: Callable, *of: Any) -> Callable[[Axes], None]:
-    return lambda axes: function(axes, *of)
+    def draw_models(self) -> None:
+        """The plots of models that nobody planned."""
+        name = self.section.name
+        pairs = []
+        title = "Trace in the parameters of the largest model, by both rules of enlarging, against size"
+        if not self.section.is_shape:
+            traces = [trace for trace in self.quantities if trace.startswith(TRACE)]
+            pairs = list(itertools.product(self.accuracies, traces))
+            title = "Gap, trace and accuracy during training, and accuracy against trace"
+            what = [*self.quantities, *pairs[:1]]
+            legend = self.legend(self.quantities, lines=True)
+            self.add(OVERVIEW, title, f"{title}. {READING}", self.during_training, what, legend)
+            title = "Last checkpoints: gap, trace and accuracy against size"
+        legend = self.legend(self.quantities)
+        self.add(f"{name}_against_size", title, f"{title}. {READING}", self.against_size, self.quantities, legend)
+        if pairs:
+            title = "Accuracy against trace, one point per model"
+            caption = f"{title}, ± the standard errors of its own measurements. {FILLED.capitalize()}. "
+            caption += "Dotted: the majority class."
+            legend = self.legend(self.accuracies)
+            self.add(f"{name}_accuracy_against_trace", title, caption, self.against_trace, pairs, legend)
 
 
 def write_plots(output: Path | str, analysis: Analysis) -> dict[str, list[Plot]]:
-    """Draw all plots that there are measurements for.
-
-    Returns:
-        By section the plots, in the order in which they are shown.
-    """
-    styles = styles_of(list(dict.fromkeys(group for section in analysis.sections for group in section.groups)))
-    drawer = Drawer(Path(output))
+    """Draw all plots that there are measurements for; returns them by section, in the order in which they are shown."""
+    plots = {}
     for section in analysis.sections:
-        own = SectionPlots(analysis, section, styles)
+        own = SectionPlots(analysis, section, Path(output))
         if own.quantities:
-            (_draw_study if analysis.studies else _draw_models)(drawer, own)
-    return drawer.plots
+            own.draw_study(analysis.studies) if analysis.studies else own.draw_models()
+        plots[section.name] = own.plots
+    return plots
 
 
-def _draw_study(drawer: Drawer, own: SectionPlots) -> None:
-    """The plots of a study: overview, changes, label curves, accuracy against balanced trace."""
-    section = own.section.name
-    suffix = "" if len(own.analysis.sections) == 1 else f"_{section}"
-    ends = [name for stem in own.curves for name in dict.fromkeys([own.curve_names(stem)[-1], own.curve_names(stem)[0]])]
-    loss = [name for name in (GAP_NAME, TRACE, BALANCED) if name in own.quantities]
-    names = loss + ends[1::-1]
-    height = 1.1 + 0.42 * len(own.lines)
-    title = "Gap, flatness and accuracy"
-    caption = f"{title}; every small point is one seed. {SEEDS} {FILLED.capitalize()}. Dotted line of the gap: the limit."
-    caption += f" Accuracies: linear probes by {own.analysis.studies.readouts[0]}." if own.analysis.studies else ""
-    draw = [_bind(own.by_line, name) for name in names]
-    legend = own.legend(names, groups=False)
-    drawer.add(section, f"{OVERVIEW}{suffix}", title, caption, draw, legend, columns=len(names), size=(2.7, height))
-    further = [name for name in own.quantities if name in LABELS and name not in loss] + ends[2:]
-    if further:
-        draw = [_bind(own.by_line, name) for name in further]
-        title = "Further measures of flatness, and further accuracies"
-        caption = caption.replace("Gap, flatness and accuracy", title).replace(" Dotted line of the gap: the limit.", "")
-        drawer.add(
-            section, f"further{suffix}", title, caption, draw, own.legend(further, groups=False), size=(PANEL[0], height)
-        )
-    changes = [name for name in (TRACE, BALANCED, RELATIVE, *ends) if any(q.change for _, q in own.compared_with(name))]
-    if changes:
-        title = "Changes with their 95% intervals"
-        caption = f"{title}; grey: the margin. Filled: the interval lies off 0."
-        height = 1.1 + 0.3 * max(len(own.compared_with(name)) for name in changes)
-        draw = [_bind(own.changes, name) for name in changes]
-        drawer.add(section, f"changes{suffix}", title, caption, draw, [], size=(PANEL[0], height))
-    if own.curves:
-        title = "Accuracy against the number of labelled sentences"
-        draw = [_bind(own.label_curve, stem) for stem in own.curves]
-        drawer.add(section, f"curves{suffix}", title, f"{title}. {SEEDS}", draw, own.legend(ends, lines=True, majority=True))
-    if ends and BALANCED in own.quantities:
-        title = "Accuracy against balanced trace, one point per model"
-        draw = [_bind(own.against_trace, name, BALANCED) for name in ends]
-        caption = f"{title}. {FILLED.capitalize()}."
-        drawer.add(section, f"accuracy_against_balanced{suffix}", title, caption, draw, own.legend(ends))
-
-
-def _draw_models(drawer: Drawer, own: SectionPlots) -> None:
-    """The plots of models that nobody planned."""
-    section = own.section
-    pairs = [] if section.is_shape else [(accuracy, trace) for accuracy in own.accuracies for trace in own.traces]
-    if not section.is_shape:
-        draw = [_bind(own.against_steps, name) for name in own.quantities] + [
-            _bind(own.against_trace, *pair) for pair in pairs[:1]
-        ]
-        title = "Gap, trace and accuracy during training, and accuracy against trace"
-        drawer.add(section.name, OVERVIEW, title, f"{title}. {READING}", draw, own.legend(own.quantities, lines=True))
-    title = "Last checkpoints: gap, trace and accuracy against size"
-    if section.is_shape:
-        title = "Trace in the parameters of the largest model, by both rules of enlarging, against size"
-    draw = [_bind(own.against_size, name) for name in own.quantities]
-    name = f"{section.name}_against_size"
-    drawer.add(section.name, name, title, f"{title}. {READING}", draw, own.legend(own.quantities))
-    if pairs:
-        title = "Accuracy against trace, one point per model"
-        caption = f"{title}, ± the standard errors of its own measurements. {FILLED.capitalize()}. Dotted: the majority class."
-        draw = [_bind(own.against_trace, *pair) for pair in pairs]
-        drawer.add(section.name, f"{section.name}_accuracy_against_trace", title, caption, draw, own.legend(own.accuracies))
+def _name_rows(axes: Axes, names: list[str]) -> None:
+    """A vertical axis with names below each other."""
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def compact(number: float) -> str:
@@ -450,25 +423,6 @@ def _scale_axis(axis: Axis, values: list[float]) -> None:
         axis.set_minor_formatter(formatter)
     else:
         axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-
-
-def _steps_axis(axes: Axes, steps: list[int]) -> None:
-    """The horizontal axis of training steps: `steps` are those that are shown, sorted."""
-    positive = [step for step in steps if step > 0]
-    if positive and max(positive) / min(positive) > 3:
-        axes.set_xscale("symlog", linthresh=min(positive), linscale=0.5)
-    _few_ticks(axes, steps)
-    axes.set_xlabel("training steps")
-
-
-def _size_axis(axes: Axes, sizes: list[int]) -> None:
-    """The horizontal axis of numbers of parameters: `sizes` are those that are shown, sorted."""
-    if len(sizes) > 1:
-        axes.set_xscale("log")
-        axes.margins(x=0.12)
-    if all(b / a > 1.25 for a, b in itertools.pairwise(sizes)):
-        _few_ticks(axes, sizes)
-    axes.set_xlabel("parameters")
 
 
 def _few_ticks(axes: Axes, numbers: list[int]) -> None:
@@ -521,3 +475,7 @@ def _png(figure: Figure, **options: Any) -> bytes:
     # No software version in the file: the same numbers give the same picture.
     figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None}, **options)
     return file.getvalue()
+
+
+def _in_base64(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()

@@ -40,11 +40,11 @@ from pretraining.evaluation.records import (
     LossRecord,
     ProbeRecord,
     Record,
-    TracePart,
     read_records,
 )
 from pretraining.model.checkpoints import CONFIG_FILE, is_model_folder, read_facts, weights_sha256, without_trunks
 from pretraining.model.config import ModelConfig
+from pretraining.model.enlarge import TIED_SCALES
 from pretraining.report.same_loss import SameLoss
 
 TRANSFORMER = "transformer"
@@ -57,18 +57,22 @@ INTEGERS = ["step", *SHAPE, "enlarged_times", "enlarged_heads", "enlarged_from_p
 LOSSES = [f"{part}_{mean}" for part in ("gap", "loss", "entropy", "sampled_loss") for mean in ("sentences", "pairs")]
 GAP = "gap_sentences"
 SAMPLED_LOSS = "sampled_loss_sentences"
+GAP_NAME = "gap"  # of sections and comparisons
+MLM_LOSS = "MLM loss"
 TRACE = "trace"
 HUTCHINSON = "trace_hutchinson"
 DIFFERENCE = "estimator_difference"
 BALANCED = "balanced"
 RELATIVE = "relative"
 CONSTANT_SHARE = "constant_share"
+COMMON_TRACES = {rule: f"trace_by_{rule}" for rule in TIED_SCALES}  # in the parameters of a larger model, by rule
 TRACE_FILES = {"hessian.json": TRACE, "hessian_hutchinson.json": HUTCHINSON}
 FLATNESS = [TRACE, HUTCHINSON, DIFFERENCE, BALANCED, RELATIVE, CONSTANT_SHARE]
 PARTS = ["tables", "encoder_matrices", "vectors", "head", "added_layers"]
 ACCURACY_PARTS = ["value", "se", "sampling_se", "seeds", "best", "n", "majority", "missing_classes", "unfinished"]
 COUNTS = ("seeds", "n", "missing_classes", "unfinished")
 LOSS_COLUMNS = ["gap", "gap_se", "saturated", "gap_difference", "gap_difference_se", "paired", "equal", "same_loss"]
+Number = tuple[float | None, float | None]  # a value and its own standard error; None where there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,21 +110,19 @@ class Tree:
                 hashes.setdefault(digest, model)
         return hashes
 
-    def balanced(self, model: str, times: float) -> TracePart | None:
-        """The balanced trace of a model in the parameters of one that is `times` as wide; None where it is not defined."""
-        parts = self.balanced_parts.get(model)
-        return None if parts is None else balanced_trace(parts, times=times)
+    def number(self, model: str, quantity: str, times: float = 1.0) -> Number:
+        """A quantity of a model; balanced traces and those by rule of enlarge.py for one that is `times` as wide."""
+        if quantity == BALANCED or quantity in COMMON_TRACES.values():
+            parts = self.balanced_parts.get(model)
+            return (None, None) if parts is None else _widened(parts, times)[quantity]
+        name = {GAP_NAME: GAP, MLM_LOSS: SAMPLED_LOSS}.get(quantity, quantity)
+        error = self.value(model, name, "se")
+        return self.value(model, name), self.value(model, name, "sampling_se") if error is None else error
 
-    def by_rule(self, model: str, times: float) -> dict[str, float]:
-        """The trace of a model enlarged by `times`, by rule of enlarge.py, from its parts; empty where they are not known."""
-        parts = self.balanced_parts.get(model)
-        if parts is None:
-            return {}
-        rest = parts.matrices + parts.vectors / times
-        return {
-            "tables": parts.tables * times + parts.head_norm / times + rest,
-            "head": parts.tables / times + parts.head_norm * times + rest,
-        }
+    def estimators_differ(self, model: str) -> bool:
+        """Whether the Fisher and Hutchinson traces of a model differ by more than two standard errors, paired by sentences."""
+        value, error = self.number(model, DIFFERENCE)
+        return value is not None and error is not None and abs(value) > 2 * error
 
     def readouts(self) -> dict[tuple[str, str], str]:
         """By model and accuracy how it was read out: the solver, and the rate of an AdamW probe."""
@@ -133,6 +135,17 @@ class Tree:
                 solver = record.arguments.get("solver", "" if rate is None else "adamw")
                 texts[model, file.stem] = solver if rate is None else f"{solver}, rate {rate:g}"
         return texts
+
+
+def _widened(parts: BalancedTrace, times: float) -> dict[str, Number]:
+    """The traces of a model in the parameters of one that is `times` as wide, from the parts of its own."""
+    balanced = balanced_trace(parts, times=times)
+    rest = parts.matrices + parts.vectors / times
+    return {
+        BALANCED: (balanced.value, balanced.standard_error) if balanced else (None, None),
+        COMMON_TRACES["tables"]: (parts.tables * times + parts.head_norm / times + rest, None),
+        COMMON_TRACES["head"]: (parts.tables / times + parts.head_norm * times + rest, None),
+    }
 
 
 def model_folders(folder: Path | str) -> list[Path]:
@@ -232,30 +245,28 @@ def _trace_parts(record: HessianRecord, facts: dict) -> dict[str, float | None]:
 def collect(folder: Path | str) -> Tree:
     """Everything that is recorded at or below `folder`: transformers by size, job and step, records without weights last."""
     root = Path(folder)
-    rows = []
-    for path in model_folders(root):
-        relative = path.relative_to(root).as_posix()
-        facts = read_facts(path)
-        rows.append((path.name if relative == "." else relative, path, _facts(path, facts), read_records(path), facts))
-    rows.sort(key=lambda r: (r[2]["kind"] != TRANSFORMER, r[2].get("parameters", 0), r[2]["job"], r[2]["step"] or 0, r[0]))
-    names = [row[0] for row in rows]
-    models = pd.DataFrame([row[2] for row in rows], index=names, columns=FACTS)
+    folders = {path.name if path == root else path.relative_to(root).as_posix(): path for path in model_folders(root)}
+    facts = {name: read_facts(path) for name, path in folders.items()}
+    rows = {name: _facts(path, facts[name]) for name, path in folders.items()}
+
+    def place(name: str) -> tuple:
+        row = rows[name]
+        return row["kind"] != TRANSFORMER, row.get("parameters", 0), row["job"], row["step"] or 0, name
+
+    names = sorted(rows, key=place)
+    models = pd.DataFrame([rows[name] for name in names], index=names, columns=FACTS)
     models[INTEGERS] = models[INTEGERS].astype("Int64")
-    cells = [_measurements(row[3], row[4]) for row in rows]
+    of_models = {name: read_records(folders[name]) for name in names}
+    cells = [_measurements(of_models[name], facts[name]) for name in names]
     accuracies = sorted({quantity for row in cells for quantity, part in row if part == "majority"}, key=accuracy_order)
     columns = [(quantity, part) for quantity in (*LOSSES, *FLATNESS) for part in ("value", "se")]
     columns += [(f"trace_{part}", "value") for part in PARTS]
     columns += [(name, part) for name in accuracies for part in ACCURACY_PARTS]
     measured = pd.DataFrame({column: [row.get(column) for row in cells] for column in columns}, index=names).astype(float)
-    records = [(name, path / file, record) for name, path, _, of_model, _ in rows for file, record in sorted(of_model.items())]
-    fisher = {row[0]: row[3].get("hessian.json") for row in rows}
+    records = [(name, folders[name] / file, record) for name in names for file, record in sorted(of_models[name].items())]
+    fisher = {name: of_model.get("hessian.json") for name, of_model in of_models.items()}
     parts = {name: record.balanced for name, record in fisher.items() if isinstance(record, HessianRecord) and record.balanced}
-    return Tree(models, measured, records, {row[0]: row[1] for row in rows}, parts)
-
-
-def own_error(of_quantity: pd.DataFrame) -> pd.Series:
-    """The error of single models: over seeds where there are several, else over the validation sample (or sentences)."""
-    return of_quantity["se"].fillna(of_quantity["sampling_se"]) if "sampling_se" in of_quantity else of_quantity["se"]
+    return Tree(models, measured, records, folders, parts)
 
 
 def losses(tree: Tree, criterion: SameLoss, reference: str | None) -> pd.DataFrame:

@@ -104,13 +104,9 @@ class SameLoss:
         same_loss = columns["saturated"] & columns["equal"] & of_reference
         return columns.assign(same_loss=same_loss.mask(losses["gap"].isna()))
 
-    def obstacle(self, before: pd.DataFrame, after: pd.DataFrame) -> str | None:
-        """Why two groups of models, or two models, are not known to be equal; None if they are.
-
-        Args:
-            before, after: as in `judge`; differences are to one reference.
-        """
-        difference = mean_difference(before, after)
+    def obstacle(self, before: pd.Series, after: pd.Series) -> str | None:
+        """Why two models are not known to be equal; None if they are. Each is a row of `judge`, with the same reference."""
+        difference = gap_change(before, after)
         if difference is None:
             return "their difference of gaps is not known"
         value, error = difference
@@ -119,20 +115,14 @@ class SameLoss:
         return f"not the same loss, mean gaps differ by {value:+.4f} ± {error:.4f} nats, margin ±{self.margin:g}"
 
 
-def is_true(column: pd.Series) -> pd.Series:
-    """Nullable booleans as plain ones, where unknown is false."""
-    return column.fillna(False).astype(bool)
+def gap_change(before: pd.Series, after: pd.Series) -> tuple[float, float] | None:
+    """Gap of `after` minus that of `before`, and a bound of its standard error over sentences; None if not known.
 
-
-def mean_difference(before: pd.DataFrame, after: pd.DataFrame) -> tuple[float, float] | None:
-    """Mean gap of `after` minus that of `before`, and a bound of its standard error over sentences; None if not known.
-
-    Args:
-        before, after: columns as in `SameLoss.judge`.
+    It is the way with the smaller bound: by the differences to the reference, or by the gaps.
     """
-    ways = []
-    for quantity in ("gap_difference", "gap"):
-        first, second = (side[[quantity, f"{quantity}_se"]].mean(skipna=False).to_numpy(float) for side in (before, after))
-        if not np.isnan(second[0] - first[0]):
-            ways.append((float(first[1] + second[1]), float(second[0] - first[0])))
-    return min(ways)[::-1] if ways else None
+    ways = [(before[f"{name}_se"] + after[f"{name}_se"], after[name] - before[name]) for name in ("gap_difference", "gap")]
+    known = [way for way in ways if not np.isnan(way[1])]
+    if not known:
+        return None
+    error, value = min(known)
+    return float(value), float(error)

@@ -17,13 +17,24 @@ import pandas as pd
 
 from pcfg.common.schema import Schema
 from pretraining.evaluation.records import ComparisonRecord
-from pretraining.model.enlarge import TIED_SCALES
 from pretraining.report.intervals import Change, Mean, change_of_means, mean_of
-from pretraining.report.rows import BALANCED, CONSTANT_SHARE, GAP, HUTCHINSON, RELATIVE, SHAPE, TRACE, TRANSFORMER, Tree, losses
-from pretraining.report.same_loss import SameLoss, is_true
+from pretraining.report.rows import (
+    BALANCED,
+    COMMON_TRACES,
+    CONSTANT_SHARE,
+    GAP,
+    GAP_NAME,
+    HUTCHINSON,
+    RELATIVE,
+    SHAPE,
+    TRACE,
+    TRANSFORMER,
+    Number,
+    Tree,
+    losses,
+)
+from pretraining.report.same_loss import SameLoss
 
-GAP_NAME = "gap"
-COMMON_TRACES = {rule: f"trace_by_{rule}" for rule in TIED_SCALES}  # in the parameters of a larger model, by rule
 MODELS = "models"  # the section of all models
 LARGER = "is larger"
 SMALLER = "is smaller"
@@ -48,7 +59,13 @@ class Member:
     step: int | None  # of training in total
     model: str  # in the tree, where it may be missing
     times: float = 1.0  # as wide as this is the model in whose parameters balanced traces are
-    common: dict[str, str] = dataclasses.field(default_factory=dict)  # by rule the enlarged model whose trace counts
+    common: dict[str, str] = dataclasses.field(default_factory=dict)  # by trace of one shape the model that has it
+
+    def number(self, tree: Tree, quantity: str) -> Number:
+        """The value of a quantity and its own standard error."""
+        if self.common and quantity in COMMON_TRACES.values():
+            return tree.number(self.common.get(quantity, ""), TRACE)
+        return tree.number(self.model, quantity, self.times)
 
 
 class Summary(Schema):
@@ -88,22 +105,9 @@ class Section:
         """The groups, each once, in order."""
         return list(dict.fromkeys(member.group for member in self.members))
 
-    def number(self, tree: Tree, member: Member, quantity: str) -> tuple[float | None, float | None]:
-        """The value of a quantity and its own standard error."""
-        if quantity == BALANCED:
-            part = tree.balanced(member.model, member.times)
-            return (None, None) if part is None else (part.value, part.standard_error)
-        rule = next((rule for rule, name in COMMON_TRACES.items() if name == quantity), None)
-        if rule is not None and not self.is_shape:
-            return tree.by_rule(member.model, member.times).get(rule), None
-        model = member.model if rule is None else member.common.get(rule, "" if member.common else member.model)
-        name = {GAP_NAME: GAP}.get(quantity, TRACE if rule else quantity)
-        error = tree.value(model, name, "se")
-        return tree.value(model, name), tree.value(model, name, "sampling_se") if error is None else error
-
     def is_saturated(self, tree: Tree, member: Member) -> bool | None:
         """Whether a model is saturated; None where its gap is not known."""
-        gap, error = self.number(tree, member, GAP_NAME)
+        gap, error = member.number(tree, GAP_NAME)
         return None if gap is None else self.criterion.is_saturated(gap, error or 0.0)
 
     def lines(self, tree: Tree) -> list[Line]:
@@ -124,13 +128,13 @@ class Section:
                 models=len(existing),
                 planned=len(members),
                 saturated=(sum(known), len(known)),
-                values={name: summary([self.number(tree, member, name) for member in existing]) for name in self.quantities},
+                values={name: summary([member.number(tree, name) for member in existing]) for name in self.quantities},
             )
             lines.append(line)
         return lines
 
 
-def summary(numbers: list[tuple[float | None, float | None]]) -> Summary:
+def summary(numbers: list[Number]) -> Summary:
     """The mean of values with its standard error; that of a single one is its own."""
     known = [(value, error) for value, error in numbers if value is not None]
     if not known:
@@ -201,21 +205,22 @@ def _members_of_shape(tree: Tree, models: pd.DataFrame, labels: pd.Series) -> li
     for model, row in models.sort_values("step", kind="stable", na_position="first").iterrows():
         step = _step(row)
         if pd.isna(row["enlarged_rule"]):
-            runs[labels[model], 0] = Member(labels[model], None, step, str(model))
+            common = dict.fromkeys(COMMON_TRACES.values(), str(model))
+            runs[labels[model], 0] = Member(labels[model], None, step, str(model), common=common)
             continue
         group = f"{row['job']} x {row['enlarged_times']}"
         key = group, int(row["enlarged_heads"])
         before = runs.get(key)
         common = before.common if before and before.step == step else {}
         source = digests.get(row["enlarged_from"]) or (before.model if common and before else str(model))
-        runs[key] = Member(group, None, step, source, common={**common, row["enlarged_rule"]: str(model)})
+        runs[key] = Member(group, None, step, source, common={**common, COMMON_TRACES[row["enlarged_rule"]]: str(model)})
     repeated = {group for group, times in collections.Counter(group for group, _ in runs).items() if times > 1}
     named = [
         dataclasses.replace(member, group=f"{group}, {heads} x heads") if group in repeated else member
         for (group, heads), member in runs.items()
     ]
     size = tree.own_sizes
-    return sorted(named, key=lambda m: (min(size[model] for model in (m.common.values() or [m.model])), m.group))
+    return sorted(named, key=lambda m: (min(size[model] for model in m.common.values()), m.group))
 
 
 def compare_enlarged(tree: Tree, section: Section, reference: str | None) -> list[EnlargedPair]:
@@ -223,14 +228,13 @@ def compare_enlarged(tree: Tree, section: Section, reference: str | None) -> lis
     table = losses(tree, section.criterion, reference)
     pairs = []
     for after, before in itertools.combinations(section.members, 2):
-        rows = table.loc[[after.model]], table.loc[[before.model]]
         texts = [
-            f"{_with_step(member)} {_loss_of(row.iloc[0])}"
-            for member, row in zip((after, before), rows, strict=True)
-            if not is_true(row["saturated"]).item()
+            f"{_with_step(member)} {_loss_of(table.loc[member.model])}"
+            for member in (after, before)
+            if not section.is_saturated(tree, member)
         ]
-        reason = "; ".join(texts) or section.criterion.obstacle(rows[1], rows[0])
-        changes = {} if reason else {name: _change(tree, section, before, after, name) for name in COMMON_TRACES.values()}
+        reason = "; ".join(texts) or section.criterion.obstacle(table.loc[before.model], table.loc[after.model])
+        changes = {} if reason else {name: _change(tree, before, after, name) for name in COMMON_TRACES.values()}
         by_rule = {{1: LARGER, -1: SMALLER, 0: OPEN}[change.sign()] if change else None for change in changes.values()}
         verdict = OPEN if reason or None in by_rule else by_rule.pop() if len(by_rule) == 1 else BY_RULE
         subject = f"{_with_step(after)} against {_with_step(before)}"
@@ -238,8 +242,8 @@ def compare_enlarged(tree: Tree, section: Section, reference: str | None) -> lis
     return pairs
 
 
-def _change(tree: Tree, section: Section, before: Member, after: Member, name: str) -> Change | None:
-    (a, a_error), (b, b_error) = (section.number(tree, member, name) for member in (before, after))
+def _change(tree: Tree, before: Member, after: Member, name: str) -> Change | None:
+    (a, a_error), (b, b_error) = (member.number(tree, name) for member in (before, after))
     if a is None or b is None:
         return None
     return change_of_means(Mean(a, a_error, math.inf, 1), Mean(b, b_error, math.inf, 1))

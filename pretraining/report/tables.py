@@ -3,17 +3,19 @@
 import collections
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import pandas as pd
 
 from pretraining.evaluation.records import ComparisonRecord
 from pretraining.experiments.study import Decision
 from pretraining.report.analysis import Analysis
-from pretraining.report.comparisons import LOOKUP, Compared, Quantity, estimators_differ
+from pretraining.report.comparisons import Compared, Quantity
 from pretraining.report.intervals import Change
 from pretraining.report.rows import (
     CONSTANT_SHARE,
     GAP,
+    GAP_NAME,
     LOOKUP_TABLE,
     PARTS,
     SAMPLED_LOSS,
@@ -22,7 +24,7 @@ from pretraining.report.rows import (
     losses,
 )
 from pretraining.report.same_loss import Z
-from pretraining.report.sections import GAP_NAME, LABELS, Line, Section, Summary
+from pretraining.report.sections import LABELS, Line, Section, Summary
 from pretraining.report.verdicts import NO_HEADROOM, REFUSALS, Verdict
 
 MOST_DIGITS = 4
@@ -32,7 +34,7 @@ UNFINISHED = "‡"
 NOT_SURVIVING = "†"
 ESTIMATORS = "‡"
 NOT_SATURATED = "§"
-ALL_MODELS = "All models"
+CONTROL_LABELS = {"lookup": LOOKUP_TABLE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +57,11 @@ class Table:
         return "\n".join([*texts, *self.notes])
 
 
-def _table(title: str, lines: list[list[tuple[str, str]]], notes: list[str]) -> Table:
-    """A table from at least one line of columns and cells."""
-    return Table(title, [column for column, _ in lines[0]], [[cell for _, cell in line] for line in lines], notes)
+def _table(title: str, rows: list[dict[str, str]], notes: list[str], headings: Mapping[str, str] | None = None) -> Table:
+    """A table from at least one row; the first has all columns, of which some are shown under headings of their own."""
+    columns = list(rows[0])
+    lines = [[row.get(column, "") for column in columns] for row in rows]
+    return Table(title, [(headings or {}).get(column, column) for column in columns], lines, notes)
 
 
 def decimals(error: float | None, most: int = 6) -> int:
@@ -157,62 +161,63 @@ def verdict_text(quantity: Quantity) -> str:
 
 def comparison_block(one: Compared) -> Table:
     """The numbers of one comparison."""
-    lines = []
+    rows = []
     for quantity in one.quantities:
         scale, digits = (100.0, 1) if quantity.unit == "points" else (1.0, None)
         unit = quantity.unit.replace("points", "%")
         verdict = quantity.verdict or Verdict(word="")
-        mark = NOT_SURVIVING if verdict.survives is False else ""
-        word = verdict_text(quantity) + mark
+        word = verdict_text(quantity) + (NOT_SURVIVING if verdict.survives is False else "")
         if quantity.kind == "loss":
             word = "not the same loss" if one.obstacle else "the same loss"
         change = describe_change(quantity.change, quantity.unit)
-        cells = [("quantity", f"{quantity.label} ({unit})" if unit else quantity.label)]
-        cells += [("before", _shown(quantity.before, digits, scale)), ("after", _shown(quantity.after, digits, scale))]
-        cells += [("change, 95% interval", f"{change} points" if change and quantity.unit == "points" else change)]
-        cells += [("n", _count(quantity.change)), ("verdict", word)]
+        row = {
+            "quantity": f"{quantity.label} ({unit})" if unit else quantity.label,
+            "before": _shown(quantity.before, digits, scale),
+            "after": _shown(quantity.after, digits, scale),
+            "change, 95% interval": f"{change} points" if change and quantity.unit == "points" else change,
+            "n": _count(quantity.change),
+            "verdict": word,
+        }
         if one.primary:
-            cells.append(("adjusted p", "" if verdict.adjusted is None else f"{verdict.adjusted:.2g}"))
-        lines.append(cells)
+            row["adjusted p"] = "" if verdict.adjusted is None else f"{verdict.adjusted:.2g}"
+        rows.append(row)
     reasons = [f"{q.label}: {q.verdict.text()}." for q in one.of("accuracy") if q.verdict and q.verdict.word == NO_HEADROOM]
     notes = [*one.notes, *reasons]
     if any(quantity.verdict and quantity.verdict.survives is False for quantity in one.quantities):
         notes.append(f"{NOT_SURVIVING}: would not survive Holm's correction over the study's primary comparisons.")
-    return _table("", lines, notes)
+    return _table("", rows, notes)
 
 
 def _columns(section: Section, lines: list[Line], names: list[str]) -> list[str]:
     return [name for name in names if name in section.quantities and any(line.values[name].n for line in lines)]
 
 
-def _label(line: Line, has_steps: bool) -> list[tuple[str, str]]:
+def _label(lines: list[Line], line: Line) -> dict[str, str]:
+    """The first cells of one of several lines, with its step where they differ in it."""
     models = str(line.models) if line.models == line.planned else f"{line.models} of {line.planned}"
-    steps = [("step", _integer(line.step))] if has_steps else []
-    return [("group", line.group), *steps, ("seeds", models)]
+    steps = {"step": _integer(line.step)} if len({other.step for other in lines}) > 1 else {}
+    return {"group": line.group, **steps, "seeds": models}
 
 
 def flatness_table(analysis: Analysis, section: Section) -> Table:
     """Loss and flatness of a section: a line per group and step."""
     lines = analysis.lines[section.name]
-    has_steps = len({line.step for line in lines}) > 1
-    traces = [name for name in section.quantities if name in LABELS and name != GAP_NAME]
-    traces = _columns(section, lines, traces)
-    differing = {(m.group, m.step) for m in section.members if estimators_differ(analysis.tree, m.model)}
-    body = []
+    traces = _columns(section, lines, [name for name in section.quantities if name in LABELS and name != GAP_NAME])
+    differing = {(m.group, m.step) for m in section.members if analysis.tree.estimators_differ(m.model)}
+    rows = []
     for line in lines:
         mark = ESTIMATORS if (line.group, line.step) in differing else ""
         mark += NOT_SATURATED if line.saturated[0] < line.saturated[1] else ""
-        cells = _label(line, has_steps)
-        if section.is_shape:
-            cells.insert(1, ("own parameters", _integer(line.parameters)))
-        gap = "0 by construction" if line.kind == LOOKUP_TABLE else _shown(line.values[GAP_NAME])
-        cells += [("gap (nats)", gap), ("saturated", _of(line.saturated))]
+        row = {"group": line.group, "own parameters": _integer(line.parameters)} if section.is_shape else {}
+        row |= _label(lines, line)
+        row["gap (nats)"] = "0 by construction" if line.kind == LOOKUP_TABLE else _shown(line.values[GAP_NAME])
+        row["saturated"] = _of(line.saturated)
         for name in traces:
             if name == CONSTANT_SHARE:
-                cells.append((f"{LABELS[name]} (%)", _shown(line.values[name], 0, 100.0)))
+                row[f"{LABELS[name]} (%)"] = _shown(line.values[name], 0, 100.0)
             else:
-                cells.append((LABELS[name], _shown(line.values[name], mark=mark if name.startswith(TRACE) else "")))
-        body.append(cells)
+                row[LABELS[name]] = _shown(line.values[name], mark=mark if name.startswith(TRACE) else "")
+        rows.append(row)
     notes = [
         "Means over seeds; ± is the standard error over seeds, with * the measurement's own (one model).",
         "Fisher trace: the paper's estimator, from gradients; the Hessian's own where the model is saturated. "
@@ -222,10 +227,10 @@ def flatness_table(analysis: Analysis, section: Section) -> Table:
     if section.is_shape:
         size = max((line.parameters or 0 for line in lines), default=0)
         rules = "Smaller models were enlarged by each of two rules, on which the trace depends (enlarge.py --tied-scale)."
-        return _table(f"Traces in the parameters of one model, {size:,} of them", body, [*notes, rules])
+        return _table(f"Traces in the parameters of one model, {size:,} of them", rows, [*notes, rules])
     if any(member.times != 1 for member in section.members):
         notes.append("Balanced traces are in the parameters of the widest model.")
-    return _table("Loss and flatness", body, notes)
+    return _table("Loss and flatness", rows, notes)
 
 
 def accuracy_table(analysis: Analysis, section: Section, solver: str, is_first: bool) -> Table | None:
@@ -236,61 +241,58 @@ def accuracy_table(analysis: Analysis, section: Section, solver: str, is_first: 
     names = _columns(section, lines, names)
     if not names:
         return None
-    has_steps = len({line.step for line in lines}) > 1
-    body = []
-    titles = {name: f"{analysis.label(name).replace(f' ({solver})', '')} (%)" for name in names}
-    for line in lines:
-        body.append(_label(line, has_steps) + [(titles[name], _shown(line.values[name], 1, 100.0)) for name in names])
-    majority = {name: analysis.tree.measured[name, "majority"].max() for name in names}
-    controls = [("majority class", {name: Summary(mean=float(value)) for name, value in majority.items()})]
-    controls += [(LOOKUP if name == "lookup" else name, values) for name, values in analysis.controls.items()]
-    for control, values in controls:
+    headings = {name: f"{analysis.label(name).replace(f' ({solver})', '')} (%)" for name in names}
+    rows = [_label(lines, line) | {name: _shown(line.values[name], 1, 100.0) for name in names} for line in lines]
+    majority = {name: Summary(mean=float(analysis.tree.measured[name, "majority"].max())) for name in names}
+    controls = {"majority class": majority, **analysis.controls}
+    for control, values in controls.items():
         seeds = max((values[name].n for name in names if name in values), default=0)
-        cells = [("group", f"control: {control}"), *([("step", "")] if has_steps else [])]
-        cells.append(("seeds", str(seeds) if seeds > 1 else ""))
-        body.append(cells + [(titles[name], _shown(values.get(name), 1, 100.0)) for name in names])
+        row = {"group": f"control: {CONTROL_LABELS.get(control, control)}", "seeds": str(seeds) if seeds > 1 else ""}
+        rows.append(row | {name: _shown(values.get(name), 1, 100.0) for name in names})
     notes = [f"Linear probes by {solver}; ± is the standard error over seeds, with * over draws of the labelled sentences."]
     if is_first:
-        states = {name: _room(state.exists) for name, state in analysis.headrooms.items()}
-        cells = [("group", "headroom"), *([("step", "")] if has_steps else []), ("seeds", "")]
-        body.append(cells + [(titles[name], states.get(name, "")) for name in names])
+        rows.append({"group": "headroom", **{name: _room(state.exists) for name, state in analysis.headrooms.items()}})
         notes.append(
             "headroom: on the selection seeds the base models lie above words and untrained models, and below 100%, by two "
             "standard errors each. Without it there is no verdict."
         )
-    return _table(f"Accuracies ({solver})", body, notes)
+    return _table(f"Accuracies ({solver})", rows, notes, headings)
 
 
 def model_table(analysis: Analysis) -> Table:
     """Every model with its own measurements; accuracies in %."""
     tree = analysis.tree
     measured = tree.measured
-    rows = losses(tree, analysis.criterion, analysis.reference)
+    judged = losses(tree, analysis.criterion, analysis.reference)
     # Models measured without true conditionals, or on natural text, have a loss and no gap.
     only_loss = measured[SAMPLED_LOSS]["value"].notna() & measured[GAP]["value"].isna()
-    parts = PARTS if tree.models["enlarged_rule"].notna().any() else []
     readouts = tree.readouts()
-    usual = {name: _usual([text for (_, other), text in readouts.items() if other == name]) for name in tree.accuracies}
-    extras = [name for name in LABELS if name not in (GAP_NAME, TRACE, CONSTANT_SHARE) and name in measured.columns.unique(0)]
-    extras = [name for name in extras if measured[name]["value"].notna().any()]
-    lines = []
+    usual = {}
+    for name in tree.accuracies:
+        texts = collections.Counter(text for (_, other), text in readouts.items() if other == name)
+        usual[name] = max(texts, key=texts.__getitem__, default="")
+    flatness = [name for name in LABELS if name not in (GAP_NAME, TRACE, CONSTANT_SHARE) and name in measured.columns.unique(0)]
+    flatness = [name for name in flatness if measured[name]["value"].notna().any()]
+    parts = [f"trace_{part}" for part in PARTS] if tree.models["enlarged_rule"].notna().any() else []
+    headings = LABELS | {part: part.replace("_", ": ", 1).replace("_", " ") for part in parts}
+    headings |= {name: f"{analysis.label(name)} (%)" for name in tree.accuracies}
+    rows = []
     others = set()
     for model, facts in tree.models.iterrows():
         own = measured.loc[model]
-        is_table = facts["kind"] == LOOKUP_TABLE
-        gap = "0 by construction" if is_table else _number(own[GAP, "value"], own[GAP, "se"], 4)
-        cells = [("model", str(model) if facts["kind"] == TRANSFORMER else f"{model} ({facts['kind']})")]
-        cells += [("parameters", _integer(facts["parameters"])), ("step", _integer(facts["step"])), ("gap (nats)", gap)]
+        row = {"model": str(model) if facts["kind"] == TRANSFORMER else f"{model} ({facts['kind']})"}
+        row |= {"parameters": _integer(facts["parameters"]), "step": _integer(facts["step"])}
+        row["gap (nats)"] = "0 by construction" if facts["kind"] == LOOKUP_TABLE else _cell(own, GAP, 4)
         if only_loss.any():
-            loss = _number(own["sampled_loss_pairs", "value"], own["sampled_loss_pairs", "se"], 4)
-            cells.append(("MLM loss (nats)", loss if only_loss[model] else ""))
-        cells.append(("saturated", _yes(rows["saturated"][model])))
-        cells += [("same loss", _yes(rows["same_loss"][model]))] if analysis.reference or not analysis.studies else []
-        mark = ESTIMATORS if estimators_differ(tree, str(model)) else ""
-        mark += NOT_SATURATED if not pd.isna(rows["saturated"][model]) and not rows["saturated"][model] else ""
-        cells.append((LABELS[TRACE], _number(own[TRACE, "value"], own[TRACE, "se"], 2, mark=mark)))
-        cells += [(LABELS[name], _number(own[name, "value"], own[name, "se"], 2)) for name in extras]
-        cells += [(f"trace: {part.replace('_', ' ')}", _number(own[f"trace_{part}", "value"], None, 2)) for part in parts]
+            row["MLM loss (nats)"] = _cell(own, "sampled_loss_pairs", 4) if only_loss[model] else ""
+        row["saturated"] = _yes(judged["saturated"][model])
+        if analysis.reference or not analysis.studies:
+            row["same loss"] = _yes(judged["same_loss"][model])
+        mark = ESTIMATORS if tree.estimators_differ(str(model)) else ""
+        mark += NOT_SATURATED if row["saturated"] == "no" else ""
+        row[TRACE] = _cell(own, TRACE, 2, mark=mark)
+        row |= {name: _cell(own, name, 2) for name in flatness}
+        row |= {name: _number(own[name, "value"], None, 2) for name in parts}
         for name in tree.accuracies:
             is_own = pd.isna(own[name, "se"])
             mark = OWN if is_own else ""
@@ -299,19 +301,19 @@ def model_table(analysis: Analysis) -> Table:
                 others.add(f"{analysis.label(name)} of {model} by {readouts[str(model), name]}, not {usual[name]}")
             mark += UNFINISHED if own[name, "unfinished"] > 0 else ""
             error = own[name, "sampling_se" if is_own else "se"]
-            cells.append((f"{analysis.label(name)} (%)", _number(own[name, "value"], error, 1, 100, mark)))
-        lines.append(cells)
+            row[name] = _number(own[name, "value"], error, 1, 100, mark)
+        rows.append(row)
     notes = _model_notes(analysis, bool(only_loss.any()))
-    notes += (
-        [f"{OTHER_READOUT}: read out differently from the rest of its column: {'; '.join(sorted(others))}."] if others else []
-    )
+    if others:
+        notes.append(f"{OTHER_READOUT}: read out differently from the rest of its column: {'; '.join(sorted(others))}.")
     if any((measured[name]["unfinished"] > 0).any() for name in tree.accuracies):
         notes.append(f"{UNFINISHED}: an unfinished probe, whose training loss still falls.")
-    return _table(ALL_MODELS, lines, notes)
+    return _table("All models", rows, notes, headings)
 
 
-def _usual(texts: list[str]) -> str:
-    return collections.Counter(texts).most_common(1)[0][0] if texts else ""
+def _cell(own: pd.Series, quantity: str, digits: int, mark: str = "") -> str:
+    """A quantity in a row of `measured`, with its error."""
+    return _number(own[quantity, "value"], own[quantity, "se"], digits, mark=mark)
 
 
 def _model_notes(analysis: Analysis, only_loss: bool) -> list[str]:

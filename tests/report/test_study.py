@@ -196,10 +196,10 @@ def test_correlation_is_over_saturated_models(laboratory):
     assert low < found.spearman < high < 0
 
 
-def test_every_seed_is_a_point(laboratory):
+def test_every_seed_is_a_point(laboratory, tmp_path):
     _, analysis = laboratory
     section = analysis.sections[0]
-    own = plots.SectionPlots(analysis, section, plots.styles_of(section.groups))
+    own = plots.SectionPlots(analysis, section, tmp_path)
     axes = Figure().subplots()
     own.by_line(axes, "trace")
     small = [line.get_xdata() for line in axes.lines if line.get_alpha() == 0.6]
@@ -210,7 +210,7 @@ def test_every_seed_is_a_point(laboratory):
     lines = {round(line.get_xdata()[0], 1) for line in axes.lines if len(line.get_xdata()) == 2}
     assert {80.2, 86.1} <= lines  # words, lookup table
     axes = Figure().subplots()
-    own.label_curve(axes, "curve_pcfg_A_ridge")
+    own.label_curve(axes, own.curves("ridge")["curve_pcfg_A_ridge"])
     curves = [np.asarray(line.get_ydata(), float) for line in axes.lines if len(line.get_xdata()) == 2]
     for control in ([39.0, 39.0], [64.9, 80.2], [80.2, 86.1]):
         assert any(curve == pytest.approx(control) for curve in curves), control
