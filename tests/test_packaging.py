@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROSE = {"and", "names", "LOOKUP"}  # what follows such a flag in a sentence
-OUTPUT = re.compile(r"(?:--save-path|--output_dir|--out|--dir|-o|--output)[ =]([A-Za-z][\w./-]*)")
+PROSE = {"and", "names", "LOOKUP"}  # what follows such a flag in a sentence; a single letter is a placeholder
+OUTPUT = re.compile(r"(?:--save-path|--output_dir|--out|--dir|-o|--output)[ =]([A-Za-z][\w./-]+)")
 DEFAULT_FOLDER = re.compile(r"^ *(?:out|folder)=\$\{\d:-(.+)\}$", re.MULTILINE)
 
 
