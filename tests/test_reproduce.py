@@ -57,7 +57,7 @@ def test_a_study_killed_twice(forks, tmp_path):
     for group in studies.groups.values():
         for folder in group.folders.values():
             records = {path.name for path in (out / folder).glob("*.json")}
-            assert {"loss.json", "hessian.json", "curve_pcfg_A_ridge.json", "size.json"} <= records
+            assert {"loss.json", "hessian.json", "curve_pcfg_A_ridge.json", "finetune_pcfg_A.json", "size.json"} <= records
             arguments = json.loads((out / folder / "args.json").read_text())["arguments"]
             weight = decision.chosen if group.name == "adversarial" else 0
             assert (arguments.get("adversarial_weight") or 0) == weight
