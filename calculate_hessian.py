@@ -23,10 +23,11 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main
+from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main, warn_of_flags
 from pcfg.common.files import InputError
 from pretraining.evaluation.hessian import MIN_DRAWS, PROBES, RECORDS, Sampling, measure_models
 from pretraining.evaluation.inputs import add_input_arguments, read_inputs
+from pretraining.evaluation.records import record_folder
 from pretraining.evaluation.spectrum import SpectrumOptions, measure_spectra
 from pretraining.model.checkpoints import is_model_folder, model_folders, weights_file
 
@@ -93,18 +94,31 @@ def build_parser() -> argparse.ArgumentParser:
 def find_models(args: argparse.Namespace) -> list[tuple[Path, Path, Path]]:
     """(model folder, weights file, folder for the results) of every model to measure."""
     if args.loadpath is None:
-        return [(folder, weights_file(folder), folder) for folder in model_folders(args.model_path)]
+        root = args.model_path
+        return [(path, weights_file(path), record_folder(path, root, args.records_path)) for path in model_folders(root)]
     weights = Path(args.loadpath)
     weights = weights_file(weights) if weights.is_dir() else weights
     if not weights.is_file():
         raise InputError(f"--loadpath {args.loadpath}: no weights there ({weights} is missing)")
     if not is_model_folder(args.model_path):
         raise InputError(f"--model-path {args.model_path}: with --loadpath it must be one model folder, for its configuration")
-    return [(Path(args.model_path), weights, weights.parent)]
+    return [(Path(args.model_path), weights, record_folder(weights.parent, weights.parent, args.records_path))]
+
+
+def ineffective_flags(args: argparse.Namespace) -> list[str]:
+    """The flags whose values are not their defaults, and that have no effect on the chosen estimator."""
+    unused = ["eigenvalues", "lanczos_steps"]
+    if args.estimator == "spectrum":
+        unused = ["draws", "plain_labels", "soft_labels", "block_size"]
+    elif args.estimator == "fisher" and not (args.condprobfile or args.rule_path):  # else it gives Hutchinson's trace as well
+        unused += ["probe", "probe_num", "block_size"]
+    unused += ["min_draws"] if args.target_relative_error is None else []
+    return [name.replace("_", "-") for name in unused if getattr(args, name) != build_parser().get_default(name)]
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
+    warn_of_flags(ineffective_flags(args), f"--estimator {args.estimator} here")
     if args.estimator == "spectrum" and args.target_relative_error is not None:
         raise InputError("--target-relative-error: is for the trace, not for --estimator spectrum")
     models = find_models(args)

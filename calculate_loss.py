@@ -28,6 +28,7 @@ from pcfg.common.cli import Parser, positive_int, run_main
 from pcfg.common.files import InputError
 from pretraining.evaluation.inputs import add_input_arguments, read_inputs
 from pretraining.evaluation.loss import compare_models, measure_models
+from pretraining.evaluation.records import record_folder
 from pretraining.model.checkpoints import describe_model, is_model_folder, model_folders
 
 
@@ -40,14 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MODEL_B",
         help="a model folder: instead of their losses, measure the differences of all models of --model-path to this one",
     )
-    group = parser.add_argument_group("batches")
+    group = parser.add_argument_group("amount")
+    group.add_argument("--nsamples", type=positive_int, help="sentences, the first of --datafile (default: all)")
     size = "masked sentences per forward pass; changes no result (default 256, for the cache of a CPU; a GPU takes thousands)"
     group.add_argument("--batch-size", type=positive_int, default=256, help=size)
     return parser
 
 
-def find_models(args: argparse.Namespace) -> tuple[list[Path], Path | None]:
-    """The models to measure, and the reference to compare them with, or None."""
+def find_models(args: argparse.Namespace) -> tuple[list[tuple[Path, Path]], Path | None]:
+    """The models to measure with the folders of their records, and the reference to compare them with, or None."""
     if args.compare and args.compare_with:
         raise InputError(f"--compare-with {args.compare_with}: goes with --model-path; --compare already names two models")
     flag = "--compare" if args.compare else "--compare-with"
@@ -58,18 +60,20 @@ def find_models(args: argparse.Namespace) -> tuple[list[Path], Path | None]:
         first, second = map(Path, args.compare)
         if describe_model(first) == describe_model(second):
             raise InputError(f"--compare {first} {second}: the same weights; give two models")
-        return [first], second
-    return model_folders(args.model_path), Path(args.compare_with) if args.compare_with else None
+        return [(first, record_folder(first, first, args.records_path))], second
+    models = [(folder, record_folder(folder, args.model_path, args.records_path)) for folder in model_folders(args.model_path)]
+    return models, Path(args.compare_with) if args.compare_with else None
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
-    folders, reference = find_models(args)
-    inputs = read_inputs(args, for_loss=True)
+    models, reference = find_models(args)
+    inputs = read_inputs(args, args.nsamples, for_loss=True)
+    inputs.arguments = {} if args.nsamples is None else {"nsamples": args.nsamples}
     if reference is None:
-        measure_models(folders, inputs, args.device, args.batch_size, args.overwrite)
+        measure_models(models, inputs, args.device, args.batch_size, args.overwrite)
     else:
-        compare_models(folders, reference, inputs, args.device, args.batch_size, args.overwrite)
+        compare_models(models, reference, inputs, args.device, args.batch_size, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,12 @@ if __name__ == "__main__":
 
 from transformers.trainer_utils import IntervalStrategy
 
-from pcfg.common.cli import run_main
+from pcfg.common.cli import run_main, warn_of_flags
 from pcfg.common.files import InputError
 from pretraining.data.tasks import read_task
 from pretraining.evaluation.downstream import DownstreamParser, DownstreamTrainingArguments, downstream_parser, parse_arguments
-from pretraining.evaluation.finetuning import FinetuningArguments, finetune_model
+from pretraining.evaluation.finetuning import INEFFECTIVE, FinetuningArguments, finetune_model
+from pretraining.evaluation.records import record_folder
 from pretraining.model.checkpoints import find_model, model_folders
 
 
@@ -55,11 +56,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.model_name_or_path is None:
         raise InputError("--model_name_or_path: give a model folder, or a folder that holds model folders")
     check_options(options, training)
-    folders = model_folders(find_model(options.model_name_or_path))
+    warn_of_flags(changed.keys() & (INEFFECTIVE | ({"seed"} if options.seeds is not None else set())), "fine-tuning")
+    root = find_model(options.model_name_or_path)
+    folders = model_folders(root)
     task = read_task(options, with_test=training.do_predict)
     for number, folder in enumerate(folders):
         print(f"fine-tuning {number + 1} of {len(folders)}: {folder}")
-        finetune_model(folder, task, options, training, changed)
+        finetune_model(folder, record_folder(folder, root, options.records_path), task, options, training, changed)
 
 
 if __name__ == "__main__":

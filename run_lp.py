@@ -30,11 +30,12 @@ of --train_file or --task_name; with --label-counts it is curve_TASK_SOLVER.json
 if __name__ == "__main__":
     import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
 
-from pcfg.common.cli import run_main
+from pcfg.common.cli import run_main, warn_of_flags
 from pcfg.common.files import InputError
 from pretraining.data.tasks import read_task
 from pretraining.evaluation.downstream import DownstreamParser, DownstreamTrainingArguments, downstream_parser, parse_arguments
 from pretraining.evaluation.probes import ProbeArguments, ineffective_flags, probe_lookup_table, probe_model, probe_words
+from pretraining.evaluation.records import record_folder
 from pretraining.model.checkpoints import find_model, model_folders
 
 
@@ -63,6 +64,8 @@ def check_options(options: ProbeArguments, training: DownstreamTrainingArguments
         raise InputError("give either --rule-path, or both --condprobfile_train and --condprobfile_validation")
     if not options.needs_model and training.record_folder is None:
         raise InputError("--output_dir: give the folder for the records of the lookup table or of the words")
+    if not options.needs_model and options.records_path is not None:
+        raise InputError(f"--records_path {options.records_path}: is for models; the records of a control go to --output_dir")
     if options.layer is not None and options.features != "hidden":
         raise InputError(
             f"--layer {options.layer}: only hidden states have layers; leave it out with --features {options.features}"
@@ -87,11 +90,11 @@ def _check_draws(options: ProbeArguments) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options, training, changed = parse_arguments(build_parser(), arguments)
-    if ignored := ineffective_flags(changed, options.method):
-        by = "" if options.method == "adamw" else f" by {options.method}"
-        print(f"warning: no effect on a linear probe{by}: {', '.join('--' + name for name in ignored)}")
+    by = "" if options.method == "adamw" else f" by {options.method}"
+    warn_of_flags(ineffective_flags(changed, options), f"a linear probe{by}")
     check_options(options, training)
-    folders = model_folders(find_model(options.model_name_or_path)) if options.needs_model else []
+    root = find_model(options.model_name_or_path) if options.needs_model else None
+    folders = model_folders(root) if root else []
     task = read_task(options)
     if options.features == "words":
         probe_words(task, options, training)
@@ -99,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
         probe_lookup_table(task, options, training)
     for number, folder in enumerate(folders):
         print(f"linear probe {number + 1} of {len(folders)}: {folder}")
-        probe_model(folder, task, options, training)
+        probe_model(folder, record_folder(folder, root or folder, options.records_path), task, options, training)
 
 
 if __name__ == "__main__":

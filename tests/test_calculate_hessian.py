@@ -11,6 +11,7 @@ import calculate_hessian
 import pcfg.lookup
 from pcfg.common.files import InputError
 from pretraining.data.samples import sample_paths
+from pretraining.evaluation import hessian
 
 
 @pytest.fixture
@@ -91,8 +92,8 @@ def test_both_estimators_side_by_side(setting, tiny_rules, capsys):
     }
     printed = capsys.readouterr().out
     for record, text in (
-        (fisher, "Fisher trace {} (n = 24)"),
-        (hutchinson, "Hessian trace (Hutchinson) {} (n = 3, loss: exact)"),
+        (fisher, "Fisher trace {} (mean over 24 sentences)"),
+        (hutchinson, "Hessian trace (Hutchinson) {} (mean over 24 sentences in 3 blocks, loss: exact)"),
     ):
         assert text.format(f"{record['value']:.4f} +- {record['standard_error']:.4f}") in printed
     calculate_hessian.main(flags(folder, *more, **{"--rule-path": tiny_rules}))
@@ -199,11 +200,37 @@ def test_bad_flags(setting, capsys, more, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_one_sentence_has_no_error(setting):
-    with pytest.raises(InputError, match="--nsamples: 1 sentence, .* takes at least 2"):
+def test_one_sentence_has_no_error(setting, monkeypatch):
+    with pytest.raises(InputError, match="--nsamples: 1 sentence has no standard error"):
         calculate_hessian.main(flags(setting[0], "--nsamples", 1))
-    with pytest.raises(InputError, match="--nsamples: 1 sentence, or block of sentences, .* takes at least 2"):
-        calculate_hessian.main(flags(setting[0], "--nsamples", 10, "--estimator", "hutchinson"))
+    for estimator in ("hutchinson", "both"):  # refused before Fisher's part is measured
+        monkeypatch.setattr(hessian, "estimate_trace", None)
+        with pytest.raises(InputError, match="--block-size 16: 10 sentences are one block, .*; give 5 or less"):
+            calculate_hessian.main(flags(setting[0], "--nsamples", 10, "--estimator", estimator))
+
+
+def test_what_the_numbers_are_taken_over_is_printed(setting, monkeypatch, capsys):
+    monkeypatch.setattr(hessian, "COMPARED", 32)
+    calculate_hessian.main(flags(setting[0], "--nsamples", 40, **{"--condprobfile": setting[1]}))
+    own, *others = capsys.readouterr().out.splitlines()[-4:]
+    assert "(mean over 40 sentences)" in own and "true conditionals" in others[1] and "on the same 40 sentences;" in others[1]
+    assert (
+        "(Hutchinson): " in others[2] and "on the first 32 of 40 sentences; Fisher minus Hutchinson, both on these" in others[2]
+    )
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        (["--probe-num", 8, "--eigenvalues", 2], "--eigenvalues, --probe-num"),
+        (["--estimator", "hutchinson", "--min-draws", 5, "--block-size", 5, "--draws", 2], "--min-draws"),
+        (["--target-relative-error", 0.5, "--min-draws", 5], None),
+    ],
+)
+def test_flags_without_effect_are_named(setting, capsys, more, named):
+    calculate_hessian.main(flags(setting[0], "--nsamples", 10, *more))
+    printed = capsys.readouterr().out
+    assert (f"here: {named}\n" in printed) if named else "no effect" not in printed
 
 
 def test_rerun_seed_and_overwrite(setting, capsys):

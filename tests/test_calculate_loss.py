@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 
@@ -12,6 +13,8 @@ from pretraining.data.samples import sample_paths
 from pretraining.evaluation import loss
 from pretraining.evaluation.records import read_record
 from pretraining.model.checkpoints import describe_model, load_model, load_vocabulary, save_model
+from pretraining.report import __main__ as report
+from pretraining.report.rows import collect
 from tests.bert_tokenizer import build_tokenizer
 
 
@@ -59,6 +62,46 @@ def test_a_rerun_skips_and_other_inputs_are_refused(setting, tiny_rules, capsys)
         calculate_loss.main(flags(folder, **{"--rule-path": tiny_rules}))
     calculate_loss.main([*flags(folder, **{"--rule-path": tiny_rules}), "--overwrite"])
     assert json.loads((folder / "models" / "step1" / "loss.json").read_text())["sentences"] == 50
+
+
+def test_the_first_sentences_alone(setting, capsys):
+    folder, table = setting
+    calculate_loss.main(flags(folder, **{"--condprobfile": table, "--nsamples": 50}))
+    printed = capsys.readouterr().out
+    short = read_record(folder / "models" / "step1" / "loss.json")
+    assert short.n == 50 and short.arguments == {"nsamples": 50}
+    for mean in ("pairs", "sentences"):
+        assert (
+            f"{getattr(short.gap, mean).mean:.4f} +- {getattr(short.gap, mean).standard_error:.4f} (mean over {mean}" in printed
+        )
+    with pytest.raises(InputError, match="nsamples was 50, now None"):
+        calculate_loss.main(flags(folder, **{"--condprobfile": table}))
+
+
+def test_an_unwritable_folder_is_noticed_before_measuring(setting, monkeypatch, tmp_path):
+    folder, table = setting
+    given = flags(folder, **{"--condprobfile": table})
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr("pcfg.common.files._sync", lambda _: (_ for _ in ()).throw(full))
+        patch.setattr(loss, "load_model", None)
+        with pytest.raises(
+            InputError, match="models/step1/.probe-.*: the disk is full.*; --records-path writes the records elsewhere"
+        ):
+            calculate_loss.main(given)
+    assert not list(folder.glob("models/*/.*")) and not list(folder.glob("models/*/loss*"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file/step1/.probe-.*: can't be written .*--records-path"):
+        calculate_loss.main([*given, "--records-path", str(tmp_path / "file")])
+    records = tmp_path / "records"
+    calculate_loss.main([*given, "--records-path", str(records)])
+    assert sorted(path.name for path in records.iterdir()) == ["step1", "step2"]
+    assert not list(folder.glob("models/*/loss*"))
+    tree = collect(folder / "models", records)
+    value = read_record(records / "step2" / "loss.json").gap.sentences.mean
+    assert tree.measured.loc["step2", ("gap_sentences", "value")] == value
+    report.main([str(folder / "models"), "--records-path", str(records), "--output", str(tmp_path / "report")])
+    assert str(value)[:10] in (tmp_path / "report" / "results.csv").read_text()
 
 
 def test_conditionals_from_the_grammar_or_the_table_agree(setting, tiny_rules):

@@ -76,7 +76,24 @@ def test_seeds_are_reproducible_and_finished_ones_skipped(model, data, capsys):
 def test_one_seed_says_that_there_is_no_error(model, data, capsys):
     run_ft.main(["--model_name_or_path", str(model), *data, *SHORT, "--seed", "7"])
     assert record_of(model)["seeds"] == [7] and record_of(model)["standard_error"] is None
-    assert "no standard error with one seed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no standard error with one seed" in printed
+    value, z = record_of(model)["value"], 1.959964
+    ends = [
+        (value + z * z / 200 + sign * z * (value * (1 - value) / 100 + z * z / 40000) ** 0.5) / (1 + z * z / 100)
+        for sign in (-1, 1)
+    ]
+    assert "95% by Wilson for 100 sentences {:.2f} to {:.2f}".format(*(100 * end for end in ends)) in printed
+
+
+def test_flags_without_effect_are_named(model, data, capsys):
+    extra = ["--resume_from_checkpoint", "x", "--prediction_loss_only", "true", "--seed", "1", "--seeds", "2"]
+    run_ft.main(["--model_name_or_path", str(model), *data, *SHORT, *extra])
+    assert "no effect on fine-tuning: --prediction_loss_only, --resume_from_checkpoint, --seed\n" in capsys.readouterr().out
+    assert record_of(model)["seeds"] == [2]
+    with pytest.raises(SystemExit) as stopped:
+        run_ft.main(["--model_name_or_path", str(model), *data, *SHORT, "--push_to_hub"])
+    assert stopped.value.code == 2 and "--push_to_hub: a measurement keeps no model" in capsys.readouterr().err
 
 
 def test_predictions_of_a_test_file(model, data, tmp_path, capsys):
@@ -165,6 +182,14 @@ def test_what_is_not_finite_is_no_accuracy(model, data, name, value):
     with pytest.raises(InputError, match="not finite|diverged"):
         run_ft.main(["--model_name_or_path", str(model), *data, *SHORT])
     assert not list(model.glob("finetune*"))
+
+
+def test_records_elsewhere(model, data, tmp_path):
+    root = model.parents[1]
+    run_ft.main(["--model_name_or_path", str(root), *data, *SHORT, "--records-path", str(tmp_path / "records")])
+    assert (tmp_path / "records" / model.relative_to(root) / "finetune_pcfg_B.json").exists() and not list(
+        model.glob("finetune*")
+    )
 
 
 def test_a_diverged_training_is_no_accuracy(model, data):

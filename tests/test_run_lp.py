@@ -192,7 +192,9 @@ def test_curves_of_models_and_controls(model, data, tiny_rules, tmp_path, solver
         assert record["solver"] == solver and record["seeds"] == [] and record["n"] == 100
         assert ("model" in record["inputs"]) == (folder.name != "words")
     printed = capsys.readouterr().out
-    assert f"curve pcfg_B by {solver}: " in printed and "labels; means over 3 draws; majority" in printed
+    assert f"curve pcfg_B by {solver}: " in printed and "means over 3 draws; majority" in printed
+    deviation = record["points"][1]["accuracy"]["standard_error"] * 3**0.5
+    assert f"with 40 labels (standard deviation between draws {100 * deviation:.2f}); means" in printed
     # The class is that of the first word: one-hot words tell it once each word has been seen.
     words = record_of(tmp_path / "words", f"curve_pcfg_B_{solver}.json")
     assert words["value"] > 0.9 > words["majority"] and words["features"] == "words"
@@ -378,6 +380,13 @@ def test_usage_errors_exit_with_2(model, data, flags):
 def test_flags_without_effect_are_named(model, data, capsys):
     run_lp.main(["--model_name_or_path", str(model), *data, *SHORT, "--label_smoothing_factor", "0.1"])
     assert "no effect on a linear probe: --label_smoothing_factor\n" in capsys.readouterr().out
+    given = ["--seed", "3", "--seeds", "0,1,2", "--label_draws", "3", "--output_dir", "x", "--overwrite"]
+    run_lp.main(["--model_name_or_path", str(model), *data, *SHORT, *given])
+    printed = capsys.readouterr().out
+    assert "no effect on a linear probe: --label_draws, --output_dir, --seed\n" in printed
+    record = record_of(model)
+    deviation = np.std(record["accuracies"], ddof=1)
+    assert f"95% by Student's t ± {100 * 4.302653 * deviation / 3**0.5:.2f}" in printed  # t of 2 degrees of freedom
 
 
 def spoil(model, name, value):
@@ -394,6 +403,12 @@ def test_what_is_not_finite_is_no_accuracy(model, data, name, value):
     with pytest.raises(InputError, match="not finite|diverged"):
         run_lp.main(["--model_name_or_path", str(model), *data, *SHORT])
     assert not list(model.glob("probe*"))
+
+
+def test_records_elsewhere(model, data, tmp_path):
+    root = model.parents[1]
+    run_lp.main(["--model_name_or_path", str(root), *data, *SHORT, "--records-path", str(tmp_path / "records")])
+    assert (tmp_path / "records" / model.relative_to(root) / "probe_pcfg_B.json").exists() and not list(model.glob("probe*"))
 
 
 def test_a_diverged_training_is_no_accuracy(model, data):

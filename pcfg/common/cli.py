@@ -2,16 +2,28 @@
 
 import argparse
 import difflib
+import io
 import math
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from pcfg.common.files import InputError
 from pcfg.common.start import INTERRUPTED
+
+SURROGATES = re.compile("[\ud800-\udfff]")  # they stand for bytes that are not UTF-8
+# Of the flag --records-path, which all measurements have.
+RECORDS_HELP = (
+    "folder for the records, where each model has the same relative path as below the models' folder (default: next to the "
+    "weights); python -m pretraining.report MODELS --records-path FOLDER reads them there"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,6 +40,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
+        encoding = sys.getfilesystemencoding()
+        for word in words:
+            if not word.isascii() and (encoding != "utf-8" or SURROGATES.search(word)):
+                advice = "libraries read UTF-8 names only: rename it, or set PYTHONUTF8=1"
+                self.error(f"{word!a}: not text in UTF-8, or the locale's encoding ({encoding}) is another; {advice}")
         end = words.index("--") if "--" in words else len(words)
         return super().parse_known_args([*map(self._as_declared, words[:end]), *words[end:]], namespace)
 
@@ -53,8 +70,11 @@ class Parser(argparse.ArgumentParser):
 def run_main(main: Callable[[], None]) -> None:
     """Run `main()`; ends with one line on stderr and exit code 2 for an `InputError`, 130 for Ctrl-C.
 
-    A closed stdout (`| head`) ends the program quietly with exit code 141, as SIGPIPE ends others.
+    A closed stdout (`| head`) ends the program quietly with exit code 141, as SIGPIPE ends others. Characters that the encoding
+    of stdout lacks are printed as escapes.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # `pcfg.common.start` has another one
     try:
@@ -65,12 +85,23 @@ def run_main(main: Callable[[], None]) -> None:
     except InputError as error:
         print(f"{program_name()}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except UnicodeEncodeError as error:
+        if not SURROGATES.search(error.object):
+            raise
+        print(f"{program_name()}: error: {error.object!a}: a name that is not UTF-8; rename it", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         sys.exit(141)
+
+
+def warn_of_flags(names: Collection[str], measurement: str) -> None:
+    """Print a warning that the flags `names` have no effect; nothing without any."""
+    if names:
+        print(f"warning: no effect on {measurement}: {', '.join('--' + name for name in sorted(names))}")
 
 
 def program_name() -> str:
@@ -118,6 +149,24 @@ def file_name(text: str) -> str:
     if not Path(text).name or Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is no name of a file; give the file a name")
     return text
+
+
+class Progress(tqdm):
+    """A progress bar that also says once, on stdout, how long the work takes: after its first seconds, if it takes long."""
+
+    FIRST = 5.0  # seconds before the forecast
+    LONG = 60.0  # seconds of work that a forecast is worth
+
+    _has_forecast = False
+
+    def update(self, n: float | None = 1) -> bool | None:
+        is_shown = super().update(n)
+        if is_shown and self.total and not self._has_forecast and (seconds := time.time() - self.start_t) >= self.FIRST:
+            self._has_forecast = True
+            left = seconds / max(1, self.n - self.initial) * (self.total - self.n)
+            if left > self.LONG:
+                self.write(f"{self.desc}: about {left / 60:.0f} more minutes for all {self.total:,} {self.unit}s")
+        return is_shown
 
 
 positive_int = number("positive_int", int, lambda value: value >= 1, "1 or more")

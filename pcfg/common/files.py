@@ -134,6 +134,17 @@ def atomic_folder(path: AnyPath) -> Iterator[Path]:
         raise
 
 
+def check_writable(folder: AnyPath, advice: str) -> None:
+    """Make a folder, and refuse one in which no file can be written, before hours of work for such a file."""
+    probe = Path(folder) / f".probe-{os.getpid()}"
+    try:
+        with atomic_open(probe, "wb") as file:
+            file.write(bytes(1 << 16))
+        probe.unlink()
+    except InputError as error:
+        raise InputError(f"{error}; {advice}") from error
+
+
 def write_json(path: AnyPath, value: object) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity are refused: JSON has neither."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 from pcfg.common.files import InputError
 
@@ -77,6 +78,24 @@ class SentenceMeans:
     def _refuse_one(self) -> None:
         if self.number < 2:
             raise InputError(f"{self.number} sentence: a standard error needs at least 2; give a longer text")
+
+
+def wilson(share: float, number: int) -> tuple[float, float]:
+    """The 95% interval of a probability from the share of successes in `number` independent trials (Wilson 1927).
+
+    >>> low, high = wilson(1.0, 1000)
+    >>> round(low, 5), round(high, 5)
+    (0.99617, 1.0)
+    """
+    z = stats.norm.ppf(0.975)
+    middle = share + z * z / (2 * number)
+    half = z * np.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
+    return float((middle - half) / (1 + z * z / number)), float((middle + half) / (1 + z * z / number))
+
+
+def student_half_width(standard_error: float, number: int) -> float:
+    """Half the 95% interval of the mean of `number` independent normal values: Student's t times its standard error."""
+    return float(stats.t.ppf(0.975, number - 1)) * standard_error
 
 
 def mean_by_pairs(values: npt.ArrayLike, counts: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> tuple[float, float]:

@@ -13,8 +13,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from pcfg.common.cli import Parser
+from pcfg.common.cli import RECORDS_HELP, Parser
 from pcfg.common.files import InputError
+from pcfg.common.means import student_half_width, wilson
 from pretraining.data.tasks import GLUE, Task
 from pretraining.evaluation.records import AccuracyRecord, CurveRecord, FinetuneRecord, ProbeRecord, is_measured, write_record
 
@@ -62,6 +63,7 @@ class DownstreamArguments:
         help="seeds of initialisation and order, separated by commas: one run each, and a standard error over them; "
         "default: the seed of --seed",
     )
+    records_path: str | None = flag(default=None, help=RECORDS_HELP)
     overwrite: bool = flag(default=False, help="measure again, even with a complete record")
 
 
@@ -93,6 +95,8 @@ class DownstreamTrainingArguments(TrainingArguments):
             raise ValueError("a measurement trains and evaluates: leave out --no_do_train and --no_do_eval")
         if self.save_strategy != SaveStrategy.NO:
             raise ValueError("--save_strategy: a measurement keeps no checkpoints; leave it out")
+        if self.push_to_hub:
+            raise ValueError("--push_to_hub: a measurement keeps no model that could be pushed; leave it out")
 
 
 # The training flags that a training always depends on.
@@ -269,8 +273,11 @@ def describe_accuracy(record: AccuracyRecord) -> str:
     """One line on an accuracy and its errors, in %."""
     errors = ["no standard error with one seed"]
     if record.standard_error is not None:
-        errors = [f"± {100 * record.standard_error:.2f} over {len(record.accuracies)} seeds"]
-    errors.append(f"± {100 * record.sampling_standard_error:.2f} for {record.n} sentences")
+        seeds = len(record.accuracies)
+        half = student_half_width(record.standard_error, seeds)
+        errors = [f"standard error {100 * record.standard_error:.2f} over {seeds} seeds, 95% by Student's t ± {100 * half:.2f}"]
+    low, high = wilson(record.value, record.n)
+    errors.append(f"95% by Wilson for {record.n} sentences {100 * low:.2f} to {100 * high:.2f}")
     if isinstance(record, ProbeRecord) and record.bootstrap:
         errors.append(f"± {100 * record.bootstrap.standard_error:.2f} over {record.bootstrap.replicates} samples of the data")
     errors.append(f"majority {100 * record.majority:.2f}%")
@@ -280,7 +287,8 @@ def describe_accuracy(record: AccuracyRecord) -> str:
 def describe_curve(record: CurveRecord) -> str:
     """One line on accuracies by the number of labels, in %."""
     points = [
-        f"{100 * point.accuracy.mean:.2f}% ± {100 * point.accuracy.standard_error:.2f} with {point.labels} labels"
+        f"{100 * point.accuracy.mean:.2f}% with {point.labels} labels (standard deviation between draws "
+        f"{100 * point.accuracy.standard_error * point.draws**0.5:.2f})"
         + (f" ({point.missing_classes} of {point.draws} draws lack a class)" if point.missing_classes else "")
         for point in record.points
     ]

@@ -19,8 +19,8 @@ import os
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from pcfg.common.cli import Progress
 from pcfg.common.files import InputError
 from pcfg.lookup import LookupTable
 from pretraining.data.contexts import Contexts, concatenate
@@ -102,7 +102,7 @@ def hidden_features(
             hidden = module(hidden, None)
         return hidden
 
-    with tqdm(total=len(features), desc="features", unit="sentence", leave=False) as progress:
+    with Progress(total=len(features), desc="features", unit="sentence", leave=False) as progress:
         for length in np.unique(contexts.lengths).tolist():
             rows = np.flatnonzero(contexts.lengths == length)
             distinct, inverse = np.unique(contexts.input_ids[rows, :length], axis=0, return_inverse=True)
@@ -136,7 +136,7 @@ def conditional_features(model: MaskedLM, contexts: Contexts, max_words: int, po
     device = next(model.parameters()).device
     counts = contexts.counts
     batches = contexts.batches(np.arange(len(contexts.label)), BATCH_CONTEXTS)
-    for batch in tqdm(batches, desc="conditionals", unit="batch", leave=False):
+    for batch in Progress(batches, desc="conditionals", unit="batch", leave=False):
         probabilities = torch.softmax(model(*contexts.batch(batch, device)).float(), -1).cpu()  # (m, vocab_size)
         word = contexts.position[batch] - 1  # position 0 is [CLS]
         _put(features, contexts.sentence[batch], word, probabilities, counts, pool)

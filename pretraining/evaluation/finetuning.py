@@ -41,6 +41,15 @@ FINETUNING_HARMLESS = HARMLESS | {
 }
 
 
+# Training flags that the measurement itself sets, or that are about the checkpoints that it does not keep.
+INEFFECTIVE = {
+    *("resume_from_checkpoint", "output_dir", "metric_for_best_model", "greater_is_better", "remove_unused_columns"),
+    *("prediction_loss_only", "save_steps", "save_total_limit", "save_on_each_node", "save_only_model", "ignore_data_skip"),
+    *("restore_callback_states_from_checkpoint", "enable_jit_checkpoint"),
+    *("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision"),
+}
+
+
 @dataclasses.dataclass(kw_only=True)
 class FinetuningArguments(DownstreamArguments):
     """End of training and predictions, in addition to model and data."""
@@ -115,6 +124,7 @@ def finetune(
     """
     training = copy.copy(training)
     training.seed = seed
+    training.prediction_loss_only = False
     training.remove_unused_columns = False  # the dataset has inputs of the model only
     training.dataloader_pin_memory = training.dataloader_pin_memory and training.device.type == "cuda"
     training.metric_for_best_model = "accuracy"
@@ -158,11 +168,12 @@ def write_predictions(path: Path, task: Task, test: Part, seeds: list[int], pred
 
 
 def finetune_model(
-    folder: Path, task: Task, options: FinetuningArguments, training: TrainingArguments, changed: dict[str, Any]
+    folder: Path, output: Path, task: Task, options: FinetuningArguments, training: TrainingArguments, changed: dict[str, Any]
 ) -> None:
     """Fine-tune the model in `folder` once per seed, and write `finetune_TASK.json` (and the predictions of a test part).
 
     Args:
+        output: folder of the results.
         changed: the training flags that have another value than their default. The record has them, and `TRAINING_FLAGS`.
     """
     patience = options.early_stopping_patience
@@ -175,7 +186,7 @@ def finetune_model(
         fields: dict[str, Any] = {"steps": [result["steps"] for result in runs]}
         if task.test is not None:
             predictions = [result["predictions"] for result in runs]
-            write_predictions(folder / predictions_file, task, task.test, seeds, predictions)
+            write_predictions(output / predictions_file, task, task.test, seeds, predictions)
             fields["predictions_file"] = predictions_file
             if task.test.labels is not None:
                 fields["test_n"] = len(task.test)
@@ -186,4 +197,4 @@ def finetune_model(
     flags = {**plain_flags(training, TRAINING_FLAGS), **further, "early_stopping_patience": patience}
     name = f"finetune_{task.name}.json"
     files = () if task.test is None else (predictions_file,)
-    measure_accuracy(folder, name, FinetuneRecord, task, options, training, describe_model(folder), flags, run, files)
+    measure_accuracy(output, name, FinetuneRecord, task, options, training, describe_model(folder), flags, run, files)

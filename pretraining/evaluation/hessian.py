@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import one_hot
-from tqdm import tqdm
 
+from pcfg.common.cli import Progress
 from pcfg.common.files import InputError, keyed_rng, sha256
 from pcfg.common.ranks import Ranks
 from pcfg.lookup import LookupTable
@@ -154,11 +154,6 @@ def mean_and_error(values: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, n
     >>> mean_and_error(np.array([[1.0], [3.0]]), np.array([1, 1]))
     (array([2.]), array([1.]))
     """
-    number = len(values)
-    if number < 2:
-        raise InputError(
-            f"--nsamples: {number} sentence, or block of sentences, has no standard error; it takes at least 2 of them"
-        )
     mean, covariance = mean_and_covariance(values, sizes)
     return mean, np.sqrt(covariance.diagonal())
 
@@ -426,6 +421,22 @@ def _hutchinson_values(
         yield np.array([block]), partitions.columns(forms.mean(0))[None, None], len(measured)
 
 
+def check_plan(estimators: list[str], model: MaskedLM, contexts: Contexts, sampling: Sampling, source: Path | str = "") -> None:
+    """Refuse what the estimators could not measure, before the first of them is; arguments as in `estimate_trace`."""
+    check_length(contexts, model.config.max_position_embeddings, source)
+    words = model.config.vocab_size
+    if "fisher" in estimators and sampling.soft_labels and words > SOFT_WORDS:
+        raise InputError(f"--soft-labels: a backward pass for each of {words} words; at most {SOFT_WORDS}, draw labels instead")
+    sentences = len(sampling.counts(contexts))
+    if sentences < 2:
+        raise InputError("--nsamples: 1 sentence has no standard error; give 2 or more, or a longer --datafile")
+    if "hutchinson" in estimators and sentences <= sampling.block_size:
+        raise InputError(
+            f"--block-size {sampling.block_size}: {sentences} sentences are one block, which has no standard error; give "
+            f"{(sentences + 1) // 2} or less"
+        )
+
+
 def estimate_trace(
     estimator: str,
     model: MaskedLM,
@@ -445,11 +456,9 @@ def estimate_trace(
         ranks: the processes that share the sentences; None for this one alone.
         source: the data file, for errors.
     """
-    check_length(contexts, model.config.max_position_embeddings, source)
+    check_plan([estimator], model, contexts, sampling, source)
     words = model.config.vocab_size
     is_fisher = estimator == "fisher"
-    if is_fisher and sampling.soft_labels and words > SOFT_WORDS:
-        raise InputError(f"--soft-labels: a backward pass for each of {words} words; at most {SOFT_WORDS}, draw labels instead")
     ranks = ranks or Ranks()
     partitions = Partitions(model)
     counts = sampling.counts(contexts)
@@ -461,7 +470,7 @@ def estimate_trace(
     first = max(MIN_UNITS[estimator], 1 + int(np.searchsorted(draws, sampling.min_draws or MIN_DRAWS[estimator])))
     measure = _fisher_values if is_fisher else _hutchinson_values
     values = np.zeros((0, 2 if is_fisher and truth is not None else 1, len(partitions)))
-    progress = tqdm(desc=estimator, total=int(counts.sum()), unit="position", leave=False, disable=not ranks.is_main)
+    progress = Progress(desc=estimator, total=int(counts.sum()), unit="position", leave=False, disable=not ranks.is_main)
     for stop in stops(len(starts), first, target):
         start = len(values)
         values = np.concatenate([values, np.zeros((stop - start, *values.shape[1:]))])
@@ -505,6 +514,7 @@ def measure_trace(
         results[name] = {**fields, "seconds": time.monotonic() - started}
 
     names = list(RECORDS) if estimator == "both" else [estimator]
+    check_plan(names + ["fisher"] * (estimator == "hutchinson"), model, contexts, sampling, inputs.source)
     for name in names:
         run(name, sampling)
     sentences = estimates[names[0]].sentences
@@ -525,13 +535,17 @@ def _number(part: Any) -> str:
     return f"{part.value:.4f} +- {part.standard_error:.4f}"
 
 
-def _other_text(name: str, other: OtherTrace | None) -> str:
-    """A line on the trace in another way; empty for None."""
+def _other_text(name: str, other: OtherTrace | None, sentences: int) -> str:
+    """A line on the trace in another way; empty for None. `sentences` are those of the record."""
     if other is None:
         return ""
-    line = f"\n  {name}: {_number(other)}"
+    own = (other.model_extra or {}).get("sentences", sentences)
+    fewer = f"on the first {own} of {sentences} sentences" if own < sentences else f"on the same {own} sentences"
+    line = f"\n  {name}: {_number(other)} {fewer}"
     if gap := other.difference:
-        line += f"; Fisher minus {'Hutchinson' if name in QUANTITIES.values() else 'it'} {_number(gap)}"
+        line += (
+            f"; Fisher minus {'Hutchinson' if name in QUANTITIES.values() else 'it'}, both on these sentences, {_number(gap)}"
+        )
         line += ", more than two standard errors" * (abs(gap.value) > 2 * (gap.standard_error or 0))
     return line
 
@@ -540,15 +554,19 @@ def described_trace(record: HessianRecord) -> str:
     """The trace of a record made by `measure_trace`, its differences to others, and the flatness that needs no scale."""
     balanced: Any = record.balanced
     fields: dict[str, Any] = record.model_extra or {}
-    text = f"{record.quantity} {_number(record)} (n = {record.n}{f', loss: {record.loss}' if record.loss else ''})"
+    sentences = int(fields.get("sentences", record.n))
+    blocks = f" in {record.n} blocks" if record.n < sentences else ""
+    loss = f", loss: {record.loss}" if record.loss else ""
+    text = f"{record.quantity} {_number(record)} (mean over {sentences} sentences{blocks}{loss})"
     if not fields.get("target_reached", True):
         text += f"\n  relative error {fields['relative_error']:.2%} with all sentences; give a longer text or more draws"
     text += f"\n  balanced trace {f'not defined: {balanced.reason}' if balanced.reason else _number(balanced)}"
     text += f"; relative flatness R {_number(record.relative)}"
     if record.constant_share:
         text += f"; constant directions {record.constant_share.value:.1%} of the trace"
-    text += _other_text("labels drawn from the true conditionals", record.true_labels)
-    return text + _other_text(QUANTITIES["hutchinson"], record.hutchinson) + _other_text(QUANTITIES["fisher"], record.fisher)
+    others = {"labels drawn from the true conditionals": record.true_labels}
+    others |= {QUANTITIES["hutchinson"]: record.hutchinson, QUANTITIES["fisher"]: record.fisher}
+    return text + "".join(_other_text(name, other, sentences) for name, other in others.items())
 
 
 def unmeasured(

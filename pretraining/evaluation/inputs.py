@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pcfg.common.cli import RECORDS_HELP, folder_name
 from pcfg.common.files import InputError, describe_file
 from pcfg.common.text import read_texts
 from pcfg.grammar import Grammar, find_rules
@@ -45,6 +46,7 @@ def add_input_arguments(parser: argparse.ArgumentParser, pairs: bool = False) ->
     truth.add_argument("--condprobfile", help=table)
     truth.add_argument("--rule-path", help="grammar that gives the true conditionals, instead of --condprobfile")
     group = parser.add_argument_group("computation")
+    group.add_argument("--records-path", type=folder_name, metavar="FOLDER", help=RECORDS_HELP)
     available = "cuda" if torch.cuda.is_available() else "cpu"
     group.add_argument("--device", type=device, default=available, help="cpu or cuda (default: cuda when available)")
     group.add_argument("--overwrite", action="store_true", help="measure again what is measured already (default: skip it)")
@@ -61,6 +63,7 @@ class Inputs:
     table: LookupTable | None  # true conditionals of the same sentences, or None
     columns: np.ndarray | None  # (words,) int64, the vocabulary id of each word of the table; None without a table
     described: dict[str, dict]  # hashes of these files, for records
+    arguments: dict[str, int] = dataclasses.field(default_factory=dict)  # of a record of the loss
 
     def check(self, folder: Path) -> None:
         """Refuse a model with another vocabulary."""

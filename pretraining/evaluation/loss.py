@@ -37,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
+from pcfg.common.cli import Progress
 from pcfg.common.files import keyed_rng
 from pcfg.common.means import mean_by_pairs, mean_by_sentences
 from pcfg.common.ranks import map_on_cores
@@ -176,7 +176,7 @@ def context_losses(
     sentences = len(contexts.lengths)
     window = max(1, min(WINDOW_SENTENCES, WINDOW_NUMBERS // (int(contexts.counts.max()) * len(columns))))
     with (
-        tqdm(total=len(label), desc="loss", unit="context", leave=False) as progress,
+        Progress(total=len(label), desc="loss", unit="context", leave=False) as progress,
         map_on_cores(device) as run,
         # The choice of the attention kernel is global: a thread would undo that of another.
         contextlib.nullcontext() if run is map else sdpa_kernel(SDPBackend.MATH),
@@ -250,37 +250,42 @@ def describe_loss(record: LossRecord, is_natural: bool = False) -> str:
     """One line of results, in nats; `is_natural` for those on natural text."""
     if record.loss is None or record.entropy is None or record.gap is None:
         reason = "; natural text, no exact entropy exists for this data" if is_natural else ""
-        return f"MLM loss {_number(record.sampled_loss.pairs)} (masked positions){reason}"
-    return (
-        f"loss {record.loss.pairs.mean:.4f}, entropy {record.entropy.pairs.mean:.4f}, gap {_number(record.gap.pairs)} (pairs); "
-        f"gap {_number(record.gap.sentences)} (sentences)"
-    )
+        masked = record.sampled_loss
+        return f"MLM loss {_number(masked.pairs)} (mean over pairs), {_number(masked.sentences)} (over sentences){reason}"
+    means = {
+        mean: f"loss {getattr(record.loss, mean).mean:.4f}, entropy {getattr(record.entropy, mean).mean:.4f}, "
+        f"gap {_number(getattr(record.gap, mean))}"
+        for mean in ("pairs", "sentences")
+    }
+    return f"{means['pairs']} (mean over pairs, as in loss.txt); {means['sentences']} (mean over sentences)"
 
 
 def _common_fields(means: dict, inputs: Inputs, described: dict, device: str) -> dict[str, Any]:
     """Fields that the records of a loss and of a comparison share."""
     value = {"value": means["pairs"]["mean"], "standard_error": means["pairs"]["standard_error"], "unit": "nats"}
-    return {**value, "n": len(inputs.contexts.lengths), "inputs": described, "arguments": {}, "device": device}
+    return {**value, "n": len(inputs.contexts.lengths), "inputs": described, "arguments": inputs.arguments, "device": device}
 
 
-def measure_models(folders: list[Path], inputs: Inputs, device: str, batch_size: int, overwrite: bool) -> None:
-    """Measure the loss of each model: write loss.json and loss.txt into its folder, and print a line."""
-    for folder in folders:
+def measure_models(models: list[tuple[Path, Path]], inputs: Inputs, device: str, batch_size: int, overwrite: bool) -> None:
+    """Measure the loss of each model: write loss.json and loss.txt, and print a line; `models`: with folders of records."""
+    for folder, output in models:
         inputs.check(folder)
         described = {**inputs.described, "model": describe_model(folder)}
-        if is_measured(folder, RECORD, described, {}, overwrite):
+        if is_measured(output, RECORD, described, inputs.arguments, overwrite):
             print(f"{folder}: loss is measured already, skipped")
             continue
         model = load_model(folder, device)
         fields = measure_loss(model, inputs.contexts, inputs.table, inputs.columns, batch_size, inputs.source)
         means = fields.get("loss", fields["sampled_loss"])
         record = LossRecord(**fields, **_common_fields(means, inputs, described, device))
-        write_record(folder, RECORD, record, number_file=True)
+        write_record(output, RECORD, record, number_file=True)
         print(f"{folder}: {describe_loss(record, inputs.contexts.natural)}")
 
 
-def compare_models(folders: list[Path], reference: Path, inputs: Inputs, device: str, batch_size: int, overwrite: bool) -> None:
-    """Compare each model with the reference: write comparison_HASH.json into its folder, and print the difference.
+def compare_models(
+    models: list[tuple[Path, Path]], reference: Path, inputs: Inputs, device: str, batch_size: int, overwrite: bool
+) -> None:
+    """Compare each model with the reference: write comparison_HASH.json, and print the difference; as `measure_models`.
 
     The reference is measured once, with the first model that needs it. Models of its own weights are skipped.
     """
@@ -293,14 +298,14 @@ def compare_models(folders: list[Path], reference: Path, inputs: Inputs, device:
         return context_losses(model, inputs.contexts, inputs.table, inputs.columns, batch_size, inputs.source)
 
     reference_losses = None
-    for folder in folders:
+    for folder, output in models:
         described = {**inputs.described, "model": describe_model(folder), "other": other}
         if described["model"] == other:
             same = "is the model to compare with" if folder.samefile(reference) else "has the same weights as that model"
             print(f"{folder}: {same}, skipped")
             continue
         inputs.check(folder)
-        if is_measured(folder, name, described, {}, overwrite):
+        if is_measured(output, name, described, inputs.arguments, overwrite):
             print(f"{folder}: comparison with {reference} is measured already, skipped")
             continue
         reference_losses = losses(reference) if reference_losses is None else reference_losses
@@ -309,7 +314,7 @@ def compare_models(folders: list[Path], reference: Path, inputs: Inputs, device:
         fields["seconds"] = time.monotonic() - started
         fields["models"] = [model_label(folder), model_label(reference)]
         record = ComparisonRecord(**fields, **_common_fields(fields["difference"], inputs, described, device))
-        write_record(folder, name, record)
+        write_record(output, name, record)
         quantity = "gap" if record.gap_a else "loss"
         for model, means in ((folder, record.gap_a or record.loss_a), (reference, record.gap_b or record.loss_b)):
             if means is not None:

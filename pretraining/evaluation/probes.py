@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import TrainingArguments
 
+from pcfg.common.cli import Progress
 from pcfg.common.files import InputError, keyed_rng, read_json, write_json
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
@@ -100,9 +100,16 @@ class ProbeArguments(DownstreamArguments):
         return self.solver or ("adamw" if self.features == "hidden" else "lbfgs")
 
 
-def ineffective_flags(changed: dict[str, Any], solver: str) -> list[str]:
-    """The training flags in `changed` that a probe by `solver` ignores."""
-    return sorted(changed.keys() - set(FLAGS if solver == "adamw" else ()) - downstream.HARMLESS - {"use_cpu"})
+def ineffective_flags(changed: dict[str, Any], options: ProbeArguments) -> set[str]:
+    """The training flags in `changed`, and the other flags, that the probe ignores."""
+    ignored = changed.keys() - set(FLAGS if options.method == "adamw" else ()) - downstream.HARMLESS - {"use_cpu"}
+    if "seed" in changed and (options.seeds is not None or options.method == "ridge" or options.label_counts is not None):
+        ignored |= {"seed"}
+    if options.needs_model and "output_dir" in changed:
+        ignored |= {"output_dir"}
+    if options.label_counts is None and options.label_draws != ProbeArguments.label_draws:
+        ignored |= {"label_draws"}
+    return ignored
 
 
 def fit(
@@ -242,6 +249,8 @@ def _measure(
     own |= {name: value for name in ("layer", "position") if (value := getattr(options, name)) is not None}
     own["solver"] = options.method
     flags = downstream.plain_flags(training, FLAGS) if options.method == "adamw" else {}
+    if flags:
+        downstream.training_steps(training, len(task.train))  # refuses a warm-up longer than the training
 
     def prepare() -> ProbeData:
         features, width = compute_features()
@@ -285,7 +294,7 @@ def _measure_curve(
     data = prepare()
     sha256 = inputs["train"]["sha256"]
     sets = [label_draws(sha256, len(task.train), labels, options.label_draws) for labels in counts]
-    points = [curve_point(data, options.method, draws) for draws in tqdm(sets, desc="label counts", leave=False)]
+    points = [curve_point(data, options.method, draws) for draws in Progress(sets, desc="label counts", leave=False)]
     most = points[-1].accuracy
     details: dict[str, Any] = {"overlap": task.overlap, "classes": len(task.classes), "train_n": len(task.train)}
     details |= {name: getattr(options, name) for name in ("features", "pool", "layer", "position")}
@@ -315,8 +324,8 @@ def _placed(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(device) for tensor in tensors)
 
 
-def probe_model(folder: Path, task: Task, options: ProbeArguments, training: DownstreamTrainingArguments) -> None:
-    """Probe the model in `folder`: its hidden states, or its predicted conditionals (`options.features`)."""
+def probe_model(folder: Path, output: Path, task: Task, options: ProbeArguments, training: DownstreamTrainingArguments) -> None:
+    """Probe the model in `folder`: its hidden states, or its predicted conditionals; the record goes into `output`."""
 
     def compute_features() -> tuple[list[Tensor], int]:
         model = load_model(folder, training.device)
@@ -331,7 +340,7 @@ def probe_model(folder: Path, task: Task, options: ProbeArguments, training: Dow
         features = [conditional_features(model, part, longest - 2, pool) for part in parts]
         return features, feature_width(pool, options.max_seq_length - 2, model.config.vocab_size)
 
-    _measure(folder, describe_model(folder), task, options, training, compute_features)
+    _measure(output, describe_model(folder), task, options, training, compute_features)
 
 
 def probe_words(task: Task, options: ProbeArguments, training: DownstreamTrainingArguments) -> None:

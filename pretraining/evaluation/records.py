@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from annotated_types import Len, MinLen
 
-from pcfg.common.files import InputError, atomic_open, read_json, versions
+from pcfg.common.files import InputError, atomic_open, check_writable, read_json, versions
 from pcfg.common.schema import Schema, parse_schema, write_schema
 
 PREFIXES = ("loss", "comparison", "hessian", "spectrum", "probe_", "curve_", "finetune_")  # of the files' names
@@ -243,13 +243,20 @@ _KINDS = (LossRecord, ComparisonRecord, HessianRecord, SpectrumRecord, ProbeReco
 RECORDS: dict[str, type[Record]] = {kind.model_fields["measurement"].default: kind for kind in _KINDS}
 
 
+def record_folder(folder: Path, root: Path | str, records_path: Path | str | None) -> Path:
+    """Where the records of a model go: into its folder, or to its path relative to `root` in `records_path`."""
+    return folder if records_path is None else Path(records_path) / folder.relative_to(root)
+
+
 def is_measured(folder: Path | str, name: str, inputs: dict, arguments: dict, overwrite: bool) -> bool:
     """Whether record `name` of `folder` is complete, for the same inputs and arguments.
 
-    A record with other inputs or arguments, or a damaged one, is an error unless `overwrite` is set.
+    A record with other inputs or arguments, or a damaged one, is an error unless `overwrite` is set. So is a folder in which
+    the record could not be written.
     """
     path = Path(folder) / name
     if overwrite or not path.exists():
+        check_writable(folder, "--records-path writes the records elsewhere")
         return False
     record = read_record(path)
     if record.inputs == inputs and record.arguments == arguments:

@@ -30,10 +30,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm, trange
+from tqdm import tqdm
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import IntervalStrategy
 
+from pcfg.common.cli import Progress
 from pcfg.common.files import InputError, keyed_rng
 from pretraining.evaluation.downstream import training_steps
 
@@ -51,6 +52,7 @@ NEGLIGIBLE = 1e-5  # times the mean of a column: a standard deviation that is on
 FURTHER_STEPS = 0.1
 STILL_FALLS = 0.005
 DIVERGED = 100.0  # nats, a mean cross-entropy: the probability of a label is then 0 in float32
+NOTHING_LEARNED = "the training of the classifier diverged; nothing is recorded, lower --learning_rate"
 NO_CLASS = -1e4  # the bias of a class without training sentences: exp() of it is 0
 
 
@@ -90,20 +92,14 @@ def correct(head: nn.Linear, features: Tensor, labels: Tensor, batch_size: int =
 def finite_argmax(logits: Tensor) -> Tensor:
     """argmax over the classes, (n, classes) -> (n,) int64; refuses logits that are not finite, whose argmax means nothing."""
     if not logits.isfinite().all():
-        raise diverged("logits that are not finite")
+        raise InputError(f"{NOTHING_LEARNED} (logits that are not finite)")
     return logits.argmax(-1)
 
 
-def check_loss(loss: float) -> float:
-    """The mean cross-entropy of all training or validation sentences, in nats; refuses that of a diverged training."""
+def check_loss(loss: float) -> None:
+    """Refuse the mean cross-entropy of all training sentences, in nats, of a diverged training."""
     if not loss <= DIVERGED:
-        raise diverged(f"a loss of {loss:.3g} nats")
-    return loss
-
-
-def diverged(what: str) -> InputError:
-    """The error of a classifier that has learned nothing, because its training diverged."""
-    return InputError(f"the training of the classifier diverged: it has {what}; nothing is recorded, lower --learning_rate")
+        raise InputError(f"{NOTHING_LEARNED} (a loss of {loss:.3g} nats)")
 
 
 def accuracy(head: nn.Linear, features: Tensor, labels: Tensor) -> float:
@@ -140,7 +136,7 @@ def fit_adamw(
     intervals = {IntervalStrategy.EPOCH: epoch_steps, IntervalStrategy.STEPS: int(training.eval_steps or 0)}
     every = intervals.get(IntervalStrategy(training.eval_strategy))  # steps between two evaluations; None for none
     best = 0.0
-    with trange(steps, desc=f"probe, seed {seed}", unit="step", leave=False) as progress:
+    with Progress(total=steps, desc=f"probe, seed {seed}", unit="step", leave=False) as progress:
         for step in _updates(head, optimizer, data, training, seed, rows, steps):
             scheduler.step()
             progress.update()
@@ -410,7 +406,7 @@ def bootstrap(
         refit: from (n,) int64 resampled training sentences to a head.
     """
     accuracies = []
-    for replicate in trange(replicates, desc="bootstrap", leave=False):
+    for replicate in Progress(range(replicates), desc="bootstrap", leave=False):
         rng = keyed_rng(seed, "probe-bootstrap", replicate)
         train_sample = rng.integers(len(data.labels), size=len(data.labels))
         sample = rng.integers(len(fitted_correct), size=len(fitted_correct))

@@ -56,7 +56,10 @@ class ModelConfig:
 
     @property
     def parameters(self) -> int:
-        """How many trainable numbers a model of this shape has, the tied table counted once."""
+        """How many trainable numbers a model of this shape has, the tied table counted once.
+
+        transformers counts `hidden_size` more in pre-LN (padding's position); the trace leaves out `vocab_size` (decoder_bias).
+        """
         width = self.hidden_size
         norm = width if self.layer_norm_type == "rms_norm" else 2 * width
         tables = (self.vocab_size + self.max_position_embeddings + self.type_vocab_size) * width

@@ -30,13 +30,20 @@ from pretraining.report.rows import collect, results, write_csv
 from pretraining.report.same_loss import MARGIN, MAX_GAP
 
 
-def make_report(folder: Path | str, output: Path | str, max_gap: float | None = None, margin: float | None = None) -> Analysis:
+def make_report(
+    folder: Path | str,
+    output: Path | str,
+    max_gap: float | None = None,
+    margin: float | None = None,
+    records: str | None = None,
+) -> Analysis:
     """Write the report of everything under `folder` into `output`; returns its content.
 
     Args:
         max_gap, margin: thresholds of the same loss, nats; by default those of `study.json`, else those of `SameLoss`.
+        records: folder with more records, as in `collect`.
     """
-    analysis = analyse(collect(folder), folder, max_gap, margin)
+    analysis = analyse(collect(folder, records), folder, max_gap, margin)
     output = Path(output)
     identity = analysis.seeds_and_groups()
     write_csv(output / "results.csv", results(analysis.tree, analysis.criterion, analysis.reference, identity))
@@ -52,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     files = parser.add_argument_group("files")
     files.add_argument("folder", help="folder whose records are collected, at any depth")
     files.add_argument("--output", help="folder for the tables, the plots and report.html (default: FOLDER/report)")
+    files.add_argument("--records-path", help="folder with more records: that of the same flag of the measurements")
     group = parser.add_argument_group("the same loss (default: that of study.json, if there is one)")
     group.add_argument(
         "--max-gap",
@@ -69,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     output = Path(options.output or Path(options.folder) / "report")
-    analysis = make_report(options.folder, output, options.max_gap, options.margin)
+    analysis = make_report(options.folder, output, options.max_gap, options.margin, options.records_path)
     print(printed(analysis))
     print(f"report: {output / 'report.html'}  (numbers: {output / 'results.csv'})")
 

@@ -40,6 +40,7 @@ from pretraining.evaluation.records import (
     LossRecord,
     ProbeRecord,
     Record,
+    read_record,
     read_records,
 )
 from pretraining.model.checkpoints import CONFIG_FILE, is_model_folder, read_facts, weights_sha256, without_trunks
@@ -242,8 +243,11 @@ def _trace_parts(record: HessianRecord, facts: dict) -> dict[str, float | None]:
     }
 
 
-def collect(folder: Path | str) -> Tree:
-    """Everything that is recorded at or below `folder`: transformers by size, job and step, records without weights last."""
+def collect(folder: Path | str, records_path: Path | str | None = None) -> Tree:
+    """Everything that is recorded at or below `folder`: transformers by size, job and step, records without weights last.
+
+    `records_path`: folder with further records, in which each model has the same relative path; they win.
+    """
     root = Path(folder)
     folders = {path.name if path == root else path.relative_to(root).as_posix(): path for path in model_folders(root)}
     facts = {name: read_facts(path) for name, path in folders.items()}
@@ -256,14 +260,18 @@ def collect(folder: Path | str) -> Tree:
     names = sorted(rows, key=place)
     models = pd.DataFrame([rows[name] for name in names], index=names, columns=FACTS)
     models[INTEGERS] = models[INTEGERS].astype("Int64")
-    of_models = {name: read_records(folders[name]) for name in names}
+    places = {name: [path] for name, path in folders.items()}
+    if records_path is not None:
+        places = {name: [path, Path(records_path) / path.relative_to(root)] for name, path in folders.items()}
+    files = {name: {file: place for place in places[name] for file in read_records(place)} for name in names}
+    of_models = {name: {file: read_record(place / file) for file, place in files[name].items()} for name in names}
     cells = [_measurements(of_models[name], facts[name]) for name in names]
     accuracies = sorted({quantity for row in cells for quantity, part in row if part == "majority"}, key=accuracy_order)
     columns = [(quantity, part) for quantity in (*LOSSES, *FLATNESS) for part in ("value", "se")]
     columns += [(f"trace_{part}", "value") for part in PARTS]
     columns += [(name, part) for name in accuracies for part in ACCURACY_PARTS]
     measured = pd.DataFrame({column: [row.get(column) for row in cells] for column in columns}, index=names).astype(float)
-    records = [(name, folders[name] / file, record) for name in names for file, record in sorted(of_models[name].items())]
+    records = [(name, files[name][file] / file, of_models[name][file]) for name in names for file in sorted(of_models[name])]
     fisher = {name: of_model.get("hessian.json") for name, of_model in of_models.items()}
     parts = {name: record.balanced for name, record in fisher.items() if isinstance(record, HessianRecord) and record.balanced}
     return Tree(models, measured, records, folders, parts)

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from pcfg.common.files import InputError, keyed_rng
 from pcfg.common.means import mean_by_pairs
@@ -235,8 +236,16 @@ def test_means_and_differences(small_model):
     blocks = Estimate(parts, np.array([[1.0], [2.0], [3.0]]), np.array([4, 4, 4]), 12, 3, None)
     assert difference(fisher, blocks) == {"value": (0.5 + 3.5) / 2, "standard_error": 1.5, "n": 2}
     assert difference(dataclasses.replace(fisher, values=fisher.values[:7], sizes=ones[:7]), blocks) is None
-    with pytest.raises(InputError, match="takes at least 2"):
-        mean_and_error(values[:1], sizes[:1])
+
+
+def test_three_counts_of_parameters(small_model):
+    for mode in ("pre-ln", "post-ln"):
+        model = small_model(mode)
+        config = model.config
+        assert sum(parameter.numel() for parameter in model.parameters()) == config.parameters
+        assert Partitions(model).parameters == config.parameters - config.vocab_size
+        theirs = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**config.to_transformers()))
+        assert theirs.num_parameters() == config.parameters + (config.hidden_size if mode == "pre-ln" else 0)
 
 
 def test_too_many_words_for_soft_labels(small_model, many, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pcfg.common.cli import Parser, file_name, folder_name, non_negative_int, positive_int, probability, run_main
+from pcfg.common.cli import Parser, Progress, file_name, folder_name, non_negative_int, positive_int, probability, run_main
 from pcfg.common.files import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -54,6 +54,42 @@ def test_a_wrong_flag_gets_a_hint(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--zebra", "5"])
     assert "unrecognized arguments: --zebra 5\n" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf_8_and_characters_that_stdout_lacks(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from pcfg.common.cli import Parser, run_main\n"
+        "parser = Parser()\n"
+        "parser.add_argument('--file')\n"
+        "run_main(lambda: print('read', (parser.parse_args().file or 'café').encode().decode()))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+
+    def run(*arguments, **more):
+        command = [sys.executable, program, *arguments]
+        return subprocess.run(command, env={**environment, **more}, capture_output=True, text=True)
+
+    assert run().stdout == "read caf\\xe9\n" and run("--file", "café").returncode == 0
+    for arguments, more in (([b"--file=caf\xe9"], {}), (["--file=café"], {"LC_ALL": "C", "PYTHONUTF8": "0"})):
+        ended = run(*arguments, **more, PYTHONCOERCECLOCALE="0")
+        assert ended.returncode == 2 and "not text in UTF-8" in ended.stderr and "Traceback" not in ended.stderr
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: "folder/caf\udce9".encode())
+    assert stopped.value.code == 2
+
+
+def test_long_work_is_forecast_once(capsys, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    for total in (100, 10):  # at 1 second each: long, and not worth a forecast
+        with Progress(total=total, desc="fisher", unit="sentence", mininterval=0) as progress:
+            progress._time = lambda: now[0]
+            progress.start_t = progress.last_print_t = now[0]
+            for _ in range(10):
+                now[0] += 2
+                progress.update()
+    assert capsys.readouterr().out == "fisher: about 3 more minutes for all 100 sentences\n"
 
 
 def test_names_of_what_is_written(tmp_path, monkeypatch):
