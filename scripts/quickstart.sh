@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The smallest honest study, from text to report: scripts/studies/quickstart.toml on the shipped grammar. Sets up .venv.
 #     bash scripts/quickstart.sh [FOLDER]      (default: quickstart, in the repository's root)
-# Safe to interrupt: rerun the same command to resume. A finished run is verified in about a minute.
+# Safe to interrupt: rerun the same command to resume. A finished run is verified in less than a minute.
 # QUICKSTART_SCALE=test has 2 seeds and 20 steps: it takes a minute and says nothing about models.
 set -euo pipefail
 cd "$(dirname "$0")/.."
