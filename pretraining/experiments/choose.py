@@ -12,13 +12,12 @@ if __name__ == "__main__":
 
 import argparse
 
-import numpy as np
-
 from pcfg.common.cli import Parser, run_main
 from pcfg.common.files import InputError
 from pcfg.common.schema import write_schema
 from pretraining.evaluation.records import CurveRecord, LossRecord, read_records
 from pretraining.experiments.study import Candidate, Choice, Decision, Studies, decision_file, model_folder, read_studies
+from pretraining.report.intervals import mean_of
 
 
 def gap_of(folder: str) -> float:
@@ -40,12 +39,6 @@ def accuracy_of(folder: str, task: str, solver: str, labels: int) -> float:
     raise InputError(f"{folder}: {name} has no accuracy with {labels} labels; run the study again, which measures it")
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and its standard error."""
-    mean = float(np.mean(values))
-    return mean, float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-
-
 def decide(
     choice: Choice,
     seeds: tuple[int, ...],
@@ -59,16 +52,15 @@ def decide(
         gaps, accuracies: by value, one number per selection seed; accuracies only for the rule `lowest_accuracy`.
         reference: gaps of the choice's reference.
     """
-    means = {value: mean_and_error(numbers) for value, numbers in gaps.items()}
-    start = min(mean for mean, _ in means.values()) if reference is None else float(np.mean(reference))
+    means = {value: mean_of(gaps[value]) for value in sorted(gaps)}
+    start = min(mean.value for mean in means.values()) if reference is None else mean_of(reference).value
     limit = None if choice.rule == "lowest_gap" else start + choice.tolerance
     candidates = []
-    for value, (gap, error) in sorted(means.items()):
-        accuracy, accuracy_error = mean_and_error(accuracies[value]) if value in accuracies else (None, None)
-        admitted = limit is None or gap <= limit
-        candidate = Candidate(
-            value=value, gap=gap, gap_error=error, accuracy=accuracy, accuracy_error=accuracy_error, admitted=admitted
-        )
+    for value, gap in means.items():
+        candidate = Candidate(value=value, gap=gap.value, gap_error=gap.error, admitted=limit is None or gap.value <= limit)
+        if value in accuracies:
+            accuracy = mean_of(accuracies[value])
+            candidate = candidate.model_copy(update={"accuracy": accuracy.value, "accuracy_error": accuracy.error})
         candidates.append(candidate)
     orders = {
         "lowest_gap": lambda candidate: candidate.gap,

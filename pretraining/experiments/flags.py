@@ -77,7 +77,9 @@ def take_flags(table: Table, script: str, *arguments: str, references: frozenset
         if name in PLANNED[script]:
             raise table.error(f"{given}: a study sets this flag of {script}.py itself; leave it out", given)
         if name not in known:
-            raise table.error(f"{given}: no key, and no flag of {script}.py{_hint(name, known, table)}", given)
+            hint = suggestion(name, [*known, *table.known])
+            hint = hint if "did you mean" in hint else "; see its --help"
+            raise table.error(f"{given}: no key, and no flag of {script}.py{hint}", given)
         if isinstance(value, str) and (match := REFERENCE.fullmatch(value)):
             if match[1] not in references:
                 raise table.error(f"{given}: {value} names no choice and no task{suggestion(match[1], references)}", given)
@@ -86,11 +88,6 @@ def take_flags(table: Table, script: str, *arguments: str, references: frozenset
         flags[name] = value
         del table.values[given]
     return flags
-
-
-def _hint(name: str, known: dict[str, argparse.Action], table: Table) -> str:
-    hint = suggestion(name, [*known, *table.known])
-    return hint if "did you mean" in hint else f"; see {'its --help'}"
 
 
 def flag_words(script: str, flags: Flags, *arguments: str) -> list[str]:

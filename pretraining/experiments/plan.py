@@ -4,6 +4,7 @@ A command is a line of the README's scripts. It reads and writes files below `$O
 """
 
 import dataclasses
+import itertools
 import json
 import shlex
 from typing import Any
@@ -82,17 +83,16 @@ class Run:
 
 
 def make_plan(design: Design, launcher: list[str]) -> tuple[list[Step], Studies]:
-    """The commands of a design, each after those that it needs, and its `study.json` without registrations."""
-    planner = Planner(design, launcher)
-    return planner.plan()
-
-
-class Planner:
-    """Collects the commands of a design.
+    """The commands of a design, each after those that it needs, and its `study.json` without registrations.
 
     Args:
         launcher: words that start run_pretraining.py for one seed, instead of `python`.
     """
+    return Planner(design, launcher).plan()
+
+
+class Planner:
+    """Collects the commands of a design; arguments as in `make_plan`."""
 
     def __init__(self, design: Design, launcher: list[str]):
         self.design = design
@@ -114,16 +114,8 @@ class Planner:
         for models in trained:
             self._measure(models)
         controls = self._controls(base)
-        selection = base.group.model_copy(
-            update={
-                "seeds": base.seeds,
-                "folders": {
-                    f"{seed}@{step}": model_folder(base.group, seed, step, base.folder)
-                    for seed in base.seeds
-                    for step in base.steps
-                },
-            }
-        )
+        places = itertools.product(base.seeds, base.steps)
+        folders = {f"{seed}@{step}": model_folder(base.group, seed, step, base.folder) for seed, step in places}
         studies = Studies(
             scale=design.scale,
             studies=design.studies,
@@ -136,7 +128,7 @@ class Planner:
             label_counts=design.label_counts,
             groups=design.groups,
             base=design.base,
-            selection=selection,
+            selection=base.group.model_copy(update={"seeds": base.seeds, "folders": folders}),
             controls=controls,
             choices=tuple(design.choices.values()),
             measurements=tuple(design.measurements.values()),
@@ -203,17 +195,12 @@ class Planner:
         """
         design = self.design
         is_base = above == "selection" and group.name == design.base.group
-        flags = {**group.flags, **({value[0]: value[1]} if value else {})}
+        flags = group.flags | dict([value] if value else [])
         steps = (0, *group.steps) if is_base else group.steps
-        needs = [
-            "samples",
-            *(
-                f"task {name[6:]}"
-                for name in references_of(flags)
-                if name.startswith("tasks.") and design.tasks[name[6:]].task.generate
-            ),
-        ]
-        choices = tuple(name for name in references_of(flags) if not name.startswith("tasks."))
+        references = references_of(flags)
+        choices = tuple(name for name in references if name in design.choices)
+        tasks = [design.tasks[name.removeprefix("tasks.")].task for name in references if name not in choices]
+        needs = ["samples", *(need for task in tasks for need in _task_needs(task)), *(self.decided[name] for name in choices)]
         words = flag_words("run_pretraining", {name: self._resolved(flag) for name, flag in flags.items()})
         words += self._saving(group, steps)
         start_words: list[str] = []
@@ -227,7 +214,6 @@ class Planner:
         models = Run(group=group, above=above, job=job, seeds=seeds, steps=steps, trained=())
         stage = {"models": "training", "selection": "selection"}.get(above, "choices")
         names = []
-        needs += [self.decided[name] for name in choices]
         for part in [seeds] if design.stacked else [(seed,) for seed in seeds]:
             ending = [] if design.stacked else [f"seed {part[0]}"]
             own = list(needs)
@@ -235,15 +221,8 @@ class Planner:
                 origin = start.title if start else group.start.group
                 own.append(" ".join(["train", origin, *ending]))
             if design.stacked:
-                of_seeds = [
-                    *start_words,
-                    "--seeds",
-                    ",".join(map(str, part)),
-                    "--output_dir",
-                    f"$OUT/{above}",
-                    "--job_name",
-                    job,
-                ]
+                of_seeds = [*start_words, "--seeds", ",".join(map(str, part))]
+                of_seeds += ["--output_dir", f"$OUT/{above}", "--job_name", job]
             else:
                 of_seeds = [word.replace("{seed}", str(part[0])) for word in start_words]
                 of_seeds += ["--seed", str(part[0]), "--output_dir", f"$OUT/{models.folder}", "--job_name", f"seed{part[0]}"]
@@ -295,9 +274,8 @@ class Planner:
         labelled = [task for task in self.measured if task.name == choice.task]
         for value in choice.values:
             models = self._train(group, f"choices/{name}", f"{value:g}", design.selection_seeds, (choice.flag, value))
-            needs += self._measure_loss(models, "choices") + self._measure_accuracy(
-                models, labelled, "choices", design.readouts[:1]
-            )
+            needs.append(self._measure_loss(models, "choices"))
+            needs += self._measure_accuracy(models, labelled, "choices", design.readouts[:1])
         if choice.reference:
             reference = self._select(choice.reference.group)
             needs += [f"loss of {reference.title}"]
@@ -306,13 +284,10 @@ class Planner:
 
     # measurements
 
-    def _add_records(
-        self, models: Run, what: str, file: str, words: list[str], stage: str, needs: tuple[str, ...]
-    ) -> list[str]:
+    def _add_records(self, models: Run, what: str, file: str, words: list[str], stage: str, needs: tuple[str, ...]) -> str:
         """A measurement of all models of a folder; returns the name of its command."""
         records = tuple((folder, file) for seed in models.seeds for folder in models.models(seed))
-        name = f"{what} of {models.title}"
-        return [self._add(stage, name, words, needs=needs, after=models.trained, records=records)]
+        return self._add(stage, f"{what} of {models.title}", words, needs=needs, after=models.trained, records=records)
 
     def _data_words(self, flags: Flags, script: str) -> list[str]:
         """The text and the vocabulary that the loss and the trace are measured on."""
@@ -320,31 +295,20 @@ class Planner:
         words = flag_words(script, {"datafile": text} | flags)
         return [*words, "--vocabfile", f"{SAMPLES}/{self.design.samples['model_name']}/vocab.txt"]
 
-    def _measure_loss(self, models: Run, stage: str) -> list[str]:
+    def _measure_loss(self, models: Run, stage: str) -> str:
         is_exact = self.design.has_conditionals
         flags = {"condprobfile": "$OUT/data/lookup.hdf5"} if is_exact else {}
         words = ["python", "calculate_loss.py", "--model-path", f"$OUT/{models.folder}"]
         words += self._data_words(flags | self.design.loss, "calculate_loss")
         return self._add_records(models, "loss", "loss.json", words, stage, (LOOKUP,) if is_exact else ("samples",))
 
-    def _measure_accuracy(
-        self, models: Run, tasks: list[Task], stage: str, readouts: tuple[str, ...] | None = None
-    ) -> list[str]:
+    def _measure_accuracy(self, models: Run, tasks: list[Task], stage: str, readouts: tuple[str, ...] = ()) -> list[str]:
         """Label curves of all models of a folder; returns the names of the commands."""
         names = []
-        for task in tasks:
-            for solver in readouts or self.design.readouts:
-                words = [
-                    "python",
-                    "run_lp.py",
-                    "--model_name_or_path",
-                    f"$OUT/{models.folder}",
-                    *self._curve_words(task, solver),
-                ]
-                needs = _task_needs(task)
-                names += self._add_records(
-                    models, f"{solver} {task.label}", f"curve_{task.name}_{solver}.json", words, stage, needs
-                )
+        for task, solver in itertools.product(tasks, readouts or self.design.readouts):
+            words = self._curve_words(["--model_name_or_path", f"$OUT/{models.folder}"], task, solver)
+            file = f"curve_{task.name}_{solver}.json"
+            names.append(self._add_records(models, f"{solver} {task.label}", file, words, stage, _task_needs(task)))
         return names
 
     def _transfer_words(self, task: Task) -> list[str]:
@@ -355,9 +319,9 @@ class Planner:
         files += ["--task_name", task.task_name] if task.task_name else []
         return [*files, "--max_seq_length", str(length), "--tokenizer_name", f"{SAMPLES}/{self.design.samples['model_name']}"]
 
-    def _curve_words(self, task: Task, solver: str) -> list[str]:
+    def _curve_words(self, features: list[str], task: Task, solver: str) -> list[str]:
         counts = ",".join(map(str, self.design.label_counts))
-        words = [*self._transfer_words(task), "--solver", solver, "--label-counts", counts]
+        words = ["python", "run_lp.py", *features, *self._transfer_words(task), "--solver", solver, "--label-counts", counts]
         return words + flag_words("run_lp", self.design.probe)
 
     def _measure(self, models: Run) -> None:
@@ -390,15 +354,12 @@ class Planner:
 
     def _measure_own(self, models: Run) -> None:
         """The measurements that the study's author has written."""
-        for measurement in self.design.measurements.values():
-            for seed in models.seeds:
-                for folder in models.models(seed):
-                    record = f"{folder}/{measurement.name}.json"
-                    places = {"{model}": f"$OUT/{folder}", "{record}": f"$OUT/{record}"}
-                    words = shlex.split(measurement.command)
-                    for place, path in places.items():
-                        words = [word.replace(place, path) for word in words]
-                    self._add("measurements", f"{measurement.name} of {folder}", words, after=models.trained, makes=(record,))
+        folders = [folder for seed in models.seeds for folder in models.models(seed)]
+        for measurement, folder in itertools.product(self.design.measurements.values(), folders):
+            record = f"{folder}/{measurement.name}.json"
+            words = shlex.split(measurement.command)
+            words = [word.replace("{model}", f"$OUT/{folder}").replace("{record}", f"$OUT/{record}") for word in words]
+            self._add("measurements", f"{measurement.name} of {folder}", words, after=models.trained, makes=(record,))
 
     def _controls(self, base: Run) -> tuple[Control, ...]:
         """Probes without pre-training, of the words and of the language itself."""
@@ -411,19 +372,11 @@ class Planner:
         for name, features in kinds.items():
             folder = f"controls/{name}"
             controls.append(Control.model_validate({"name": name, "folders": (folder,)}))
-            for task in self.measured:
-                for solver in design.readouts:
-                    words = [
-                        "python",
-                        "run_lp.py",
-                        *features,
-                        "--output_dir",
-                        f"$OUT/{folder}",
-                        *self._curve_words(task, solver),
-                    ]
-                    needs = ("samples", *_task_needs(task))
-                    makes = (f"{folder}/curve_{task.name}_{solver}.json",)
-                    self._add("controls", f"{solver} {task.label} of {name}", words, needs=needs, makes=makes)
+            for task, solver in itertools.product(self.measured, design.readouts):
+                words = self._curve_words([*features, "--output_dir", f"$OUT/{folder}"], task, solver)
+                needs = ("samples", *_task_needs(task))
+                makes = (f"{folder}/curve_{task.name}_{solver}.json",)
+                self._add("controls", f"{solver} {task.label} of {name}", words, needs=needs, makes=makes)
         return tuple(controls)
 
 

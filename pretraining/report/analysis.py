@@ -90,12 +90,7 @@ class Analysis:
 
 
 def analyse(tree: Tree, folder: Path | str, max_gap: float | None = None, margin: float | None = None) -> Analysis:
-    """Analyse the studies of a folder, or its models where it has no `study.json`.
-
-    Args:
-        tree: of `folder`.
-        max_gap, margin: thresholds of the same loss, nats; by default those of `study.json`, else those of `SameLoss`.
-    """
+    """Analyse the studies of a folder, or its models where it has no `study.json`; thresholds as in `make_report`."""
     studies = read_studies(folder)
     criteria = studies.criteria if studies else Criteria()
     criterion = SameLoss(criteria.max_gap if max_gap is None else max_gap, criteria.margin if margin is None else margin)

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from pcfg.common.files import atomic_open
-from pretraining.experiments.study import Studies, Study
+from pretraining.experiments.study import Criteria, Study
 from pretraining.report.analysis import Analysis, is_fixed_beforehand
 from pretraining.report.comparisons import Compared, Quantity
 from pretraining.report.intervals import FEWEST
@@ -89,18 +89,17 @@ def sides(one: Compared) -> str:
 
 def basis(one: Compared) -> str:
     """The verdicts of both sides, the compared models and the method in words."""
-    changes = [quantity.change for quantity in one.quantities if quantity.change and quantity.verdict]
     words = {
         "paired": "differences are paired by seed",
         "Welch": "the groups share no two seeds, so intervals are Welch's",
         "one sample": "the table is one number, and the interval is that of the models' mean",
     }
-    methods: dict[str, list[str]] = {}
-    for change in changes:
-        counts = methods.setdefault(words[change.method], [])
-        counts += [text] if (text := " and ".join(map(str, change.n))) not in counts else []
+    methods: dict[str, dict[str, None]] = {}  # by method the numbers of models, each once
+    for quantity in one.quantities:
+        if quantity.change and quantity.verdict:
+            methods.setdefault(quantity.change.method, {})[" and ".join(map(str, quantity.change.n))] = None
     kind = "Primary comparison" if one.primary else "Comparison"
-    texts = [f"{method} (n = {', '.join(counts)})" for method, counts in methods.items()]
+    texts = [f"{words[method]} (n = {', '.join(counts)})" for method, counts in methods.items()]
     method = enumeration(texts) if texts else "nothing was measured on both sides"
     return f"{kind} “{one.name}”, from {one.before} to {one.after}; {method}."
 
@@ -108,18 +107,13 @@ def basis(one: Compared) -> str:
 def correlation_sentences(analysis: Analysis, section: str) -> list[str]:
     """How accuracies go with the balanced trace over the saturated models of a study."""
     texts = []
-    for correlated in analysis.correlations:
-        found = correlated.correlation
-        if correlated.section != section or not found.n:
-            continue
-        label = analysis.label(correlated.accuracy)
-        if found.spearman is None:
-            texts.append(f"{label}: not defined ({f'fewer than {FEWEST} models' if found.n < FEWEST else 'no spread'})")
-            continue
-        interval = found.spearman_interval
-        bounds = "no interval" if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
-        rough = ", rough with so few runs" if found.runs < FEWEST else ""
-        texts.append(f"{label} {found.spearman:+.2f} {bounds} ({found.n} models of {found.runs} runs{rough})")
+    for label, r in [(analysis.label(of.accuracy), of.correlation) for of in analysis.correlations if of.section == section]:
+        if r.spearman is not None:
+            bounds = "[{:+.2f}, {:+.2f}]".format(*r.spearman_interval) if r.spearman_interval else "no interval"
+            rough = ", rough with so few runs" if r.runs < FEWEST else ""
+            texts.append(f"{label} {r.spearman:+.2f} {bounds} ({r.n} models of {r.runs} runs{rough})")
+        elif r.n:
+            texts.append(f"{label}: not defined ({f'fewer than {FEWEST} models' if r.n < FEWEST else 'no spread'})")
     start = "Rank correlation with the balanced trace over all saturated models, 95% by bootstrap of whole runs: "
     return [f"{start}{'; '.join(texts)}."] if texts else []
 
@@ -138,9 +132,8 @@ def enlarged_sentences(analysis: Analysis, section: str) -> list[str]:
     return sentences
 
 
-def rule(studies: Studies) -> str:
+def rule(criteria: Criteria) -> str:
     """How verdicts come about, with the studies' margins."""
-    criteria = studies.criteria
     return RULE.format(accuracy=100 * criteria.accuracy_margin, trace=100 * criteria.trace_margin)
 
 
@@ -164,13 +157,12 @@ def printed(analysis: Analysis) -> str:
                 texts.append(f"{basis(one)}\n{comparison_block(one).text()}")
             texts += [table.text() for table in section_tables(analysis, analysis.section(study.name))]
             texts += correlation_sentences(analysis, study.name)
-        return "\n\n".join([*texts, analysis.criterion.statement(), rule(analysis.studies)])
+        return "\n\n".join([*texts, analysis.criterion.statement(), rule(analysis.studies.criteria)])
     for section in analysis.sections:
         texts += enlarged_sentences(analysis, section.name)
     tables = [table for section in analysis.sections for table in section_tables(analysis, section)] or [model_table(analysis)]
-    pairs = pair_table(analysis)
-    tables += [pairs] if pairs.lines else []
-    return "\n\n".join([*texts, *(table.text() for table in tables), analysis.criterion.statement()])
+    shown = [table.text() for table in (*tables, pair_table(analysis)) if table.lines]
+    return "\n\n".join([*texts, *shown, analysis.criterion.statement()])
 
 
 def _mark(one: Compared) -> str:
@@ -186,30 +178,23 @@ def page_sections(analysis: Analysis, plots: dict[str, list[Plot]]) -> list[dict
     for section in analysis.sections:
         name = section.name
         study = studies.get(name)
-        of_section = plots.get(name, [])
-        overview = next((plot for plot in of_section if study and plot.name.startswith(OVERVIEW)), None)
+        overview = next((plot for plot in plots.get(name, []) if study and plot.name.startswith(OVERVIEW)), None)
+        compared = analysis.compared.get(name, [])
         content = {
             "study": study,
             "registration": study and registration(analysis, study),
-            "comparisons": [
-                (headline(one), sides(one), basis(one), comparison_block(one), _mark(one))
-                for one in analysis.compared.get(name, [])
-            ],
+            "comparisons": [(headline(one), sides(one), basis(one), comparison_block(one), _mark(one)) for one in compared],
             "sentences": correlation_sentences(analysis, name) + enlarged_sentences(analysis, name),
             "overview": overview,
             "tables": [table for table in (*section_tables(analysis, section), paper_table(analysis, name)) if table],
-            "plots": [plot for plot in of_section if plot is not overview],
+            "plots": [plot for plot in plots.get(name, []) if plot is not overview],
         }
         sections.append(content)
     return sections
 
 
 def write_page(path: Path | str, analysis: Analysis, plots: dict[str, list[Plot]]) -> None:
-    """Write the self-contained page.
-
-    Args:
-        plots: those of each section.
-    """
+    """Write the self-contained page, with the plots of each section."""
     studies = analysis.studies
     further = [headroom_table(analysis), *(choice_table(decision) for decision in analysis.decisions), pair_table(analysis)]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -223,7 +208,7 @@ def write_page(path: Path | str, analysis: Analysis, plots: dict[str, list[Plot]
     ]
     page = environment.get_template("report.html.jinja").render(
         criterion=analysis.criterion.statement(),
-        rule=rule(studies) if studies else "",
+        rule=rule(studies.criteria) if studies else "",
         symmetries=SYMMETRIES if studies else (),
         sections=page_sections(analysis, plots),
         further=[table for table in further if table and table.lines],

@@ -175,21 +175,22 @@ def _facts(folder: Path, facts: dict) -> dict:
     }
     if (folder / CONFIG_FILE).is_file():
         config = ModelConfig.from_transformers(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
-        layers = config.num_hidden_layers
-        heads = config.num_attention_heads
-        shape = (config.parameters, config.hidden_size, layers, heads, config.intermediate_size)
-        row |= dict(zip(SHAPE, shape, strict=True))
+        row |= {"parameters": config.parameters, "hidden_size": config.hidden_size, "layers": config.num_hidden_layers}
+        row |= {"heads": config.num_attention_heads, "intermediate_size": config.intermediate_size}
     if enlarged := facts.get("enlarged"):
+        row |= {f"enlarged_{name}": enlarged[name] for name in ("rule", "times", "heads")}
         source = enlarged["from"]
-        values = (enlarged["rule"], enlarged["times"], enlarged["heads"], source["weights_sha256"], source["parameters"])
-        row |= dict(zip(ENLARGED, values, strict=True))
+        row |= {"enlarged_from": source["weights_sha256"], "enlarged_from_parameters": source["parameters"]}
     return row
+
+
+def _cells(quantity: str, **parts: float | None) -> dict[tuple[str, str], float | None]:
+    return {(quantity, part): value for part, value in parts.items()}
 
 
 def _measurements(records: dict[str, Record], facts: dict) -> dict[tuple[str, str], float | None]:
     """The row of `measured` of one folder."""
     cells: dict[tuple[str, str], float | None] = {}
-    values: tuple[float | None, ...]
     for file, record in records.items():
         name = Path(file).stem
         if isinstance(record, LossRecord):
@@ -197,36 +198,28 @@ def _measurements(records: dict[str, Record], facts: dict) -> dict[tuple[str, st
                 part, mean = quantity.rsplit("_", 1)
                 if means := getattr(record, part):
                     value = getattr(means, mean)
-                    cells |= {(quantity, "value"): value.mean, (quantity, "se"): value.standard_error}
+                    cells |= _cells(quantity, value=value.mean, se=value.standard_error)
         elif isinstance(record, AccuracyRecord):
-            errors = record.standard_error, record.sampling_standard_error
-            unfinished = record.unfinished if isinstance(record, ProbeRecord) else None
-            sizes = len(record.accuracies), record.best_accuracy, record.n, record.majority
-            values = record.value, *errors, *sizes, None, unfinished
-            cells |= {(name, part): value for part, value in zip(ACCURACY_PARTS, values, strict=True)}
+            cells |= _cells(name, value=record.value, se=record.standard_error, sampling_se=record.sampling_standard_error)
+            cells |= _cells(name, seeds=len(record.accuracies), best=record.best_accuracy, n=record.n, majority=record.majority)
+            cells |= _cells(name, unfinished=record.unfinished if isinstance(record, ProbeRecord) else None)
         elif isinstance(record, CurveRecord):
             for point in record.points:
-                errors = point.accuracy.standard_error, point.sampling_standard_error
-                values = (point.accuracy.mean, *errors, None, None, record.n, record.majority, point.missing_classes, None)
                 curve = f"{name}_{point.labels}"
-                cells |= {(curve, part): value for part, value in zip(ACCURACY_PARTS, values, strict=True)}
+                cells |= _cells(curve, value=point.accuracy.mean, se=point.accuracy.standard_error, n=record.n)
+                cells |= _cells(curve, majority=record.majority, missing_classes=point.missing_classes)
+                cells |= _cells(curve, sampling_se=point.sampling_standard_error)
         elif isinstance(record, HessianRecord) and (trace := TRACE_FILES.get(file)):
-            cells |= _traces(trace, record)
+            other = record.hutchinson or record.fisher
+            parts = {trace: record, DIFFERENCE: other.difference if other else None}
             if trace == TRACE:
+                # The other estimator's value counts where that has no record of its own, which is read later.
+                parts |= {HUTCHINSON: record.hutchinson, BALANCED: record.balanced, RELATIVE: record.relative}
+                parts[CONSTANT_SHARE] = record.constant_share
                 cells |= {(f"trace_{part}", "value"): value for part, value in _trace_parts(record, facts).items()}
-    return cells
-
-
-def _traces(trace: str, record: HessianRecord) -> dict[tuple[str, str], float | None]:
-    """The cells of one record of a trace; the other estimator's value in it counts where that has no record of its own."""
-    cells: dict[tuple[str, str], float | None] = {(trace, "value"): record.value, (trace, "se"): record.standard_error}
-    parts = {BALANCED: record.balanced, RELATIVE: record.relative, CONSTANT_SHARE: record.constant_share}
-    other = record.hutchinson or record.fisher
-    parts[DIFFERENCE] = other.difference if other else None
-    parts[HUTCHINSON] = record.hutchinson
-    for quantity, part in parts.items():
-        if part is not None and (trace == TRACE or quantity == DIFFERENCE):
-            cells |= {(quantity, "value"): part.value, (quantity, "se"): part.standard_error}
+            for quantity, measured in parts.items():
+                if measured is not None:
+                    cells |= _cells(quantity, value=measured.value, se=measured.standard_error)
     return cells
 
 

@@ -94,9 +94,8 @@ def combine(flatness: Verdict, accuracy: Verdict) -> str:
     ('does not hold', 'no headroom')
     """
     words = (flatness.word, accuracy.word)
-    for refusal in REFUSALS:
-        if refusal in words:
-            return refusal
+    if refusals := [refusal for refusal in REFUSALS if refusal in words]:
+        return refusals[0]
     if HOLDS_NOT in words or NO_EFFECT in words:
         return HOLDS_NOT
     return HOLDS if words == (HOLDS, HOLDS) else UNDECIDED
@@ -134,9 +133,8 @@ def headroom(models: Sequence[float], words: float | None, untrained: Sequence[f
         return Headroom(None, f"{' and '.join(missing)} not measured" if missing else "it takes two selection seeds")
     mean = mean_of(models)
     by_chance = mean_of(untrained)
-    floor, floor_error, name = max(
-        (words or 0.0, 0.0, "words"), (by_chance.value, by_chance.error or 0.0, "an untrained model")
-    )
+    controls = [(words or 0.0, 0.0, "words"), (by_chance.value, by_chance.error or 0.0, "an untrained model")]
+    floor, floor_error, name = max(controls)
     error = mean.error or 0.0
     figures = f"base models {100 * mean.value:.1f} ± {100 * error:.1f}%, {name} {100 * floor:.1f}%"
     is_above = mean.value - floor > HEADROOM_ERRORS * math.hypot(error, floor_error)
