@@ -40,6 +40,7 @@ from pretraining.evaluation.records import (
     LossRecord,
     ProbeRecord,
     Record,
+    TracePart,
     read_record,
     read_records,
 )
@@ -211,6 +212,7 @@ def _measurements(records: dict[str, Record], facts: dict) -> dict[tuple[str, st
                 cells |= _cells(curve, sampling_se=point.sampling_standard_error)
         elif isinstance(record, HessianRecord) and (trace := TRACE_FILES.get(file)):
             other = record.hutchinson or record.fisher
+            parts: dict[str, HessianRecord | BalancedTrace | TracePart | None]
             parts = {trace: record, DIFFERENCE: other.difference if other else None}
             if trace == TRACE:
                 # The other estimator's value counts where that has no record of its own, which is read later.
