@@ -30,14 +30,7 @@ from pcfg.common.files import InputError, available_cores
 from pretraining.experiments.plan import STAGES, Step, fingerprint, make_plan
 from pretraining.experiments.resolve import Design, merge, resolve
 from pretraining.experiments.runner import ROOT, Runner, is_done, lock
-from pretraining.experiments.study import (
-    Registration,
-    Studies,
-    read_decision,
-    read_statuses,
-    read_studies,
-    write_studies,
-)
+from pretraining.experiments.study import Registration, Studies, read_decision, read_statuses, read_studies, write_studies
 
 # Of the commands: nothing from a network.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}

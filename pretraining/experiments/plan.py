@@ -11,15 +11,7 @@ from typing import Any
 
 from pretraining.experiments.flags import REFERENCE, flag_words
 from pretraining.experiments.resolve import Design, references_of
-from pretraining.experiments.study import (
-    Control,
-    Flags,
-    Group,
-    Studies,
-    Task,
-    decision_file,
-    model_folder,
-)
+from pretraining.experiments.study import Control, Flags, Group, Studies, Task, decision_file, model_folder
 
 LOOKUP = "lookup table"
 SAMPLES = "$OUT/data/pretraining"

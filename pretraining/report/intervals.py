@@ -93,12 +93,7 @@ class Change(Schema):
 
 
 def _change(
-    value: float,
-    error: float | None,
-    degrees: float,
-    n: tuple[int, ...],
-    method: Method,
-    deviations: tuple[float, ...] = (),
+    value: float, error: float | None, degrees: float, n: tuple[int, ...], method: Method, deviations: tuple[float, ...] = ()
 ) -> Change:
     """The interval of a difference. Without any spread there is none: a few equal accuracies do not prove a variance of 0.
 

@@ -12,17 +12,7 @@ from pretraining.experiments.study import Decision
 from pretraining.report.analysis import Analysis
 from pretraining.report.comparisons import Compared, Quantity
 from pretraining.report.intervals import Change
-from pretraining.report.rows import (
-    CONSTANT_SHARE,
-    GAP,
-    GAP_NAME,
-    LOOKUP_TABLE,
-    PARTS,
-    SAMPLED_LOSS,
-    TRACE,
-    TRANSFORMER,
-    losses,
-)
+from pretraining.report.rows import CONSTANT_SHARE, GAP, GAP_NAME, LOOKUP_TABLE, PARTS, SAMPLED_LOSS, TRACE, TRANSFORMER, losses
 from pretraining.report.same_loss import Z
 from pretraining.report.sections import LABELS, Line, Section, Summary
 from pretraining.report.verdicts import NO_HEADROOM, REFUSALS, Verdict
@@ -351,8 +341,8 @@ def choice_table(decision: Decision) -> Table:
         body.append([*line, _number(tried.accuracy, tried.accuracy_error, 1, 100), _yes(tried.value == decision.chosen)])
     seeds = ", ".join(map(str, decision.seeds))
     notes = [f"Rule: {choice.rule.replace('_', ' ')}, on selection seeds {seeds} of {choice.group}, which no result uses."]
-    notes += [f"Admitted: gaps up to {decision.limit:.4f} nats."] if decision.limit is not None else []
-    notes += [] if decision.chosen is not None else ["No value is admitted."]
+    notes += [] if decision.limit is None else [f"Admitted: gaps up to {decision.limit:.4f} nats."]
+    notes += ["No value is admitted."] if decision.chosen is None else []
     return Table(f"Choice of {choice.flag}", [choice.flag, "gap (nats)", "admitted", "accuracy (%)", "chosen"], body, notes)
 
 
