@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pcfg.common.files import InputError
+from pcfg.grammar import Grammar, find_rules
 from pcfg.labels import Words
 from pretraining.data.tasks import GLUE
 from pretraining.experiments.flags import REFERENCE, actions, take_flags
@@ -201,7 +202,14 @@ class _Resolver:
         """The flags that are left in a table; files next to the study file get a path for the commands."""
         places = {name.replace("-", "_"): table.tree.place((*table.keys, name))[0] for name in table.values}
         flags = take_flags(table, script, *arguments, references=references)
-        return {name: self._file(value, places[name]) for name, value in flags.items()}
+        flags = {name: self._file(value, places[name]) for name, value in flags.items()}
+        if "rule_path" in flags:
+            path = ROOT / flags["rule_path"]
+            try:
+                Grammar.read(find_rules(path if path.is_file() else flags["rule_path"]))
+            except InputError as error:
+                raise table.error(f"rule_path: {error}", "rule_path") from None
+        return flags
 
     def _file(self, value: Any, source: Path) -> Any:
         path = source.parent / value if isinstance(value, str) and value and not value.startswith("$") else None

@@ -59,6 +59,7 @@ def test_the_tiny_study():
         ('base = "base@first"', 'bose = "base"', "bose: unknown key; did you mean base"),
         ("shard_num = 1", "shard_nmu = 1", "shard_nmu: no key, and no flag of generate_pretraining.py; did you mean shard_num"),
         ("length_limit = 5", 'save_path = "x"', "save_path: a study sets this flag of generate_pretraining.py itself"),
+        ("rule_mini_headroom.txt", "rule_mini_headrom.txt", "rule_path: .*rule_mini_headrom.txt: no such grammar file"),
         ("num_hidden_layers = 1", "num_hidden_layers = 1.5", "1.5: must be positive_int .as --num_hidden_layers of run_pretr"),
         ("hidden_dropout_prob = 0\n", "hidden_dropout_prob = 2\n", "2: 2 is not in \\[0, 1\\]"),
         ('lr_schedule = "constant_step"', 'lr_schedule = "constant"', "'constant': must be one of step, constant_step"),
@@ -113,6 +114,13 @@ def test_mistakes_are_refused_with_their_line(tmp_path, old, new, message):
     assert place == str(path) and expected in path.read_text().splitlines()[int(line) - 1]
 
 
+def test_a_grammar_is_read_before_anything_runs(tmp_path):
+    (tmp_path / "own.txt").write_text("S a 0.5\nS b 0.4\n")
+    path = study(tmp_path, ("rule_mini_headroom.txt", "own.txt"))
+    with pytest.raises(InputError, match=r"study.toml:\d+: rule_path: .*own.txt:1: .* add up to 0.9"):
+        resolve(path, None)
+
+
 def test_groups_without_common_seeds_or_with_other_ones_than_their_start(tmp_path):
     path = study(tmp_path, ("steps = [4]", "steps = [4]\nseeds = [1, 2]"))
     with pytest.raises(InputError, match="base and adversarial have no seed in common"):
@@ -149,7 +157,7 @@ def test_what_an_included_file_offers_is_used_only_if_needed(tmp_path):
 
 
 def test_files_next_to_the_study_and_ones_own_labels(tmp_path):
-    (tmp_path / "my_rules.txt").write_text("S A A 1\n")
+    (tmp_path / "my_rules.txt").write_text("S A A 1\nA a 1\n")
     for name in ("mine.csv", "mine_validation.csv"):
         (tmp_path / name).write_text("text,label\n")
     own = '[tasks.mine]\ntrain_file = "mine.csv"\nvalidation_file = "mine_validation.csv"\n\n[trace]'
