@@ -112,12 +112,16 @@ def test_shapes_that_do_not_fit(tiny_model, tmp_path):
         run(tmp_path / "nowhere", tmp_path / "large", tmp_path / "enlarged")
 
 
-def test_a_broken_model_is_not_enlarged(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(float("nan"), "head_dense.weight has entries that are not finite"), (3e38, "logits differ by (nan|inf)")],
+)
+def test_a_broken_model_is_not_enlarged(tiny_model, tmp_path, value, message):
     vocabulary = load_vocabulary(tiny_model)
     broken = load_model(tiny_model)
     with torch.no_grad():
-        broken.head_dense.weight[0, 0] = float("nan")
+        broken.head_dense.weight[0] = value
     save_model(tmp_path / "broken", broken, build_tokenizer(vocabulary, True, 10), vocabulary, {})
-    with pytest.raises(InputError, match="logits differ by nan"):
+    with pytest.raises(InputError, match=message):
         run(tmp_path / "broken", tmp_path / "broken", tmp_path / "enlarged")
     assert not (tmp_path / "enlarged").exists()

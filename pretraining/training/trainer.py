@@ -406,7 +406,9 @@ class Trainer:
         diverged = dict(self.progress.diverged)
         for step in self._branches() if self.ranks.is_main else ():
             diverged |= branches.cooled_models(self.options, step) or {}
-        if diverged := self.ranks.of_main(diverged):
+        diverged = self.ranks.of_main(diverged)
+        self.ranks.wait()
+        if diverged:
             raise diverged_error(diverged)
         return folder
 
