@@ -78,10 +78,7 @@ def pretrain(options: argparse.Namespace, gap_meter: GapMeter) -> Path:
     learner = build_learner(options, models, ranks, facts)
     if start is not None:
         learner.load(start.folder, start.saved.files)
-    folder = Trainer(options, learner, ranks, data, facts, progress, start.folder if start else None).run()
-    # Else a thread of gloo may hold a tensor of the last exchange when the interpreter has ended, which aborts the process.
-    ranks.close()
-    return folder
+    return Trainer(options, learner, ranks, data, facts, progress, start.folder if start else None).run()
 
 
 def describe_initial(options: argparse.Namespace, folders: list[Path]) -> dict[str, str]:

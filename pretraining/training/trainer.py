@@ -404,10 +404,10 @@ class Trainer:
             print(f"finished: {self.stop_reason()}")
         folder = self.save_model(final=True)
         diverged = dict(self.progress.diverged)
-        for step in self._branches() if self.ranks.is_main else ():
+        # Of several ranks there is one model, whose divergence has ended the run. Nothing is exchanged here: a thread of gloo
+        # that still held the last object when the interpreter has ended would abort the process.
+        for step in self._branches() if self.ranks.size == 1 else ():
             diverged |= branches.cooled_models(self.options, step) or {}
-        diverged = self.ranks.of_main(diverged)
-        self.ranks.wait()
         if diverged:
             raise diverged_error(diverged)
         return folder
