@@ -49,7 +49,7 @@ def state_tensors(job):
     """All tensors of the trunk's training states, by state."""
     states = {}
     for folder in sorted((job / "training_state").glob("step*")):
-        content = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)
+        content = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)
         leaves = torch.utils._pytree.tree_leaves([content["module"], content["optimizer"]])
         states[folder.name] = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     return states
@@ -119,7 +119,7 @@ def test_a_branch_is_sgd_on_its_own_samples_with_a_rate_that_falls_to_zero(train
     final = train(BRANCHES + flags + NO_DROPOUT + "--max_steps 5")
     job = final.parent
     assert final.name == "step0000005"
-    content = torch.load(job / "training_state/step0000003/mp_rank_00_model_states.pt", weights_only=False)
+    content = torch.load(job / "training_state/step0000003/mp_rank_00_model_states.pt", weights_only=True)
     momentum = [content["optimizer"]["state"][index]["momentum_buffer"] for index in range(len(content["optimizer"]["state"]))]
     model = load_model(job / "step0000003").train()
     parameters = [p for p in model.parameters() if p.ndim >= 2] + [p for p in model.parameters() if p.ndim < 2]
