@@ -41,7 +41,6 @@ from pretraining.evaluation.records import (
     ProbeRecord,
     Record,
     TracePart,
-    read_record,
     read_records,
 )
 from pretraining.model.checkpoints import CONFIG_FILE, is_model_folder, read_facts, weights_sha256, without_trunks
@@ -258,15 +257,18 @@ def collect(folder: Path | str, records_path: Path | str | None = None) -> Tree:
     places = {name: [path] for name, path in folders.items()}
     if records_path is not None:
         places = {name: [path, Path(records_path) / path.relative_to(root)] for name, path in folders.items()}
-    files = {name: {file: place for place in places[name] for file in read_records(place)} for name in names}
-    of_models = {name: {file: read_record(place / file) for file, place in files[name].items()} for name in names}
+    sources = {
+        name: {file: (place, record) for place in places[name] for file, record in read_records(place).items()}
+        for name in names
+    }
+    of_models = {name: {file: record for file, (_, record) in sources[name].items()} for name in names}
     cells = [_measurements(of_models[name], facts[name]) for name in names]
     accuracies = sorted({quantity for row in cells for quantity, part in row if part == "majority"}, key=accuracy_order)
     columns = [(quantity, part) for quantity in (*LOSSES, *FLATNESS) for part in ("value", "se")]
     columns += [(f"trace_{part}", "value") for part in PARTS]
     columns += [(name, part) for name in accuracies for part in ACCURACY_PARTS]
     measured = pd.DataFrame({column: [row.get(column) for row in cells] for column in columns}, index=names).astype(float)
-    records = [(name, files[name][file] / file, of_models[name][file]) for name in names for file in sorted(of_models[name])]
+    records = [(name, place / file, record) for name in names for file, (place, record) in sorted(sources[name].items())]
     fisher = {name: of_model.get("hessian.json") for name, of_model in of_models.items()}
     parts = {name: record.balanced for name, record in fisher.items() if isinstance(record, HessianRecord) and record.balanced}
     return Tree(models, measured, records, folders, parts)
