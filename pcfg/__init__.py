@@ -1,5 +1,6 @@
 """Grammars with a known distribution: sampling, charts, labels and masked conditionals."""
 
+import functools
 import hashlib
 import os
 import re
@@ -33,3 +34,33 @@ def _keep_kernels_with_their_sources(folder: Path) -> None:
 
 
 _keep_kernels_with_their_sources(Path(__file__).parent)
+
+
+@functools.cache  # once
+def say_when_compiling() -> None:
+    """Have the first compilation of a kernel on this machine print why nothing moves; modules with kernels call this."""
+    from llvmlite import binding
+    from numba.core import event
+
+    class Notice(event.Listener):
+        is_silent = False
+
+        def on_start(self, event: event.Event) -> None:  # noqa: ARG002 (numba's protocol)
+            if self.is_silent:
+                return
+            self.is_silent = True
+            place = os.environ.get("NUMBA_CACHE_DIR", f"{os.devnull}/nowhere")
+            mark = Path(place, f"announced-{binding.get_host_cpu_name()}")
+            try:
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch(exist_ok=False)
+            except FileExistsError:
+                return
+            except OSError:  # nothing can be kept there: each process compiles, and says it
+                pass
+            print("compiling kernels for this machine, once: up to a minute", file=sys.stderr, flush=True)
+
+        def on_end(self, event: event.Event) -> None:
+            pass
+
+    event.register("numba:compile", Notice())

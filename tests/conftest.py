@@ -118,10 +118,14 @@ def forks(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """Let processes started here obey Ctrl-C: those of a shell's background job would inherit that it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let processes started here obey Ctrl-C: those of a shell's background job would inherit that it is ignored.
+
+    What programs in this process do with signals ends with the test.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGTERM, before[1])
 
 
 @pytest.fixture(scope="session")

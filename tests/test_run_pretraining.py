@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -71,6 +72,22 @@ def test_main_trains_saves_and_is_done(tiny_samples, tmp_path, capsys):
     assert read_json(tmp_path / "again" / "step0000006" / "args.json")["arguments"]["print_steps"] == 3
     with pytest.raises(InputError, match="4 problem.*\\n.*job/step0000000: has the same weights as .*again/step0000000"):
         checkpoints.main(["verify", str(tmp_path)])
+
+
+def test_without_a_name_the_flags_that_decide_name_the_job(tiny_samples, tmp_path, capsys):
+    """Two runs are never in one folder; branches, and a rerun with another flag that decides nothing, are in the run's."""
+    flags = f"{SMALL} --lr_schedule wsd --num_warmup_steps 0 --branch_steps 2 --cooldown_steps 1 --current_run_id x "
+    words = command(tiny_samples, tmp_path, flags)
+    del words[words.index("--job_name") : words.index("--job_name") + 2]
+    run_pretraining.main(words)
+    (first,) = tmp_path.iterdir()
+    assert re.fullmatch("run-[0-9a-f]{8}-x", first.name) and (first / "step0000002-cooled").is_dir()
+    assert read_json(first / "step0000006/args.json")["job_name"] == first.name
+    capsys.readouterr()
+    run_pretraining.main([*words, "--print_steps", "7"])
+    assert capsys.readouterr().out == f"complete: {first / 'step0000006'}\n"
+    run_pretraining.main(["--config", str(first / "step0000006/args.json"), "--lr", "2e-3"])
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_layernorm_embedding_changes_nothing_and_says_so(tiny_samples, tmp_path, capsys):

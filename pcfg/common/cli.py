@@ -67,8 +67,21 @@ class Parser(argparse.ArgumentParser):
         return flags[0][: len(name)] + equals + value if flags else word
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended the program's work: SIGTERM, or one that the work has noted; `state` is what it has saved."""
+
+    def __init__(self, number: int, state: Path | None = None):
+        super().__init__(number)
+        self.number = number
+        self.state = state
+
+
+def _terminate(number: int, _: object) -> None:
+    raise Interrupted(number)
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Run `main()`; ends with one line on stderr and exit code 2 for an `InputError`, 130 for Ctrl-C.
+    """Run `main()`; ends with one line on stderr and exit code 2 for an `InputError`, 130 for Ctrl-C, 143 for SIGTERM.
 
     A closed stdout (`| head`) ends the program quietly with exit code 141, as SIGPIPE ends others. Characters that the encoding
     of stdout lacks are printed as escapes.
@@ -77,6 +90,9 @@ def run_main(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # `pcfg.common.start` has another one
+    # Of several ranks one may wait in a library for another that has ended; there SIGTERM acts at once.
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and "WORLD_SIZE" not in os.environ:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         try:
             main()
@@ -90,9 +106,9 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         print(f"{program_name()}: error: {error.object!a}: a name that is not UTF-8; rename it", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(INTERRUPTED, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         sys.exit(141)

@@ -9,8 +9,11 @@ from collections.abc import Callable
 import numba
 import numpy as np
 
+from pcfg import say_when_compiling
 from pcfg.common.files import InputError
 from pcfg.common.text import decode_block, shown
+
+say_when_compiling()
 
 # The white space of `str.split` beyond ASCII: its two or three bytes of UTF-8, as a number.
 WIDE_SPACES = tuple(int.from_bytes(chr(code).encode()) for code in range(128, 0x3001) if chr(code).isspace())

@@ -18,9 +18,12 @@ from typing import Any
 import numba
 import numpy as np
 
+from pcfg import say_when_compiling
 from pcfg.common.files import InputError
 from pretraining.data.samples import ROWS_PER_CHUNK, Samples
 from pretraining.data.vocabulary import Vocabulary
+
+say_when_compiling()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,8 @@ from pretraining.model.checkpoints import is_model_folder
 
 ROOT = Path(__file__).parents[2]
 LOCK_FILE = ".running"
+# Exit codes of a command, or the negative number of the signal that has ended it.
+INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 POLL = 0.05  # seconds between two looks at the running commands
 DEATH_SIGNAL = 1  # of Linux' prctl: the option that sets the signal of a process whose parent has ended
 
@@ -88,14 +90,12 @@ class Runner:
         self._begun = time.monotonic()
 
     def run(self) -> bool:
-        """Run all that can run; returns whether nothing failed. Ctrl-C and SIGTERM end the commands first."""
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        """Run all that can run; returns whether nothing failed. An exception (Ctrl-C, SIGTERM) ends the commands first."""
         try:
             while self._start_ready_steps() or self._running:
                 time.sleep(POLL)
                 self._record_ended_steps()
         finally:
-            signal.signal(signal.SIGTERM, previous)
             self._end_commands()
         return all(status.state in ("done", "not due") for status in self.statuses.values())
 
@@ -182,6 +182,7 @@ class Runner:
                 self._note(step, Status(state="done", seconds=seconds, log=log))
             else:
                 why = "it did not make everything that it should" if code == 0 else None
+                why = "interrupted; run the studies again to resume" if code in INTERRUPTED else why
                 self._note(step, Status(state="failed", exit_code=code, why=why, seconds=seconds, log=log))
 
     def _note(self, step: Step, status: Status, skipped: bool = False) -> None:
@@ -191,9 +192,9 @@ class Runner:
         text: str = "done already" if skipped else status.state
         if status.state == "failed":
             text += f" with exit code {status.exit_code}; see {self.out}/{status.log}"
-        elif status.why:
+        if status.why:
             text += f" ({status.why})"
-        elif not skipped and status.seconds is not None:
+        elif status.state == "done" and status.seconds is not None:
             text += f" in {status.seconds:.0f} s"
         elapsed = time.monotonic() - self._begun
         rate = 60 * sum(other.seconds is not None for other in self.statuses.values()) / max(elapsed, 1e-9)

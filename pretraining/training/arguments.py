@@ -5,6 +5,8 @@ The flags are those of academic-budget-bert (Izsak et al. 2021) that have a mean
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +33,7 @@ WITHOUT_EFFECT = frozenset(
         *("deepspeed", "local_rank", "data_loader_type", "layernorm_embedding", "wall_clock_breakdown"),
         *("print_steps", "log_throughput_every", "steps_per_print", "report_to", "project_name"),
         *("output_dir", "job_name", "current_run_id", "overwrite", "keep_checkpoints", "validation_micro_batch"),
-        *("config", "resume", "activation_checkpointing"),
+        *("config", "resume", "activation_checkpointing", "save_state_minutes"),
     }
 )
 # They describe a term that exists only if its weight is not 0.
@@ -208,7 +210,7 @@ def _add_validation_and_output(parser: argparse.ArgumentParser) -> None:
 
     group = _Group(parser, "output and resuming")
     group.required("output_dir", "everything is written to OUTPUT_DIR/JOB_NAME")
-    group.value("job_name", str, "pretraining_experiment", "name of the run's folder")
+    group.value("job_name", str, None, "name of the run's folder (default: run- and a hash of the flags that decide the run)")
     group.value("current_run_id", str, "", "appended to the job's name (default: nothing)")
     text = "comma-separated steps at which a model folder is saved; 0: before the first step (default: only the end)"
     group.value("save_steps", ascending(non_negative_int), [], text)
@@ -226,6 +228,8 @@ def _add_validation_and_output(parser: argparse.ArgumentParser) -> None:
     text = "a training_state folder to start from; a state of the interrupted run itself comes first (default: none)"
     group.value("load_training_checkpoint", str, None, text)
     group.value("load_checkpoint_id", str, None, "which state of that folder (default: the latest)")
+    text = "minutes between two training states, which validations and saved models also make: what a kill may cost"
+    group.value("save_state_minutes", positive, 30.0, text)
     group.value("keep_checkpoints", positive_int, 2, "number of training states on disk")
     group.switch("overwrite", "delete the model folders, training states and metrics of an earlier run in OUTPUT_DIR/JOB_NAME")
 
@@ -314,8 +318,9 @@ def check(options: argparse.Namespace) -> None:
     if options.adversarial_ridge == 0:
         raise InputError("--adversarial_ridge: 0 leaves the head undetermined; give a number above 0")
     # Measurements pass over hidden folders, and ".." would put the run next to --output_dir.
-    if not options.job_name or options.job_name.startswith(".") or "/" in options.job_name + options.current_run_id:
-        name = job_folder(options).name
+    name = "run" if options.job_name is None else options.job_name
+    if not name or name.startswith(".") or "/" in name + options.current_run_id:
+        name = "-".join(filter(None, (name, options.current_run_id)))
         raise InputError(f"--job_name, --current_run_id: {name!r} is no folder's name here; leave out '/' and a '.' in front")
     model_config(options, vocab_size=1, max_seq_length=1)
     if options.seeds is not None:
@@ -382,7 +387,11 @@ def model_config(options: argparse.Namespace, vocab_size: int, max_seq_length: i
 
 def job_folder(options: argparse.Namespace) -> Path:
     """The folder of everything that the run writes: OUTPUT_DIR/JOB_NAME[-RUN_ID]."""
-    return Path(options.output_dir) / "-".join(filter(None, (options.job_name, options.current_run_id)))
+    name = options.job_name
+    if name is None:
+        decides = json.dumps(deciding(vars(options)), sort_keys=True)
+        name = f"run-{hashlib.sha256(decides.encode()).hexdigest()[:8]}"
+    return Path(options.output_dir) / "-".join(filter(None, (name, options.current_run_id)))
 
 
 def seeds_of(options: argparse.Namespace) -> tuple[int, ...]:

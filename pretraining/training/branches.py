@@ -14,7 +14,7 @@ from typing import Any
 from pcfg.common.files import InputError, keyed_rng
 from pretraining.model.checkpoints import COOLED, check_folder, read_facts
 from pretraining.training import state
-from pretraining.training.arguments import differences, member_folders, seeds_of
+from pretraining.training.arguments import differences, job_folder, member_folders, seeds_of
 from pretraining.training.learner import Member
 from pretraining.training.state import Progress, RunFacts, State
 
@@ -40,6 +40,7 @@ def branch_options(options: argparse.Namespace, lr: float) -> argparse.Namespace
     changes["train_batch_size"] = options.cooldown_batch_size or options.train_batch_size
     changes |= {"save_steps": [], "finetune_time_markers": [], "num_epochs_between_checkpoints": -1}
     changes |= {"use_early_stopping": False, "target_gap": None}
+    changes |= {"job_name": job_folder(options).name, "current_run_id": ""}  # the trunk's, whatever else differs
     return argparse.Namespace(**vars(options) | changes)
 
 

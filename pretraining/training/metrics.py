@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -152,15 +153,28 @@ def diverged_error(diverged: dict[str, str]) -> InputError:
 
 
 class Signals:
-    """Within its block, the first SIGTERM or SIGINT is only noted, so that a step can finish; a second one acts as usual."""
+    """Within its block, SIGTERM and Ctrl-C are only noted, so that a step can finish; a second Ctrl-C acts as usual.
+
+    Launchers pass on a signal that the whole group of processes got as well: a repeated SIGTERM is the same request, and so is
+    a SIGINT within `SAME` seconds.
+    """
+
+    SAME = 1.0
 
     def __init__(self):
-        self.received: str | None = None  # the name of the signal
+        self.received: signal.Signals | None = None
+        self._interrupted = math.inf  # when the first SIGINT came
         self._usual: dict[int, Any] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 (signal.signal asks for it)
-        self.received = signal.Signals(number).name
-        self._restore()
+        now = time.monotonic()
+        if number == signal.SIGINT and now > self._interrupted + self.SAME:
+            self._restore()
+            signal.raise_signal(number)
+            return
+        self.received = self.received or signal.Signals(number)
+        if number == signal.SIGINT:
+            self._interrupted = min(self._interrupted, now)
 
     def _restore(self) -> None:
         for number, handler in self._usual.items():

@@ -1,6 +1,7 @@
 """A pre-training run from the options of the command line: `pretrain`, and what it prepares before the training loop."""
 
 import argparse
+import contextlib
 import dataclasses
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from pretraining.training.arguments import check_accumulation, differences, job_
 from pretraining.training.branches import check_earlier_branches, cooled_models
 from pretraining.training.engine import EngineLearner, precision, start_ranks, zero_stage
 from pretraining.training.learner import Learner, Member
+from pretraining.training.lock import lock
 from pretraining.training.metrics import METRICS_FILE, diverged_error
 from pretraining.training.sample_stream import Shards
 from pretraining.training.stacked import StackedLearner, is_worth_stacking
@@ -38,13 +40,19 @@ GapMeter = Callable[[str, int, Vocabulary, int, int], Callable[[nn.Module], dict
 def pretrain(options: argparse.Namespace, gap_meter: GapMeter) -> Path:
     """Run the pre-training that the options describe, or the rest of it; returns the final model folder.
 
-    The options are those of `pretraining.training.arguments`, checked.
+    The options are those of `pretraining.training.arguments`, checked. `Interrupted` after a signal, with the state saved.
     """
-    job = job_folder(options)
     ranks = start_ranks(options)
     if options.seeds is not None and ranks.size > 1:
         raise InputError(f"--seeds: trains on one rank, not on {ranks.size}; start it with plain python")
-    start = agreed_state(options, job, ranks)
+    with contextlib.ExitStack() as stack:
+        start = agreed_state(options, ranks, stack)
+        return build_trainer(options, gap_meter, ranks, start).run()
+
+
+def build_trainer(options: argparse.Namespace, gap_meter: GapMeter, ranks: Ranks, start: State | None) -> Trainer:
+    """The run of the options from a training state, or from its beginning, checked; the job's folder is made ready for it."""
+    job = job_folder(options)
     check_accumulation(options, ranks.size)
     data, length = load_data(options, gap_meter)
     vocabulary = data.members[0].train.vocabulary
@@ -78,7 +86,7 @@ def pretrain(options: argparse.Namespace, gap_meter: GapMeter) -> Path:
     learner = build_learner(options, models, ranks, facts)
     if start is not None:
         learner.load(start.folder, start.saved.files)
-    return Trainer(options, learner, ranks, data, facts, progress, start.folder if start else None).run()
+    return Trainer(options, learner, ranks, data, facts, progress, start.folder if start else None)
 
 
 def describe_initial(options: argparse.Namespace, folders: list[Path]) -> dict[str, str]:
@@ -166,7 +174,7 @@ def run_facts(
         vmap = is_worth_stacking(config, len(options.seeds), sentences * config.max_position_embeddings)
         optional["stacked"] = Stacking(seeds=seeds_of(options), vmap=vmap)
     return RunFacts(
-        job_name=options.job_name,
+        job_name=job_folder(options).name,
         seed=options.seed,
         vocabulary_sha256=data.members[0].train.vocabulary.sha256,
         git_revision=git_revision(),
@@ -242,12 +250,16 @@ def finished_model(options: argparse.Namespace) -> Path | None:
     return finals[living[0]]
 
 
-def agreed_state(options: argparse.Namespace, job: Path, ranks: Ranks) -> State | None:
-    """`starting_state`, determined by the main rank alone for all ranks; its InputError is raised on all ranks."""
+def agreed_state(options: argparse.Namespace, ranks: Ranks, stack: contextlib.ExitStack) -> State | None:
+    """`starting_state`, determined by the main rank alone for all ranks; its InputError is raised on all ranks.
+
+    The main rank holds the job's folder from here on, until `stack` is closed.
+    """
     answer: State | InputError | None = None
     if ranks.is_main:
         try:
-            answer = starting_state(options, job)
+            stack.enter_context(lock(job_folder(options)))
+            answer = starting_state(options, job_folder(options))
         except InputError as error:
             answer = error
     answer = ranks.of_main(answer)

@@ -5,15 +5,17 @@ import dataclasses
 import datetime
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic, perf_counter
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
+from pcfg.common.cli import Interrupted
 from pcfg.common.files import InputError
 from pcfg.common.ranks import Ranks
 from pretraining.model.checkpoints import save_model
@@ -28,6 +30,7 @@ from pretraining.training.state import Progress, RunFacts
 
 STATE_FOLDER = "training_state"
 Z = 1.96  # of a 95% interval
+FORECAST_STEPS = 10  # after which a run knows how long its steps take
 
 
 def clock(hours: float) -> Callable[[], float]:
@@ -78,8 +81,8 @@ class Trainer:
         self.loss_watch = LossWatch(self.ranks.device, names, progress.diverged)
         self.signals: Signals = self.trunk.signals if self.trunk else Signals()
         self.lr = 0.0
-        self.saved_step = progress.step
-        self.branch: Trainer | None = None  # one that a signal has interrupted
+        self._first_step = self.saved_step = progress.step
+        self.saved_hours = progress.hours  # of the newest state, or of this process's start
         self.gaps: list[dict[str, float]] = []  # the newest, on the main rank
         self.is_interrupted = False
         # Sentences and time, at the start of this process and at the last measurement of the speed.
@@ -87,7 +90,7 @@ class Trainer:
         self._speed_from = self._started
 
     def run(self) -> Path:
-        """Train to the end; returns the folder of the final model, or of the training state if a signal ended the run."""
+        """Train to the end; returns the folder of the final model. `Interrupted` if a signal ended the run, with its state."""
         try:
             with self.signals:
                 return self.train()
@@ -99,6 +102,7 @@ class Trainer:
 
     def train(self) -> Path:
         """The training loop; returns what `run` returns."""
+        self.warn_of_warmup(self._end(), "when this run ends")
         if self.progress.step == 0 and 0 in self.options.save_steps:
             self.save_model(final=False)
         if not self.stop_reason():
@@ -110,7 +114,11 @@ class Trainer:
             self.advance(batches, losses)
             self.record(losses)
             self.validate_and_save(is_end_of_epoch=batches[0].is_last)
-        return self.finish() if self.stop_reason() else self.interrupt()
+            if self.progress.step == self._first_step + FORECAST_STEPS and self.options.lr_schedule == "time":
+                self.warn_of_warmup(self._end(), "when this run ends")
+        if not self.stop_reason():
+            self.interrupt()
+        return self.finish()
 
     def batches(self) -> Iterator[list[GlobalBatch]]:
         """The global batches from here on, one per member, epoch by epoch, until no further step is due."""
@@ -202,9 +210,28 @@ class Trainer:
         saves = self._is_folder_due(is_end_of_epoch) or is_asked_for
         if saves:
             self.save_model(final=False)
-        if saves or validates:
+        if saves or validates or 60 * (self.progress.hours - self.saved_hours) >= options.save_state_minutes:
             self.save_state()
         self.cool_down()
+
+    def warn_of_warmup(self, position: float, when: str) -> None:
+        """Print a warning if the learning rate is in its warmup at `position`, in the schedule's unit."""
+        warmup = self.schedule.warmup
+        if self.ranks.is_main and self.trunk is None and 0 < position <= warmup:
+            is_timed = self.options.lr_schedule == "time"
+            flag = "--num_warmup_steps" if self.options.lr_schedule in ("constant_step", "wsd") else "--warmup_proportion"
+            unit, or_else = ("hours", " or --total_training_time") if is_timed else ("steps", "")
+            print(
+                f"warning: {when}, the learning rate still rises: {position:.3g} of {warmup:.3g} {unit} of warmup; "
+                f"give a smaller {flag}{or_else}, or train longer",
+                flush=True,
+            )
+
+    def _end(self) -> float:
+        """The position in the schedule at which the run ends if its limits hold, at the mean speed since this process began."""
+        return (
+            self.progress.hours + self._seconds_left() / 3600 if self.options.lr_schedule == "time" else self.options.max_steps
+        )
 
     def _is_folder_due(self, is_end_of_epoch: bool) -> bool:
         """Whether a time marker has passed, or a number of epochs after which a model folder is saved."""
@@ -345,6 +372,7 @@ class Trainer:
         arguments = (self.ranks, self.facts, self.progress, self.options.keep_checkpoints)
         self.state_folder = state.save(self.learner, self.states, *arguments)
         self.saved_step = self.progress.step
+        self.saved_hours = self.progress.hours
 
     def cool_down(self) -> None:
         """Train the branch that begins at this step, if any, unless its models are there; the learner is then as before.
@@ -363,10 +391,6 @@ class Trainer:
             finally:
                 for member in branch.members:
                     member.train.close()
-            if branch.is_interrupted and not branch.stop_reason():
-                self.branch = branch
-                self.is_interrupted = True
-                return
             self.clock = clock(branch.progress.hours)
             self.learner.load(self.state_folder, state.read(self.state_folder).files)
             self._started = self._speed_from = (self.progress.samples, perf_counter())
@@ -398,10 +422,12 @@ class Trainer:
         if self.saved_step != self.progress.step:
             self.save_state()
         self.cool_down()
-        if self.branch is not None or self.is_interrupted and branches.is_branch_due(self.options, self.progress):
-            return self.interrupt()
+        if self.is_interrupted and branches.is_branch_due(self.options, self.progress):
+            self.interrupt()
         if self.ranks.is_main:
             print(f"finished: {self.stop_reason()}")
+            is_timed = self.options.lr_schedule == "time"
+            self.warn_of_warmup(self.progress.hours if is_timed else self.progress.step, "at the end")
         folder = self.save_model(final=True)
         diverged = dict(self.progress.diverged)
         # Of several ranks there is one model, whose divergence has ended the run. Nothing is exchanged here: a thread of gloo
@@ -420,19 +446,17 @@ class Trainer:
         last = [step] if branches.is_branch_due(self.options, self.progress) else []
         return sorted({*(branch for branch in self.options.branch_steps if branch <= step), *last})
 
-    def interrupt(self) -> Path:
-        """Save a training state after a signal and print how to resume; returns its folder."""
-        if self.branch is not None and self.branch.state_folder is not None:
-            return self.branch.state_folder
+    def interrupt(self) -> NoReturn:
+        """After a signal: save a training state, print how to resume, and raise `Interrupted`."""
         if self.saved_step != self.progress.step or self.state_folder is None:
             self.save_state()
-        assert self.state_folder is not None
+        received = self.signals.received or signal.SIGTERM  # of another rank
         if self.ranks.is_main:
             words = [word for word in sys.argv if not word.startswith("--local_rank")]  # the launcher's own
             how = "python" if self.ranks.size == 1 else "with the same launcher, on as many ranks:"
-            print(f"{self.signals.received or 'a signal'} at {self._where()}; training state: {self.state_folder}")
+            print(f"{received.name} at {self._where()}; training state: {self.state_folder}")
             print(f"go on: {how} {shlex.join(words)}", flush=True)
-        return self.state_folder
+        raise Interrupted(received, self.state_folder)
 
     def _where(self) -> str:
         """The present step, in words."""

@@ -197,6 +197,13 @@ def test_killed_runner_takes_its_commands_along_and_the_next_one_waits_for_them(
     assert (out / "result").exists() and states(out) == {"slow": "done"}
 
 
+def test_an_interrupted_command_is_named_as_such(tmp_path, capsys):
+    steps = [writes("ended", before="os.kill(os.getpid(), 15)"), writes("left", before="raise SystemExit(130)")]
+    assert not run(steps, tmp_path, jobs=1)
+    text = "failed with exit code {}; see .* .interrupted; run the studies again to resume."
+    assert re.search("ended: " + text.format(-15) + ".*left: " + text.format(130), capsys.readouterr().out, re.S)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_the_commands_first(driver, number):
     out, start = driver
@@ -205,6 +212,6 @@ def test_signals_end_the_commands_first(driver, number):
         (out / "may_end").touch()
         first.send_signal(number)
         first.communicate(timeout=60)
-    assert first.returncode != 0
+    assert first.returncode == 128 + number
     assert (out / "saved").exists() and not (out / "result").exists()
     assert json.loads((out / "status.json").read_text() if (out / "status.json").exists() else "{}") == {}

@@ -23,7 +23,11 @@ SMALL = (
 
 @pytest.fixture(scope="session")
 def train_in(tiny_samples):
-    """Runs the pre-training of a small model in this process, by the clock `now`; returns its final model folder."""
+    """Runs the pre-training of a small model in this process, by the clock `now`; returns its final model folder.
+
+    Of a run that a signal interrupts, the folder of its training state.
+    """
+    from pcfg.common.cli import Interrupted
     from pretraining.evaluation.loss import gap_meter
     from pretraining.training import arguments as command_line
     from pretraining.training import trainer
@@ -36,7 +40,10 @@ def train_in(tiny_samples):
         command_line.check(options)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer, "monotonic", now)
-            return pretrain(options, gap_meter)
+            try:
+                return pretrain(options, gap_meter)
+            except Interrupted as interrupted:
+                return interrupted.state
 
     return run
 

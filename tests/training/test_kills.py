@@ -6,6 +6,7 @@ run takes a fraction of a second. LONG_TESTS=1 makes the longer version.
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -31,12 +32,14 @@ SMALL = (
 BRANCHES = " --lr_schedule wsd --num_warmup_steps 2 --branch_steps 4,12 --cooldown_steps 6 --cooldown_batch_size 24"
 
 # Reads jobs, a JSON line each: ranks, arguments, and when to kill: "event" k: rank 0, before its k-th change of the file
-# system under the run's folder; "time" s: all ranks after s seconds; null: not at all. Answers with the ranks' exit
-# statuses, the number of those changes and the seconds.
+# system under the run's folder; "time" s: all ranks after s seconds; "term" n: SIGTERM for all ranks, twice within a
+# millisecond as SLURM and torchrun do, when step n is recorded; null: not at all. Answers with the ranks' exit statuses, the
+# number of those changes and the seconds.
 FORKS = r"""
 import importlib, json, os, signal, socket, sys, time
 import torch
 import run_pretraining
+from pcfg.common.cli import Interrupted
 from pcfg.common.files import InputError
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -75,6 +78,8 @@ def rank(number, job, port, answer, errors):
     except InputError as error:
         print("InputError:", error, flush=True)
         code = 2
+    except Interrupted as interrupted:
+        code = 128 + interrupted.number
     except BaseException:
         import traceback
         traceback.print_exc()
@@ -102,6 +107,12 @@ def run(job):
         time.sleep(job["kill"][1])
         for child in children:
             os.kill(child, signal.SIGKILL)
+    if job["kill"] is not None and job["kill"][0] == "term":
+        while f"step {job['kill'][1]}/" not in open(job["log"]).read():
+            time.sleep(0.001)
+        for child in 2 * children:
+            os.kill(child, signal.SIGTERM)
+            time.sleep(0.0003)
     statuses = {}
     while len(statuses) < len(children):
         child, status = os.waitpid(-1, 0)
@@ -213,6 +224,32 @@ def test_killed_at_any_moment_and_run_again(fork, labelled, tmp_path):
             assert not [path for path in job.rglob(".*") if path.is_dir()]
             assert len([path.name for path in (job / "training_state").iterdir() if path.is_dir()]) == 2
             jobs += 1
+
+
+def test_two_ranks_that_get_sigterm_twice_save_the_step_that_they_reached(fork, tmp_path):
+    assert fork(tmp_path / "undisturbed", BRANCHES, 2)[0] == [0, 0]
+    expected = record(tmp_path / "undisturbed")
+    for moment in range(40 if KILLS > 100 else 2):
+        job, step = tmp_path / f"job{moment}", (3, 8, 1, 5, 10)[moment % 5]
+        codes, *_ = fork(job, BRANCHES, 2, ("term", step))
+        assert 143 in codes and set(codes) <= {143, -signal.SIGKILL}, log(job)  # the first to end ends the other
+        (state,) = re.findall("SIGTERM at step .*; training state: (.*)", log(job))
+        assert int(state[-7:]) >= step or "branch" in state
+        assert fork(job, BRANCHES, 2)[0] == [0, 0], log(job)
+        assert f"going on from {state.partition('/branch')[0]}" in log(job)
+        assert record(job) == expected
+
+
+def test_a_state_is_saved_after_some_minutes(fork, tmp_path):
+    """Every step is longer than these: states begin in the middle of an epoch, where a kill finds the newest."""
+    assert fork(tmp_path / "undisturbed", "--save_steps 12")[0] == [0]
+    flags = "--save_steps 12 --validation_epochs 100 --validation_epochs_begin 100 --save_state_minutes 1e-9"
+    codes, *_ = fork(tmp_path / "job", flags, kill=("term", 4))
+    (state,) = re.findall("SIGTERM at step .*; training state: (.*)", log(tmp_path / "job"))
+    others = sorted(folder.name for folder in Path(state).parent.glob("step*"))
+    assert codes == [143] and others == [f"step{int(state[-7:]) - 1:07d}", state[-11:]]
+    assert fork(tmp_path / "job", flags)[0] == [0] and f"going on from {state}" in log(tmp_path / "job")
+    assert record(tmp_path / "job")[0] == record(tmp_path / "undisturbed")[0]
 
 
 def test_one_rank_two_ranks_and_one_again(fork, labelled, tmp_path):

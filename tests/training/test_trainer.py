@@ -203,6 +203,24 @@ def test_early_exit_leaves_the_schedule_alone(train):
     assert rates[-1] == pytest.approx(5e-3 * 0.05 / 0.094)
 
 
+@pytest.mark.parametrize(
+    ("flags", "warnings"),
+    [
+        ("--lr_schedule time --max_steps 11 --warmup_proportion 0.1", ["when this run ends", "at the end"]),
+        ("--lr_schedule time --early_exit_time_marker 1e-9 --warmup_proportion 0.1", ["when this run ends", "at the end"]),
+        ("--lr_schedule constant_step --num_warmup_steps 8", ["when this run ends", "at the end"]),
+        ("--lr_schedule step --warmup_proportion 0.9 --max_steps_per_epoch 2 --num_epochs 1", ["at the end"]),
+        ("--lr_schedule time --total_training_time 1e-6 --warmup_proportion 0.1", []),
+        ("--lr_schedule constant_step --num_warmup_steps 7", []),
+        ("--lr_schedule wsd --num_warmup_steps 0", []),
+    ],
+)
+def test_a_run_that_ends_in_its_warmup_says_so_when_it_can_be_known_and_when_it_has(train, capsys, flags, warnings):
+    train(flags)
+    found = re.findall("warning: (.*), the learning rate still rises: .* of .*; give a smaller --", capsys.readouterr().out)
+    assert len(found) == len(warnings) and all(map(str.startswith, found, warnings))
+
+
 def test_early_stopping(train, capsys):
     flags = "--do_validation --use_early_stopping --early_stop_time 3 --early_stop_eval_loss 0.1 --max_steps_per_epoch 2"
     final = train(flags + " --validation_epochs 1 --max_steps 1000", now=FakeTime(60.0))

@@ -38,6 +38,13 @@ def test_an_interrupt_is_exit_code_130(capsys):
     assert capsys.readouterr().err == "interrupted; run the same command again to resume\n"
 
 
+def test_sigterm_is_exit_code_143(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: signal.raise_signal(signal.SIGTERM))
+    assert stopped.value.code == 143
+    assert capsys.readouterr().err == "interrupted; run the same command again to resume\n"
+
+
 def test_success_and_mistakes_of_ours_are_left_alone():
     assert run_main(lambda: None) is None
     with pytest.raises(ZeroDivisionError):

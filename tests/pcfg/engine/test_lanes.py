@@ -140,3 +140,19 @@ def test_kernels_are_compiled_again_when_what_they_call_has_changed(tmp_path):
         with open(sources / kernels, "a") as file:
             file.write("# changed")
         assert pcfg.kernel_cache(sources) != before
+
+
+def test_the_first_compilation_says_so_once(tmp_path):
+    kernel = tmp_path / "kernel.py"
+    body = "@numba.njit(cache=True)\ndef add(a, b):\n    return a + b\n"
+    kernel.write_text(f"import pcfg.common.words, numba\n{body}add(1, 2), add(1.0, 2.0)\n")
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(Path(pcfg.__file__).parents[1])}
+
+    def errors():
+        command = [sys.executable, kernel]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+
+    assert errors() == "compiling kernels for this machine, once: up to a minute\n"
+    assert errors() == ""
+    kernel.write_text(kernel.read_text().replace("a + b", "a - b"))  # another kernel: the machine has been told
+    assert errors() == ""
