@@ -172,17 +172,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 class Correlation(Schema):
-    """Rank and linear correlation of two columns over models."""
+    """Rank correlation of two columns over models."""
 
     n: int  # models
     runs: int  # that they come from
-    # spearman, pearson: None where there are fewer than `FEWEST` models or one column has no spread
-    spearman: float | None = None
-    pearson: float | None = None
-    # spearman_interval, pearson_interval: None too where there is one run
-    spearman_interval: tuple[float, float] | None = None
-    pearson_interval: tuple[float, float] | None = None
-    undefined_draws: float | None = None  # share of bootstrap draws without spread, which are left out
+    spearman: float | None = None  # None where there are fewer than `FEWEST` models or one column has no spread
+    spearman_interval: tuple[float, float] | None = None  # None too where there is one run
 
 
 def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -191,19 +186,17 @@ def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return counts @ below + 0.5
 
 
-def _pearson(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Pearson's r of samples in which the pair (x_i, y_i) occurs counts[b, i] times; x, y (draws or 1, n); NaN without spread.
+def _spearman(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Rank correlation of samples in which the pair (x_i, y_i) occurs counts[b, i] times: (draws,), NaN without spread.
 
-    Which entries have spread is decided exactly, by comparing values: a sum of squares of equal values rounds to more than 0.
+    Which samples have spread is decided exactly, by comparing ranks: a sum of squares of equal values rounds to more than 0.
     """
-    total = counts.sum(1, keepdims=True)
     drawn = counts > 0
     spread = np.ones(len(counts), bool)
     centred = []
-    for values in (x, y):
-        values = np.broadcast_to(values, counts.shape)
+    for values in (_ranks(x, counts), _ranks(y, counts)):
         spread &= np.where(drawn, values, -np.inf).max(1) > np.where(drawn, values, np.inf).min(1)
-        centred.append(values - (counts * values).sum(1, keepdims=True) / total)
+        centred.append(values - (counts * values).sum(1, keepdims=True) / counts.sum(1, keepdims=True))
     a, b = centred
     with np.errstate(invalid="ignore", divide="ignore"):
         r = (counts * a * b).sum(1) / np.sqrt((counts * a * a).sum(1) * (counts * b * b).sum(1))
@@ -211,7 +204,7 @@ def _pearson(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def correlate(x: ArrayLike, y: ArrayLike, runs: Sequence[str], purpose: str, draws: int = DRAWS) -> Correlation:
-    """Correlations of x and y over models, and their bootstrap intervals.
+    """The rank correlation of x and y over models, and its bootstrap interval.
 
     A draw takes as many runs as there are, with replacement, each with all its models; ties get mid-ranks. All draws are made
     at once, as counts of how often each model occurs.
@@ -229,16 +222,11 @@ def correlate(x: ArrayLike, y: ArrayLike, runs: Sequence[str], purpose: str, dra
     if len(x) < FEWEST or x.min() == x.max() or y.min() == y.max():
         return result
 
-    def both(counts: np.ndarray) -> list[np.ndarray]:
-        return [_pearson(_ranks(x, counts), _ranks(y, counts), counts), _pearson(x[None], y[None], counts)]
-
-    spearman, pearson = (float(r[0]) for r in both(np.ones((1, len(x)))))
-    result = result.model_copy(update={"spearman": spearman, "pearson": pearson})
+    (spearman,) = _spearman(x, y, np.ones((1, len(x)))).tolist()
     if len(labels) == 1:
-        return result
+        return result.model_copy(update={"spearman": spearman})
     rng = keyed_rng(SEED, f"bootstrap, {purpose}")
     counts = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=draws) @ member  # (draws, n)
-    drawn = [r[~np.isnan(r)] for r in both(counts)]
-    by_rank, linear = [tuple(np.quantile(r, (1 - TAIL, TAIL)).tolist()) if len(r) else None for r in drawn]
-    update = {"spearman_interval": by_rank, "pearson_interval": linear, "undefined_draws": 1 - min(map(len, drawn)) / draws}
-    return result.model_copy(update=update)
+    drawn = _spearman(x, y, counts)
+    interval = tuple(np.nanquantile(drawn, (1 - TAIL, TAIL)).tolist()) if not np.isnan(drawn).all() else None
+    return result.model_copy(update={"spearman": spearman, "spearman_interval": interval})

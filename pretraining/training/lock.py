@@ -73,16 +73,15 @@ def _acquire(job: Path) -> IO[str]:
                 raise
             file.seek(0)
             holder = file.read() or "a process that does not say its name"
-            file.close()
             if deadline is None:
                 deadline = time.monotonic() + WAIT
                 print(f"{job}: in use by {holder}; waiting {WAIT:.0f} s for its end", flush=True)
             if time.monotonic() > deadline:
                 raise InputError(f"{job}: in use by {holder}; wait for its end, or give another --job_name") from None
             time.sleep(POLL)
-            continue
-        # The last holder removes its file, and this one may have been opened before.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
+        else:
+            # The last holder removes its file, and this one may have been opened before.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
         file.close()

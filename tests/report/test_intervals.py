@@ -48,7 +48,7 @@ def naive_bootstrap(x, y, runs, draws, purpose):
         ]
         a, b = x[chosen], y[chosen]
         if len(set(a)) > 1 and len(set(b)) > 1:
-            found.append((stats.spearmanr(a, b)[0], stats.pearsonr(a, b)[0]))
+            found.append(stats.spearmanr(a, b)[0])
     return np.array(found)
 
 
@@ -57,18 +57,18 @@ def test_correlations_are_scipys_draw_by_draw():
     x = np.array([1.0, 2.0, 2.0, 5.0, 3.0, 3.0, 2.0])  # ties
     y = np.array([9.0, 7.0, 7.5, 1.0, 2.0, 4.0, 7.5])
     found = correlate(x, y, runs, "test", draws=300)
-    assert found.spearman == pytest.approx(stats.spearmanr(x, y)[0]) and found.pearson == pytest.approx(stats.pearsonr(x, y)[0])
+    assert found.spearman == pytest.approx(stats.spearmanr(x, y)[0])
     naive = naive_bootstrap(x, y, runs, 300, "test")
-    assert found.undefined_draws == pytest.approx(1 - len(naive) / 300) and found.undefined_draws > 0
-    for column, interval in enumerate((found.spearman_interval, found.pearson_interval)):
-        assert interval == pytest.approx(np.quantile(naive[:, column], (0.025, 0.975)), abs=1e-12)
+    assert len(naive) < 300  # some draws have no spread
+    assert found.spearman_interval == pytest.approx(np.quantile(naive, (0.025, 0.975)), abs=1e-12)
     assert (found.n, found.runs) == (7, 4)
-    assert correlate(x, y, runs, "test", draws=300) == found != correlate(x, y, runs, "other", draws=300)
+    assert correlate(x, y, runs, "test", draws=300) == found
+    assert correlate(x, y, runs, "test", draws=9) != correlate(x, y, runs, "other", draws=9)
 
 
 def test_correlations_that_can_not_be_told():
     assert correlate([1, 2, 3], [1, 2, 3], ["a", "b", "c"], "few").spearman is None
-    assert correlate([1, 1, 1, 1], [1, 2, 3, 4], list("abcd"), "flat").pearson is None
+    assert correlate([1, 1, 1, 1], [1, 2, 3, 4], list("abcd"), "flat").spearman is None
     assert correlate([], [], [], "none").n == 0
     one = correlate([1, 2, 3, 4], [1, 3, 2, 5], ["a"] * 4, "one run")
     assert one.spearman == pytest.approx(0.8) and one.spearman_interval is None
