@@ -23,7 +23,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from pcfg.common.cli import Parser, non_negative_int, positive_int, run_main, warn_of_flags
+from pcfg.common.cli import Parser, fraction, non_negative_int, positive_int, run_main, warn_of_flags
 from pcfg.common.files import InputError
 from pretraining.evaluation.hessian import MIN_DRAWS, PROBES, RECORDS, Sampling, measure_models
 from pretraining.evaluation.inputs import add_input_arguments, read_inputs
@@ -37,14 +37,6 @@ SENTENCES = 512
 def positions(text: str) -> int | None:
     """An argparse type: an integer of 1 or more, or "all"."""
     return None if text == "all" else positive_int(text)
-
-
-def relative_error(text: str) -> float:
-    """An argparse type: a number in (0, 1)."""
-    value = float(text)
-    if not 0.0 < value < 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 1")
-    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--positions", type=positions, metavar="N|all", help=drawn)
     group.add_argument("--seed", type=non_negative_int, default=0, help="of every random number (default 0)")
     target = "stop at standard error / trace <= E, checked after 1, 2, 4, .. times --min-draws (default: all --nsamples)"
-    group.add_argument("--target-relative-error", type=relative_error, metavar="E", help=target)
+    group.add_argument("--target-relative-error", type=fraction, metavar="E", help=target)
     least = f"labels (default {MIN_DRAWS['fisher']}) or probes (default {MIN_DRAWS['hutchinson']}) before the first check"
     group.add_argument("--min-draws", type=positive_int, help=least)
     group.add_argument("--bs", type=positive_int, default=128, help="positions per batch; changes no result (default 128)")

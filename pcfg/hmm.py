@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pcfg.common.cli import Parser, file_name, non_negative_int, positive_int, run_main
+from pcfg.common.cli import Parser, file_name, non_negative_int, positive, positive_int, run_main
 from pcfg.common.files import InputError, keyed_rng
 from pcfg.common.text import shown
 from pcfg.grammar import Grammar, WeightedRule
-from pcfg.random_grammar import add_words_file, check_concentrations, dirichlet, read_words, save_grammar
+from pcfg.random_grammar import add_words_file, dirichlet, read_words, save_grammar
 
 LENGTH_LAWS = ("geometric", "fixed")
 START = "S"
@@ -169,8 +169,8 @@ def build_parser() -> argparse.ArgumentParser:
     lengths.add_argument("--max-words", type=positive_int, help="longest sentence of the fixed law, in words; required with it")
     lengths.add_argument("--min-words", type=positive_int, help="shortest sentence of the fixed law, in words; default 1")
     chances = parser.add_argument_group("probabilities (concentrations of Dirichlet distributions)")
-    chances.add_argument("--transition-concentration", type=float, default=0.1, help="of next and of first states; default 0.1")
-    chances.add_argument("--emission-concentration", type=float, default=0.1, help="of words; default 0.1")
+    chances.add_argument("--transition-concentration", type=positive, default=0.1, help="of next and first states; default 0.1")
+    chances.add_argument("--emission-concentration", type=positive, default=0.1, help="of words; default 0.1")
     chances.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     output = parser.add_argument_group("output")
     output.add_argument("--save-path", type=file_name, required=True, help="rules file to write; an existing one is replaced")
@@ -202,7 +202,6 @@ def _length_law(options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    check_concentrations(options, ("transition_concentration", "emission_concentration"))
     law = _length_law(options)
     rng = keyed_rng(options.seed, "hmm")
     words = None

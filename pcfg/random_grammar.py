@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pcfg.common.cli import Parser, file_name, non_negative_int, positive_int, probability, run_main
+from pcfg.common.cli import Parser, file_name, fraction, non_negative_int, positive, positive_int, probability, run_main
 from pcfg.common.files import InputError, keyed_rng
 from pcfg.common.text import decoded
 from pcfg.engine.chart_plan import MAX_WORDS
@@ -110,13 +110,6 @@ def dirichlet(rng: np.random.Generator, size: int, concentration: float) -> np.n
     return drawn / drawn.sum()
 
 
-def check_concentrations(options: argparse.Namespace, flags: tuple[str, ...]) -> None:
-    """Refuse options called `flags` that are not above 0 and finite."""
-    for flag in flags:
-        if not 0.0 < getattr(options, flag) < float("inf"):
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: must be above 0")
-
-
 def save_grammar(module: str, options: argparse.Namespace, rules: list[WeightedRule], states: bool = False) -> None:
     """Write the rules file of a command line, whose header has the command and facts, and print the facts.
 
@@ -153,15 +146,15 @@ def build_parser() -> argparse.ArgumentParser:
     shape.add_argument("--top-symbols", type=positive_int, default=9, help="S1..Sk below the start symbol; default 9")
     shape.add_argument("--rules", type=positive_int, default=20, help="binary rules per symbol; default 20")
     shape.add_argument("--early-word-chance", type=probability, default=1.0, help="chance of a rule to a word; default 1")
-    shape.add_argument("--early-word-share", type=probability, default=0.1, help="its probability; default 0.1")
+    shape.add_argument("--early-word-share", type=fraction, default=0.1, help="its probability; default 0.1")
     words = parser.add_argument_group("words")
     add_words_file(words, "400 English words")
     words.add_argument("--words", type=positive_int, default=200, help="words of the grammar; default 200")
     words.add_argument("--words-per-symbol", type=positive_int, default=100, help="per symbol of the last level; default 100")
     chances = parser.add_argument_group("probabilities (concentrations of Dirichlet distributions)")
-    chances.add_argument("--concentration", type=float, default=1.0, help="of binary rules; default 1")
-    chances.add_argument("--top-concentration", type=float, default=5.0, help="of S1..Sk; default 5")
-    chances.add_argument("--word-concentration", type=float, default=1.0, help="of words; default 1")
+    chances.add_argument("--concentration", type=positive, default=1.0, help="of binary rules; default 1")
+    chances.add_argument("--top-concentration", type=positive, default=5.0, help="of S1..Sk; default 5")
+    chances.add_argument("--word-concentration", type=positive, default=1.0, help="of words; default 1")
     chances.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers; default 0")
     output = parser.add_argument_group("output")
     output.add_argument("--save-path", type=file_name, required=True, help="rules file to write; an existing one is replaced")
@@ -172,9 +165,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    check_concentrations(options, ("concentration", "top_concentration", "word_concentration"))
-    if not 0.0 < options.early_word_share < 1.0:
-        raise InputError(f"--early-word-share {options.early_word_share}: must be above 0 and below 1")
     rules = random_rules(options, read_words(options.words_file or RULES_FOLDER / "words.txt"))
     save_grammar("pcfg.random_grammar", options, rules)
 

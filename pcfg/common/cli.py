@@ -188,8 +188,10 @@ class Progress(tqdm):
 positive_int = number("positive_int", int, lambda value: value >= 1, "1 or more")
 non_negative_int = number("non_negative_int", int, lambda value: value >= 0, "0 or more")
 non_negative = number("non_negative", float, lambda value: 0.0 <= value < math.inf, "a finite number of 0 or more")
+positive = number("positive", float, lambda value: 0.0 < value < math.inf, "a finite number above 0")
 finite = number("finite", float, math.isfinite, "a finite number")
 probability = number("probability", float, lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
+fraction = number("fraction", float, lambda value: 0.0 < value < 1.0, "above 0 and below 1")
 
 
 def ascending(kind: Callable) -> Callable:

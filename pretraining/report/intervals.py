@@ -107,15 +107,10 @@ def _change(
     return change.model_copy(update={**ends, "deviations": deviations})
 
 
-def _change_of_mean(value: float, mean: Mean, method: Method) -> Change:
-    """The change `value`, with the t interval of a mean."""
-    return _change(value, mean.error, mean.degrees, (mean.n,), method, mean.deviations)
-
-
 def paired_change(before: ArrayLike, after: ArrayLike) -> Change:
     """Mean of `after` - `before` over pairs (one per seed), t interval with n - 1 degrees of freedom; none for one pair."""
     mean = mean_of(np.asarray(after, np.float64) - np.asarray(before, np.float64))
-    return _change_of_mean(mean.value, mean, "paired")
+    return _change(mean.value, mean.error, mean.degrees, (mean.n,), "paired", mean.deviations)
 
 
 def change_of_means(before: Mean, after: Mean) -> Change:
@@ -137,7 +132,7 @@ def change_of_means(before: Mean, after: Mean) -> Change:
 def change_to_number(before: ArrayLike, number: float) -> Change:
     """`number` less the mean of values (one per seed), with the t interval of that mean; the number counts as exact."""
     mean = mean_of(before)
-    return _change_of_mean(number - mean.value, mean, "one sample")
+    return _change(number - mean.value, mean.error, mean.degrees, (mean.n,), "one sample", mean.deviations)
 
 
 def required_seeds(change: Change, margin: float) -> int | None:

@@ -312,7 +312,6 @@ def test_models_that_contradict_themselves_are_refused(changed, message):
         ("--length-law geometric --mean-length 0.5", "--mean-length 0.5: must be 1 or more"),
         ("--length-law geometric --mean-length nan", "--mean-length nan: must be 1 or more"),
         ("--length-law fixed --max-words 5 --min-words 6", "--min-words 6: must be --max-words 5 or less"),
-        ("--length-law fixed --max-words 5 --emission-concentration 0", "--emission-concentration 0.0: must be above 0"),
         ("--length-law fixed --max-words 5 --words-file absent.txt", "absent.txt: no such file"),
         (f"--length-law fixed --max-words 5 --words 500 --words-file {RULES_FOLDER}/words.txt", "--words 500: .* has 400"),
     ],
@@ -321,3 +320,9 @@ def test_command_lines_that_contradict_themselves_are_refused(tmp_path, flags, m
     with pytest.raises(InputError, match=message):
         hmm.main(["--states", "3", "--words", "6", *flags.split(), "--save-path", str(tmp_path / "a.txt")])
     assert not (tmp_path / "a.txt").exists()
+
+
+def test_concentrations_are_above_0(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        hmm.main(["--length-law", "fixed", "--emission-concentration", "0", "--save-path", str(tmp_path / "a.txt")])
+    assert "argument --emission-concentration: 0 is not a finite number above 0" in capsys.readouterr().err

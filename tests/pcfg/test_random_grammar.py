@@ -184,10 +184,6 @@ def test_the_shipped_words_are_single_tokens_of_bert():
         ("--words-per-symbol 4", "--words-per-symbol 4: must be from 5 to 20"),
         ("--words-per-symbol 21", "--words-per-symbol 21"),
         ("--levels 7", "--levels 7: must be from 1 to 6"),
-        ("--concentration 0", "--concentration 0.0: must be above 0"),
-        ("--word-concentration nan", "--word-concentration nan"),
-        ("--top-concentration inf", "--top-concentration inf"),
-        ("--early-word-share 1", "--early-word-share 1.0: must be above 0 and below 1"),
         ("--words-file absent.txt", "absent.txt: no such file"),
     ],
 )
@@ -195,3 +191,14 @@ def test_shapes_that_contradict_themselves_are_refused(tmp_path, flags, message)
     with pytest.raises(InputError, match=message):
         make(tmp_path / "rules.txt", *flags.split())
     assert not (tmp_path / "rules.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--concentration 0", "--word-concentration nan", "--top-concentration inf", "--early-word-share 1"]
+)
+def test_wrong_numbers_are_refused(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        make(tmp_path / "rules.txt", *flag.split())
+    name, value = flag.split()
+    allowed = "above 0 and below 1" if value == "1" else "a finite number above 0"
+    assert f"argument {name}: {value} is not {allowed}" in capsys.readouterr().err
