@@ -3,8 +3,11 @@
 import os
 import re
 import shlex
+import shutil
+import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -18,15 +21,44 @@ SMALL = (
     "--hidden_size 16 --num_hidden_layers 2 --num_attention_heads 2 --intermediate_size 32 --train_batch_size 64 "
     "--train_micro_batch_size_per_gpu 16 --print_steps 2 --max_steps 4"
 )
-# One process a node, at the same time, as srun starts them; each is told its number.
-SRUN = """#!/usr/bin/env bash
-shift
-for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do
-    SLURM_NODEID=$node "$@" &
+# The parts of SLURM that the scripts call. srun starts its tasks at once; if it gets SIGTERM, it kills them as SLURM's does.
+# scancel asks the tasks of all steps. All note how they were called.
+SLURM = {
+    "srun": """#!/usr/bin/env bash
+echo "srun $*" >>"$NOTES/calls"
+trap 'touch "$NOTES/killed"; kill -KILL "${started[@]}"' TERM
+for word in "$@"; do [[ $word = --ntasks=* ]] && number=${word#*=}; [[ $word = --ntasks-per-node=* ]] && local=${word#*=}; done
+while [[ $1 = --* ]]; do shift; done
+for ((rank = 0; rank < number; rank++)); do
+    SLURM_NTASKS=$number SLURM_PROCID=$rank SLURM_LOCALID=$((rank % local)) "$@" &
     started+=($!)
+    echo $! >>"$NOTES/tasks"
 done
-for process in "${started[@]}"; do wait "$process" || exit 1; done
-"""
+for process in "${started[@]}"; do wait "$process" || code=$?; done
+exit "${code:-0}"
+""",
+    "scancel": """#!/usr/bin/env bash
+echo "scancel $*" >>"$NOTES/calls"
+xargs kill -TERM <"$NOTES/tasks"
+""",
+    "scontrol": """#!/usr/bin/env bash
+echo "scontrol $*" >>"$NOTES/calls"
+[ "$2" != hostnames ] || printf '127.0.0.1\\nother\\n'
+[ "$2" != job ] || echo "JobId=7 JobState=$STATE"
+""",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """The environment of a job on two nodes without GPUs, with `SLURM`; calls are noted in NOTES/calls."""
+    (tmp_path / "bin").mkdir()
+    for name, text in SLURM.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "two", "SLURM_SUBMIT_DIR": str(ROOT)}
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return {**job, "SLURM_CPUS_ON_NODE": "8", "NOTES": str(tmp_path), "PATH": path}
 
 
 def run(command, **environment):
@@ -71,20 +103,10 @@ def test_the_recipe_on_two_ranks(tiny_samples, tmp_path):
     assert list((tmp_path / "JOB/wandb").glob("offline-run-*"))
 
 
-def test_two_nodes_under_slurm_train_as_one_process_does(tiny_samples, tmp_path):
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", "#!/usr/bin/env bash\nprintf '127.0.0.1\\nother\\n'\n")):
-        (commands / name).write_text(text)
-        (commands / name).chmod(0o755)
-    slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "two", "SLURM_SUBMIT_DIR": str(ROOT)}
+def test_two_nodes_under_slurm_train_as_one_process_does(slurm, tiny_samples, tmp_path):
     fixed = ["--tokenizer_name", "bert-large-uncased", "--dataset_path", tiny_samples, "--output_dir", tmp_path]
     fixed += shlex.split(f"{SMALL} --lr_schedule step --hidden_dropout_prob 0 --attention_probs_dropout_prob 0 --do_validation")
-    done = run(
-        ["bash", "scripts/pretrain_slurm.sbatch", *fixed, "--job_name", "two"],
-        **slurm,
-        PATH=f"{commands}{os.pathsep}{os.environ['PATH']}",
-    )
+    done = run(["bash", "scripts/pretrain_slurm.sbatch", *fixed, "--job_name", "two"], **slurm)
     assert done.returncode == 0, done.stdout + done.stderr
     assert read_json(tmp_path / "two/step0000004/args.json")["world_size"] == 2
     import run_pretraining
@@ -92,6 +114,75 @@ def test_two_nodes_under_slurm_train_as_one_process_does(tiny_samples, tmp_path)
     run_pretraining.main([*map(str, fixed), "--job_name", "one"])
     assert len(losses(tmp_path / "two")) == 4
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+# A run that saves its state after SIGTERM, as run_pretraining.py does, in the folder of its last argument. Only rank 0 writes.
+RANK = """#!/usr/bin/env bash
+[ "$STATE" != refused ] || exit 2
+for last; do :; done
+stop() {
+    if [ "$RANK" = 0 ] && [ "$STATE" != unsaved ]; then mkdir -p "$last/training_state/step7"; touch "$_/state.json"; fi
+    exit 143
+}
+trap stop TERM
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS" >"$NOTES/rank$RANK"
+while :; do sleep 0.05; done
+"""
+# One training, started by the words of --launcher; as the runner does, it passes SIGTERM on.
+STUDIES = """#!/usr/bin/env bash
+while [ "$1" != --launcher ]; do shift; done
+$2 run_pretraining.py --output_dir studies/models --job_name "studies/models/large" & child=$!
+trap 'kill -TERM "$child"; wait "$child"; exit 143' TERM
+wait
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "requeue", "code"),
+    [
+        ("pretrain", "RUNNING", "1", 0),
+        ("pretrain", "RUNNING", "0", 0),
+        ("pretrain", "CANCELLED", "1", 0),
+        ("pretrain", "unsaved", "1", 143),
+        ("pretrain", "refused", "1", 2),
+        ("reproduce", "RUNNING", "1", 0),
+    ],
+)
+def test_a_slurm_job_passes_sigterm_to_its_ranks_and_ends_as_they_do(slurm, tmp_path, name, state, requeue, code):
+    """The whole process group of the batch file gets it, srun not: it would kill the ranks before they have saved."""
+    root = tmp_path / "project with a space" if name == "pretrain" else tmp_path / "project"
+    (root / ".venv/bin").mkdir(parents=True)
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    (root / "run_pretraining.py").touch()
+    for path, text in ((root / ".venv/bin/python", RANK), (root / "scripts/reproduce_all.sh", STUDIES)):
+        path.write_text(text)
+        path.chmod(0o755)
+    flags = ["--output_dir", "OUT", "--job_name=JOB", "OUT/JOB"] if name == "pretrain" else ["--out", "studies"]
+    slurm |= {"SLURM_SUBMIT_DIR": str(root), "STATE": state, "REQUEUE": requeue, "SLURM_GPUS_ON_NODE": "2"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MASTER_PORT")} | slurm
+    command = ["bash", f"scripts/{name}_slurm.sbatch", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=root, env=environment, **pipes) as job:
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.glob("rank?"))) < 4 and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if state != "refused":
+            os.killpg(job.pid, signal.SIGTERM)
+        printed, _ = job.communicate(timeout=30)
+    assert job.returncode == code, printed
+    calls = (tmp_path / "calls").read_text().splitlines()
+    script = f"- {root}/.venv/bin/python {root}/run_pretraining.py"
+    srun = next(call for call in calls if call.startswith("srun"))
+    assert srun.startswith("srun --kill-on-bad-exit=1 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=4 --gpus-per-node=2")
+    if state == "refused":
+        return
+    assert script in srun and "scancel --signal=TERM 7" in calls
+    assert not (tmp_path / "killed").exists()
+    ranks = [(tmp_path / f"rank{rank}").read_text() for rank in range(4)]
+    assert ranks == [f"{rank} {rank % 2} 4 2 127.0.0.1 20007 4\n" for rank in range(4)]
+    is_requeued = (state, requeue) == ("RUNNING", "1")
+    assert ("scontrol requeue 7" in calls) == is_requeued and ("; requeued" in printed) == is_requeued
+    assert ("go on: the same sbatch" in printed) == (code == 0 and not is_requeued)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--launcher",
         type=shlex.split,
-        help="words that start run_pretraining.py of one seed: 'deepspeed --hostfile hosts', 'bash scripts/srun_torchrun.sh' "
+        help="words that start run_pretraining.py of one seed: 'deepspeed --hostfile hosts', 'bash scripts/slurm_ranks.sh' "
         "(default: deepspeed with several GPUs, else python)",
     )
     group.add_argument("--dry-run", action="store_true", help="print stages, runs, folders and what exists; run nothing")
