@@ -19,44 +19,35 @@ if __name__ == "__main__":
     import pcfg.common.start  # noqa: F401  before libraries, whose import takes seconds
 
 import argparse
-import types
+import importlib
 
 from pcfg.common.cli import Parser, run_main
 
-
-def source_module(source: str) -> types.ModuleType:
-    """The module of a source, with `add_arguments(parser)` and `generate(options)`; its libraries are imported on demand."""
-    if source == "opt":
-        from pretraining.sources.opt import source as opt
-
-        return opt
-    if source == "corpus":
-        from pretraining.sources.corpus import source as corpus
-
-        return corpus
-    from pretraining.sources import grammar
-
-    return grammar
+# By --source the modules, with `add_arguments(parser)` and `generate(options)`; their libraries are imported on demand.
+SOURCES = {
+    "pcfg": "pretraining.sources.grammar",
+    "opt": "pretraining.sources.opt.source",
+    "corpus": "pretraining.sources.corpus.source",
+}
 
 
 def build_parser(source: str = "pcfg") -> argparse.ArgumentParser:
     """The command line of one source; `--help` lists its own flags only."""
     parser = Parser(description=__doc__)
     _add_source(parser)
-    source_module(source).add_arguments(parser)
+    importlib.import_module(SOURCES[source]).add_arguments(parser)
     return parser
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    choices = ("pcfg", "opt", "corpus")
-    parser.add_argument("--source", choices=choices, default="pcfg", help="where the text comes from; default pcfg")
+    parser.add_argument("--source", choices=SOURCES, default="pcfg", help="where the text comes from; default pcfg")
 
 
 def main(arguments: list[str] | None = None) -> None:
     first = Parser(add_help=False, allow_abbrev=False)
     _add_source(first)
     source = first.parse_known_args(arguments)[0].source
-    source_module(source).generate(build_parser(source).parse_args(arguments))
+    importlib.import_module(SOURCES[source]).generate(build_parser(source).parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -113,31 +113,23 @@ class Chart:
         with np.errstate(divide="ignore"):
             return np.log(scores[:, 0]) + scale - lengths * factor[lengths - 1]
 
-    def conditionals(
-        self, tokens: np.ndarray, lengths: np.ndarray, source: Any = "sentences", first_sentence: int = 0
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def conditionals(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """P(x_t = w | x_-t) for every position of every sentence; one that the grammar cannot derive is refused.
-
-        Args:
-            source: the name of the sentences in an error.
-            first_sentence: how many sentences of the source come before; an error counts from 1.
 
         Returns:
             (sum of lengths, V) probabilities in the chart's dtype, each row summing to 1, and offsets, (n + 1,) int64: the
             rows of sentence s are offsets[s] .. offsets[s + 1].
         """
-        results = self.conditionals_and_reductions(tokens, lengths, source, first_sentence, reductions=False)
+        results = self.conditionals_and_reductions(tokens, lengths, reductions=False)
         return results[0], results[-1]
 
-    def reductions(
-        self, tokens: np.ndarray, lengths: np.ndarray, source: Any = "sentences", first_sentence: int = 0
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The conditionals reduced to two numbers per position; arguments as in `conditionals`.
+    def reductions(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The conditionals reduced to two numbers per position.
 
         Returns:
             entropy -sum_w P(w | x_-t) log P(w | x_-t) and log P(x_t | x_-t), (sum of lengths,) float64, nats, and offsets.
         """
-        return self.conditionals_and_reductions(tokens, lengths, source, first_sentence, distributions=False)[1:]
+        return self.conditionals_and_reductions(tokens, lengths, distributions=False)[1:]
 
     def conditionals_and_reductions(
         self,
@@ -151,6 +143,8 @@ class Chart:
         """All of `conditionals` and `reductions` in one sweep: conditionals, entropy, log P(x_t | x_-t), offsets.
 
         Args:
+            source: the name of the sentences in an error.
+            first_sentence: how many sentences of the source come before; an error counts from 1.
             distributions, reductions: whether to compute the conditionals, and the other two; else these have no rows.
         """
         tokens, lengths = self._checked(tokens, lengths, source, first_sentence)

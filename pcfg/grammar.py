@@ -280,15 +280,8 @@ class Grammar:
 
     @functools.cached_property
     def sha256(self) -> str:
-        names = self.names
-        binary = zip(self.binary.tolist(), self.binary_probability.tolist(), strict=True)
-        unary = zip(self.unary.tolist(), self.unary_probability.tolist(), strict=True)
-        left, word = np.nonzero(self.emission)
-        emissions = zip(left.tolist(), word.tolist(), self.emission[left, word].tolist(), strict=True)
-        lines = [f"{names[a]} {names[b]} {names[c]} {probability!r}" for (a, b, c), probability in binary]
-        lines += [f"{names[a]} {names[b]} {probability!r}" for (a, b), probability in unary]
-        lines += [f"{names[a]} {self.words[w]} {probability!r}" for a, w, probability in emissions]
-        return hashlib.sha256("\n".join([names[0], *sorted(lines)]).encode()).hexdigest()
+        lines = [f"{self.names[left]} {' '.join(right)} {probability!r}" for left, right, probability, _ in self.rules()]
+        return hashlib.sha256("\n".join([self.names[0], *sorted(lines)]).encode()).hexdigest()
 
     def listed(self, mask: np.ndarray) -> str:
         """The first ten of some nonterminals, `mask` (N,) bool, for a message."""

@@ -192,6 +192,11 @@ def _positions_fit(file: h5py.File) -> bool:
     return bool((begins[1:] | (np.diff(positions) > 0)).all() and (positions < np.repeat(lengths, counts)).all())
 
 
+def _array(name: str, kind: type) -> Any:
+    """An attribute of `LookupTable`: the array of this name, read at its first use."""
+    return functools.cached_property(lambda table: table._arrays[name][:].astype(kind, copy=False))
+
+
 class LookupTable:
     """A lookup table, in a file (`open`, which reads each array at its first use) or in memory (`compute`).
 
@@ -207,6 +212,11 @@ class LookupTable:
         text_sha256: of the file the text was read from; empty if it came from none.
     """
 
+    lengths: np.ndarray = _array("lengths", np.int64)
+    true_words: np.ndarray = _array("true_words", np.int32)
+    entropy: np.ndarray = _array("entropy", np.float64)
+    log_true: np.ndarray = _array("log_true", np.float64)
+
     def __init__(self, arrays: Any, words: list[str], source: str, text_sha256: str, grammar_sha256: str):
         self.words = words
         self.source = source
@@ -217,10 +227,6 @@ class LookupTable:
         self.positions = len(arrays["true_words"])
         self.stored = str(arrays["conditionals"].dtype) if "conditionals" in arrays else "none"
         self.chosen = json.loads(arrays.attrs["chosen"]) if "positions" in arrays else None
-
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        return self._arrays["lengths"][:].astype(np.int64)
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
@@ -235,18 +241,6 @@ class LookupTable:
     @functools.cached_property
     def offsets(self) -> np.ndarray:
         return offsets(self.counts)
-
-    @functools.cached_property
-    def true_words(self) -> np.ndarray:
-        return self._arrays["true_words"][:]
-
-    @functools.cached_property
-    def entropy(self) -> np.ndarray:
-        return self._arrays["entropy"][:].astype(np.float64)
-
-    @functools.cached_property
-    def log_true(self) -> np.ndarray:
-        return self._arrays["log_true"][:].astype(np.float64)
 
     def mean_entropy(self) -> SentenceMeans:
         """Means of the entropy, read block by block."""

@@ -19,17 +19,12 @@ say_when_compiling()
 WIDE_SPACES = tuple(int.from_bytes(chr(code).encode()) for code in range(128, 0x3001) if chr(code).isspace())
 
 
-def not_in_grammar(word: str) -> str:  # noqa: ARG001 (the reason is the same for every word)
-    """The end of the error about an unknown word, for the words of a grammar."""
-    return "is not in the grammar; use the grammar that the text was made from"
-
-
 class WordIndex:
     """Finds words of a text in a list of words.
 
     Args:
         words: distinct words, none with white space in it; the position is the index.
-        why_unknown: gives the end of the error that names an unknown word.
+        why_unknown: gives the end of the error that names an unknown word; None: that it is not in the grammar.
 
     >>> index = WordIndex(["a", "dog", "runs"])
     >>> flat, lengths = index.encode(b"a dog\\n\\nruns\\n", "example")
@@ -37,10 +32,11 @@ class WordIndex:
     ([0, 1, 2], [2, 1])
     """
 
-    def __init__(self, words: list[str], why_unknown: Callable[[str], str] = not_in_grammar):
+    def __init__(self, words: list[str], why_unknown: Callable[[str], str] | None = None):
         if len(set(words)) != len(words):
             raise ValueError("the words are not distinct")
-        self._why_unknown = why_unknown
+        of_grammar = "is not in the grammar; use the grammar that the text was made from"
+        self._why_unknown = why_unknown or (lambda _: of_grammar)
         encoded = [word.encode() for word in words]
         # A copy, since numba compiles once more for the read-only array of frombuffer.
         letters = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()

@@ -89,14 +89,6 @@ def offsets(sizes: Any) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
-def possible_widths(grammar: "Grammar") -> np.ndarray:
-    """possible[A, w]: whether A derives some string of w words; (N, MAX_WORDS + 1) bool."""
-    possible = np.zeros((len(grammar.names), MAX_WORDS + 1), dtype=bool)
-    possible[:, 1] = grammar.emission.any(axis=1)
-    _mark_widths(possible, grammar.binary, grammar.chains.steps)
-    return possible
-
-
 @njit(cache=True)
 def _mark_widths(possible, binary, steps):
     """Mark possible[A, w] by the binary rules whose children have yields of w words together, then by chains of unary rules."""
@@ -115,7 +107,10 @@ class ChartPlans:
 
     def __init__(self, grammar: "Grammar"):
         self._number = len(grammar.names)
-        self._possible = possible_widths(grammar)
+        # possible[A, w]: whether A derives some string of w words
+        self._possible = np.zeros((len(grammar.names), MAX_WORDS + 1), dtype=bool)
+        self._possible[:, 1] = grammar.emission.any(axis=1)
+        _mark_widths(self._possible, grammar.binary, grammar.chains.steps)
         # The rules come sorted by (left child, right child, parent), which is the order of `unique` too.
         self._pairs, self._pair_of_rule = np.unique(grammar.binary[:, 1:], axis=0, return_inverse=True)
         self._pair_of_rule = self._pair_of_rule.reshape(-1)

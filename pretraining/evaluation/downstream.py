@@ -20,15 +20,11 @@ from pretraining.data.tasks import GLUE, Task
 from pretraining.evaluation.records import AccuracyRecord, CurveRecord, FinetuneRecord, ProbeRecord, is_measured, write_record
 
 SEEDS = 1 << 32  # number of seeds of numpy, which the Trainer sets
+flag: Any = HfArg  # a dataclass field that `HfArgumentParser` turns into a flag, with the type of its annotation
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The description with its line breaks, and the default of each flag."""
-
-
-def flag(**options: Any) -> Any:
-    """A dataclass field that `HfArgumentParser` turns into a flag, with the type of its annotation."""
-    return HfArg(**options)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -170,11 +166,6 @@ def parse_integers(name: str, text: str, least: int, most: int) -> list[int]:
     return numbers
 
 
-def parse_seeds(options: DownstreamArguments, training: TrainingArguments) -> list[int]:
-    """The distinct seeds of --seeds, or the one of --seed."""
-    return [training.seed] if options.seeds is None else parse_integers("seeds", options.seeds, 0, SEEDS - 1)
-
-
 def training_steps(training: TrainingArguments, sentences: int) -> int:
     """Optimizer steps of a training on `sentences` sentences; more than the warm-up, so that --learning_rate is reached."""
     batch_size = training.per_device_train_batch_size * training.gradient_accumulation_steps
@@ -228,7 +219,7 @@ def measure_accuracy(
             fields of the record.
         further_files: other results in `folder`; without one of them the record is not complete.
     """
-    seeds = parse_seeds(options, training)
+    seeds = [training.seed] if options.seeds is None else parse_integers("seeds", options.seeds, 0, SEEDS - 1)
     inputs, data_flags = record_inputs(task, options, model)
     arguments = {**flags, **data_flags, "seeds": seeds}
     is_complete = is_measured(folder, name, inputs, arguments, options.overwrite)

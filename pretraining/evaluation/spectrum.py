@@ -37,9 +37,7 @@ from pretraining.model.bert import MaskedLM
 RECORD = "spectrum.json"
 GRID = 501  # points of the density
 WIDTHS = 100  # of a node's Gaussian between the smallest and the largest node
-SCALE_NOTE = (
-    "largest eigenvalues move with the scale of tables and head norm, like the plain trace: compare one parameterisation"
-)
+NOTE = "largest eigenvalues move with the scale of tables and head norm, like the plain trace: compare one parameterisation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,4 +198,4 @@ def measure_spectra(
         residual = max(eigenvalue.residual for eigenvalue in record.eigenvalues)
         print(f"{output}: largest eigenvalues of the Hessian (loss: {record.loss}) {largest} (residuals up to {residual:.1e})")
         trace = f"{record.trace.value:.4f} +- {record.trace.standard_error:.4f}"
-        print(f"  trace by the spectral density {trace} ({record.parameters:,} parameters); {SCALE_NOTE}")
+        print(f"  trace by the spectral density {trace} ({record.parameters:,} parameters); {NOTE}")

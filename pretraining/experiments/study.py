@@ -1,20 +1,8 @@
-"""A study: what is trained, measured and compared. A TOML file says it; `study.json` next to the results is its resolved form.
+"""A study: what is trained, measured and compared, as `study.json` next to the results has it.
 
-    question = "Does dropout change the flatness at the same loss?"
-    include = "mini.toml"             # another study file: its keys, unless this file has them
-
-    [language.text]                   # flags of generate_pretraining.py
-    rule_path = "my_rules.txt"
-
-    [groups.dropout]                  # one group per value: dropout-0 and dropout-0.1
-    vary = { hidden_dropout_prob = [0, 0.1] }
-
-    [[comparisons]]
-    before = "dropout-0"
-    after = "dropout-0.1"
-
-Flags are those of the scripts' command lines, with `_`. Several studies may share one folder: groups of one name are the same
-models. `[scales.NAME]` has what differs at that scale, in the structure of the file.
+It is the resolved form of the TOML files that pretraining/README.md, "Studies", describes: nothing in it depends on another
+file. Flags are those of the scripts' command lines, with `_`. Several studies may share one folder: groups of one name are the
+same models.
 """
 
 from pathlib import Path

@@ -76,11 +76,6 @@ class Tree:
         lay(self.values, other.values)
         self.places |= other.places
 
-    def places_below(self, *table: str) -> dict[Keys, tuple[Path, int]]:
-        """The places of the keys of a table, as if it were a file."""
-        length = len(table)
-        return {keys[length:]: place for keys, place in self.places.items() if keys[:length] == table and len(keys) > length}
-
     def include(self, other: "Tree") -> None:
         """Lay an included file over this tree, without what it says of itself; comparisons of several files are joined."""
         for name in OF_ONE_STUDY:
@@ -136,7 +131,8 @@ def _read(path: Path, scale: str | None, including: tuple[Path, ...], scales: se
     scales.update(settings)
     tree.overlay(own)
     if scale in settings:
-        tree.overlay(Tree(settings[scale].values, own.places_below("scales", scale)))
+        below = {keys[2:]: place for keys, place in own.places.items() if keys[:2] == ("scales", scale) and len(keys) > 2}
+        tree.overlay(Tree(settings[scale].values, below))
     return tree
 
 

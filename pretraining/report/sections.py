@@ -228,12 +228,13 @@ def compare_enlarged(tree: Tree, section: Section, reference: str | None) -> lis
     table = losses(tree, section.criterion, reference)
     pairs = []
     for after, before in itertools.combinations(section.members, 2):
-        texts = [
-            f"{_with_step(member)} {_loss_of(table.loc[member.model])}"
-            for member in (after, before)
-            if not section.is_saturated(tree, member)
-        ]
-        reason = "; ".join(texts) or section.criterion.obstacle(table.loc[before.model], table.loc[after.model])
+        reasons = []
+        for member in (after, before):
+            gap, error = table.loc[member.model, ["gap", "gap_se"]]
+            if not section.is_saturated(tree, member):
+                why = "of unknown gap" if pd.isna(gap) else f"not saturated, gap {gap:.4f} ± {error:.4f} nats"
+                reasons.append(f"{_with_step(member)} {why}")
+        reason = "; ".join(reasons) or section.criterion.obstacle(table.loc[before.model], table.loc[after.model])
         changes = {} if reason else {name: _change(tree, before, after, name) for name in COMMON_TRACES.values()}
         by_rule = {{1: LARGER, -1: SMALLER, 0: OPEN}[change.sign()] if change else None for change in changes.values()}
         verdict = OPEN if reason or None in by_rule else by_rule.pop() if len(by_rule) == 1 else BY_RULE
@@ -251,8 +252,3 @@ def _change(tree: Tree, before: Member, after: Member, name: str) -> Change | No
 
 def _with_step(member: Member) -> str:
     return member.group if member.step is None else f"{member.group}, step {member.step:,}"
-
-
-def _loss_of(row: pd.Series) -> str:
-    """Why a model is not known to be saturated."""
-    return "of unknown gap" if pd.isna(row["gap"]) else f"not saturated, gap {row['gap']:.4f} ± {row['gap_se']:.4f} nats"

@@ -171,7 +171,7 @@ def test_a_sentence_that_cannot_be_derived_is_named(pruning_grammar):
     tokens, lengths = as_arrays([(0, 1, 1), (0, 1, 1, 1), (0,)])
     assert np.isneginf(chart.log_probability(tokens, lengths)[2])
     with pytest.raises(InputError, match=r"text.txt: .* sentence 13 \('a'\)"):
-        chart.conditionals(tokens, lengths, "text.txt", 10)
+        chart.conditionals_and_reductions(tokens, lengths, "text.txt", 10)
 
 
 def test_threads_and_padding_change_nothing(pruning_grammar):
