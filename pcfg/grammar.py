@@ -25,15 +25,7 @@ import numpy as np
 from pcfg.common.files import InputError, atomic_open
 from pcfg.common.text import decoded, shown
 from pcfg.common.words import WordIndex, padded
-from pcfg.engine.rule_graph import (
-    cycle_matrix,
-    longest_yields,
-    reachable,
-    shortest_yields,
-    strong_components,
-    unary_chains,
-    unary_cycles,
-)
+from pcfg.engine import rule_graph
 
 if TYPE_CHECKING:
     import nltk
@@ -192,12 +184,12 @@ class Grammar:
 
         `origin`, (U,): the place of each unary rule in `rules`.
         """
-        component = strong_components(len(self.names), *self.unary.T.astype(np.int64))
+        component = rule_graph.strong_components(len(self.names), *self.unary.T.astype(np.int64))
         leaves = component[self.unary[:, 0]] != component[self.unary[:, 1]]
         leaving = self.emission.sum(axis=1)
         np.add.at(leaving, self.binary[:, 0], self.binary_probability)
         np.add.at(leaving, self.unary[leaves, 0], self.unary_probability[leaves])
-        for members, cycle in unary_cycles(self.unary, component):
+        for members, cycle in rule_graph.unary_cycles(self.unary, component):
             place = rules.place(origin[cycle[0]])
             names = [f"{shown(self.names[left])} -> {shown(self.names[child])}" for left, child in self.unary[cycle[:3]]]
             listed = ", ".join(names) + (f" and {len(cycle) - 3:,} more" if len(cycle) > 3 else "")
@@ -207,19 +199,19 @@ class Grammar:
                 raise InputError(f"{place}: {wrong}; remove some of the rules")
             radius = 1.0
             if not never_left:
-                within = cycle_matrix(members, self.unary[cycle], self.unary_probability[cycle])
+                within = rule_graph.cycle_matrix(members, self.unary[cycle], self.unary_probability[cycle])
                 radius = np.abs(np.linalg.eigvals(within)).max()
             if radius >= MAX_RADIUS:
                 raise InputError(
                     f"{place}: the unary rules {listed} form a cycle that is never left (spectral radius {radius:.6g}, it must "
                     "be below 1); lower their probabilities in favour of other rules"
                 )
-        self.chains, self.best_chains = unary_chains(self.unary, self.unary_probability, component, leaving)
+        self.chains, self.best_chains = rule_graph.unary_chains(self.unary, self.unary_probability, component, leaving)
 
     def _set_yields(self, rules: WeightedRules, first_rule: np.ndarray, emits: np.ndarray) -> None:
         """Set `shortest` and `longest`; refuse nonterminals that derive no sentence, and warn of unreachable ones."""
         left, first, second = np.concatenate([np.insert(self.unary, 2, -1, axis=1), self.binary]).T.astype(np.int64)
-        self.shortest = shortest_yields(left, first, second, emits)
+        self.shortest = rule_graph.shortest_yields(left, first, second, emits)
         for symbol in np.flatnonzero(self.shortest < 0)[:1]:
             raise InputError(
                 f"{rules.place(first_rule[symbol])}: the nonterminal {shown(self.names[symbol])} derives no sentence (each of "
@@ -227,9 +219,9 @@ class Grammar:
             )
         parent = np.append(left, left[second >= 0])
         child = np.append(first, second[second >= 0])
-        component = strong_components(len(self.names), parent, child)
-        self.longest = longest_yields(left, first, second, emits, component)
-        unused = ~reachable(component, parent, child, 0)
+        component = rule_graph.strong_components(len(self.names), parent, child)
+        self.longest = rule_graph.longest_yields(left, first, second, emits, component)
+        unused = ~rule_graph.reachable(component, parent, child, 0)
         if unused.any():
             warnings.warn(
                 f"{rules.place(first_rule[np.argmax(unused)])}: {unused.sum()} nonterminals can't be reached from the "

@@ -35,8 +35,7 @@ class WordIndex:
     def __init__(self, words: list[str], why_unknown: Callable[[str], str] | None = None):
         if len(set(words)) != len(words):
             raise ValueError("the words are not distinct")
-        of_grammar = "is not in the grammar; use the grammar that the text was made from"
-        self._why_unknown = why_unknown or (lambda _: of_grammar)
+        self._why_unknown = why_unknown
         encoded = [word.encode() for word in words]
         # A copy, since numba compiles once more for the read-only array of frombuffer.
         letters = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
@@ -65,7 +64,9 @@ class WordIndex:
             decode_block(text, source)
             word = text[start:end].decode()
             number = first_sentence + sentences + 1
-            raise InputError(f"{source}: sentence {number}: word {shown(word)} {self._why_unknown(word)}")
+            of_grammar = "is not in the grammar; use the grammar that the text was made from"
+            why = self._why_unknown(word) if self._why_unknown else of_grammar
+            raise InputError(f"{source}: sentence {number}: word {shown(word)} {why}")
         return flat[:words].copy(), lengths[:sentences].copy()
 
     def encode_texts(self, texts: list[str], source: object) -> tuple[np.ndarray, np.ndarray]:

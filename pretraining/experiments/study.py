@@ -75,6 +75,10 @@ class Group(Schema):
         """Steps of training before and in this group."""
         return step + (groups[self.start.group].total(self.start.step, groups) if self.start else 0)
 
+    def root(self, groups: dict[str, "Group"]) -> str:
+        """The group from whose initial weights this one comes; models of one root and seed are not independent."""
+        return groups[self.start.group].root(groups) if self.start else self.name
+
 
 def model_folder(group: Group, seed: int, step: int, above: str | None = None) -> str:
     """The folder of a model, relative to the folder of results; `above`: the one of all seeds, by default `models/GROUP`."""

@@ -15,17 +15,7 @@ import pydantic_core
 
 from pcfg.common.files import write_json
 from pcfg.common.schema import Schema
-from pretraining.experiments.study import (
-    Criteria,
-    Decision,
-    Group,
-    Status,
-    Studies,
-    Study,
-    read_decision,
-    read_statuses,
-    read_studies,
-)
+from pretraining.experiments.study import Criteria, Decision, Status, Studies, Study, read_decision, read_statuses, read_studies
 from pretraining.report import intervals
 from pretraining.report.comparisons import Compared, Comparer
 from pretraining.report.intervals import Correlation, correlate
@@ -132,7 +122,7 @@ def analyse_studies(tree: Tree, folder: Path, studies: Studies, criterion: SameL
 def _correlations(tree: Tree, comparer: Comparer, section: Section) -> list[Correlated]:
     """Each accuracy of the first readout against the balanced trace, over the saturated models."""
     studies = comparer.studies
-    roots = {group.label: _root(group, studies) for group in studies.groups.values()}
+    roots = {group.label: group.root(studies.groups) for group in studies.groups.values()}
     saturated = {m.model: m for m in section.members if section.is_saturated(tree, m)}
     correlations = []
     for name in comparer.accuracies(studies.readouts[0], studies.label_counts):
@@ -144,11 +134,6 @@ def _correlations(tree: Tree, comparer: Comparer, section: Section) -> list[Corr
         correlation = correlate(x, y, runs.tolist(), f"{section.name}, {name}, {BALANCED}")
         correlations.append(Correlated(section=section.name, accuracy=name, against=BALANCED, correlation=correlation))
     return correlations
-
-
-def _root(group: Group, studies: Studies) -> str:
-    """The group from whose initial weights a group comes; models of one root and seed are not independent."""
-    return _root(studies.groups[group.start.group], studies) if group.start else group.name
 
 
 def _missing(folder: Path, studies: Studies, sections: list[Section]) -> list[str]:

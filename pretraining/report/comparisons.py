@@ -15,21 +15,9 @@ from pcfg.common.files import InputError, read_json
 from pcfg.common.schema import Schema
 from pretraining.evaluation.records import ComparisonRecord
 from pretraining.experiments.study import Comparison, Direction, Group, Models, Studies, Study
+from pretraining.report import rows
 from pretraining.report.intervals import Change, change_of_means, change_to_number, mean_of, paired_change
-from pretraining.report.rows import (
-    BALANCED,
-    COMMON_TRACES,
-    CONSTANT_SHARE,
-    GAP_NAME,
-    HUTCHINSON,
-    LOOKUP_TABLE,
-    MLM_LOSS,
-    RELATIVE,
-    TRACE,
-    Number,
-    Tree,
-    accuracy_label,
-)
+from pretraining.report.rows import Number, Tree
 from pretraining.report.same_loss import SameLoss
 from pretraining.report.sections import LABELS, Member, Section, Summary, summary
 from pretraining.report.verdicts import HOLDS, NO_HEADROOM, NOT_SAME_LOSS, Headroom, Verdict, adjust, combine, decide, headroom
@@ -137,7 +125,7 @@ class Comparer:
             total = group.total(models.step, self.studies.groups)
             times = widest / width if width else 1.0
             members += [Member(group.label, seed, total, group.folders[f"{seed}@{models.step}"], times) for seed in group.seeds]
-        names = [GAP_NAME, TRACE, HUTCHINSON, BALANCED, RELATIVE, CONSTANT_SHARE]
+        names = [rows.GAP_NAME, rows.TRACE, rows.HUTCHINSON, rows.BALANCED, rows.RELATIVE, rows.CONSTANT_SHARE]
         names += [name for solver in self.studies.readouts for name in self.accuracies(solver, self.studies.label_counts)]
         names += [f"finetune_{task}" for task in self.studies.finetuned]
         return Section(study.name, members, names, self.criterion)
@@ -176,9 +164,15 @@ class Comparer:
             change = paired_change([before[seed][0] for seed in common], [after[seed][0] for seed in common])
         elif first and second:
             change = change_of_means(mean_of(first), mean_of(second))
-        label = LABELS.get(name) or (accuracy_label(name, self.tasks) if kind == "accuracy" else name)
-        means = summary([*before.values()]), summary([*after.values()])
-        return Quantity(name=name, label=label, kind=kind, unit=unit, before=means[0], after=means[1], change=change)
+        return self._quantity(name, kind, unit, [*before.values()], [*after.values()], change)
+
+    def _quantity(
+        self, name: str, kind: str, unit: str, before: list[Number], after: list[Number], change: Change | None
+    ) -> Quantity:
+        """A quantity from the numbers of the models of both sides."""
+        label = LABELS.get(name) or (rows.accuracy_label(name, self.tasks) if kind == "accuracy" else name)
+        means = {"before": summary(before), "after": summary(after)}
+        return Quantity(name=name, label=label, kind=kind, unit=unit, **means, change=change)
 
     def _obstacle(self, comparison: Comparison, loss: Quantity) -> str | None:
         """Why two sides are not at the same loss."""
@@ -194,10 +188,10 @@ class Comparer:
         change = loss.change
         over_seeds = None if change is None or change.low is None or change.high is None else (change.low, change.high)
         over_sentences = self._over_sentences(sides[0], sides[1])
-        if over_sentences is None and loss.name == GAP_NAME and change is not None:
+        if over_sentences is None and loss.name == rows.GAP_NAME and change is not None:
             errors = [sum(gaps[model][1] for model in side.values()) / len(side) for side in sides]
             over_sentences = change.value, sum(errors)  # a bound
-        return self.criterion.obstacle_of_groups(gaps if loss.name == GAP_NAME else None, over_seeds, over_sentences)
+        return self.criterion.obstacle_of_groups(gaps if loss.name == rows.GAP_NAME else None, over_seeds, over_sentences)
 
     def _over_sentences(self, before: dict[int, str], after: dict[int, str]) -> tuple[float, float] | None:
         """Mean difference of the losses and a bound of its error, from comparison records; None unless all pairs have one."""
@@ -214,16 +208,17 @@ class Comparer:
         return sum(mean.mean for mean in means) / len(means), sum(mean.standard_error for mean in means) / len(means)
 
     def _compare(self, study: Study, comparison: Comparison) -> Compared:
-        loss = self._change(comparison, GAP_NAME, "loss", "nats")
+        loss = self._change(comparison, rows.GAP_NAME, "loss", "nats")
         if not loss.before.n and not loss.after.n:
-            loss = self._change(comparison, MLM_LOSS, "loss", "nats")
+            loss = self._change(comparison, rows.MLM_LOSS, "loss", "nats")
         obstacle = self._obstacle(comparison, loss)
         refusal = None if obstacle is None else Verdict(word=NOT_SAME_LOSS, reason=obstacle)
         quantities = [loss]
         flatness: Verdict | None = None
         widths = {self._width(side) for side in (comparison.before, comparison.after)}
-        for name in (TRACE, HUTCHINSON, BALANCED, *(COMMON_TRACES.values() if len(widths) > 1 else ()), RELATIVE):
-            quantity = self._change(comparison, name, "flatness", "" if name == RELATIVE else "nats")
+        common = rows.COMMON_TRACES.values() if len(widths) > 1 else ()
+        for name in (rows.TRACE, rows.HUTCHINSON, rows.BALANCED, *common, rows.RELATIVE):
+            quantity = self._change(comparison, name, "flatness", "" if name == rows.RELATIVE else "nats")
             if name == comparison.trace:
                 margin = self.studies.criteria.trace_margin * abs(quantity.before.mean or 0.0)
                 flatness = decide(quantity.change, margin, comparison.flatness, refusal)
@@ -298,7 +293,7 @@ class Comparer:
         [folder, *_] = self.controls["lookup"]
         base = self.folders(self.studies.base).values()
         expected: Direction | None = "falls" if study.paper == "algorithms" else None
-        gaps = {model: self.number(model, GAP_NAME) for model in base}
+        gaps = {model: self.number(model, rows.GAP_NAME) for model in base}
         known = {model: (value, error or 0.0) for model, (value, error) in gaps.items() if value is not None}
         obstacle: str | None = "the gap of the base models is not measured"
         if known and len(known) == len(base):
@@ -310,24 +305,16 @@ class Comparer:
             values = [value for value, _ in numbers if value is not None]
             table = self.number(folder, name)
             change = None if not values or table[0] is None else change_to_number(values, table[0])
-            quantity = Quantity(
-                name=name,
-                label=accuracy_label(name, self.tasks),
-                kind="accuracy",
-                unit="points",
-                before=summary(numbers),
-                after=summary([table]),
-                change=change,
-            )
+            quantity = self._quantity(name, "accuracy", "points", numbers, [table], change)
             quantities.append(self._decided(quantity, expected, refusal, Verdict(word=HOLDS)))
         gap = summary([*gaps.values()]).mean
         note = "" if gap is None else f"The table's loss is the entropy; the base models are {gap:.4f} nats above it."
         return Compared(
             study=study.name,
-            name=LOOKUP_TABLE,
+            name=rows.LOOKUP_TABLE,
             claim="The lookup table has a lower accuracy than models of (almost) its loss" if expected else "",
             before=self.label(self.studies.base),
-            after=LOOKUP_TABLE,
+            after=rows.LOOKUP_TABLE,
             primary=False,
             expected={"flatness": None, "accuracy": expected},
             obstacle=obstacle,

@@ -9,23 +9,12 @@ import jinja2
 
 from pcfg.common.files import atomic_open
 from pretraining.experiments.study import Criteria, Study
+from pretraining.report import tables
 from pretraining.report.analysis import Analysis, is_fixed_beforehand
 from pretraining.report.comparisons import Compared, Quantity
 from pretraining.report.intervals import FEWEST
 from pretraining.report.plots import OVERVIEW, Plot
 from pretraining.report.sections import LABELS, LARGER, SMALLER
-from pretraining.report.tables import (
-    choice_table,
-    comparison_block,
-    describe_change,
-    enumeration,
-    headroom_table,
-    model_table,
-    pair_table,
-    paper_table,
-    section_tables,
-    verdict_text,
-)
 from pretraining.report.verdicts import HOLDS, HOLDS_NOT, NOT_SAME_LOSS
 
 TEXTS = ("command", "comparable", "what", "models", "verdict", "quantity", "value", "file")  # columns of words
@@ -58,7 +47,7 @@ def accuracies_in_words(names: list[str]) -> str:
     for name in names:
         task, _, labels = name.partition(" (")[0].partition(", ")
         by_task.setdefault(task, []).append(labels.removesuffix(" labels"))
-    return enumeration([f"{task} ({', '.join(labels)} labels)" for task, labels in by_task.items()])
+    return tables.enumeration([f"{task} ({', '.join(labels)} labels)" for task, labels in by_task.items()])
 
 
 def _grouped(one: Compared, word_of: Callable[[Quantity], str]) -> str:
@@ -82,8 +71,8 @@ def sides(one: Compared) -> str:
     """The verdicts on flatness and on accuracies in words; empty where nothing is compared."""
     if one.obstacle:
         return ""
-    flatness = [f"{quantity.label}: {verdict_text(quantity)}" for quantity in one.of("flatness")]
-    accuracy = _grouped(one, verdict_text)
+    flatness = [f"{quantity.label}: {tables.verdict_text(quantity)}" for quantity in one.of("flatness")]
+    accuracy = _grouped(one, tables.verdict_text)
     return "; ".join([*flatness, *([f"accuracy: {accuracy}"] if accuracy else [])])
 
 
@@ -100,7 +89,7 @@ def basis(one: Compared) -> str:
             methods.setdefault(quantity.change.method, {})[" and ".join(map(str, quantity.change.n))] = None
     kind = "Primary comparison" if one.primary else "Comparison"
     texts = [f"{words[method]} (n = {', '.join(counts)})" for method, counts in methods.items()]
-    method = enumeration(texts) if texts else "nothing was measured on both sides"
+    method = tables.enumeration(texts) if texts else "nothing was measured on both sides"
     return f"{kind} “{one.name}”, from {one.before} to {one.after}; {method}."
 
 
@@ -124,7 +113,7 @@ def enlarged_sentences(analysis: Analysis, section: str) -> list[str]:
     for pair in analysis.pairs.get(section, []):
         both = " with both rules of enlarging" if pair.verdict in (LARGER, SMALLER) else ""
         numbers = [
-            f"{LABELS[name]} {describe_change(change)}" if change else f"no {LABELS[name]}"
+            f"{LABELS[name]} {tables.describe_change(change)}" if change else f"no {LABELS[name]}"
             for name, change in pair.changes.items()
         ]
         reason = f", {pair.reason}" if pair.reason else f": {'; '.join(numbers)}"
@@ -154,15 +143,16 @@ def printed(analysis: Analysis) -> str:
                 both = sides(one)
                 texts.append(f"{headline(one)}." + ("" if not both or both in headline(one) else f"\n{both}."))
             for one in analysis.compared[study.name]:
-                texts.append(f"{basis(one)}\n{comparison_block(one).text()}")
-            texts += [table.text() for table in section_tables(analysis, analysis.section(study.name))]
+                texts.append(f"{basis(one)}\n{tables.comparison_block(one).text()}")
+            texts += [table.text() for table in tables.section_tables(analysis, analysis.section(study.name))]
             texts += correlation_sentences(analysis, study.name)
         return "\n\n".join([*texts, analysis.criterion.statement(), rule(analysis.studies.criteria)])
     for section in analysis.sections:
         texts += enlarged_sentences(analysis, section.name)
-    tables = [table for section in analysis.sections for table in section_tables(analysis, section)] or [model_table(analysis)]
-    shown = [table.text() for table in (*tables, pair_table(analysis)) if table.lines]
-    return "\n\n".join([*texts, *shown, analysis.criterion.statement()])
+    shown = [table for section in analysis.sections for table in tables.section_tables(analysis, section)]
+    shown = [*(shown or [tables.model_table(analysis)]), tables.pair_table(analysis)]
+    texts += [table.text() for table in shown if table.lines]
+    return "\n\n".join([*texts, analysis.criterion.statement()])
 
 
 def _mark(one: Compared) -> str:
@@ -180,13 +170,16 @@ def page_sections(analysis: Analysis, plots: dict[str, list[Plot]]) -> list[dict
         study = studies.get(name)
         overview = next((plot for plot in plots.get(name, []) if study and plot.name.startswith(OVERVIEW)), None)
         compared = analysis.compared.get(name, [])
+        shown = (*tables.section_tables(analysis, section), tables.paper_table(analysis, name))
         content = {
             "study": study,
             "registration": study and registration(analysis, study),
-            "comparisons": [(headline(one), sides(one), basis(one), comparison_block(one), _mark(one)) for one in compared],
+            "comparisons": [
+                (headline(one), sides(one), basis(one), tables.comparison_block(one), _mark(one)) for one in compared
+            ],
             "sentences": correlation_sentences(analysis, name) + enlarged_sentences(analysis, name),
             "overview": overview,
-            "tables": [table for table in (*section_tables(analysis, section), paper_table(analysis, name)) if table],
+            "tables": [table for table in shown if table],
             "plots": [plot for plot in plots.get(name, []) if plot is not overview],
         }
         sections.append(content)
@@ -196,7 +189,8 @@ def page_sections(analysis: Analysis, plots: dict[str, list[Plot]]) -> list[dict
 def write_page(path: Path | str, analysis: Analysis, plots: dict[str, list[Plot]]) -> None:
     """Write the self-contained page, with the plots of each section."""
     studies = analysis.studies
-    further = [headroom_table(analysis), *(choice_table(decision) for decision in analysis.decisions), pair_table(analysis)]
+    choices = [tables.choice_table(decision) for decision in analysis.decisions]
+    further = [tables.headroom_table(analysis), *choices, tables.pair_table(analysis)]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, loader=loader)
     records = analysis.tree.records
@@ -213,7 +207,7 @@ def write_page(path: Path | str, analysis: Analysis, plots: dict[str, list[Plot]
         sections=page_sections(analysis, plots),
         further=[table for table in further if table and table.lines],
         texts=TEXTS,
-        models=model_table(analysis) if studies or not analysis.sections else None,
+        models=tables.model_table(analysis) if studies or not analysis.sections else None,
         scale=f"{studies.scale}{', seeds stacked in one process' if studies.stacked else ''}" if studies else "",
         missing=[*failures, *analysis.missing],
         commands=sorted(studies.commands.items()) if studies else [],

@@ -17,22 +17,9 @@ import pandas as pd
 
 from pcfg.common.schema import Schema
 from pretraining.evaluation.records import ComparisonRecord
+from pretraining.report import rows
 from pretraining.report.intervals import Change, Mean, change_of_means, mean_of
-from pretraining.report.rows import (
-    BALANCED,
-    COMMON_TRACES,
-    CONSTANT_SHARE,
-    GAP,
-    GAP_NAME,
-    HUTCHINSON,
-    RELATIVE,
-    SHAPE,
-    TRACE,
-    TRANSFORMER,
-    Number,
-    Tree,
-    losses,
-)
+from pretraining.report.rows import Number, Tree
 from pretraining.report.same_loss import SameLoss
 
 MODELS = "models"  # the section of all models
@@ -41,13 +28,13 @@ SMALLER = "is smaller"
 BY_RULE = "depends on the rule of enlarging"
 OPEN = "undecided"
 LABELS = {
-    GAP_NAME: "gap",
-    TRACE: "Fisher trace",
-    HUTCHINSON: "Hessian trace (Hutchinson)",
-    BALANCED: "balanced trace",
-    RELATIVE: "relative flatness R",
-    CONSTANT_SHARE: "share of constant directions",
-} | {name: f"Fisher trace ({rule})" for rule, name in COMMON_TRACES.items()}
+    rows.GAP_NAME: "gap",
+    rows.TRACE: "Fisher trace",
+    rows.HUTCHINSON: "Hessian trace (Hutchinson)",
+    rows.BALANCED: "balanced trace",
+    rows.RELATIVE: "relative flatness R",
+    rows.CONSTANT_SHARE: "share of constant directions",
+} | {name: f"Fisher trace ({rule})" for rule, name in rows.COMMON_TRACES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +50,8 @@ class Member:
 
     def number(self, tree: Tree, quantity: str) -> Number:
         """The value of a quantity and its own standard error."""
-        if self.common and quantity in COMMON_TRACES.values():
-            return tree.number(self.common.get(quantity, ""), TRACE)
+        if self.common and quantity in rows.COMMON_TRACES.values():
+            return tree.number(self.common.get(quantity, ""), rows.TRACE)
         return tree.number(self.model, quantity, self.times)
 
 
@@ -107,7 +94,7 @@ class Section:
 
     def is_saturated(self, tree: Tree, member: Member) -> bool | None:
         """Whether a model is saturated; None where its gap is not known."""
-        gap, error = member.number(tree, GAP_NAME)
+        gap, error = member.number(tree, rows.GAP_NAME)
         return None if gap is None else self.criterion.is_saturated(gap, error or 0.0)
 
     def lines(self, tree: Tree) -> list[Line]:
@@ -158,7 +145,7 @@ class EnlargedPair(Schema):
 def inferred_reference(tree: Tree) -> str | None:
     """The model that most comparison records name, else the last of those with a gap."""
     own = tree.models.index[tree.models["enlarged_rule"].isna()]
-    known = [model for model in own if tree.value(model, GAP) is not None]
+    known = [model for model in own if tree.value(model, rows.GAP) is not None]
     digests = tree.digests()
     comparisons = [record for _, _, record in tree.records if isinstance(record, ComparisonRecord) and record.gap_a]
     others = [digests.get(record.inputs["other"]["sha256"]) for record in comparisons]
@@ -172,14 +159,14 @@ def inferred_sections(tree: Tree, criterion: SameLoss) -> list[Section]:
     own = models[models["enlarged_rule"].isna()]
     labels = _labels(own)
     members = [Member(str(labels[model]), None, _step(row), str(model)) for model, row in own.iterrows()]
-    quantities = [GAP_NAME, TRACE, *tree.accuracies]
+    quantities = [rows.GAP_NAME, rows.TRACE, *tree.accuracies]
     sections = [Section(MODELS, members, quantities, criterion)] if members else []
-    with_trace = models[tree.measured[TRACE]["value"].notna() & (models["kind"] == TRANSFORMER)]
-    for shape, of_shape in with_trace.groupby(SHAPE):
+    with_trace = models[tree.measured[rows.TRACE]["value"].notna() & (models["kind"] == rows.TRANSFORMER)]
+    for shape, of_shape in with_trace.groupby(rows.SHAPE):
         if of_shape["enlarged_rule"].notna().any():
             name = f"{MODELS}_of_{shape[0]}_parameters"
             members = _members_of_shape(tree, of_shape, labels)
-            sections.append(Section(name, members, [GAP_NAME, *COMMON_TRACES.values()], criterion, is_shape=True))
+            sections.append(Section(name, members, [rows.GAP_NAME, *rows.COMMON_TRACES.values()], criterion, is_shape=True))
     return sections
 
 
@@ -191,7 +178,7 @@ def _labels(models: pd.DataFrame) -> pd.Series:
     """Names of the runs: their jobs, else the folders of the checkpoints, else the models, whichever first are distinct."""
     names = models.index.to_series()
     folders = names.where(models["step"].isna() | ~names.str.contains("/"), names.str.rpartition("/")[0])
-    jobs = models["job"].where(models["kind"] == TRANSFORMER, names)
+    jobs = models["job"].where(models["kind"] == rows.TRANSFORMER, names)
     for labels in (jobs, folders):
         if not pd.DataFrame({"label": labels, "step": models["step"]}).duplicated().any():
             return labels
@@ -205,7 +192,7 @@ def _members_of_shape(tree: Tree, models: pd.DataFrame, labels: pd.Series) -> li
     for model, row in models.sort_values("step", kind="stable", na_position="first").iterrows():
         step = _step(row)
         if pd.isna(row["enlarged_rule"]):
-            common = dict.fromkeys(COMMON_TRACES.values(), str(model))
+            common = dict.fromkeys(rows.COMMON_TRACES.values(), str(model))
             runs[labels[model], 0] = Member(labels[model], None, step, str(model), common=common)
             continue
         group = f"{row['job']} x {row['enlarged_times']}"
@@ -213,7 +200,7 @@ def _members_of_shape(tree: Tree, models: pd.DataFrame, labels: pd.Series) -> li
         before = runs.get(key)
         common = before.common if before and before.step == step else {}
         source = digests.get(row["enlarged_from"]) or (before.model if common and before else str(model))
-        runs[key] = Member(group, None, step, source, common={**common, COMMON_TRACES[row["enlarged_rule"]]: str(model)})
+        runs[key] = Member(group, None, step, source, common={**common, rows.COMMON_TRACES[row["enlarged_rule"]]: str(model)})
     repeated = {group for group, times in collections.Counter(group for group, _ in runs).items() if times > 1}
     named = [
         dataclasses.replace(member, group=f"{group}, {heads} x heads") if group in repeated else member
@@ -225,7 +212,7 @@ def _members_of_shape(tree: Tree, models: pd.DataFrame, labels: pd.Series) -> li
 
 def compare_enlarged(tree: Tree, section: Section, reference: str | None) -> list[EnlargedPair]:
     """Each two models of one shape, by both rules of enlarging."""
-    table = losses(tree, section.criterion, reference)
+    table = rows.losses(tree, section.criterion, reference)
     pairs = []
     for after, before in itertools.combinations(section.members, 2):
         reasons = []
@@ -235,7 +222,7 @@ def compare_enlarged(tree: Tree, section: Section, reference: str | None) -> lis
                 why = "of unknown gap" if pd.isna(gap) else f"not saturated, gap {gap:.4f} ± {error:.4f} nats"
                 reasons.append(f"{_with_step(member)} {why}")
         reason = "; ".join(reasons) or section.criterion.obstacle(table.loc[before.model], table.loc[after.model])
-        changes = {} if reason else {name: _change(tree, before, after, name) for name in COMMON_TRACES.values()}
+        changes = {} if reason else {name: _change(tree, before, after, name) for name in rows.COMMON_TRACES.values()}
         by_rule = {{1: LARGER, -1: SMALLER, 0: OPEN}[change.sign()] if change else None for change in changes.values()}
         verdict = OPEN if reason or None in by_rule else by_rule.pop() if len(by_rule) == 1 else BY_RULE
         subject = f"{_with_step(after)} against {_with_step(before)}"

@@ -30,17 +30,8 @@ from pcfg.common.executors import add_executor_arguments, end_if_asked, executor
 from pcfg.common.files import InputError, Manifest, atomic_open, check_space, sha256, versions, write_json
 from pcfg.common.text import write_shard
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
-from pretraining.sources.corpus.documents import (
-    HUB_NAMES,
-    RANGE_BYTES,
-    TXT_DOCUMENTS,
-    UNICODE_FORMS,
-    DamagedError,
-    Piece,
-    Reading,
-    find_pieces,
-    read_sentences,
-)
+from pretraining.sources.corpus import documents
+from pretraining.sources.corpus.documents import DamagedError, Piece, Reading
 from pretraining.sources.text_shards import Shard, TextFolder, add_folder_arguments, number_shards, shard_count
 
 PARTS = "parts"
@@ -68,7 +59,7 @@ def make_part(folder: Path, reading: Reading, job: tuple[int, Piece]) -> dict:
     def texts() -> Iterator[bytes]:
         nonlocal damage
         try:
-            for lines in read_sentences(piece, reading, counts):
+            for lines in documents.read_sentences(piece, reading, counts):
                 end_if_asked()
                 counts["documents read"] += 1
                 if not lines:
@@ -149,12 +140,12 @@ class Layout:
 
 def make_shard(folder: Path, layout: Layout, shards_per_split: dict[str, int], shard: Shard) -> dict:
     """Write one shard from the parts; returns its entry in the manifest."""
-    documents = layout.of(shard, shards_per_split[shard.split])
+    members = layout.of(shard, shards_per_split[shard.split])
     sentences = 0
 
     def texts() -> Iterator[bytes]:
         nonlocal sentences
-        for part, group in itertools.groupby(documents, key=layout.part.__getitem__):
+        for part, group in itertools.groupby(members, key=layout.part.__getitem__):
             with open(folder / PARTS / PART_NAME.format(int(part)), "rb") as file:
                 for document in group:
                     end_if_asked()
@@ -164,7 +155,7 @@ def make_shard(folder: Path, layout: Layout, shards_per_split: dict[str, int], s
                     yield text
 
     facts = write_shard(folder / shard.name, texts())
-    return {**facts, "documents": len(documents), "sentences": sentences}
+    return {**facts, "documents": len(members), "sentences": sentences}
 
 
 # Why a corpus has no document at all, and what to do.
@@ -181,15 +172,15 @@ def count_documents(counts: Counter[str], layout: Layout, options: argparse.Name
     """Add the numbers of documents to `counts`, and refuse fewer documents than shards."""
     counts["documents that were there before"] = layout.duplicates
     for split, number in (("training", options.shard_num), ("test", options.test_shard_num)):
-        documents = int((layout.is_test == (split == "test")).sum())
-        counts[f"{split} documents"] = documents
-        if documents < number:
+        available = int((layout.is_test == (split == "test")).sum())
+        counts[f"{split} documents"] = available
+        if available < number:
             flags = "--test-shard-num or a larger --test-fraction" if split == "test" else "--shard-num"
             why = "; ".join(f"{what}: {count:,}" for what, count in counts.items() if count) or "the files have no rows"
             advice = f"give fewer {flags}"
             if not len(layout.size):
                 advice = next((ADVICE[what] for what in ADVICE if counts[what]), "give files with text")
-            have = f"{documents} {split} documents for {number} shards"
+            have = f"{available} {split} documents for {number} shards"
             raise InputError(f"--dataset {options.dataset}: {have} ({why}); {advice}")
 
 
@@ -244,7 +235,7 @@ def vocabulary_bytes(options: argparse.Namespace, shards: list[Shard]) -> bytes:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpus = parser.add_argument_group("corpus")
     dataset = "a file or a folder (.txt and .jsonl, also .gz and .zst, .parquet, .arrow), or a data set of the hub, such as "
-    dataset += f"{' or '.join(HUB_NAMES)} (only with HF_HUB_OFFLINE=0)"
+    dataset += f"{' or '.join(documents.HUB_NAMES)} (only with HF_HUB_OFFLINE=0)"
     corpus.add_argument("--dataset", required=True, help=dataset)
     patterns = "read only files of a folder whose paths in it fit a pattern, such as '*.jsonl' (default: all)"
     corpus.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help=patterns)
@@ -252,7 +243,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpus.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help=patterns)
     corpus.add_argument("--text-column", default="text", help="column or key of the text; default text")
     unit = "document of a .txt file: the text between two empty lines, a line, or the file; default blank-line"
-    corpus.add_argument("--txt-documents", choices=TXT_DOCUMENTS, default="blank-line", help=unit)
+    corpus.add_argument("--txt-documents", choices=documents.TXT_DOCUMENTS, default="blank-line", help=unit)
     rows = "above 1: a row is a sentence, not split, and this number of rows is a document; default 1, for bookcorpus 256"
     corpus.add_argument("--sentences-a-document", type=positive_int, help=rows)
     corpus.add_argument("--config-name", help="configuration of a hub data set")
@@ -260,7 +251,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpus.add_argument("--revision", help="revision of a hub data set; default for the two named above: their parquet files")
     corpus.add_argument("--skip-damaged", action="store_true", help="use the readable beginning of files that are cut short")
     text = parser.add_argument_group("text")
-    text.add_argument("--unicode", choices=UNICODE_FORMS, default="NFC", help="normal form of the text; default NFC")
+    text.add_argument("--unicode", choices=documents.UNICODE_FORMS, default="NFC", help="normal form of the text; default NFC")
     text.add_argument("--min-words", type=positive_int, default=1, help="shorter sentences are dropped; default 1")
     text.add_argument("--language", default="en", help="ISO 639-1 code, for the sentence splitter; default en")
     files = parser.add_argument_group("files")
@@ -299,13 +290,13 @@ def generate(options: argparse.Namespace) -> None:
     flags = vars(options)
     flags["sentences_a_document"] = options.sentences_a_document or SENTENCES_PER_DOCUMENT.get(options.dataset, 1)
     reading = Reading(**{field.name: flags[field.name] for field in dataclasses.fields(Reading)})
-    pieces, corpus = find_pieces(options.dataset, reading, options.include, options.exclude)
+    pieces, corpus = documents.find_pieces(options.dataset, reading, options.include, options.exclude)
     of_hub = ("config_name", "split", "revision")  # in `corpus`
     read_from = {
         "source": "corpus",
         "corpus": hashlib.sha256(json.dumps(corpus).encode()).hexdigest(),
         **{name: value for name, value in dataclasses.asdict(reading).items() if name not in of_hub},
-        "range_bytes": RANGE_BYTES,
+        "range_bytes": documents.RANGE_BYTES,
         "sentencex": versions("sentencex")["sentencex"],
     }
     trained = f"WordPiece of {options.vocab_size} entries, lower case {options.do_lower_case}"

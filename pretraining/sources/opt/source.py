@@ -34,17 +34,8 @@ from pcfg.common.files import InputError, atomic_folder, keyed_rng
 from pcfg.common.schema import write_schema
 from pretraining.data.vocabulary import SPECIAL_TOKENS, TOKENIZER_FILES, Vocabulary
 from pretraining.data.wordpiece import OWN_TOKENIZER, write_tokenizer
-from pretraining.sources.opt.causal_lm import (
-    FORMAT,
-    NO_CACHE,
-    TOP_TOKENS,
-    RestrictedLM,
-    Restriction,
-    check_model,
-    find_device,
-    load_causal_lm,
-    read_restriction,
-)
+from pretraining.sources.opt import causal_lm
+from pretraining.sources.opt.causal_lm import RestrictedLM, Restriction
 from pretraining.sources.opt.escaped_tokens import build_tokenizer, escape, token_bytes, why_excluded
 from pretraining.sources.text_shards import Shard, TextFolder, add_folder_arguments, add_shard_arguments, list_shards
 
@@ -55,7 +46,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # How uniform numbers become tokens. It decides the bytes of the text, so change the name with the method.
 DRAWING = "inverse cumulative probabilities, 1"
 SENTENCES_PER_COUNT = 500  # of a job that counts tokens
-TOKEN_FILES = ("vocab.txt", TOP_TOKENS, *(f"{OWN_TOKENIZER}/{name}" for name in TOKENIZER_FILES))
+TOKEN_FILES = ("vocab.txt", causal_lm.TOP_TOKENS, *(f"{OWN_TOKENIZER}/{name}" for name in TOKENIZER_FILES))
 
 
 @torch.inference_mode()
@@ -80,7 +71,7 @@ def sample(restricted: RestrictedLM, uniform: np.ndarray) -> np.ndarray:
         output = restricted.model(input_ids=fed, attention_mask=mask, past_key_values=cache, use_cache=True)
         cache = output.get("past_key_values")
         if cache is None:
-            raise InputError(NO_CACHE)
+            raise InputError(causal_lm.NO_CACHE)
         log_p = restricted.log_probabilities(output.logits[:, -1], first=position == 0)  # (alive, V + 1)
         columns = invert(log_p.double().exp(), draws[alive, position])
         tokens[alive, position] = columns
@@ -185,14 +176,14 @@ class Language:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.device = find_device(options.device)
+        self.device = causal_lm.find_device(options.device)
         is_fast = self.device == "cuda" and torch.cuda.is_bf16_supported()
         self.dtype = options.dtype or ("bfloat16" if is_fast else "float32")
         self.jobs = 1 if self.device == "cuda" else min(options.n_processes, os.cpu_count() or 1)
-        self.model, self.tokenizer, self.sha256 = load_causal_lm(options.model_name, self.device, DTYPES[self.dtype])
+        self.model, self.tokenizer, self.sha256 = causal_lm.load_causal_lm(options.model_name, self.device, DTYPES[self.dtype])
         start_id, end_id = self._special_ids()
         self._ends = {"start_id": start_id, "end_id": end_id, "max_tokens": options.length_limit - 1}
-        model_facts = {"format": FORMAT, "model_name": options.model_name, "model_sha256": self.sha256}
+        model_facts = {"format": causal_lm.FORMAT, "model_name": options.model_name, "model_sha256": self.sha256}
         self._facts: dict[str, Any] = model_facts | self._ends
         self.file_restriction = None if options.top_tokens_file is None else self._read_restriction()
         self.top_tokens = len(self.file_restriction.kept) if self.file_restriction else options.top_tokens or 2000
@@ -219,8 +210,8 @@ class Language:
         """The first --top-tokens tokens of --top-tokens-file."""
         options = self.options
         number = options.top_tokens
-        restriction = read_restriction(options.top_tokens_file)
-        check_model(restriction, options.top_tokens_file, options.model_name, self.sha256)
+        restriction = causal_lm.read_restriction(options.top_tokens_file)
+        causal_lm.check_model(restriction, options.top_tokens_file, options.model_name, self.sha256)
         if number is not None and number > len(restriction.kept):
             raise InputError(
                 f"--top-tokens {number}: {options.top_tokens_file} has {len(restriction.kept)}; leave --top-tokens out"
@@ -299,7 +290,7 @@ def write_tokens(restriction: Restriction, text: TextFolder) -> None:
     with atomic_folder(folder / OWN_TOKENIZER) as temporary:
         max_length = restriction.max_tokens + 2  # with [CLS] and [SEP]
         write_tokenizer(temporary, build_tokenizer(vocabulary), vocabulary, max_length, OWN_TOKENIZER)
-    write_schema(folder / TOP_TOKENS, restriction)
+    write_schema(folder / causal_lm.TOP_TOKENS, restriction)
     for name in TOKEN_FILES[1:]:
         text.manifest.add(name)
 
@@ -313,7 +304,7 @@ def generate(options: argparse.Namespace) -> None:
     folder = options.save_path
     text = TextFolder(folder, language.made_from(), shards, options.overwrite)
     if not options.overwrite and not text.manifest.names():
-        for path in (folder / OWN_TOKENIZER, folder / TOP_TOKENS):
+        for path in (folder / OWN_TOKENIZER, folder / causal_lm.TOP_TOKENS):
             if path.exists():
                 raise InputError(f"{path}: not of this script; give another --save-path, or --overwrite to replace it")
     try:
@@ -326,7 +317,7 @@ def generate(options: argparse.Namespace) -> None:
 def _write_text(options: argparse.Namespace, language: Language, text: TextFolder) -> None:
     folder = options.save_path
     if all(map(text.manifest.is_complete, TOKEN_FILES)):
-        restriction = read_restriction(folder)
+        restriction = causal_lm.read_restriction(folder)
     else:
         restriction = language.restriction()
         write_tokens(restriction, text)
