@@ -60,6 +60,7 @@ EPSILON = (
 )
 # Left side, right side of one or two symbols, probability.
 WeightedRule = tuple[str, tuple[str, ...], float]
+Names = Sequence[str | None]
 # Left side, first and second symbol of the right side, probability, line.
 RuleLine = tuple[str, str, str | None, float, int]
 
@@ -92,14 +93,7 @@ class RuleCollector:
         self._probability = array("d")
         self._line = array("i")
 
-    def extend(
-        self,
-        left: Sequence[str],
-        first: Sequence[str],
-        second: Sequence[str | None],
-        probability: Sequence[float],
-        line: Sequence[int],
-    ) -> None:
+    def extend(self, left: Names, first: Names, second: Names, probability: Sequence[float], line: Sequence[int]) -> None:
         """Add rules by columns, twice as fast as by rows; `second` is None where the right side has one symbol."""
         for column, symbols in zip(self._columns, (left, first, second), strict=True):
             column.append(np.fromiter(map(self._number.__getitem__, symbols), np.int32, len(symbols)))

@@ -93,11 +93,6 @@ def wilson(share: float, number: int) -> tuple[float, float]:
     return float((middle - half) / (1 + z * z / number)), float((middle + half) / (1 + z * z / number))
 
 
-def student_half_width(standard_error: float, number: int) -> float:
-    """Half the 95% interval of the mean of `number` independent normal values: Student's t times its standard error."""
-    return float(stats.t.ppf(0.975, number - 1)) * standard_error
-
-
 def mean_by_pairs(values: npt.ArrayLike, counts: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> tuple[float, float]:
     """`SentenceMeans.by_pairs` of a single block; arguments as in `SentenceMeans.add`."""
     return SentenceMeans().add(values, counts, lengths).by_pairs()

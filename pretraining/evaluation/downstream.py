@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from scipy import stats
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from pcfg.common.cli import RECORDS_HELP, Parser
 from pcfg.common.files import InputError
-from pcfg.common.means import student_half_width, wilson
+from pcfg.common.means import wilson
 from pretraining.data.tasks import GLUE, Task
 from pretraining.evaluation.records import AccuracyRecord, CurveRecord, FinetuneRecord, ProbeRecord, is_measured, write_record
 
@@ -265,7 +266,7 @@ def describe_accuracy(record: AccuracyRecord) -> str:
     errors = ["no standard error with one seed"]
     if record.standard_error is not None:
         seeds = len(record.accuracies)
-        half = student_half_width(record.standard_error, seeds)
+        half = stats.t.ppf(0.975, seeds - 1) * record.standard_error
         errors = [f"standard error {100 * record.standard_error:.2f} over {seeds} seeds, 95% by Student's t ± {100 * half:.2f}"]
     low, high = wilson(record.value, record.n)
     errors.append(f"95% by Wilson for {record.n} sentences {100 * low:.2f} to {100 * high:.2f}")

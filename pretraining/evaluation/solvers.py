@@ -19,6 +19,7 @@ appendix A (AdamW); Bishop 2006, section 4.3.4 (multinomial logistic regression)
 Tibshirani 1993, chapter 6 (bootstrap).
 """
 
+import collections
 import copy
 import dataclasses
 import itertools
@@ -137,7 +138,7 @@ def fit_adamw(
     every = intervals.get(IntervalStrategy(training.eval_strategy))  # steps between two evaluations; None for none
     best = 0.0
     with Progress(total=steps, desc=f"probe, seed {seed}", unit="step", leave=False) as progress:
-        for step in _updates(head, optimizer, data, training, seed, rows, steps):
+        for step, _ in enumerate(itertools.islice(_updates(head, optimizer, data, training, seed, rows), steps), 1):
             scheduler.step()
             progress.update()
             if every and step % every == 0 and step < steps:
@@ -160,20 +161,13 @@ def _optimizer(head: nn.Linear, training: TrainingArguments) -> torch.optim.Opti
 
 
 def _updates(
-    head: nn.Linear,
-    optimizer: torch.optim.Optimizer,
-    data: ProbeData,
-    training: TrainingArguments,
-    seed: int,
-    rows: Tensor,
-    steps: int,
-) -> Iterator[int]:
-    """Make `steps` optimizer steps on batches of the training sentences `rows`; yields the number of steps after each."""
+    head: nn.Linear, optimizer: torch.optim.Optimizer, data: ProbeData, training: TrainingArguments, seed: int, rows: Tensor
+) -> Iterator[None]:
+    """Make optimizer steps on batches of the training sentences `rows`, without end; yields after each."""
     device = training.device
     batch_size = _batch_size(training)
     # One buffer for all batches: a new one per batch takes longer to allocate than to fill.
     buffer = data.features.new_empty(min(batch_size, len(rows)), data.features.shape[1])
-    step = 0
     for epoch in itertools.count():
         order = rows[torch.from_numpy(keyed_rng(seed, "probe-order", epoch).permutation(len(rows)))]
         for batch in order.split(batch_size):
@@ -186,10 +180,7 @@ def _updates(
             if training.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(head.parameters(), training.max_grad_norm)
             optimizer.step()
-            step += 1
-            yield step
-            if step == steps:
-                return
+            yield
 
 
 def training_loss(head: nn.Linear, data: ProbeData) -> tuple[float, float]:
@@ -215,8 +206,8 @@ def progress_left(head: nn.Linear, data: ProbeData, training: TrainingArguments,
     further = copy.deepcopy(head)
     number = len(data.labels)
     steps = max(10, round(FURTHER_STEPS * training_steps(training, number)), math.ceil(number / _batch_size(training)))
-    for _ in _updates(further, _optimizer(further, training), data, training, seed, torch.arange(number), steps):
-        pass
+    updates = _updates(further, _optimizer(further, training), data, training, seed, torch.arange(number))
+    collections.deque(itertools.islice(updates, steps), maxlen=0)
     return norm, loss - training_loss(further, data)[0]
 
 

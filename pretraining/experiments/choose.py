@@ -19,6 +19,8 @@ from pretraining.evaluation.records import CurveRecord, LossRecord, read_records
 from pretraining.experiments.study import Candidate, Choice, Decision, Studies, decision_file, model_folder, read_studies
 from pretraining.report.intervals import mean_of
 
+Values = dict[float, list[float]]  # by value of a choice, a number per selection seed
+
 
 def gap_of(folder: str) -> float:
     """The gap of a model in nats; without true conditionals its loss, which differs by the same entropy for all models."""
@@ -39,17 +41,11 @@ def accuracy_of(folder: str, task: str, solver: str, labels: int) -> float:
     raise InputError(f"{folder}: {name} has no accuracy with {labels} labels; run the study again, which measures it")
 
 
-def decide(
-    choice: Choice,
-    seeds: tuple[int, ...],
-    gaps: dict[float, list[float]],
-    accuracies: dict[float, list[float]],
-    reference: list[float] | None,
-) -> Decision:
+def decide(choice: Choice, seeds: tuple[int, ...], gaps: Values, accuracies: Values, reference: list[float] | None) -> Decision:
     """The decision of a choice.
 
     Args:
-        gaps, accuracies: by value, one number per selection seed; accuracies only for the rule `lowest_accuracy`.
+        accuracies: only for the rule `lowest_accuracy`.
         reference: gaps of the choice's reference.
     """
     means = {value: mean_of(gaps[value]) for value in sorted(gaps)}
@@ -87,7 +83,7 @@ def read_and_decide(out: str, studies: Studies, choice: Choice) -> Decision:
         for value in choice.values
     }
     gaps = {value: [gap_of(folder) for folder in of_seeds] for value, of_seeds in folders.items()}
-    accuracies = {}
+    accuracies: Values = {}
     if choice.rule == "lowest_accuracy" and choice.task and choice.labels:
         for value, of_seeds in folders.items():
             accuracies[value] = [accuracy_of(folder, choice.task, studies.readouts[0], choice.labels) for folder in of_seeds]

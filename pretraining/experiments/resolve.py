@@ -157,7 +157,11 @@ class _Resolver:
         label_counts = tuple(sorted(probe.take_list("label_counts", int, (100, 1000))))
         comparisons = self._comparisons(tasks, label_counts)
         trace = top.table("trace")
-        finetuned, finetune = self._finetune(tasks)
+        finetune = top.table("finetune")
+        finetuned = finetune.take_list("tasks", str, ())
+        for label in finetuned:
+            self._task(finetune, "tasks", label, tasks)
+        base = top.take("base", str, None)
         design = Design(
             studies=(
                 Study(name=self.path.stem, title=title, question=question, paper=paper, sha256="", comparisons=comparisons),
@@ -167,7 +171,7 @@ class _Resolver:
             samples=samples,
             tasks=tasks,
             groups=self.groups,
-            base=self._base(comparisons),
+            base=comparisons[0].before if base is None else self._models(top, "base", base),
             selection_seeds=selection_seeds,
             stacked=top.take("stacked", bool, False),
             choices=self._choices(tasks),
@@ -180,7 +184,7 @@ class _Resolver:
             readouts=readouts,
             label_counts=label_counts,
             probe=self._paths(probe, "run_lp"),
-            finetune=finetune,
+            finetune=self._paths(finetune, "run_ft"),
             finetuned=finetuned,
         )
         top.finish()
@@ -404,13 +408,6 @@ class _Resolver:
             table.finish()
         return choices
 
-    def _finetune(self, tasks: dict[str, Labelled]) -> tuple[tuple[str, ...], Flags]:
-        table = self.top.table("finetune")
-        labels = table.take_list("tasks", str, ())
-        for label in labels:
-            self._task(table, "tasks", label, tasks)
-        return labels, self._paths(table, "run_ft")
-
     def _measurements(self) -> dict[str, Measurement]:
         measurements = {}
         for name, table in self.tables["measurements"].items():
@@ -489,12 +486,6 @@ class _Resolver:
     def _line(self, group: Group) -> list[str]:
         """The group and all those before it."""
         return [group.name, *(self._line(self.groups[group.start.group]) if group.start else [])]
-
-    def _base(self, comparisons: tuple[Comparison, ...]) -> Models:
-        base = self.top.take("base", str, None)
-        if base is not None:
-            return self._models(self.top, "base", base)
-        return comparisons[0].before
 
     def _used(self, design: Design) -> Design:
         """Without the groups and choices of included files and the tasks that nothing in the study needs."""

@@ -21,16 +21,7 @@ from pretraining.report.comparisons import Compared, Comparer
 from pretraining.report.intervals import Correlation, correlate
 from pretraining.report.rows import BALANCED, LOOKUP_TABLE, Number, Tree, accuracy_label
 from pretraining.report.same_loss import SameLoss
-from pretraining.report.sections import (
-    EnlargedPair,
-    Line,
-    Section,
-    Summary,
-    compare_enlarged,
-    inferred_reference,
-    inferred_sections,
-    summary,
-)
+from pretraining.report.sections import EnlargedPair, Line, Section, Summary, compare_enlarged, inferred_sections, summary
 from pretraining.report.verdicts import Headroom
 
 SCHEMA = 3  # of results.json
@@ -87,7 +78,7 @@ def analyse(tree: Tree, folder: Path | str, max_gap: float | None = None, margin
     if studies:
         return analyse_studies(tree, Path(folder), studies, criterion)
     sections = inferred_sections(tree, criterion)
-    reference = inferred_reference(tree)
+    reference = tree.reference()
     lines = {section.name: section.lines(tree) for section in sections}
     pairs = {section.name: compare_enlarged(tree, section, reference) for section in sections if section.is_shape}
     return Analysis(tree, criterion, reference, sections, lines, pairs)

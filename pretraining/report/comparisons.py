@@ -171,8 +171,8 @@ class Comparer:
     ) -> Quantity:
         """A quantity from the numbers of the models of both sides."""
         label = LABELS.get(name) or (rows.accuracy_label(name, self.tasks) if kind == "accuracy" else name)
-        means = {"before": summary(before), "after": summary(after)}
-        return Quantity(name=name, label=label, kind=kind, unit=unit, **means, change=change)
+        means = summary(before), summary(after)
+        return Quantity(name=name, label=label, kind=kind, unit=unit, before=means[0], after=means[1], change=change)
 
     def _obstacle(self, comparison: Comparison, loss: Quantity) -> str | None:
         """Why two sides are not at the same loss."""

@@ -110,12 +110,6 @@ class SectionPlots:
                 curves.setdefault(stem, []).append(name)
         return curves
 
-    def points(self, name: str, line: Line) -> list[float]:
-        """The numbers of the single models of a line."""
-        members = [member for member in self.section.members if (member.group, member.step) == (line.group, line.step)]
-        values = [member.number(self.tree, name)[0] for member in members]
-        return [value * _scale(name) for value in values if value is not None]
-
     def _point(self, name: str, line: Line, x: float) -> Point:
         """A line's mean at `x`; filled if all its models are saturated."""
         value = line.values[name]
@@ -132,7 +126,9 @@ class SectionPlots:
             style = self.styles[line.group]
             x, y, _, error, filled = self._point(name, line, place)
             _draw_points(axes, style, [(y, x, error, 0.0, filled)])
-            single = self.points(name, line)
+            members = [member for member in self.section.members if (member.group, member.step) == (line.group, line.step)]
+            numbers = [member.number(self.tree, name)[0] for member in members]
+            single = [number * _scale(name) for number in numbers if number is not None]
             if len(single) > 1:
                 below = [place + 0.25] * len(single)
                 axes.plot(single, below, marker=style.marker, color=style.colour, markersize=2.5, alpha=0.6, linestyle="none")

@@ -21,6 +21,7 @@ The columns of `results.csv` are those of `models`, then QUANTITY and QUANTITY_P
 measurement that does not exist.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -30,19 +31,9 @@ import numpy as np
 import pandas as pd
 
 from pcfg.common.files import InputError, atomic_open, read_json
+from pretraining.evaluation import records
 from pretraining.evaluation.flatness import balanced_trace
-from pretraining.evaluation.records import (
-    AccuracyRecord,
-    BalancedTrace,
-    ComparisonRecord,
-    CurveRecord,
-    HessianRecord,
-    LossRecord,
-    ProbeRecord,
-    Record,
-    TracePart,
-    read_records,
-)
+from pretraining.evaluation.records import BalancedTrace, HessianRecord, Record, TracePart, read_records
 from pretraining.model.checkpoints import CONFIG_FILE, is_model_folder, read_facts, weights_sha256, without_trunks
 from pretraining.model.config import ModelConfig
 from pretraining.model.enlarge import TIED_SCALES
@@ -111,6 +102,16 @@ class Tree:
                 hashes.setdefault(digest, model)
         return hashes
 
+    def reference(self) -> str | None:
+        """The model that most comparison records name, else the last of those with a gap."""
+        own = self.models.index[self.models["enlarged_rule"].isna()]
+        known = [model for model in own if self.value(model, GAP) is not None]
+        digests = self.digests()
+        comparisons = [record for _, _, record in self.records if isinstance(record, records.ComparisonRecord) and record.gap_a]
+        others = [digests.get(record.inputs["other"]["sha256"]) for record in comparisons]
+        counted = collections.Counter(model for model in others if model in known)
+        return counted.most_common(1)[0][0] if counted else known[-1] if known else None
+
     def number(self, model: str, quantity: str, times: float = 1.0) -> Number:
         """A quantity of a model; balanced traces and those by rule of enlarge.py for one that is `times` as wide."""
         if quantity == BALANCED or quantity in COMMON_TRACES.values():
@@ -129,9 +130,9 @@ class Tree:
         """By model and accuracy how it was read out: the solver, and the rate of an AdamW probe."""
         texts: dict[tuple[str, str], str] = {}
         for model, file, record in self.records:
-            if isinstance(record, CurveRecord):
+            if isinstance(record, records.CurveRecord):
                 texts |= {(model, f"{file.stem}_{point.labels}"): record.solver for point in record.points}
-            elif isinstance(record, AccuracyRecord):
+            elif isinstance(record, records.AccuracyRecord):
                 rate = record.arguments.get("learning_rate")
                 solver = record.arguments.get("solver", "" if rate is None else "adamw")
                 texts[model, file.stem] = solver if rate is None else f"{solver}, rate {rate:g}"
@@ -188,22 +189,22 @@ def _cells(quantity: str, **parts: float | None) -> dict[tuple[str, str], float 
     return {(quantity, part): value for part, value in parts.items()}
 
 
-def _measurements(records: dict[str, Record], facts: dict) -> dict[tuple[str, str], float | None]:
+def _measurements(by_file: dict[str, Record], facts: dict) -> dict[tuple[str, str], float | None]:
     """The row of `measured` of one folder."""
     cells: dict[tuple[str, str], float | None] = {}
-    for file, record in records.items():
+    for file, record in by_file.items():
         name = Path(file).stem
-        if isinstance(record, LossRecord):
+        if isinstance(record, records.LossRecord):
             for quantity in LOSSES:
                 part, mean = quantity.rsplit("_", 1)
                 if means := getattr(record, part):
                     value = getattr(means, mean)
                     cells |= _cells(quantity, value=value.mean, se=value.standard_error)
-        elif isinstance(record, AccuracyRecord):
+        elif isinstance(record, records.AccuracyRecord):
             cells |= _cells(name, value=record.value, se=record.standard_error, sampling_se=record.sampling_standard_error)
             cells |= _cells(name, seeds=len(record.accuracies), best=record.best_accuracy, n=record.n, majority=record.majority)
-            cells |= _cells(name, unfinished=record.unfinished if isinstance(record, ProbeRecord) else None)
-        elif isinstance(record, CurveRecord):
+            cells |= _cells(name, unfinished=record.unfinished if isinstance(record, records.ProbeRecord) else None)
+        elif isinstance(record, records.CurveRecord):
             for point in record.points:
                 curve = f"{name}_{point.labels}"
                 cells |= _cells(curve, value=point.accuracy.mean, se=point.accuracy.standard_error, n=record.n)
@@ -268,10 +269,10 @@ def collect(folder: Path | str, records_path: Path | str | None = None) -> Tree:
     columns += [(f"trace_{part}", "value") for part in PARTS]
     columns += [(name, part) for name in accuracies for part in ACCURACY_PARTS]
     measured = pd.DataFrame({column: [row.get(column) for row in cells] for column in columns}, index=names).astype(float)
-    records = [(name, place / file, record) for name in names for file, (place, record) in sorted(sources[name].items())]
+    listed = [(name, place / file, record) for name in names for file, (place, record) in sorted(sources[name].items())]
     fisher = {name: of_model.get("hessian.json") for name, of_model in of_models.items()}
     parts = {name: record.balanced for name, record in fisher.items() if isinstance(record, HessianRecord) and record.balanced}
-    return Tree(models, measured, records, folders, parts)
+    return Tree(models, measured, listed, folders, parts)
 
 
 def losses(tree: Tree, criterion: SameLoss, reference: str | None) -> pd.DataFrame:
@@ -302,7 +303,7 @@ def _comparisons_with(tree: Tree, reference: str | None) -> dict[str, tuple[floa
     digest = weights_sha256(tree.paths[reference])
     differences = {}
     for model, _, record in tree.records:
-        if isinstance(record, ComparisonRecord) and record.gap_a and record.inputs["other"]["sha256"] == digest:
+        if isinstance(record, records.ComparisonRecord) and record.gap_a and record.inputs["other"]["sha256"] == digest:
             mean = record.difference.sentences
             differences[model] = mean.mean, mean.standard_error
     return {**differences, reference: (0.0, 0.0)}

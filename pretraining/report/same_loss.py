@@ -25,6 +25,7 @@ LEVEL = 0.95
 Z = float(stats.norm.ppf((1 + LEVEL) / 2))
 MAX_GAP = 0.02  # nats
 MARGIN = 0.01  # nats
+Pair = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +59,7 @@ class SameLoss:
         )
 
     def obstacle_of_groups(
-        self,
-        gaps: dict[str, tuple[float, float]] | None,
-        over_seeds: tuple[float, float] | None,
-        over_sentences: tuple[float, float] | None,
+        self, gaps: dict[str, Pair] | None, over_seeds: Pair | None, over_sentences: Pair | None
     ) -> str | None:
         """Why two groups of models do not have the same loss; None if they have.
 

@@ -16,7 +16,6 @@ import math
 import pandas as pd
 
 from pcfg.common.schema import Schema
-from pretraining.evaluation.records import ComparisonRecord
 from pretraining.report import rows
 from pretraining.report.intervals import Change, Mean, change_of_means, mean_of
 from pretraining.report.rows import Number, Tree
@@ -140,17 +139,6 @@ class EnlargedPair(Schema):
     verdict: str  # LARGER, SMALLER, BY_RULE or OPEN
     reason: str | None  # why they are not compared
     changes: dict[str, Change | None]  # by trace; None where one is missing
-
-
-def inferred_reference(tree: Tree) -> str | None:
-    """The model that most comparison records name, else the last of those with a gap."""
-    own = tree.models.index[tree.models["enlarged_rule"].isna()]
-    known = [model for model in own if tree.value(model, rows.GAP) is not None]
-    digests = tree.digests()
-    comparisons = [record for _, _, record in tree.records if isinstance(record, ComparisonRecord) and record.gap_a]
-    others = [digests.get(record.inputs["other"]["sha256"]) for record in comparisons]
-    counted = collections.Counter(model for model in others if model in known)
-    return counted.most_common(1)[0][0] if counted else known[-1] if known else None
 
 
 def inferred_sections(tree: Tree, criterion: SameLoss) -> list[Section]:
