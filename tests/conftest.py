@@ -14,10 +14,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+os.environ["OMP_NUM_THREADS"] = "1"  # several tests run at a time
 
 import torch
-
-torch.set_num_threads(1)
 
 # Three binary levels, early words on two of them: sentences of 4 to 8 words.
 RULES = """\

@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from pcfg.common.files import available_cores
 
+WIDE = 128  # from this width of a model on, torch uses several threads
+
 
 class Ranks:
     """The processes that share a run or a measurement.
@@ -36,10 +38,6 @@ class Ranks:
         local = int(os.environ.get("LOCAL_RANK", 0))  # index of this process on its machine
         self.device = torch.device(f"cuda:{local}" if str(device) == "cuda" and self.size > 1 else device)
         if self.size > 1 or backend is not None:
-            # Ranks on one machine share its cores, unless the user decided otherwise.
-            local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
-            if "OMP_NUM_THREADS" not in os.environ and local_ranks > 1:
-                torch.set_num_threads(max(1, available_cores() // local_ranks))
             if not dist.is_initialized() and self.size > 1:
                 dist.init_process_group(backend or "gloo")
             elif not dist.is_initialized():
@@ -88,13 +86,37 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def cores_of_rank() -> int:
+    """The cores for this process: OMP_NUM_THREADS, else its share of the machine's among the ranks there."""
+    ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return _threads_of_user() or max(1, available_cores() // ranks)
+
+
+def _threads_of_user() -> int:
+    """OMP_NUM_THREADS; 0 if it is not given, or no number that libgomp would take."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
+
+
+def use_threads(width: int) -> int:
+    """Set the number of torch's threads for work on a model of some width, and return it.
+
+    Small models have one thread: a second one gains little, and next to a busy process the two wait for each other. The number
+    depends on command and machine alone, not on what else runs: rounding depends on it. OMP_NUM_THREADS wins.
+    """
+    threads = _threads_of_user() or (cores_of_rank() if width >= WIDE else 1)
+    torch.set_num_threads(threads)
+    return threads
+
+
 @contextlib.contextmanager
 def map_on_cores(device: torch.device) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
     """A lazy `map` in threads of one core each; the built-in `map` on a GPU or with one core.
 
     On a CPU, small batches in parallel are faster than each batch on all cores, above all if other programs use the cores too.
     """
-    cores = torch.get_num_threads()
+    cores = cores_of_rank()
+    before = torch.get_num_threads()
     if device.type != "cpu" or cores == 1:
         yield map
         return
@@ -109,7 +131,7 @@ def map_on_cores(device: torch.device) -> Iterator[Callable[[Callable, Iterable]
             yield waiting.popleft().result()
 
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, cores)  # later threads inherit the last setting
+        stack.callback(torch.set_num_threads, before)  # later threads inherit the last setting
         pool = stack.enter_context(ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)))
         stack.callback(pool.shutdown, cancel_futures=True)
         yield run

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
 
 from pcfg.common.files import atomic_open
+from pcfg.common.ranks import use_threads
 from pretraining.data.contexts import Contexts, concatenate, sentence_batch
 from pretraining.data.tasks import Part, Task, encode_task
 from pretraining.evaluation.downstream import (
@@ -181,7 +182,9 @@ def finetune_model(
 
     def run(seeds: list[int]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         training_steps(training, len(task.train))  # refuses a warm-up longer than the training
-        parts = encode_task(task, folder, load_model(folder).config, options)
+        config = load_model(folder).config
+        use_threads(config.hidden_size)
+        parts = encode_task(task, folder, config, options)
         runs = [finetune(folder, task, parts, options.max_seq_length, training, seed, patience) for seed in seeds]
         fields: dict[str, Any] = {"steps": [result["steps"] for result in runs]}
         if task.test is not None:

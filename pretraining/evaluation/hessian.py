@@ -34,7 +34,7 @@ from torch.nn.functional import one_hot
 
 from pcfg.common.cli import Progress
 from pcfg.common.files import InputError, keyed_rng, sha256
-from pcfg.common.ranks import Ranks
+from pcfg.common.ranks import Ranks, use_threads
 from pcfg.lookup import LookupTable
 from pretraining.data.contexts import Contexts, check_length
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
@@ -588,7 +588,9 @@ def unmeasured(
         described = {**inputs.described, "model": {"sha256": sha256(weights)}}
         measured = [is_measured(output, name, described, settings, overwrite) for name in names.values()]
         if not all(measured):
-            yield output, described, load_model(folder, ranks.device, "eager", weights)
+            model = load_model(folder, ranks.device, "eager", weights)
+            use_threads(model.config.hidden_size)
+            yield output, described, model
         elif ranks.is_main:
             print(f"{output}: {' and '.join(names)} measured already, skipped")
 

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from pcfg.common.cli import Progress
 from pcfg.common.files import InputError, keyed_rng, read_json, write_json
+from pcfg.common.ranks import use_threads
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
 from pretraining.data.masking import check_lengths
@@ -329,6 +330,7 @@ def probe_model(folder: Path, output: Path, task: Task, options: ProbeArguments,
 
     def compute_features() -> tuple[list[Tensor], int]:
         model = load_model(folder, training.device)
+        use_threads(model.config.hidden_size)
         parts = encode_task(task, folder, model.config, options)
         longest = max(int(part.lengths.max()) for part in parts)  # beyond it all features are zeros
         pool = options.pooling

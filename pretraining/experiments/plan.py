@@ -31,6 +31,7 @@ class Step:
     choices: tuple[str, ...] = ()  # whose values are in the words as {NAME}
     # makes: files and folders that exist when it is done; a command without `makes` and `records` always runs
     makes: tuple[str, ...] = ()
+    draft: str = ""  # the name of the one file in `makes` until a command that is not ours has ended well
     # records: (model folder, file): measurements that exist when it is done, for those folders that are models
     records: tuple[tuple[str, str], ...] = ()
 
@@ -350,8 +351,10 @@ class Planner:
         for measurement, folder in itertools.product(self.design.measurements.values(), folders):
             record = f"{folder}/{measurement.name}.json"
             words = shlex.split(measurement.command)
-            words = [word.replace("{model}", f"$OUT/{folder}").replace("{record}", f"$OUT/{record}") for word in words]
-            self._add("measurements", f"{measurement.name} of {folder}", words, after=models.trained, makes=(record,))
+            draft = f"{folder}/.{measurement.name}.json.tmp"
+            words = [word.replace("{model}", f"$OUT/{folder}").replace("{record}", f"$OUT/{draft}") for word in words]
+            what = f"{measurement.name} of {folder}"
+            self._add("measurements", what, words, after=models.trained, makes=(record,), draft=draft)
 
     def _controls(self, base: Run) -> tuple[Control, ...]:
         """Probes without pre-training, of the words and of the language itself."""

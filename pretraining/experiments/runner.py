@@ -178,6 +178,8 @@ class Runner:
             seconds = round(time.monotonic() - begun, 1)
             log = self._log(step).as_posix()
             code = process.returncode
+            if code == 0 and step.draft and (self.out / step.draft).exists():
+                os.replace(self.out / step.draft, self.out / step.makes[0])
             if code == 0 and (not step.all_makes or is_done(step, self.out)):
                 self._note(step, Status(state="done", seconds=seconds, log=log))
             else:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pcfg.common.files import InputError, disk_errors, keyed_rng, versions
-from pcfg.common.ranks import Ranks
+from pcfg.common.ranks import Ranks, use_threads
 from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer
 from pretraining.model import checkpoints
 from pretraining.model.bert import MaskedLM
@@ -68,6 +68,7 @@ def build_trainer(options: argparse.Namespace, gap_meter: GapMeter, ranks: Ranks
         folders = [checkpoints.find_model(name) for name in names]
         config = with_rows_of(config, dataclasses.asdict(checkpoints.read_config(folders[0])))
         initial_weights = describe_initial(options, folders)
+    use_threads(config.hidden_size * len(seeds_of(options)))
     models = [load_initial_model(folder, config, vocabulary) for folder in folders]
     models = models or [build_model(config, seed) for seed in seeds_of(options)]
 
@@ -183,6 +184,7 @@ def run_facts(
         model=dataclasses.asdict(config),
         parameters=config.parameters,
         world_size=ranks.size,
+        threads=torch.get_num_threads(),
         precision=arithmetic,
         zero_stage=zero_stage(options, arithmetic),
         **{name: value for name, value in optional.items() if value is not None},

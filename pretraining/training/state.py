@@ -82,6 +82,7 @@ class RunFacts(Schema, extra="ignore"):
     model: dict[str, Any]  # fields of its ModelConfig
     parameters: int | None = None  # their number; states of earlier versions have another name for it
     world_size: int
+    threads: int | None = None  # of torch, in each rank; rounding depends on it
     precision: str
     zero_stage: int
     adversarial: dict[str, str] | None = None  # name and SHA-256 of the labelled file of the term

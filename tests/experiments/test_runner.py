@@ -197,6 +197,15 @@ def test_killed_runner_takes_its_commands_along_and_the_next_one_waits_for_them(
     assert (out / "result").exists() and states(out) == {"slow": "done"}
 
 
+def test_a_measurement_of_the_user_appears_when_its_command_has_ended_well(tmp_path):
+    def step(then):
+        code = f"open('$OUT/.mine.tmp', 'w').write('half'); {then}; open('$OUT/.mine.tmp', 'w').write('whole')"
+        return Step(name="mine", words=("python", "-c", code), makes=("mine.json",), draft=".mine.tmp")
+
+    assert not run([step("raise SystemExit(1)")], tmp_path) and not (tmp_path / "mine.json").exists()
+    assert run([step("pass")], tmp_path) and (tmp_path / "mine.json").read_text() == "whole"
+
+
 def test_an_interrupted_command_is_named_as_such(tmp_path, capsys):
     steps = [writes("ended", before="os.kill(os.getpid(), 15)"), writes("left", before="raise SystemExit(130)")]
     assert not run(steps, tmp_path, jobs=1)
