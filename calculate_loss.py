@@ -15,7 +15,7 @@ Whether two models have the same loss:
 The loss is E[-sum_w P(w | x_-t) log f(x_-t)[w]] in nats over all positions, each masked alone (Liu et al. 2023, section 2).
 Without conditionals: the plain MLM loss on HDF5 samples. Writes loss.json and loss.txt (one number, the mean over (sentence,
 position) pairs) next to the weights. A comparison is in comparison_HASH.json next to the weights of the first model, with HASH
-the first 12 digits of the SHA-256 of MODEL_B's weights.
+the first 12 digits of the SHA-256 of MODEL_B's weights. Under torchrun or the deepspeed launcher the ranks share the sentences.
 """
 
 if __name__ == "__main__":
@@ -35,6 +35,7 @@ from pretraining.model.checkpoints import describe_model, is_model_folder, model
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add_input_arguments(parser, pairs=True)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     group = parser.add_argument_group("comparisons")
     group.add_argument(
         "--compare-with",
@@ -77,4 +78,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, ranks=True)

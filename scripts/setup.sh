@@ -7,7 +7,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 
 install_requirements() {
-    local stamp=$venv/.installed.$(basename "$(dirname "$1")").sha256 wanted flags=(--quiet --disable-pip-version-check)
+    local stamp wanted flags=(--quiet --disable-pip-version-check)
+    # By the file's place in the project, however its path is written: a node without network must not install again.
+    stamp=$(realpath --relative-to="$root" "$1")
+    stamp=$venv/.installed.${stamp//\//_}.sha256
     # A file that says so lists all that it needs: some packages ask for more than they import.
     if grep -q '^# --no-deps' "$1"; then flags+=(--no-deps); fi
     wanted=$(sha256sum <"$1")

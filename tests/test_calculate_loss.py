@@ -257,6 +257,45 @@ def test_a_repeated_measurement_is_the_same_but_for_its_time(setting):
         assert records[2][part]["pairs"]["mean"] == pytest.approx(records[0][part]["pairs"]["mean"], rel=1e-6)
 
 
+class Half:
+    """One of two ranks, the second of which runs first: what it would send is added when the first one asks for it."""
+
+    size, device = 2, torch.device("cpu")
+
+    def __init__(self, rank, sent):
+        self.rank, self.is_main, self.sent = rank, rank == 0, sent
+
+    def sum_on_host(self, array):
+        assert 0 < array.nonzero()[0].size < array.size
+        if self.is_main:
+            array += self.sent.pop(0)
+        else:
+            self.sent.append(array.copy())
+
+    def close(self):
+        pass
+
+
+def test_two_ranks_share_the_work_and_one_writes_and_prints(setting, capsys, monkeypatch):
+    folder, table = setting
+    perturbed(folder / "models" / "step1", 0.1)
+    given = flags(folder, **{"--condprobfile": table, "--batch-size": 50})
+    record, rows = folder / "models" / "step1" / "loss.json", []
+    commands = [given, ["--compare", *(str(folder / "models" / name) for name in ("step1", "step2")), *given[2:]]]
+    for command in commands:
+        calculate_loss.main(command)
+    files = [record, *folder.glob("models/step1/comparison_*")]
+    expected = [{**read(path), "seconds": 0} for path in files]
+    printed = capsys.readouterr().out
+    for command in commands:
+        for rank in (1, 0):
+            monkeypatch.setattr(loss, "Ranks", lambda _, rank=rank: Half(rank, rows))
+            calculate_loss.main([*command, "--overwrite"])
+            assert (rank == 0) == ("(mean over pairs" in (out := capsys.readouterr().out) or "difference" in out)
+            printed = printed.replace(out, "") if rank == 0 else printed
+    assert [{**read(path), "seconds": 0} for path in files] == expected and rows == [] and printed == ""
+
+
 def test_errors_exit_with_2(capsys):
     with pytest.raises(SystemExit) as stopped:
         calculate_loss.main(["--model-path", "x"])

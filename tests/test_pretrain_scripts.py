@@ -157,8 +157,9 @@ def test_a_slurm_job_passes_sigterm_to_its_ranks_and_ends_as_they_do(slurm, tmp_
     for path, text in ((root / ".venv/bin/python", RANK), (root / "scripts/reproduce_all.sh", STUDIES)):
         path.write_text(text)
         path.chmod(0o755)
-    flags = ["--output_dir", "OUT", "--job_name=JOB", "OUT/JOB"] if name == "pretrain" else ["--out", "studies"]
+    flags = ["--output_dir", "OUT", "--job_name=seed%a", "OUT/seed%a"] if name == "pretrain" else ["--out", "studies"]
     slurm |= {"SLURM_SUBMIT_DIR": str(root), "STATE": state, "REQUEUE": requeue, "SLURM_GPUS_ON_NODE": "2"}
+    slurm["SLURM_ARRAY_TASK_ID"] = "3"
     environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MASTER_PORT")} | slurm
     command = ["bash", f"scripts/{name}_slurm.sbatch", *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
@@ -180,6 +181,7 @@ def test_a_slurm_job_passes_sigterm_to_its_ranks_and_ends_as_they_do(slurm, tmp_
     assert not (tmp_path / "killed").exists()
     ranks = [(tmp_path / f"rank{rank}").read_text() for rank in range(4)]
     assert ranks == [f"{rank} {rank % 2} 4 2 127.0.0.1 20007 4\n" for rank in range(4)]
+    assert name != "pretrain" or srun.endswith("--output_dir OUT --job_name=seed3 OUT/seed3")
     is_requeued = (state, requeue) == ("RUNNING", "1")
     assert ("scontrol requeue 7" in calls) == is_requeued and ("; requeued" in printed) == is_requeued
     assert ("go on: the same sbatch" in printed) == (code == 0 and not is_requeued)
@@ -196,3 +198,24 @@ def test_a_slurm_job_passes_sigterm_to_its_ranks_and_ends_as_they_do(slurm, tmp_
 def test_wrong_use_is_one_line(command, message):
     done = run(["bash", *command], SLURM_SUBMIT_DIR="/nowhere")
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_requirements_are_installed_once_however_their_path_is_written(tmp_path):
+    """A changed file is installed again; Python and pip are substitutes."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / "tests").mkdir()
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("python", "pip"):
+        (tmp_path / ".venv/bin" / name).write_text(f'#!/usr/bin/env bash\necho "$*" >>{tmp_path}/calls\n')
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    files = tmp_path / "requirements.txt", tmp_path / "tests/requirements.txt"
+    for file in files:
+        file.write_text("torch\n")
+    for words in ([], ["requirements.txt"], ["tests/../requirements.txt", files[1]], [*files]):
+        done = subprocess.run(["bash", "scripts/setup.sh", *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "" and len((tmp_path / "calls").read_text().splitlines()) == 2
+    files[0].write_text("torch==2\n")
+    subprocess.run(["bash", tmp_path / "scripts/setup.sh"], cwd="/", capture_output=True, check=True)
+    assert (tmp_path / "calls").read_text().splitlines()[2:] == [
+        f"-m pip install --quiet --disable-pip-version-check -r {files[0]}"
+    ]

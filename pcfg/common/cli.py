@@ -80,8 +80,10 @@ def _terminate(number: int, _: object) -> None:
     raise Interrupted(number)
 
 
-def run_main(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None], ranks: bool = False) -> None:
     """Run `main()`; ends with one line on stderr and exit code 2 for an `InputError`, 130 for Ctrl-C, 143 for SIGTERM.
+
+    `ranks`: it shares its work among the ranks of a launcher. Others refuse several: all would write the same files.
 
     A closed stdout (`| head`) ends the program quietly with exit code 141, as SIGPIPE ends others. Characters that the encoding
     of stdout lacks are printed as escapes.
@@ -95,6 +97,10 @@ def run_main(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         try:
+            if not ranks and os.environ.get("WORLD_SIZE", "1") != "1":
+                raise InputError(
+                    f"WORLD_SIZE {os.environ['WORLD_SIZE']}: its work is not shared among ranks; start it by python alone"
+                )
             main()
         finally:
             sys.stdout.flush()

@@ -26,6 +26,7 @@ negative by it.
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -41,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pcfg.common.cli import Progress
 from pcfg.common.files import keyed_rng
 from pcfg.common.means import mean_by_pairs, mean_by_sentences
-from pcfg.common.ranks import map_on_cores
+from pcfg.common.ranks import Ranks, map_on_cores
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
 from pcfg.sampler import Sampler
@@ -136,6 +137,7 @@ def context_losses(
     columns: np.ndarray | None = None,
     batch_size: int = 256,
     source: Path | str = "",
+    ranks: Ranks | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Losses of a model in eval mode at each of M contexts.
 
@@ -144,6 +146,7 @@ def context_losses(
         columns: (words,) int64, the vocabulary id of each word of the table.
         batch_size: masked sentences per forward pass.
         source: the data file, for errors.
+        ranks: the processes that share the batches; None for this one alone. The result is the same on all, bit by bit.
 
     Returns:
         sampled: (M,) float64, -log f(x_-t)[x_t], nats.
@@ -151,6 +154,7 @@ def context_losses(
             without a table.
     """
     check_length(contexts, model.config.max_position_embeddings, source)
+    ranks = ranks or Ranks()
     device = next(model.parameters()).device
     columns = np.unique(contexts.label) if columns is None else columns
     column = np.full(model.config.vocab_size, -1)
@@ -158,8 +162,8 @@ def context_losses(
     label = column[contexts.label]
     decoder = Decoder(model, columns)
     is_exact = table is not None and table.stored != "none"
-    sampled = np.empty(len(label))
-    gap = np.empty(len(label))
+    sampled = np.zeros(len(label))
+    gap = np.zeros(len(label))
 
     @torch.inference_mode()  # holds for one thread
     def measure(batch: tuple, conditionals: np.ndarray | None, first: int) -> int:
@@ -176,7 +180,7 @@ def context_losses(
     sentences = len(contexts.lengths)
     window = max(1, min(WINDOW_SENTENCES, WINDOW_NUMBERS // (int(contexts.counts.max()) * len(columns))))
     with (
-        Progress(total=len(label), desc="loss", unit="context", leave=False) as progress,
+        Progress(total=len(label), desc="loss", unit="context", leave=False, disable=not ranks.is_main) as progress,
         map_on_cores(device) as run,
         # The choice of the attention kernel is global: a thread would undo that of another.
         contextlib.nullcontext() if run is map else sdpa_kernel(SDPBackend.MATH),
@@ -184,10 +188,13 @@ def context_losses(
         for low in range(0, sentences, window):
             high = min(low + window, sentences)
             batches = _batches(contexts, np.arange(offsets[low], offsets[high]), batch_size)
+            own = itertools.islice(batches, ranks.rank, None, ranks.size)
             # (contexts of the window, words) float64
             conditionals = table.conditionals(low, high) if table is not None and is_exact else None
-            for contexts_measured in run(partial(measure, conditionals=conditionals, first=offsets[low]), batches):
-                progress.update(contexts_measured)
+            for contexts_measured in run(partial(measure, conditionals=conditionals, first=offsets[low]), own):
+                progress.update(contexts_measured * ranks.size)
+    ranks.sum_on_host(sampled)
+    ranks.sum_on_host(gap)
     if table is None:
         return sampled, None
     return sampled, gap if is_exact else table.log_true[: len(sampled)] + sampled
@@ -200,10 +207,11 @@ def measure_loss(
     columns: np.ndarray | None = None,
     batch_size: int = 256,
     source: Path | str = "",
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Loss, entropy and gap of a model: fields of a `LossRecord`, and "seconds"; arguments as in `context_losses`."""
     started = time.monotonic()
-    sampled, gap = context_losses(model, contexts, table, columns, batch_size, source)
+    sampled, gap = context_losses(model, contexts, table, columns, batch_size, source, ranks)
     fields: dict[str, Any] = {"sampled_loss": _both_means(sampled, contexts)}
     if table is not None and gap is not None:
         entropy = np.asarray(table.entropy[: len(sampled)])
@@ -267,19 +275,27 @@ def _common_fields(means: dict, inputs: Inputs, described: dict, device: str) ->
 
 
 def measure_models(models: list[tuple[Path, Path]], inputs: Inputs, device: str, batch_size: int, overwrite: bool) -> None:
-    """Measure the loss of each model: write loss.json and loss.txt, and print a line; `models`: with folders of records."""
+    """Measure the loss of each model: write loss.json and loss.txt, and print a line; `models`: with folders of records.
+
+    The ranks of `torchrun` or `deepspeed` share the work; the main one writes and prints.
+    """
+    ranks = Ranks(device)
     for folder, output in models:
         inputs.check(folder)
         described = {**inputs.described, "model": describe_model(folder)}
         if is_measured(output, RECORD, described, inputs.arguments, overwrite):
-            print(f"{folder}: loss is measured already, skipped")
+            if ranks.is_main:
+                print(f"{folder}: loss is measured already, skipped")
             continue
-        model = load_model(folder, device)
-        fields = measure_loss(model, inputs.contexts, inputs.table, inputs.columns, batch_size, inputs.source)
+        model = load_model(folder, ranks.device)
+        fields = measure_loss(model, inputs.contexts, inputs.table, inputs.columns, batch_size, inputs.source, ranks)
+        if not ranks.is_main:
+            continue
         means = fields.get("loss", fields["sampled_loss"])
         record = LossRecord(**fields, **_common_fields(means, inputs, described, device))
         write_record(output, RECORD, record, number_file=True)
         print(f"{folder}: {describe_loss(record, inputs.contexts.natural)}")
+    ranks.close()
 
 
 def compare_models(
@@ -289,28 +305,32 @@ def compare_models(
 
     The reference is measured once, with the first model that needs it. Models of its own weights are skipped.
     """
+    ranks = Ranks(device)
+    report = print if ranks.is_main else lambda _: None
     inputs.check(reference)
     other = describe_model(reference)
     name = f"comparison_{other['sha256'][:12]}.json"
 
     def losses(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
-        model = load_model(folder, device)
-        return context_losses(model, inputs.contexts, inputs.table, inputs.columns, batch_size, inputs.source)
+        model = load_model(folder, ranks.device)
+        return context_losses(model, inputs.contexts, inputs.table, inputs.columns, batch_size, inputs.source, ranks)
 
     reference_losses = None
     for folder, output in models:
         described = {**inputs.described, "model": describe_model(folder), "other": other}
         if described["model"] == other:
             same = "is the model to compare with" if folder.samefile(reference) else "has the same weights as that model"
-            print(f"{folder}: {same}, skipped")
+            report(f"{folder}: {same}, skipped")
             continue
         inputs.check(folder)
         if is_measured(output, name, described, inputs.arguments, overwrite):
-            print(f"{folder}: comparison with {reference} is measured already, skipped")
+            report(f"{folder}: comparison with {reference} is measured already, skipped")
             continue
         reference_losses = losses(reference) if reference_losses is None else reference_losses
         started = time.monotonic()
         fields = compare_losses(losses(folder), reference_losses, inputs.contexts)
+        if not ranks.is_main:
+            continue
         fields["seconds"] = time.monotonic() - started
         fields["models"] = [model_label(folder), model_label(reference)]
         record = ComparisonRecord(**fields, **_common_fields(fields["difference"], inputs, described, device))
@@ -321,6 +341,7 @@ def compare_models(
                 print(f"{model}: {quantity} {_number(means.pairs)} (pairs)")
         means = record.difference
         print(f"difference {_number(means.pairs, 6)} (pairs), {_number(means.sentences, 6)} (sentences)")
+    ranks.close()
 
 
 def gap_meter(

@@ -125,6 +125,23 @@ def test_a_process_ends_with_these_codes_and_no_traceback():
     assert (process.returncode, errors) == (130, "interrupted; run the same command again to resume\n")
 
 
+def test_programs_that_do_not_share_their_work_refuse_several_ranks(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run_main(lambda: None) is None
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run_main(lambda: None, ranks=True) is None
+    with pytest.raises(SystemExit) as stopped:
+        run_main(raising(ZeroDivisionError()))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith(
+        ": error: WORLD_SIZE 4: its work is not shared among ranks; start it by python alone\n"
+    )
+    listed = subprocess.run(["git", "grep", "-l", "run_main(main, ranks=True)"], cwd=ROOT, capture_output=True, text=True)
+    assert {"calculate_hessian.py", "calculate_loss.py", "run_pretraining.py"} == {*listed.stdout.split()} - {
+        "tests/pcfg/common/test_cli.py"
+    }
+
+
 def test_a_closed_stdout_ends_quietly():
     body = "def main():\n    while True:\n        print('a line')\nrun_main(main)"
     with subprocess.Popen(script(body), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
