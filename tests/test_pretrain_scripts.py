@@ -200,6 +200,82 @@ def test_wrong_use_is_one_line(command, message):
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+# The parts of ssh and of DeepSpeed that scripts/pretrain.sh calls.
+HOSTS = {
+    "bin/pdsh": "",
+    "bin/ssh": 'for host; do case $host in off) exit 255 ;; bare) exit 1 ;; esac; done; echo "ssh $*" >>"$NOTES/calls"',
+    ".venv/bin/python": "",
+    ".venv/bin/pip": "",
+    ".venv/bin/deepspeed": """printf '%s\\n' "$@" >"$NOTES/words"
+cp "$DS_ENV_FILE" "$NOTES/environment"
+while [ "$1" != --enable_each_rank_log ]; do shift; done
+eval "logs=$2"
+echo "step 7" >"$logs/1_rank0.log"
+[ "$CODE" = 0 ] || echo "run_pretraining.py: error: rank0 did not come" >"$logs/2_rank1.log"
+sleep 0.7
+exit "$CODE"
+""",
+}
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """Runs scripts/pretrain.sh in a copy of the project with `HOSTS`, on the machines of a hostfile with some lines."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "requirements.txt").touch()
+    for name, text in HOSTS.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (tmp_path / name).chmod(0o755)
+
+    def start(*lines, **environment):
+        (tmp_path / "hosts").write_text("\n".join([*lines, ""]))
+        own = {"HOSTFILE": "hosts", "NOTES": str(tmp_path), "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+        command = ["bash", "scripts/pretrain.sh", "my samples", "my models", "JOB", "--seed", "5"]
+        environment = {**os.environ, **own, "CODE": "0", **environment}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+
+    return start
+
+
+def test_a_hostfile_starts_ranks_with_their_environment_and_logs(hosts, tmp_path):
+    secret = {"WANDB_API_KEY": "secret", "HF_TOKEN": "secret"}
+    done = hosts(
+        "# all", "a slots=2", "b slots=2", OMP_NUM_THREADS="3", GLOO_SOCKET_IFNAME="eth0", MASTER_ADDR="10.0.0.1", **secret
+    )
+    assert done.returncode == 0 and "step 7" in done.stdout, done.stderr
+    words = (tmp_path / "words").read_text().splitlines()
+    (logs,) = (tmp_path / "my models/JOB/logs").iterdir()
+    expected = ["--hostfile", "hosts", "--enable_each_rank_log", str(logs).replace(" ", "\\ "), "--master_addr", "10.0.0.1"]
+    assert words[2 : len(expected) + 3] == [*expected, str(tmp_path / "run_pretraining.py")]
+    assert words[-2:] == ["--seed", "5"] and {"my samples", "my models"} < set(words)
+    given = (tmp_path / "environment").read_text().splitlines()
+    assert {"OMP_NUM_THREADS=3", "GLOO_SOCKET_IFNAME=eth0", "WANDB_MODE=offline", "HF_HUB_OFFLINE=1"} <= set(given)
+    assert not [line for line in given if "secret" in line or "API" in line]
+    asked = (tmp_path / "calls").read_text().splitlines()
+    assert [re.search(" (.) test -d", line)[1] for line in asked] == ["a", "b"]
+    assert all("BatchMode=yes" in line and "ConnectTimeout=10" in line and r"/my\ samples " in line for line in asked)
+
+
+def test_the_first_error_of_any_rank_ends_the_output(hosts):
+    done = hosts("a", "b", CODE="2")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("error: a rank failed: run_pretraining.py: error: rank0 did not come")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a", "off slots=4"], "HOSTFILE hosts: off: ssh fails; try: ssh -oBatchMode=yes"),
+        (["bare", "a"], "HOSTFILE hosts: bare: lacks "),
+    ],
+)
+def test_a_machine_that_can_not_start_ranks_is_refused_at_once(hosts, tmp_path, lines, message):
+    done = hosts(*lines)
+    assert done.returncode == 2 and done.stderr.startswith(f"pretrain.sh: error: {message}") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "words").exists() and not (tmp_path / "my models").exists()
+
+
 def test_requirements_are_installed_once_however_their_path_is_written(tmp_path):
     """A changed file is installed again; Python and pip are substitutes."""
     (tmp_path / ".venv/bin").mkdir(parents=True)
