@@ -72,11 +72,7 @@ def check_options(options: ProbeArguments, training: DownstreamTrainingArguments
         )
     if options.position is not None and (options.position < 1 or options.pool != "concat"):
         raise InputError(f"--position {options.position}: give the number of a word, from 1, and no --pool")
-    _check_draws(options)
-
-
-def _check_draws(options: ProbeArguments) -> None:
-    """Refuse flags that do not go with --label-counts, or with a solver that draws nothing."""
+    # flags that do not go with --label-counts, or with a solver that draws nothing
     is_curve = options.label_counts is not None
     if is_curve and options.method == "adamw":
         raise InputError("--label-counts: adamw's steps depend on the number of sentences; give --solver ridge or lbfgs")

@@ -14,7 +14,7 @@ from pcfg import PLAIN_LANES
 from pcfg.common.files import InputError
 from pcfg.common.text import shown
 from pcfg.engine.plain_lanes import CHUNK
-from pcfg.engine.rule_graph import reachable, strong_components
+from pcfg.engine.rule_graph import cycle_matrix, reachable, strong_components
 from pcfg.grammar import Grammar
 
 if PLAIN_LANES:
@@ -138,10 +138,7 @@ def _refuse_infinite_length(grammar: Grammar) -> None:
     for block in np.unique(component[parent[within]]):
         members = np.flatnonzero(component == block)
         inside = within & (component[parent] == block)
-        place = np.searchsorted(members, np.stack([parent[inside], child[inside]]))
-        expected = np.zeros((len(members), len(members)))
-        np.add.at(expected, tuple(place), probability[inside])
-        radius = np.abs(np.linalg.eigvals(expected)).max()
+        radius = np.abs(np.linalg.eigvals(cycle_matrix(members, edges[inside], probability[inside]))).max()
         if radius >= 1.0 - 1e-12:
             raise InputError(
                 f"the nonterminals {grammar.listed(component == block)} produce themselves too often (spectral radius "

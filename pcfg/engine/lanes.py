@@ -8,7 +8,6 @@ An array of lanes is a C-contiguous array of shape (rows, 16 or 8); `load(array,
 row. All functions are for use in `numba.njit` code only. `pcfg.engine.plain_lanes` has the same functions without vectors.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -18,10 +17,8 @@ from numba.extending import intrinsic, models, register_model
 
 from pcfg.engine.plain_lanes import CHUNK, LANE_BYTES
 
-
-def kernel(function: Callable) -> Any:
-    """`intrinsic`, whose first argument, numba's typing context, is none of a caller's (so mypy must not count it)."""
-    return intrinsic(function)
+# The first argument of an intrinsic, numba's typing context, is none of a caller's, so mypy must not count it.
+kernel: Any = intrinsic
 
 
 class LanesType(types.Type):

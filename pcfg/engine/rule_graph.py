@@ -192,10 +192,10 @@ def unary_cycles(unary: np.ndarray, component: np.ndarray) -> Iterator[tuple[np.
         yield np.unique(unary[rules]), rules
 
 
-def cycle_matrix(members: np.ndarray, unary: np.ndarray, probability: np.ndarray) -> np.ndarray:
-    """U[A, B] = P(A -> B) of a component, (k, k) float64; `members`, (k,), ascending."""
+def cycle_matrix(members: np.ndarray, edges: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """U[A, B], the expected number of B on the right of A in the edges (E, 2), (k, k) float64; `members`, (k,), ascending."""
     matrix = np.zeros((len(members), len(members)))
-    matrix[tuple(np.searchsorted(members, unary).T)] = probability
+    np.add.at(matrix, tuple(np.searchsorted(members, edges).T), probability)
     return matrix
 
 

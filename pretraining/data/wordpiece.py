@@ -97,15 +97,8 @@ def write_tokenizer(
     }
     with atomic_open(folder / "tokenizer.json") as file:  # tokenizers' own save() reports a full disk as a bare Exception
         file.write(tokenizer.to_str(pretty=True))
-    configuration = {
-        **(own if do_lower_case is None else bert),
-        "backend": "tokenizers",
-        "cls_token": CLS,
-        "mask_token": MASK,
-        "model_max_length": max_length,
-        "pad_token": PAD,
-        "sep_token": SEP,
-        "unk_token": UNK,
-    }
+    special = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
+    kind = own if do_lower_case is None else bert
+    configuration = {**kind, **special, "backend": "tokenizers", "model_max_length": max_length}
     write_json(folder / "tokenizer_config.json", {**dict(sorted(configuration.items())), "name_or_path": name})
     vocabulary.write(folder / VOCABULARY_FILE)

@@ -22,19 +22,9 @@ import safetensors
 import safetensors.torch
 import torch
 
+from pcfg.common import files
 from pcfg.common.cli import Parser, run_main
-from pcfg.common.files import (
-    FILES,
-    AnyPath,
-    InputError,
-    atomic_folder,
-    check_file,
-    read_json,
-    read_sealed,
-    sha256,
-    write_json,
-    write_sealed,
-)
+from pcfg.common.files import AnyPath, InputError, check_file, read_json
 from pretraining.data.vocabulary import TOKENIZER_FILE, VOCABULARY_FILE, Vocabulary, hub_is_off, save_tokenizer
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
@@ -146,15 +136,15 @@ def save_model(folder: AnyPath, model: MaskedLM, tokenizer: Any, vocabulary: Voc
 
     The tokenizer is that of the samples. The facts (arguments, step, samples seen, ...) are the content of `args.json`.
     """
-    with atomic_folder(folder) as temporary:
+    with files.atomic_folder(folder) as temporary:
         weights = to_stored(model.state_dict(), model.config)
         try:
             safetensors.torch.save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:  # a full disk
             raise InputError(f"{Path(folder) / WEIGHTS_FILE}: can't be written ({error}); free some space") from error
-        write_json(temporary / CONFIG_FILE, model.config.to_transformers())
+        files.write_json(temporary / CONFIG_FILE, model.config.to_transformers())
         save_tokenizer(temporary, tokenizer, vocabulary)
-        write_sealed(temporary / FACTS_FILE, facts)
+        files.write_sealed(temporary / FACTS_FILE, facts)
 
 
 def weights_file(folder: AnyPath) -> Path:
@@ -193,7 +183,7 @@ def load_model(
     folder = Path(folder)
     if not is_model_folder(folder):
         raise InputError(f"{folder}: not a model folder ({CONFIG_FILE} and {WEIGHTS_FILE} or {PICKLE_FILE} are needed)")
-    if (folder / FACTS_FILE).exists() and FILES not in read_facts(folder):
+    if (folder / FACTS_FILE).exists() and files.FILES not in read_facts(folder):
         print(f"warning: {folder / FACTS_FILE} lists no hashes: {folder} is used as it is")
     path = Path(weights or weights_file(folder))
     _check_files(folder, CONFIG_FILE)
@@ -219,9 +209,9 @@ def find_model(name: AnyPath) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    files = [CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE, "tokenizer*"]
+    patterns = [CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE, "tokenizer*"]
     try:
-        folder = Path(snapshot_download(str(name), allow_patterns=files, local_files_only=hub_is_off()))
+        folder = Path(snapshot_download(str(name), allow_patterns=patterns, local_files_only=hub_is_off()))
         if not is_model_folder(folder):
             folder = Path(snapshot_download(str(name), allow_patterns=[PICKLE_FILE], local_files_only=hub_is_off()))
     except (OSError, ValueError) as error:
@@ -265,21 +255,21 @@ def read_facts(folder: AnyPath) -> dict:
         return {}
     facts = read_json(path)
     # Without hashes: records of a lookup table, or a user who changed a file on purpose has removed them.
-    return read_sealed(path) if FILES in facts else facts
+    return files.read_sealed(path) if files.FILES in facts else facts
 
 
 def _check_files(folder: Path, *names: str) -> None:
     """Refuse files of a model folder that are not those saved with its `args.json`."""
     facts = read_facts(folder)
     path = folder / FACTS_FILE
-    for name in names if FILES in facts else ():
-        advice = f"make the model again, or, if it was changed on purpose, remove {FILES!r} there"
+    for name in names if files.FILES in facts else ():
+        advice = f"make the model again, or, if it was changed on purpose, remove {files.FILES!r} there"
         check_file(folder / name, path, facts, advice)
 
 
 def check_folder(folder: AnyPath) -> None:
     """Refuse a model folder with any file that is not the saved one; later measurements in it are not read."""
-    _check_files(Path(folder), *(name for name in read_facts(folder).get(FILES, ()) if name != FACTS_FILE))
+    _check_files(Path(folder), *(name for name in read_facts(folder).get(files.FILES, ()) if name != FACTS_FILE))
 
 
 def read_config(folder: AnyPath, attention: str = "sdpa") -> ModelConfig:
@@ -322,7 +312,7 @@ def check_vocabulary(folder: AnyPath, vocabulary: Vocabulary, source: object) ->
 
 def weights_sha256(folder: AnyPath) -> str:
     """Hash of the weights' file."""
-    return sha256(weights_file(folder))
+    return files.sha256(weights_file(folder))
 
 
 def describe_model(folder: AnyPath) -> dict[str, str]:
@@ -346,7 +336,7 @@ def verify(root: AnyPath) -> list[str]:
         if digest in owners:
             problems.append(f"{folder}: has the same weights as {owners[digest]}")
         owners.setdefault(digest, folder)
-        known = f"step {facts.get('step')}" if FILES in facts else f"no hashes in {FACTS_FILE}: only read, made by others"
+        known = f"step {facts.get('step')}" if files.FILES in facts else f"no hashes in {FACTS_FILE}: only read, made by others"
         print(f"{folder}: {known}, weights {digest[:12]}")
     return problems
 

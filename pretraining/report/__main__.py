@@ -23,6 +23,7 @@ import argparse
 from pathlib import Path
 
 from pcfg.common.cli import Parser, non_negative, run_main
+from pcfg.common.files import AnyPath
 from pretraining.report import plots as report_plots
 from pretraining.report.analysis import Analysis, analyse, comparison_table, write_results
 from pretraining.report.page import printed, write_page
@@ -31,11 +32,7 @@ from pretraining.report.same_loss import MARGIN, MAX_GAP
 
 
 def make_report(
-    folder: Path | str,
-    output: Path | str,
-    max_gap: float | None = None,
-    margin: float | None = None,
-    records: str | None = None,
+    folder: AnyPath, output: AnyPath, max_gap: float | None = None, margin: float | None = None, records: str | None = None
 ) -> Analysis:
     """Write the report of everything under `folder` into `output`; returns its content.
 

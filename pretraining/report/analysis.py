@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pydantic_core
 
-from pcfg.common.files import write_json
+from pcfg.common.files import AnyPath, write_json
 from pcfg.common.schema import Schema
 from pretraining.experiments.study import Criteria, Decision, Status, Studies, Study, read_decision, read_statuses, read_studies
 from pretraining.report import intervals
@@ -60,9 +60,6 @@ class Analysis:
         """The name of an accuracy for people."""
         return accuracy_label(accuracy, {task.name: task.label for task in self.studies.tasks} if self.studies else None)
 
-    def section(self, name: str) -> Section:
-        return next(section for section in self.sections if section.name == name)
-
     def seeds_and_groups(self) -> pd.DataFrame:
         """By model its group and seed."""
         members = [member for section in self.sections for member in section.members if not section.is_shape]
@@ -70,7 +67,7 @@ class Analysis:
         return pd.DataFrame.from_dict(rows, orient="index", columns=["group", "seed"]).astype({"seed": "Int64"})
 
 
-def analyse(tree: Tree, folder: Path | str, max_gap: float | None = None, margin: float | None = None) -> Analysis:
+def analyse(tree: Tree, folder: AnyPath, max_gap: float | None = None, margin: float | None = None) -> Analysis:
     """Analyse the studies of a folder, or its models where it has no `study.json`; thresholds as in `make_report`."""
     studies = read_studies(folder)
     criteria = studies.criteria if studies else Criteria()

@@ -137,14 +137,14 @@ def printed(analysis: Analysis) -> str:
     """The report for a terminal."""
     texts = []
     if analysis.studies:
-        for study in analysis.studies.studies:
+        for study, section in zip(analysis.studies.studies, analysis.sections, strict=True):
             texts += [f"{study.title}\n{study.question}\n{registration(analysis, study)}"]
             for one in analysis.compared[study.name]:
                 both = sides(one)
                 texts.append(f"{headline(one)}." + ("" if not both or both in headline(one) else f"\n{both}."))
             for one in analysis.compared[study.name]:
                 texts.append(f"{basis(one)}\n{tables.comparison_block(one).text()}")
-            texts += [table.text() for table in tables.section_tables(analysis, analysis.section(study.name))]
+            texts += [table.text() for table in tables.section_tables(analysis, section)]
             texts += correlation_sentences(analysis, study.name)
         return "\n\n".join([*texts, analysis.criterion.statement(), rule(analysis.studies.criteria)])
     for section in analysis.sections:

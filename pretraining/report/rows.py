@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pcfg.common.files import InputError, atomic_open, read_json
+from pcfg.common.files import AnyPath, InputError, atomic_open, read_json
 from pretraining.evaluation import records
 from pretraining.evaluation.flatness import balanced_trace
 from pretraining.evaluation.records import BalancedTrace, HessianRecord, Record, TracePart, read_records
@@ -150,7 +150,7 @@ def _widened(parts: BalancedTrace, times: float) -> dict[str, Number]:
     }
 
 
-def model_folders(folder: Path | str) -> list[Path]:
+def model_folders(folder: AnyPath) -> list[Path]:
     """All folders at or below `folder` with a model or with records, except hidden ones and training states.
 
     A model with a cooled one next to it is left out.
@@ -238,7 +238,7 @@ def _trace_parts(record: HessianRecord, facts: dict) -> dict[str, float | None]:
     }
 
 
-def collect(folder: Path | str, records_path: Path | str | None = None) -> Tree:
+def collect(folder: AnyPath, records_path: AnyPath | None = None) -> Tree:
     """Everything that is recorded at or below `folder`: transformers by size, job and step, records without weights last.
 
     `records_path`: folder with further records, in which each model has the same relative path; they win.
