@@ -4,7 +4,10 @@ Needs torch, which nothing else in `pcfg` does. DeepSpeed is not imported here: 
 """
 
 import contextlib
+import datetime
 import os
+import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,16 +18,18 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from pcfg.common.files import available_cores
+from pcfg.common.files import InputError, available_cores
 
+MEETING = 180.0  # seconds for all ranks to come together
+EXCHANGE = datetime.timedelta(minutes=30)  # for all ranks to take part in an exchange, as rank 0 may have work of its own
 WIDE = 128  # from this width of a model on, torch uses several threads
 
 
 class Ranks:
     """The processes that share a run or a measurement.
 
-    Under the `deepspeed` launcher or torchrun, the environment says which rank this is. Under plain `python` there is no other
-    rank, and no port is opened.
+    Under the `deepspeed` launcher, torchrun or srun, the environment says which rank this is. Under plain `python` there is no
+    other rank, and no port is opened. Ranks that do not meet within `MEETING` are an `InputError`.
 
     Args:
         device: of the computation: "cpu", "cuda" (with several ranks: the GPU of this rank on its machine), "cuda:1".
@@ -39,7 +44,8 @@ class Ranks:
         self.device = torch.device(f"cuda:{local}" if str(device) == "cuda" and self.size > 1 else device)
         if self.size > 1 or backend is not None:
             if not dist.is_initialized() and self.size > 1:
-                dist.init_process_group(backend or "gloo")
+                store = _meet(self.rank, self.size)
+                dist.init_process_group(backend or "gloo", store=store, rank=self.rank, world_size=self.size, timeout=EXCHANGE)
             elif not dist.is_initialized():
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         # Host arrays go over CPU tensors: on a GPU they would make the host wait for the device.
@@ -84,6 +90,40 @@ class Ranks:
         if self.size > 1:
             self.wait()
             dist.destroy_process_group()
+
+
+def _meet(rank: int, size: int) -> dist.Store:
+    """The store of MASTER_ADDR and MASTER_PORT, once all ranks have come there."""
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.get("MASTER_PORT", 29500))
+    keys = [f"rank{other}" for other in range(size)]
+    missing = keys[:1]
+    deadline = time.monotonic() + MEETING
+    # torchrun has a server of its own, and may start all ranks again.
+    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store: dist.Store | None = None
+    try:
+        while missing:
+            with contextlib.suppress(OSError):
+                if store is None and not is_server:  # torch's own tries are pages of output
+                    socket.create_connection((host, port), timeout=1).close()
+                store = store or dist.PrefixStore(attempt, dist.TCPStore(host, port, size, is_server, EXCHANGE, False, True))
+                store.set(keys[rank], "")
+                missing = [key for key in keys if not store.check([key])]
+            if missing and time.monotonic() > deadline:
+                raise InputError(
+                    f"MASTER_ADDR {host}, MASTER_PORT {port}: of {size} ranks, {', '.join(missing)} did not come within "
+                    f"{MEETING / 60:g} minutes; see what they print, and whether their machines reach this address"
+                )
+            time.sleep(0.1 if missing else 0.0)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"MASTER_ADDR {host}, MASTER_PORT {port}: {reason}; is the port in use, or has rank 0 ended?"
+        ) from None
+    assert store is not None
+    return store
 
 
 def cores_of_rank() -> int:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pcfg.common import ranks
+from pcfg.common.files import InputError
 from pretraining.model.checkpoints import load_model
 from pretraining.training.metrics import read_metrics
 
@@ -50,3 +52,27 @@ def test_a_step_of_two_ranks_is_the_gradient_of_the_padded_batch(tiny_samples, l
         assert record["loss"] == pytest.approx(loss, rel=1e-6)
         assert record.get("adversarial_loss") == (pytest.approx(adversarial, rel=1e-5) if weight else None)
         assert relative_error(before, load_model(tmp_path / job / "step0000001")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rank", "is_taken", "message"),
+    [
+        (0, False, "of 3 ranks, rank1, rank2 did not come within 0.005 minutes; see what they print"),
+        (1, False, "of 3 ranks, rank0 did not come"),
+        (0, True, "address already in use; is the port in use"),
+    ],
+)
+def test_a_rank_that_died_before_the_others_met_is_named(monkeypatch, rank, is_taken, message):
+    monkeypatch.setattr(ranks, "MEETING", 0.3)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        if is_taken:
+            free.listen()
+        else:
+            free.close()
+        names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in names.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(InputError, match=f"MASTER_PORT {port}: .*{message}"):
+            ranks.Ranks()
