@@ -27,7 +27,7 @@ import torch
 
 from pcfg.common.cli import Parser, positive_int, run_main
 from pcfg.common.files import InputError, available_cores
-from pretraining.experiments.plan import STAGES, Step, fingerprint, make_plan
+from pretraining.experiments.plan import STAGES, Planner, Step, fingerprint
 from pretraining.experiments.resolve import Design, merge, resolve
 from pretraining.experiments.runner import ROOT, Runner, is_done, lock
 from pretraining.experiments.study import Registration, Studies, read_decision, read_statuses, read_studies, write_studies
@@ -62,7 +62,7 @@ def read_designs(paths: list[Path], scale: str | None) -> Design:
     designs = []
     for path in paths:
         design = resolve(path, scale)
-        content = fingerprint(make_plan(design, ["python"])[1])
+        content = fingerprint(Planner(design, ["python"]).plan()[1])
         [study] = design.studies
         study = study.model_copy(update={"sha256": hashlib.sha256(content.encode()).hexdigest()})
         designs.append(dataclasses.replace(design, studies=(study,)))
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     jobs = options.jobs or (1 if gpus else cores)
     launcher = options.launcher or (["deepspeed"] if gpus > 1 else ["python"])
     design = read_designs(options.studies, options.scale)
-    steps, planned = make_plan(design, launcher)
+    steps, planned = Planner(design, launcher).plan()
     if options.dry_run:
         print(describe(steps, with_others(planned, read_studies(out), out), out))
         return

@@ -16,7 +16,7 @@ from pcfg.common.cli import Parser, run_main
 from pcfg.common.files import InputError
 from pcfg.common.schema import write_schema
 from pretraining.evaluation.records import CurveRecord, LossRecord, read_records
-from pretraining.experiments.study import Candidate, Choice, Decision, Studies, decision_file, model_folder, read_studies
+from pretraining.experiments.study import Candidate, Choice, Decision, Studies, decision_file, read_studies
 from pretraining.report.intervals import mean_of
 
 Values = dict[float, list[float]]  # by value of a choice, a number per selection seed
@@ -79,7 +79,7 @@ def read_and_decide(out: str, studies: Studies, choice: Choice) -> Decision:
     seeds = studies.selection.seeds
     group = studies.groups[choice.group]
     folders = {
-        value: [f"{out}/{model_folder(group, seed, group.steps[-1], f'choices/{choice.name}/{value:g}')}" for seed in seeds]
+        value: [f"{out}/{group.folder(seed, group.steps[-1], f'choices/{choice.name}/{value:g}')}" for seed in seeds]
         for value in choice.values
     }
     gaps = {value: [gap_of(folder) for folder in of_seeds] for value, of_seeds in folders.items()}
@@ -89,9 +89,9 @@ def read_and_decide(out: str, studies: Studies, choice: Choice) -> Decision:
             accuracies[value] = [accuracy_of(folder, choice.task, studies.readouts[0], choice.labels) for folder in of_seeds]
     reference = None
     if choice.reference:
-        models = choice.reference
-        above = f"selection/{models.group}"
-        reference = [gap_of(f"{out}/{model_folder(studies.groups[models.group], seed, models.step, above)}") for seed in seeds]
+        group = studies.groups[choice.reference.group]
+        above = f"selection/{group.name}"
+        reference = [gap_of(f"{out}/{group.folder(seed, choice.reference.step, above)}") for seed in seeds]
     return decide(choice, seeds, gaps, accuracies, reference)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pretraining.experiments.flags import REFERENCE, flag_words
 from pretraining.experiments.resolve import Design, references_of
-from pretraining.experiments.study import Control, Flags, Group, Studies, Task, decision_file, model_folder
+from pretraining.experiments.study import Control, Flags, Group, Studies, Task, decision_file
 
 LOOKUP = "lookup table"
 SAMPLES = "$OUT/data/pretraining"
@@ -72,20 +72,15 @@ class Run:
 
     def models(self, seed: int) -> list[str]:
         """The folders of a seed's models."""
-        return [model_folder(self.group, seed, step, self.folder) for step in self.steps]
+        return [self.group.folder(seed, step, self.folder) for step in self.steps]
 
 
-def make_plan(design: Design, launcher: list[str]) -> tuple[list[Step], Studies]:
-    """The commands of a design, each after those that it needs, and its `study.json` without registrations.
+class Planner:
+    """Collects the commands of a design.
 
     Args:
         launcher: words that start run_pretraining.py for one seed, instead of `python`.
     """
-    return Planner(design, launcher).plan()
-
-
-class Planner:
-    """Collects the commands of a design; arguments as in `make_plan`."""
 
     def __init__(self, design: Design, launcher: list[str]):
         self.design = design
@@ -96,7 +91,7 @@ class Planner:
         self.measured = [labelled.task for labelled in design.tasks.values() if labelled.is_measured]
 
     def plan(self) -> tuple[list[Step], Studies]:
-        """All commands and `study.json`."""
+        """All commands, each after those that it needs, and `study.json` without registrations."""
         design = self.design
         self._data()
         base = self._select(design.base.group)
@@ -108,24 +103,16 @@ class Planner:
             self._measure(models)
         controls = self._controls(base)
         places = itertools.product(base.seeds, base.steps)
-        folders = {f"{seed}@{step}": model_folder(base.group, seed, step, base.folder) for seed, step in places}
+        folders = {f"{seed}@{step}": base.group.folder(seed, step, base.folder) for seed, step in places}
+        same = ("scale", "studies", "text", "samples", "stacked", "readouts", "label_counts", "groups", "base", "criteria")
         studies = Studies(
-            scale=design.scale,
-            studies=design.studies,
-            text=design.text,
-            samples=design.samples,
+            **{name: getattr(design, name) for name in same},
             tasks=tuple(self.measured),
             finetuned=tuple(design.tasks[label].task.name for label in design.finetuned),
-            stacked=design.stacked,
-            readouts=design.readouts,
-            label_counts=design.label_counts,
-            groups=design.groups,
-            base=design.base,
             selection=base.group.model_copy(update={"seeds": base.seeds, "folders": folders}),
             controls=controls,
             choices=tuple(design.choices.values()),
             measurements=tuple(design.measurements.values()),
-            criteria=design.criteria,
             registrations=(),
             commands={path: step.command for step in self.steps for path in step.all_makes},
         )
@@ -202,7 +189,7 @@ class Planner:
             before = design.groups[group.start.group]
             start = self._select(before.name) if above != "models" else None
             folder = start.folder if start else f"models/{before.name}"
-            leaf = model_folder(before, 0, group.start.step, folder).replace("seed0", "seed{seed}")
+            leaf = before.folder(0, group.start.step, folder).replace("seed0", "seed{seed}")
             start_words = ["--model_name_or_path", f"$OUT/{leaf}"]
         models = Run(group=group, above=above, job=job, seeds=seeds, steps=steps, trained=())
         stage = {"models": "training", "selection": "selection"}.get(above, "choices")
@@ -359,7 +346,7 @@ class Planner:
     def _controls(self, base: Run) -> tuple[Control, ...]:
         """Probes without pre-training, of the words and of the language itself."""
         design = self.design
-        untrained = tuple(model_folder(base.group, seed, 0, base.folder) for seed in base.seeds)
+        untrained = tuple(base.group.folder(seed, 0, base.folder) for seed in base.seeds)
         controls = [Control(name="untrained", folders=untrained)]
         kinds = {"words": ["--features", "words"]}
         if design.has_grammar:

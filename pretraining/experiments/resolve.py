@@ -12,18 +12,7 @@ from pcfg.grammar import Grammar, find_rules
 from pcfg.labels import Words
 from pretraining.data.tasks import GLUE
 from pretraining.experiments.flags import REFERENCE, actions, take_flags
-from pretraining.experiments.study import (
-    Choice,
-    Comparison,
-    Criteria,
-    Flags,
-    Group,
-    Measurement,
-    Models,
-    Study,
-    Task,
-    model_folder,
-)
+from pretraining.experiments.study import Choice, Comparison, Criteria, Flags, Group, Measurement, Models, Study, Task
 from pretraining.experiments.study_file import REQUIRED, Table, Tree, read_tree, suggestion
 
 ROOT = Path(__file__).parents[2]  # of the commands
@@ -354,7 +343,7 @@ class _Resolver:
             if missing:
                 raise table.error(f"start: {models_of_start.group} has no seed {min(missing)}", "start")
         group = Group(name=name, label=label, flags=flags, start=models_of_start, seeds=seeds, steps=steps, folders={})
-        folders = {f"{seed}@{step}": model_folder(group, seed, step) for seed in seeds for step in steps}
+        folders = {f"{seed}@{step}": group.folder(seed, step) for seed in seeds for step in steps}
         self.groups[name] = group.model_copy(update={"folders": folders})
         return self.groups[name]
 

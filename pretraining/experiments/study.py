@@ -79,11 +79,10 @@ class Group(Schema):
         """The group from whose initial weights this one comes; models of one root and seed are not independent."""
         return groups[self.start.group].root(groups) if self.start else self.name
 
-
-def model_folder(group: Group, seed: int, step: int, above: str | None = None) -> str:
-    """The folder of a model, relative to the folder of results; `above`: the one of all seeds, by default `models/GROUP`."""
-    cooled = "-cooled" if step and group.flags.get("lr_schedule") == "wsd" else ""
-    return f"{above or f'models/{group.name}'}/seed{seed}/step{step:07d}{cooled}"
+    def folder(self, seed: int, step: int, above: str | None = None) -> str:
+        """The folder of a model, relative to the folder of results; `above`: the one of all seeds, by default `models/NAME`."""
+        cooled = "-cooled" if step and self.flags.get("lr_schedule") == "wsd" else ""
+        return f"{above or f'models/{self.name}'}/seed{seed}/step{step:07d}{cooled}"
 
 
 class Control(Schema):

@@ -8,7 +8,7 @@ import pytest
 from pcfg.common.files import InputError
 from pretraining.evaluation.records import CurveRecord, LossRecord, write_record
 from pretraining.experiments import choose
-from pretraining.experiments.plan import make_plan
+from pretraining.experiments.plan import Planner
 from pretraining.experiments.resolve import resolve
 from pretraining.experiments.study import Choice, read_decision, write_studies
 from tests.experiments.test_plan import TINY
@@ -69,7 +69,7 @@ def write_model(folder, gap, accuracy):
 
 
 def test_decision_from_the_records_of_a_study(tmp_path, capsys):
-    _, studies = make_plan(resolve(TINY, None), ["python"])
+    _, studies = Planner(resolve(TINY, None), ["python"]).plan()
     write_studies(tmp_path, studies)
     main = lambda: choose.main([str(tmp_path), "weight"])  # noqa: E731
     with pytest.raises(InputError, match=r"seed50/step0000004: has no loss.json; run the study again"):

@@ -10,7 +10,7 @@ import pytest
 from pcfg.common.files import InputError
 from pretraining.evaluation.downstream import parse_arguments
 from pretraining.experiments import __main__ as experiments
-from pretraining.experiments.plan import Step, fingerprint, make_plan
+from pretraining.experiments.plan import Planner, Step, fingerprint
 from pretraining.experiments.resolve import resolve
 from pretraining.experiments.study import Registration, Status, read_studies, write_statuses, write_studies
 from pretraining.training.arguments import parse_with_config
@@ -21,7 +21,7 @@ STUDIES = ROOT / "scripts/studies"
 
 
 def plan(path=TINY, scale=None, launcher=("python",), **changes):
-    return make_plan(dataclasses.replace(resolve(path, scale), **changes), list(launcher))
+    return Planner(dataclasses.replace(resolve(path, scale), **changes), list(launcher)).plan()
 
 
 def check_order(steps):
@@ -148,7 +148,7 @@ def test_the_hash_is_of_the_resolved_study(tmp_path):
 
 def test_what_is_fixed_beforehand(tmp_path):
     design = experiments.read_designs([TINY], None)
-    _, studies = make_plan(design, ["python"])
+    _, studies = Planner(design, ["python"]).plan()
     first = experiments.register(studies, tmp_path)
     [registration] = first.registrations
     assert registration.accuracies == 0 and registration.sha256 == {"tiny": design.studies[0].sha256}

@@ -8,7 +8,7 @@ import pytest
 import generate_downstream
 from pcfg.common.files import InputError
 from pretraining.experiments.flags import flag_words
-from pretraining.experiments.plan import make_plan
+from pretraining.experiments.plan import Planner
 from pretraining.experiments.resolve import merge, resolve, task_file
 
 TINY = Path(__file__).with_name("tiny.toml")
@@ -239,12 +239,12 @@ after = "other"
     assert design.groups["base"].flags["tokenizer_name"] == "own"
     task = design.tasks["pairs"].task
     assert (task.name, task.train_file) == ("qnli", str(tmp_path / "data/glue/train.tsv"))
-    steps, _ = make_plan(design, ["python"])
+    steps, _ = Planner(design, ["python"]).plan()
     commands = {step.name: step.command for step in steps}
     assert "lookup table" not in commands and "test_shard_0.hdf5" in commands["loss of base"]
     assert "--task_name qnli" in commands["ridge pairs of base"]
     path.write_text(text.replace("SOURCE", "opt").replace("dataset", "model_name"))
-    steps, _ = make_plan(resolve(path, None), ["python"])
+    steps, _ = Planner(resolve(path, None), ["python"]).plan()
     commands = {step.name: step.command for step in steps}
     assert f"--model-name {tmp_path}/data/glue" in commands["lookup table"]
     assert "--condprobfile" in commands["loss of base"] and "test0.txt" in commands["trace of base"]
