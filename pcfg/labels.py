@@ -25,7 +25,7 @@ import numpy as np
 
 from pcfg.chart import MAX_WORDS, Chart
 from pcfg.common.files import InputError, keyed_rng
-from pcfg.common.means import mean_by_pairs, mean_by_sentences
+from pcfg.common.means import SentenceMeans
 from pcfg.engine.rule_graph import strong_components
 from pcfg.grammar import Grammar
 from pcfg.sampler import Sampler
@@ -337,14 +337,14 @@ def grammar_facts(grammar: Grammar, sentences: int, states: bool = False) -> lis
     """
     sampler = Sampler(grammar, MAX_WORDS)
     tokens, lengths = sampler.sample(sentences, keyed_rng(0, "grammar-facts"))
-    entropy, *_ = Chart(grammar).reductions(tokens, lengths)
+    means = SentenceMeans().add(Chart(grammar).reductions(tokens, lengths)[0], lengths)
+    entropies = "{:.3f} +- {:.3f} nats (pairs), {:.3f} +- {:.3f} nats (sentences)"
     counts = np.bincount(tokens[tokens >= 0], minlength=len(grammar.words))
     unigram = counts[counts > 0] / counts.sum()
     min_words = default_min_words(grammar)
     long_enough = lengths >= min_words
     lines = [
-        "entropy: {:.3f} +- {:.3f} nats (pairs), ".format(*mean_by_pairs(entropy, lengths))
-        + "{:.3f} +- {:.3f} nats (sentences)".format(*mean_by_sentences(entropy, lengths)),
+        f"entropy: {entropies.format(*means.by_pairs(), *means.by_sentences())}",
         f"unigram entropy: {-(unigram * np.log(unigram)).sum():.3f} nats",
         f"words a sentence: {lengths.min()} to {lengths.max()}, mean {lengths.mean():.2f}; "
         f"{np.mean(long_enough):.1%} have {min_words} or more",

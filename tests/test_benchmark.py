@@ -22,7 +22,8 @@ from pcfg.sampler import Sampler
 from pretraining.data.contexts import from_texts
 from pretraining.data.samples import DTYPES, read_samples
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.evaluation.hessian import Sampling, Truth, measured_parameters
+from pretraining.evaluation.hessian import Sampling, measured_parameters
+from pretraining.evaluation.inputs import Truth
 from pretraining.evaluation.spectrum import hessian_operator
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model

@@ -13,6 +13,7 @@ from pcfg.common.text import read_texts
 from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable
 from pretraining.data.contexts import from_texts
+from pretraining.evaluation.inputs import Truth
 from pretraining.evaluation.loss import context_losses
 from pretraining.model.checkpoints import load_model, load_vocabulary
 
@@ -26,7 +27,7 @@ def test_the_baseline_agrees(tiny_model, tiny_data, tiny_rules, monkeypatch, max
     texts, vocabulary = read_texts(tiny_data / "test0.txt")[:20], load_vocabulary(tiny_model)
     table = LookupTable.compute(Grammar.read(tiny_rules), texts, "test0.txt")
     contexts, columns = from_texts(texts, vocabulary, "test0.txt"), np.array([vocabulary.ids[word] for word in table.words])
-    expected = context_losses(load_model(tiny_model), contexts, table, columns)[1] + table.entropy
+    expected = context_losses(load_model(tiny_model), contexts, Truth(table, columns))[1] + table.entropy
     model = AutoModelForMaskedLM.from_pretrained(tiny_model).eval()
     baseline = naive.SentenceBySentence(model, vocabulary.ids, table.words, max_length)
     found = [loss for row, text in enumerate(texts) for loss in baseline.losses(text, table.conditionals(row, row + 1))]

@@ -91,15 +91,3 @@ def wilson(share: float, number: int) -> tuple[float, float]:
     middle = share + z * z / (2 * number)
     half = z * np.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
     return float((middle - half) / (1 + z * z / number)), float((middle + half) / (1 + z * z / number))
-
-
-def mean_by_pairs(values: npt.ArrayLike, counts: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> tuple[float, float]:
-    """`SentenceMeans.by_pairs` of a single block; arguments as in `SentenceMeans.add`."""
-    return SentenceMeans().add(values, counts, lengths).by_pairs()
-
-
-def mean_by_sentences(
-    values: npt.ArrayLike, counts: npt.ArrayLike, lengths: npt.ArrayLike | None = None
-) -> tuple[float, float]:
-    """`SentenceMeans.by_sentences` of a single block; arguments as in `SentenceMeans.add`."""
-    return SentenceMeans().add(values, counts, lengths).by_sentences()

@@ -24,7 +24,7 @@ sentence (or block) and the draw, so that neither batches nor ranks change the r
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,10 @@ from torch.nn.functional import one_hot
 from pcfg.common.cli import Progress
 from pcfg.common.files import InputError, keyed_rng, sha256
 from pcfg.common.ranks import Ranks, use_threads
-from pcfg.lookup import LookupTable
 from pretraining.data.contexts import Contexts, check_length
 from pretraining.evaluation.fisher import GhostNorms, draw_words, residuals
 from pretraining.evaluation.flatness import flatness_fields, mean_and_covariance
-from pretraining.evaluation.inputs import Inputs
+from pretraining.evaluation.inputs import Distribution, Inputs, Truth
 from pretraining.evaluation.records import HessianRecord, OtherTrace, is_measured, write_record
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model
@@ -66,8 +65,7 @@ TABLES = {
     "embeddings.token_types.weight": "token_type_table",
 }
 GROUPS = (*TABLES.values(), "encoder_matrices", "vectors", "head")
-# From contexts (m,) to probabilities of words, (m, vocab_size), on the device of the model.
-Distribution = Callable[[np.ndarray], torch.Tensor]
+Places = list[tuple[Path, Path, Path]]  # model folder, weights file, folder for the results of each
 # Of some units (m,): their indices (m,), a share (m, 1 or 2, columns) float64 of their values, number of contexts in it.
 Values = Iterator[tuple[np.ndarray, np.ndarray, int]]
 
@@ -142,14 +140,7 @@ class Partitions:
 
 
 def mean_and_error(values: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over sentences and their standard errors, from values of independent units.
-
-    Args:
-        values: (n, columns), the mean over each unit's sentences; n is 2 or more.
-        sizes: (n,) sentences of each unit.
-
-    Returns:
-        (columns,) each; see `mean_and_covariance`.
+    """Means over sentences and their standard errors, (columns,) each; arguments as in `mean_and_covariance`.
 
     >>> mean_and_error(np.array([[1.0], [3.0]]), np.array([1, 1]))
     (array([2.]), array([1.]))
@@ -264,31 +255,6 @@ class Sampling:
 
 def _device(model: MaskedLM) -> torch.device:
     return next(model.parameters()).device
-
-
-@dataclasses.dataclass
-class Truth:
-    """True conditionals of the sentences."""
-
-    table: LookupTable
-    columns: np.ndarray  # (words,) int64, the vocabulary id of each word of the table
-
-    def window(self, contexts: Contexts, low: int, high: int, model: MaskedLM) -> Distribution:
-        """P at contexts (m,) of the sentences low .. high - 1: (m, vocab_size) float64 on the model's device."""
-        rows = self.table.conditionals(low, high)
-        offset = contexts.offsets[low]
-
-        def distribution(batch: np.ndarray) -> torch.Tensor:
-            full = np.zeros((len(batch), model.config.vocab_size))
-            full[:, self.columns] = rows[batch - offset]
-            return torch.from_numpy(full).to(_device(model))
-
-        return distribution
-
-
-def truth_of(inputs: Inputs) -> Truth | None:
-    """The true conditionals of the inputs, if they are known."""
-    return None if inputs.table is None or inputs.columns is None else Truth(inputs.table, inputs.columns)
 
 
 def loss_name(truth: Truth | None) -> str:
@@ -496,7 +462,7 @@ def measure_trace(
     Fields of Hutchinson have Fisher's trace on the same sentences. Those of Fisher have Hutchinson's on (some of) the same
     sentences, with "both" or with true conditionals.
     """
-    truth = truth_of(inputs)
+    truth = inputs.truth
     contexts = inputs.contexts
     estimates: dict[str, Estimate] = {}
     results: dict[str, dict[str, Any]] = {}
@@ -570,17 +536,11 @@ def described_trace(record: HessianRecord) -> str:
 
 
 def unmeasured(
-    models: list[tuple[Path, Path, Path]],
-    inputs: Inputs,
-    names: dict[str, str],
-    settings: dict[str, Any],
-    ranks: Ranks,
-    overwrite: bool,
+    models: Places, inputs: Inputs, names: dict[str, str], settings: dict[str, Any], ranks: Ranks, overwrite: bool
 ) -> Iterator[tuple[Path, dict, MaskedLM]]:
     """Of each model without its records: the folder of the results, the inputs of a record, and the model.
 
     Args:
-        models: model folder, weights file, folder for the results of each.
         names: file names of the records, by what they record.
     """
     for folder, weights, output in models:
@@ -596,18 +556,11 @@ def unmeasured(
 
 
 def measure_models(
-    models: list[tuple[Path, Path, Path]],
-    inputs: Inputs,
-    sampling: Sampling,
-    estimator: str,
-    batch_size: int,
-    device: str,
-    overwrite: bool,
+    models: Places, inputs: Inputs, sampling: Sampling, estimator: str, batch_size: int, device: str, overwrite: bool
 ) -> None:
     """Measure the trace at each model: write hessian.json (or hessian_hutchinson.json, or both), and print it.
 
     Args:
-        models: as in `unmeasured`.
         estimator: "fisher", "hutchinson" or "both".
     """
     files = RECORDS if estimator == "both" else {estimator: RECORDS[estimator]}

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ from pcfg.lookup import LookupTable
 from pretraining.data.contexts import Contexts, check_words, from_samples, from_texts, table_columns
 from pretraining.data.sample_shards import is_of_documents
 from pretraining.data.vocabulary import Vocabulary, find_vocabulary
+from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import check_vocabulary, read_facts
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
+# From contexts (m,) to probabilities of words, (m, vocab_size), on the device of the model.
+Distribution = Callable[[np.ndarray], torch.Tensor]
 
 
 def device(text: str) -> str:
@@ -53,6 +57,26 @@ def add_input_arguments(parser: argparse.ArgumentParser, pairs: bool = False) ->
 
 
 @dataclasses.dataclass
+class Truth:
+    """True conditionals of sentences."""
+
+    table: LookupTable
+    columns: np.ndarray  # (words,) int64, the vocabulary id of each word of the table
+
+    def window(self, contexts: Contexts, low: int, high: int, model: MaskedLM) -> Distribution:
+        """P at contexts (m,) of the sentences low .. high - 1: (m, vocab_size) float64 on the model's device."""
+        rows = self.table.conditionals(low, high)
+        offset = contexts.offsets[low]
+
+        def distribution(batch: np.ndarray) -> torch.Tensor:
+            full = np.zeros((len(batch), model.config.vocab_size))
+            full[:, self.columns] = rows[batch - offset]
+            return torch.from_numpy(full).to(next(model.parameters()).device)
+
+        return distribution
+
+
+@dataclasses.dataclass
 class Inputs:
     """Sentences as contexts, with the true conditionals if they are known."""
 
@@ -60,8 +84,7 @@ class Inputs:
     vocabulary: Vocabulary  # of the models
     vocabulary_path: Path
     contexts: Contexts  # the sentences
-    table: LookupTable | None  # true conditionals of the same sentences, or None
-    columns: np.ndarray | None  # (words,) int64, the vocabulary id of each word of the table; None without a table
+    truth: Truth | None  # of the same sentences, or None
     described: dict[str, dict]  # hashes of these files, for records
     arguments: dict[str, int] = dataclasses.field(default_factory=dict)  # of a record of the loss
 
@@ -112,9 +135,9 @@ def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None,
             flag = "--condprobfile" if arguments.condprobfile else "--rule-path"
             raise InputError(f"{flag}: true conditionals are for sentences with one mask, not for the samples in {data}")
         contexts = from_samples(data, vocabulary, max_sentences)
-        return Inputs(data, vocabulary, vocabulary_path, contexts, None, None, described)
+        return Inputs(data, vocabulary, vocabulary_path, contexts, None, described)
     texts = read_texts(data)[:max_sentences]
-    table = columns = None
+    table = truth = None
     if arguments.condprobfile:
         source = arguments.condprobfile
         table = LookupTable.open(source)
@@ -132,6 +155,6 @@ def read_inputs(arguments: argparse.Namespace, max_sentences: int | None = None,
         described["conditionals"] = {"grammar_sha256": table.grammar_sha256}
         if table.chosen is not None:  # some positions only
             described["conditionals"] |= {"chosen": table.chosen, "sentences": table.sentences}
-        columns = table_columns(table, vocabulary, source)
-        check_words(table, contexts, columns, source)
-    return Inputs(data, vocabulary, vocabulary_path, contexts, table, columns, described)
+        truth = Truth(table, table_columns(table, vocabulary, source))
+        check_words(table, contexts, truth.columns, source)
+    return Inputs(data, vocabulary, vocabulary_path, contexts, truth, described)

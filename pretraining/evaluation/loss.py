@@ -41,14 +41,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pcfg.common.cli import Progress
 from pcfg.common.files import keyed_rng
-from pcfg.common.means import mean_by_pairs, mean_by_sentences
+from pcfg.common.means import SentenceMeans
 from pcfg.common.ranks import Ranks, map_on_cores
 from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
 from pcfg.sampler import Sampler
 from pretraining.data.contexts import Contexts, check_length, from_texts, table_columns
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.evaluation.inputs import Inputs, model_label
+from pretraining.evaluation.inputs import Inputs, Truth, model_label
 from pretraining.evaluation.records import ComparisonRecord, LossRecord, Mean, is_measured, write_record
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import describe_model, load_model
@@ -62,11 +62,9 @@ WINDOW_SENTENCES = 4096
 
 def _both_means(values: np.ndarray, contexts: Contexts) -> dict[str, dict[str, float]]:
     """Means and standard errors of values (M,), one per context, in nats; sentences are the clusters."""
-    means = {
-        "pairs": mean_by_pairs(values, contexts.counts, contexts.stands_for),
-        "sentences": mean_by_sentences(values, contexts.counts, contexts.stands_for),
-    }
-    return {name: {"mean": float(mean), "standard_error": float(error)} for name, (mean, error) in means.items()}
+    means = SentenceMeans().add(values, contexts.counts, contexts.stands_for)
+    both = {"pairs": means.by_pairs(), "sentences": means.by_sentences()}
+    return {name: {"mean": mean, "standard_error": error} for name, (mean, error) in both.items()}
 
 
 class Decoder:
@@ -133,8 +131,7 @@ def _batches(contexts: Contexts, inside: np.ndarray, size: int) -> Iterator[tupl
 def context_losses(
     model: MaskedLM,
     contexts: Contexts,
-    table: LookupTable | None = None,
-    columns: np.ndarray | None = None,
+    truth: Truth | None = None,
     batch_size: int = 256,
     source: Path | str = "",
     ranks: Ranks | None = None,
@@ -142,8 +139,7 @@ def context_losses(
     """Losses of a model in eval mode at each of M contexts.
 
     Args:
-        table: true conditionals of the same sentences; None for the plain MLM loss.
-        columns: (words,) int64, the vocabulary id of each word of the table.
+        truth: of the same sentences; None for the plain MLM loss.
         batch_size: masked sentences per forward pass.
         source: the data file, for errors.
         ranks: the processes that share the batches; None for this one alone. The result is the same on all, bit by bit.
@@ -156,7 +152,8 @@ def context_losses(
     check_length(contexts, model.config.max_position_embeddings, source)
     ranks = ranks or Ranks()
     device = next(model.parameters()).device
-    columns = np.unique(contexts.label) if columns is None else columns
+    table = None if truth is None else truth.table
+    columns = np.unique(contexts.label) if truth is None else truth.columns
     column = np.full(model.config.vocab_size, -1)
     column[columns] = np.arange(len(columns))
     label = column[contexts.label]
@@ -203,22 +200,21 @@ def context_losses(
 def measure_loss(
     model: MaskedLM,
     contexts: Contexts,
-    table: LookupTable | None = None,
-    columns: np.ndarray | None = None,
+    truth: Truth | None = None,
     batch_size: int = 256,
     source: Path | str = "",
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Loss, entropy and gap of a model: fields of a `LossRecord`, and "seconds"; arguments as in `context_losses`."""
     started = time.monotonic()
-    sampled, gap = context_losses(model, contexts, table, columns, batch_size, source, ranks)
+    sampled, gap = context_losses(model, contexts, truth, batch_size, source, ranks)
     fields: dict[str, Any] = {"sampled_loss": _both_means(sampled, contexts)}
-    if table is not None and gap is not None:
-        entropy = np.asarray(table.entropy[: len(sampled)])
+    if truth is not None and gap is not None:
+        entropy = truth.table.entropy[: len(sampled)]
         fields["loss"] = _both_means(entropy + gap, contexts)
         fields["entropy"] = _both_means(entropy, contexts)
         fields["gap"] = _both_means(gap, contexts)
-        if table.stored != "none":
+        if truth.table.stored != "none":
             fields["sampled_minus_exact"] = _both_means(sampled - entropy - gap, contexts)
     return {**fields, "contexts": len(sampled), "sentences": len(contexts.lengths), "seconds": time.monotonic() - started}
 
@@ -288,7 +284,7 @@ def measure_models(models: list[tuple[Path, Path]], inputs: Inputs, device: str,
                 print(f"{folder}: loss is measured already, skipped")
             continue
         model = load_model(folder, ranks.device)
-        fields = measure_loss(model, inputs.contexts, inputs.table, inputs.columns, batch_size, inputs.source, ranks)
+        fields = measure_loss(model, inputs.contexts, inputs.truth, batch_size, inputs.source, ranks)
         if not ranks.is_main:
             continue
         means = fields.get("loss", fields["sampled_loss"])
@@ -313,7 +309,7 @@ def compare_models(
 
     def losses(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
         model = load_model(folder, ranks.device)
-        return context_losses(model, inputs.contexts, inputs.table, inputs.columns, batch_size, inputs.source, ranks)
+        return context_losses(model, inputs.contexts, inputs.truth, batch_size, inputs.source, ranks)
 
     reference_losses = None
     for folder, output in models:
@@ -361,12 +357,12 @@ def gap_meter(
     sampler = Sampler(grammar, max_tokens - 2)
     texts = sampler.texts(*sampler.sample(sentences, keyed_rng(seed, "gap sentences")))
     table = LookupTable.compute(grammar, texts, path)
-    columns = table_columns(table, vocabulary, path)
+    truth = Truth(table, table_columns(table, vocabulary, path))
     contexts = from_texts(texts, vocabulary, path)
 
     def measure(model: nn.Module) -> dict[str, float]:
         model.eval()
-        gap = measure_loss(cast(MaskedLM, model), contexts, table, columns)["gap"]
+        gap = measure_loss(cast(MaskedLM, model), contexts, truth)["gap"]
         model.train()
         return {
             f"gap_{mean}{suffix}": gap[mean][key]

@@ -29,8 +29,8 @@ from pcfg.common.files import InputError
 from pcfg.common.ranks import Ranks
 from pretraining.data.contexts import Contexts, check_length
 from pretraining.evaluation import hessian
-from pretraining.evaluation.hessian import Sampling, Truth
-from pretraining.evaluation.inputs import Inputs
+from pretraining.evaluation.hessian import Places, Sampling
+from pretraining.evaluation.inputs import Inputs, Truth
 from pretraining.evaluation.records import Density, Eigenvalue, SpectrumRecord, TracePart, write_record
 from pretraining.model.bert import MaskedLM
 
@@ -175,23 +175,16 @@ def measure_spectrum(
 
 
 def measure_spectra(
-    models: list[tuple[Path, Path, Path]],
-    inputs: Inputs,
-    sampling: Sampling,
-    options: SpectrumOptions,
-    batch_size: int,
-    device: str,
-    overwrite: bool,
+    models: Places, inputs: Inputs, sampling: Sampling, options: SpectrumOptions, batch_size: int, device: str, overwrite: bool
 ) -> None:
-    """Measure the spectrum at each model: write spectrum.json, and print it; `models` as in `unmeasured`."""
+    """Measure the spectrum at each model: write spectrum.json, and print it."""
     ranks = Ranks(device)
     if ranks.size > 1:
         raise InputError(f"--estimator spectrum: runs in one process, not in {ranks.size}; start it with python")
     chosen = {name: sampling.described()[name] for name in ("nsamples", "positions", "seed", "probe", "probe_num")}
     settings = {"estimator": "spectrum", **chosen, **dataclasses.asdict(options)}
-    truth = hessian.truth_of(inputs)
     for output, described, model in hessian.unmeasured(models, inputs, {"spectrum": RECORD}, settings, ranks, overwrite):
-        fields = measure_spectrum(model.double(), inputs.contexts, sampling, options, truth, batch_size, inputs.source)
+        fields = measure_spectrum(model.double(), inputs.contexts, sampling, options, inputs.truth, batch_size, inputs.source)
         record = SpectrumRecord(**fields, seeds=[sampling.seed], inputs=described, arguments=settings, device=device)
         write_record(output, RECORD, record)
         largest = ", ".join(f"{eigenvalue.value:.4f}" for eigenvalue in record.eigenvalues)

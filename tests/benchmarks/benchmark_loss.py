@@ -29,6 +29,7 @@ from pcfg.lookup import LookupTable
 from pcfg.sampler import Sampler
 from pretraining.data.contexts import from_texts
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
+from pretraining.evaluation.inputs import Truth
 from pretraining.evaluation.loss import context_losses
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, save_model
@@ -100,7 +101,7 @@ def measure(setting: Setting, scale: float, cores: int) -> Row:
         results["naive"] = [loss.losses(texts[row], rows) for row, rows in zip(sample, conditionals, strict=True)]
 
     def engine():
-        results["gap"] = context_losses(ours, contexts, table, columns)[1]
+        results["gap"] = context_losses(ours, contexts, Truth(table, columns))[1]
 
     context_losses(ours, from_texts(texts[:2], vocabulary, "benchmark"))  # the first call loads libraries
     seconds, cpu = timed(engine)

@@ -9,7 +9,7 @@ from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable
 from pretraining.data.contexts import from_texts
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.evaluation.hessian import Truth
+from pretraining.evaluation.inputs import Truth
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from pcfg.common.files import InputError, keyed_rng
-from pcfg.common.means import mean_by_pairs
+from pcfg.common.means import SentenceMeans
 from pcfg.common.ranks import Ranks
 from pcfg.common.text import read_texts
 from pretraining.data.contexts import Contexts, from_texts
@@ -18,7 +18,6 @@ from pretraining.evaluation.hessian import (
     Estimate,
     Partitions,
     Sampling,
-    Truth,
     difference,
     draw_probe,
     estimate_trace,
@@ -28,6 +27,7 @@ from pretraining.evaluation.hessian import (
     mean_and_error,
     measured_contexts,
 )
+from pretraining.evaluation.inputs import Truth
 from tests.evaluation.dense import VARIANTS, Flat, OwnDistribution, true_labels
 
 
@@ -229,7 +229,7 @@ def test_means_and_differences(small_model):
     values, sizes = rng.normal(3, 1, (7, 2)), rng.integers(1, 5, 7)
     mean, error = mean_and_error(values, sizes)
     for column in range(2):
-        pairs = mean_by_pairs(np.repeat(values[:, column], sizes), sizes)
+        pairs = SentenceMeans().add(np.repeat(values[:, column], sizes), sizes).by_pairs()
         assert (mean[column], error[column]) == pytest.approx(pairs)
     parts, ones = Partitions(small_model()), np.ones(10, np.int64)
     fisher = Estimate(parts, np.arange(10.0)[:, None], ones, 10, 10, None)

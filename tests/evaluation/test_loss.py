@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from pcfg.common.files import InputError
-from pcfg.common.means import mean_by_pairs, mean_by_sentences
+from pcfg.common.means import SentenceMeans
 from pcfg.common.text import read_texts
 from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable, main
 from pretraining.data.contexts import Contexts, from_samples, from_texts
 from pretraining.data.samples import sample_paths
 from pretraining.data.vocabulary import Vocabulary
+from pretraining.evaluation.inputs import Truth
 from pretraining.evaluation.loss import compare_losses, context_losses, divergences, measure_loss
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, load_vocabulary
@@ -55,7 +56,7 @@ def naive_losses(model, vocabulary, texts, table):
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_against_a_naive_loop(measured, batch_size):
     model, vocabulary, texts, contexts, table, columns = measured
-    details = measure_loss(model, contexts, table, columns, batch_size)
+    details = measure_loss(model, contexts, Truth(table, columns), batch_size)
     naive = naive_losses(model, vocabulary, texts, table)
     pairs = np.array([fact for facts in naive for fact in facts]).mean(0)
     sentences = np.array([np.mean(facts, 0) for facts in naive])
@@ -98,8 +99,8 @@ P = {"cat": 0.5, "dog": 0.25, "fish": 0.25}
 
 
 def test_the_true_distribution_has_no_gap(tmp_path):
-    model, *given = independent_words(tmp_path, P, {word: np.log(p) for word, p in P.items()})
-    details = measure_loss(model, *given)
+    model, contexts, *given = independent_words(tmp_path, P, {word: np.log(p) for word, p in P.items()})
+    details = measure_loss(model, contexts, Truth(*given))
     assert details["gap"]["pairs"]["mean"] == pytest.approx(0.0, abs=1e-12)
     assert details["gap"]["pairs"]["standard_error"] == pytest.approx(0.0, abs=1e-12)
     assert details["loss"]["pairs"]["mean"] == pytest.approx(-sum(p * np.log(p) for p in P.values()), rel=1e-6)
@@ -115,7 +116,7 @@ def test_small_gaps_are_resolved(tmp_path, scale):
     rest = 6 * np.exp(-30.0)
     log_f = log_f - np.log(np.exp(log_f).sum() + rest)
     expected = sum(P[word] * (np.log(P[word]) - value) for word, value in zip(table.words, log_f, strict=True))
-    _, gap = context_losses(model, contexts, table, columns)
+    _, gap = context_losses(model, contexts, Truth(table, columns))
     np.testing.assert_allclose(gap, expected, rtol=1e-6, atol=1e-15)
     assert gap.min() >= -1e-12
 
@@ -164,7 +165,7 @@ def test_whole_vocabularies_and_batches(measured, monkeypatch, mode):
     found = []
     for numbers, batch_size in ((1 << 23, 256), (900, 1), (900, 5), (1 << 23, 64)):
         monkeypatch.setattr("pretraining.evaluation.loss.WINDOW_NUMBERS", numbers)
-        sampled, gap = context_losses(model, contexts, table, columns, batch_size)
+        sampled, gap = context_losses(model, contexts, Truth(table, columns), batch_size)
         np.testing.assert_allclose(gap, expected, rtol=2e-5)
         np.testing.assert_allclose(sampled, -log_f[np.arange(len(sampled)), contexts.label], rtol=2e-5, atol=2e-6)
         assert gap.mean() == pytest.approx(expected.mean(), rel=1e-6) and gap.min() >= -1e-12
@@ -174,7 +175,7 @@ def test_whole_vocabularies_and_batches(measured, monkeypatch, mode):
 
 def test_threads_change_nothing(measured, monkeypatch):
     model, _, _, contexts, table, columns = measured
-    alone = context_losses(model, contexts, table, columns, 16)
+    alone = context_losses(model, contexts, Truth(table, columns), 16)
     before, attend, flash = torch.get_num_threads(), F.scaled_dot_product_attention, []
 
     def slow_attention(*args, **keywords):
@@ -184,7 +185,7 @@ def test_threads_change_nothing(measured, monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", slow_attention)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    together = context_losses(model, contexts, table, columns, 16)
+    together = context_losses(model, contexts, Truth(table, columns), 16)
     assert torch.get_num_threads() == before
     assert flash and not any(flash)
     for a, b in zip(alone, together, strict=True):
@@ -210,7 +211,7 @@ def test_paired_comparison(measured):
     a, b = random_model(vocabulary.size), random_model(vocabulary.size)
     with torch.no_grad():
         b.layers[1].output.weight += 0.002 * torch.randn_like(b.layers[1].output.weight)
-    losses = [context_losses(model, contexts, table, columns) for model in (a, b)]
+    losses = [context_losses(model, contexts, Truth(table, columns)) for model in (a, b)]
     details = compare_losses(*losses, contexts)
     gaps = [gap for _, gap in losses]
     sentences = [np.array([part.mean() for part in np.split(gap, contexts.offsets[1:-1])]) for gap in gaps]
@@ -233,7 +234,7 @@ def test_sampled_and_exact_loss_agree_on_the_languages_own_text(measured, tiny_r
     texts = [text for name in ("training0.txt", "training1.txt") for text in read_texts(tiny_data / name)]
     table = LookupTable.compute(Grammar.read(tiny_rules), texts, "training")
     columns = np.array([vocabulary.ids[word] for word in table.words])
-    details = measure_loss(model, from_texts(texts, vocabulary, "training"), table, columns)
+    details = measure_loss(model, from_texts(texts, vocabulary, "training"), Truth(table, columns))
     difference = details["sampled_minus_exact"]["pairs"]
     assert 0 < difference["standard_error"] < 0.2
     assert abs(difference["mean"]) < 4 * difference["standard_error"]
@@ -261,16 +262,16 @@ def test_a_table_of_entropies_only_gives_the_same_loss_up_to_its_error(measured,
             "--entropy-only",
         ]
     )
-    full = measure_loss(model, contexts, table, columns)
-    details = measure_loss(model, contexts, LookupTable.open(reduced), columns)
+    full = measure_loss(model, contexts, Truth(table, columns))
+    details = measure_loss(model, contexts, Truth(LookupTable.open(reduced), columns))
     assert "sampled_minus_exact" not in details
     assert details["sampled_loss"] == full["sampled_loss"]
     assert details["entropy"]["pairs"]["mean"] == pytest.approx(full["entropy"]["pairs"]["mean"], rel=1e-6)
     for kind in ("pairs", "sentences"):
         difference = full["sampled_minus_exact"][kind]
         gap = full["gap"][kind]["mean"] + difference["mean"]
-        expected = np.asarray(-table.log_true - table.entropy)
-        offset = (mean_by_pairs if kind == "pairs" else mean_by_sentences)(expected, contexts.counts)[0]
+        means = SentenceMeans().add(-table.log_true - table.entropy, contexts.counts)
+        offset = (means.by_pairs() if kind == "pairs" else means.by_sentences())[0]
         assert details["gap"][kind]["mean"] == pytest.approx(gap - offset, abs=1e-5)
 
 

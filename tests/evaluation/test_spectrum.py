@@ -6,7 +6,8 @@ import torch
 
 from pcfg.common.files import InputError
 from pretraining.evaluation import hessian
-from pretraining.evaluation.hessian import Sampling, Truth, draw_probe
+from pretraining.evaluation.hessian import Sampling, draw_probe
+from pretraining.evaluation.inputs import Truth
 from pretraining.evaluation.spectrum import SpectrumOptions, density_of, hessian_operator, lanczos, measure_spectrum
 from tests.evaluation.dense import Flat, OwnDistribution, true_labels
 

@@ -12,7 +12,7 @@ import pytest
 from pcfg import lookup
 from pcfg.chart import Chart
 from pcfg.common.files import InputError
-from pcfg.common.means import mean_by_pairs, mean_by_sentences
+from pcfg.common.means import SentenceMeans
 from pcfg.common.text import text_blocks, write_labelled
 from pcfg.grammar import Grammar
 from pcfg.lookup import LookupTable, main
@@ -113,8 +113,9 @@ def test_a_long_text_in_blocks_is_the_text_at_once(folder, table_path, monkeypat
         for name in ("entropy", "log_true", "true_words", "lengths"):
             np.testing.assert_array_equal(getattr(table, name), getattr(whole, name))
         means = table.mean_entropy()
-        assert means.by_pairs() == pytest.approx(mean_by_pairs(whole.entropy, whole.lengths), rel=1e-7, abs=1e-7)
-        assert means.by_sentences() == pytest.approx(mean_by_sentences(whole.entropy, whole.lengths), rel=1e-7, abs=1e-7)
+        at_once = SentenceMeans().add(whole.entropy, whole.lengths)
+        assert means.by_pairs() == pytest.approx(at_once.by_pairs(), rel=1e-7, abs=1e-7)
+        assert means.by_sentences() == pytest.approx(at_once.by_sentences(), rel=1e-7, abs=1e-7)
     (folder / "bad.txt").write_text("a b\n\n" * 60 + "b a\n")
     with pytest.raises(InputError, match="can't derive sentence 61 .'b a'"):
         run(folder, "bad.txt", "bad.hdf5")
@@ -160,7 +161,7 @@ def test_expected_log_probability_is_the_entropy(folder):
     sampler = Sampler(Grammar.read(folder / "rules.txt"), 8)
     texts = sampler.texts(*sampler.sample(20_000, np.random.default_rng(2)))
     table = LookupTable.compute(Grammar.read(folder / "rules.txt"), texts, "memory")
-    mean, error = mean_by_pairs(-table.log_true - table.entropy, table.lengths)
+    mean, error = SentenceMeans().add(-table.log_true - table.entropy, table.lengths).by_pairs()
     # Sentences were cut at 8 words, which changes no conditional: x_-t fixes the length.
     assert abs(mean) < 4 * error < 0.02
     with pytest.raises(InputError, match="sha256 none"):
@@ -271,8 +272,8 @@ def test_entropy_of_the_published_grammar(published_rules):
     sampler = Sampler(grammar, 31)
     texts = sampler.texts(*sampler.sample(20_000, np.random.default_rng(8)))
     table = LookupTable.compute(grammar, texts, "sampled sentences")
-    for function, expected in ((mean_by_pairs, 4.4565), (mean_by_sentences, 4.1850)):
-        mean, error = function(table.entropy, table.lengths)
+    for function, expected in ((SentenceMeans.by_pairs, 4.4565), (SentenceMeans.by_sentences, 4.1850)):
+        mean, error = function(SentenceMeans().add(table.entropy, table.lengths))
         print(f"{function.__name__}: {mean:.4f} +- {error:.4f}")
         assert abs(mean - expected) < 4 * error
         assert error < 0.01

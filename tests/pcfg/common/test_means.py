@@ -2,27 +2,27 @@ import numpy as np
 import pytest
 
 from pcfg.common.files import InputError
-from pcfg.common.means import SentenceMeans, mean_by_pairs, mean_by_sentences
+from pcfg.common.means import SentenceMeans
 
 
 def test_means_and_their_errors():
     rng = np.random.default_rng(3)
-    estimates = {mean_by_pairs: [], mean_by_sentences: []}
-    errors = {mean_by_pairs: [], mean_by_sentences: []}
+    estimates = {SentenceMeans.by_pairs: [], SentenceMeans.by_sentences: []}
+    errors = {SentenceMeans.by_pairs: [], SentenceMeans.by_sentences: []}
     for _ in range(400):
         lengths = rng.integers(1, 6, size=200)
         # values of a sentence depend on each other and on its length, so positions are no independent sample
         values = np.repeat(rng.normal(size=200) + lengths, lengths) + rng.normal(size=lengths.sum())
         for function in estimates:
-            mean, error = function(values, lengths)
+            mean, error = function(SentenceMeans().add(values, lengths))
             estimates[function].append(mean)
             errors[function].append(error)
-    assert np.mean(estimates[mean_by_pairs]) == pytest.approx(55 / 15, abs=0.02)
-    assert np.mean(estimates[mean_by_sentences]) == pytest.approx(3, abs=0.02)
+    assert np.mean(estimates[SentenceMeans.by_pairs]) == pytest.approx(55 / 15, abs=0.02)
+    assert np.mean(estimates[SentenceMeans.by_sentences]) == pytest.approx(3, abs=0.02)
     for function in estimates:
         assert np.mean(errors[function]) == pytest.approx(np.std(estimates[function]), rel=0.12)
     with pytest.raises(InputError, match="at least 2"):
-        mean_by_pairs(np.ones(3), np.array([3]))
+        SentenceMeans().add(np.ones(3), np.array([3])).by_pairs()
 
 
 def naive_means(values, lengths):

@@ -18,11 +18,12 @@ import calculate_hessian
 import calculate_loss
 import generate_pretraining
 from pcfg.common.files import InputError, read_json, write_json
-from pcfg.common.means import mean_by_pairs, mean_by_sentences
+from pcfg.common.means import SentenceMeans
 from pcfg.common.text import read_texts
 from pcfg.lookup import LookupTable
-from pretraining.data.contexts import from_texts
+from pretraining.data.contexts import from_texts, table_columns
 from pretraining.data.vocabulary import Vocabulary
+from pretraining.evaluation.inputs import Truth
 from pretraining.evaluation.loss import context_losses
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, save_model
@@ -137,12 +138,15 @@ def test_a_part_of_the_text_is_the_part_of_the_table(text, opt_folder, table_pat
 def test_means_of_some_positions():
     """Values that are the same all over a sentence: then some positions say as much as all."""
     lengths, counts, value = np.array([3, 1, 4]), np.array([2, 1, 1]), np.array([1.0, 5.0, 2.0])
-    for mean in (mean_by_pairs, mean_by_sentences):
-        assert mean(np.repeat(value, counts), counts, lengths) == pytest.approx(mean(np.repeat(value, lengths), lengths))
+    some = SentenceMeans().add(np.repeat(value, counts), counts, lengths)
+    whole = SentenceMeans().add(np.repeat(value, lengths), lengths)
+    assert some.by_pairs() == pytest.approx(whole.by_pairs())
+    assert some.by_sentences() == pytest.approx(whole.by_sentences())
     # chance: the mean over all choices is the mean of all
     values = np.array([1.0, 2.0, 6.0, 5.0, 2.0, 4.0])
-    choices = [mean_by_sentences(np.array([a, 5.0, b]), [1, 1, 1], [3, 1, 2])[0] for a in values[:3] for b in values[4:]]
-    assert np.mean(choices) == pytest.approx(mean_by_sentences(values, [3, 1, 2])[0])
+    pairs = [np.array([a, 5.0, b]) for a in values[:3] for b in values[4:]]
+    choices = [SentenceMeans().add(pair, [1, 1, 1], [3, 1, 2]).by_sentences()[0] for pair in pairs]
+    assert np.mean(choices) == pytest.approx(SentenceMeans().add(values, [3, 1, 2]).by_sentences()[0])
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +181,8 @@ def test_the_gap_is_that_of_a_naive_computation(text, masked_model, table_path, 
             p = naive(sentence, place)
             gaps.append(np.sum(p * (np.log(p) - log_f)))
     gaps, lengths = np.array(gaps), np.array([len(line.split()) for line in texts])
-    for mean, function in (("pairs", mean_by_pairs), ("sentences", mean_by_sentences)):
-        expected = function(gaps, lengths)
+    for mean, function in (("pairs", SentenceMeans.by_pairs), ("sentences", SentenceMeans.by_sentences)):
+        expected = function(SentenceMeans().add(gaps, lengths))
         found = record["gap"][mean]
         assert (found["mean"], found["standard_error"]) == pytest.approx(expected, abs=2e-5)
     row = collect(tmp_path / "models").measured.xs("value", axis=1, level=1).iloc[0]  # of the report
@@ -191,8 +195,8 @@ def test_the_gap_is_that_of_a_naive_computation(text, masked_model, table_path, 
     assert "the first 20 of 24 sentences" in capsys.readouterr().out
     some = LookupTable.open(some_path)
     rows = np.concatenate([[0], np.cumsum(lengths)])[np.repeat(np.arange(20), some.counts)] + some.places
-    for mean, function in (("pairs", mean_by_pairs), ("sentences", mean_by_sentences)):
-        expected = function(gaps[rows], some.counts, some.lengths)
+    for mean, function in (("pairs", SentenceMeans.by_pairs), ("sentences", SentenceMeans.by_sentences)):
+        expected = function(SentenceMeans().add(gaps[rows], some.counts, some.lengths))
         found = part["gap"][mean]
         assert (found["mean"], found["standard_error"]) == pytest.approx(expected, abs=2e-5)
     assert part["sentences"] == 20 and part["contexts"] == some.positions
@@ -221,7 +225,8 @@ def test_entropies_alone_give_a_gap(text, opt_folder, masked_model, tmp_path):
     table = LookupTable.open(tmp_path / "e.hdf5")
     texts, vocabulary = read_texts(text / "test0.txt"), Vocabulary.read(text / "vocab.txt")
     contexts = from_texts(texts, vocabulary, "test0.txt", table)
-    sampled, gap = context_losses(load_model(masked_model), contexts, table)
+    truth = Truth(table, table_columns(table, vocabulary, "e.hdf5"))
+    sampled, gap = context_losses(load_model(masked_model), contexts, truth)
     np.testing.assert_allclose(gap, table.log_true + sampled)
     assert contexts.counts.tolist() == [1] * 24
 
