@@ -21,22 +21,15 @@ from pcfg.common.files import atomic_open
 from pcfg.common.ranks import use_threads
 from pretraining.data.contexts import Contexts, concatenate, sentence_batch
 from pretraining.data.tasks import Part, Task, encode_task
-from pretraining.evaluation.downstream import (
-    HARMLESS,
-    TRAINING_FLAGS,
-    DownstreamArguments,
-    flag,
-    measure_accuracy,
-    plain_flags,
-    training_steps,
-)
+from pretraining.evaluation import downstream
+from pretraining.evaluation.downstream import TRAINING_FLAGS, DownstreamArguments, flag
 from pretraining.evaluation.records import FinetuneRecord
 from pretraining.evaluation.solvers import check_loss, finite_argmax, linear_head
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import describe_model, load_model
 
 # Further flags that do not change the result; eval_strategy and eval_steps do, since they decide the best accuracy.
-FINETUNING_HARMLESS = HARMLESS | {
+FINETUNING_HARMLESS = downstream.HARMLESS | {
     *("logging_dir", "logging_first_step", "logging_steps", "logging_strategy", "save_steps", "run_name"),
     *("dataloader_num_workers", "dataloader_pin_memory", "log_level", "do_predict"),
 }
@@ -181,7 +174,7 @@ def finetune_model(
     predictions_file = f"finetune_{task.name}_predictions.csv"
 
     def run(seeds: list[int]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        training_steps(training, len(task.train))  # refuses a warm-up longer than the training
+        downstream.training_steps(training, len(task.train))  # refuses a warm-up longer than the training
         config = load_model(folder).config
         use_threads(config.hidden_size)
         parts = encode_task(task, folder, config, options)
@@ -197,7 +190,8 @@ def finetune_model(
         return runs, fields
 
     further = {name: value for name, value in changed.items() if name not in (*FINETUNING_HARMLESS, *TRAINING_FLAGS)}
-    flags = {**plain_flags(training, TRAINING_FLAGS), **further, "early_stopping_patience": patience}
+    flags = {**downstream.plain_flags(training, TRAINING_FLAGS), **further, "early_stopping_patience": patience}
     name = f"finetune_{task.name}.json"
     files = () if task.test is None else (predictions_file,)
-    measure_accuracy(output, name, FinetuneRecord, task, options, training, describe_model(folder), flags, run, files)
+    model = describe_model(folder)
+    downstream.measure_accuracy(output, name, FinetuneRecord, task, options, training, model, flags, run, files)
