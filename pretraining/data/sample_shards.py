@@ -28,13 +28,7 @@ from pretraining.data.masking import MaskingRule, check_lengths, mask_sentences
 from pretraining.data.piece_encoder import BLOCK_BYTES, PieceEncoder
 from pretraining.data.samples import ROWS_PER_CHUNK, SAMPLES_MANIFEST, Samples, sample_name, sample_paths, write_samples
 from pretraining.data.vocabulary import TOKENIZER_FILES, Vocabulary, find_vocabulary
-from pretraining.data.wordpiece import (
-    check_same_tokenizer,
-    find_own_tokenizer,
-    ordinary_words_changed,
-    wordpiece,
-    write_tokenizer,
-)
+from pretraining.data.wordpiece import check_same_tokenizer, find_own_tokenizer, wordpiece, write_tokenizer
 
 SAMPLE_SPLITS = {split: split.removesuffix("ing") for split in SPLITS}  # of text files -> of sample files: train, test
 ROWS_PER_BLOCK = 4 * ROWS_PER_CHUNK  # samples that are in memory at the same time, uncompressed
@@ -284,7 +278,7 @@ def generate(options: argparse.Namespace) -> None:
         _save_tokenizer(recipe, own, name, manifest)
         changed: frozenset[str] = frozenset()
         if remaining and not recipe.documents:
-            changed = ordinary_words_changed(recipe.vocabulary, own or wordpiece(recipe.vocabulary, recipe.do_lower_case))
+            changed = recipe.vocabulary.changed_by(own or wordpiece(recipe.vocabulary, recipe.do_lower_case))
         # Absolute, as a Ray task may run in another working directory.
         make = functools.partial(make_samples, recipe=recipe, changed_words=changed, folder=options.output_dir.absolute())
         with contextlib.closing(run_jobs(make, remaining, what="masking", **executor)) as results:

@@ -137,6 +137,13 @@ class Vocabulary:
         is_word_or_piece = [_is_ordinary(word) or word.startswith("##") for word in self.words]
         return np.flatnonzero(is_word_or_piece).astype(np.int32)
 
+    def changed_by(self, tokenizer: Any) -> frozenset[str]:
+        """The ordinary words that a tokenizer of the library `tokenizers` doesn't turn into one token that is the word."""
+        ids = self.ordinary_ids().tolist()
+        words = [self.words[index] for index in ids]
+        encodings = tokenizer.encode_batch_fast(words, add_special_tokens=False)
+        return frozenset(word for word, index, encoding in zip(words, ids, encodings, strict=True) if encoding.ids != [index])
+
     def encode(self, texts: list[str], source: object) -> tuple[np.ndarray, np.ndarray]:
         """Sentences of ordinary words, as ids (n, T) int32, padded with `pad_id`, and their lengths (n,) int32 in words."""
         flat, lengths = self._index.encode_texts(texts, source)

@@ -1,4 +1,4 @@
-"""BERT's tokenizer, its files and a check of words, by the library `tokenizers` alone: transformers takes seconds to import.
+"""BERT's tokenizer and its files, by the library `tokenizers` alone: transformers takes seconds to import.
 
 The files are those of `vocabulary.save_tokenizer` and transformers' BertTokenizerFast, byte for byte.
 """
@@ -36,14 +36,6 @@ def add_special_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
         pair=f"{CLS}:0 $A:0 {SEP}:0 $B:1 {SEP}:1",
         special_tokens=[(CLS, vocabulary.cls_id), (SEP, vocabulary.sep_id)],
     )
-
-
-def ordinary_words_changed(vocabulary: Vocabulary, tokenizer: Tokenizer) -> frozenset[str]:
-    """The ordinary words of a vocabulary that a tokenizer of it doesn't turn into one token that is the word."""
-    ids = vocabulary.ordinary_ids().tolist()
-    words = [vocabulary.words[index] for index in ids]
-    encodings = tokenizer.encode_batch_fast(words, add_special_tokens=False)
-    return frozenset(word for word, index, encoding in zip(words, ids, encodings, strict=True) if encoding.ids != [index])
 
 
 def find_own_tokenizer(folder: AnyPath, vocabulary: Vocabulary) -> Tokenizer | None:

@@ -11,7 +11,7 @@ from pcfg.common.text import shown
 from pcfg.grammar import Grammar, find_rules
 from pcfg.sampler import DRAWING, Sampler
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
-from pretraining.data.wordpiece import ordinary_words_changed, wordpiece
+from pretraining.data.wordpiece import wordpiece
 from pretraining.sources.text_shards import Shard, TextFolder, add_folder_arguments, add_shard_arguments, list_shards
 
 SIZE_SAMPLE = 2_000  # sentences from which the mean size of a sentence is estimated
@@ -47,7 +47,7 @@ def _refuse_changed_words(grammar: Grammar, vocabulary: Vocabulary) -> None:
     """Refuse words that BERT's tokenizer never takes as one token; say so if it needs another --do_lower_case for some."""
     ordinary = {vocabulary.words[index] for index in vocabulary.ordinary_ids()}
     for lower in (False, True):
-        changed = ordinary_words_changed(vocabulary, wordpiece(vocabulary, do_lower_case=lower))
+        changed = vocabulary.changed_by(wordpiece(vocabulary, do_lower_case=lower))
         wrong = [word for word in grammar.words if word not in ordinary or word in changed]
         listed = ", ".join(map(shown, wrong[:5])) + (f" and {len(wrong) - 5:,} more" if len(wrong) > 5 else "")
         if wrong and not lower:

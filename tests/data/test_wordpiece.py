@@ -14,7 +14,7 @@ from pretraining.data.vocabulary import (
     resolve_tokenizer,
     save_tokenizer,
 )
-from pretraining.data.wordpiece import ordinary_words_changed, wordpiece, write_tokenizer
+from pretraining.data.wordpiece import wordpiece, write_tokenizer
 from tests.bert_tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def test_the_files_are_found_and_loaded(tmp_path):
 def test_changed_words_are_those_of_transformers(vocabulary, do_lower_case):
     words = [vocabulary.words[index] for index in vocabulary.ordinary_ids()]
     expected = changed_words(build_tokenizer(vocabulary, do_lower_case, 17), words)
-    assert ordinary_words_changed(vocabulary, wordpiece(vocabulary, do_lower_case)) == frozenset(expected)
+    assert vocabulary.changed_by(wordpiece(vocabulary, do_lower_case)) == frozenset(expected)
     assert "cat" not in expected and ("Cat" not in words or ("Cat" in expected) == do_lower_case)
 
 

@@ -24,7 +24,7 @@ from tokenizers.models import WordPiece
 
 from pcfg.common.files import InputError
 from pretraining.data.vocabulary import SPECIAL_TOKENS, Vocabulary
-from pretraining.data.wordpiece import UNK, add_special_tokens, ordinary_words_changed
+from pretraining.data.wordpiece import UNK, add_special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,7 +132,6 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.Sequence([decoders.Replace(JOINED, ""), decoders.Replace(SPACED, " "), decoders.Fuse()])
     add_special_tokens(tokenizer, vocabulary)
-    changed = ordinary_words_changed(vocabulary, tokenizer)
-    if changed:
+    if changed := vocabulary.changed_by(tokenizer):
         raise InputError(f"vocabulary: {sorted(changed)[0]!r} is no piece that stays one token; generate the text again")
     return tokenizer

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pcfg.common.files import InputError
 from pretraining.data.vocabulary import SPECIAL_TOKENS, TOKENIZER_FILES, Vocabulary, resolve_tokenizer
-from pretraining.data.wordpiece import ordinary_words_changed, write_tokenizer
+from pretraining.data.wordpiece import write_tokenizer
 from pretraining.sources.opt.escaped_tokens import (
     CLOSE,
     JOINED,
@@ -119,7 +119,7 @@ def test_a_text_comes_back(plain):
 def test_a_cut_that_would_split_a_piece_is_not_made():
     vocabulary = Vocabulary([*SPECIAL_TOKENS, "Ġa.b", "Ġx", "‿1", "‿.", "‿,"])
     tokenizer = build_tokenizer(vocabulary)
-    assert not ordinary_words_changed(vocabulary, tokenizer)
+    assert not vocabulary.changed_by(tokenizer)
     assert tokenizer.encode(" x1, a.b, dog1.", add_special_tokens=False).tokens == "Ġx ‿1 ‿, Ġa.b ‿, [UNK] ‿.".split()
     with pytest.raises(InputError, match="no piece that stays one token"):
         build_tokenizer(Vocabulary([*SPECIAL_TOKENS, "‿a[SEP]"]))
