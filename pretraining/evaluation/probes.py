@@ -24,19 +24,9 @@ from pcfg.grammar import Grammar, find_rules
 from pcfg.lookup import LookupTable
 from pretraining.data.masking import check_lengths
 from pretraining.data.tasks import Task, encode_task
-from pretraining.evaluation import downstream, solvers
+from pretraining.evaluation import downstream, features, solvers
 from pretraining.evaluation.downstream import DownstreamArguments, DownstreamTrainingArguments, flag
-from pretraining.evaluation.features import (
-    FEATURES,
-    POOLS,
-    Pool,
-    check_position,
-    conditional_features,
-    feature_width,
-    hidden_features,
-    table_features,
-    word_features,
-)
+from pretraining.evaluation.features import FEATURES, POOLS, Pool, check_position, feature_width
 from pretraining.evaluation.records import CurvePoint, CurveRecord, Mean, ProbeRecord, is_measured, write_record
 from pretraining.evaluation.solvers import ProbeData
 from pretraining.model.checkpoints import FACTS_FILE, describe_model, is_model_folder, load_model
@@ -236,10 +226,10 @@ def _measure(
     The record is `probe_TASK.json` or `curve_TASK_SOLVER.json`. Choices that are not the defaults stand before the task:
     features, solver (of a probe), pooling, layer and position.
     """
-    features = options.features if options.needs_model else "hidden"  # a control has one kind of features only
+    kind = options.features if options.needs_model else "hidden"  # a control has one kind of features only
     is_curve = options.label_counts is not None
     choices = (
-        (features, features != "hidden"),
+        (kind, kind != "hidden"),
         (options.method, options.method != "adamw" and not is_curve),
         (options.pool, options.pool != "concat"),
         (f"layer{options.layer}", options.layer is not None),
@@ -254,12 +244,12 @@ def _measure(
         downstream.training_steps(training, len(task.train))  # refuses a warm-up longer than the training
 
     def prepare() -> ProbeData:
-        features, width = compute_features()
-        for rows, part in zip(features, task.parts(), strict=False):
+        vectors, width = compute_features()
+        for rows, part in zip(vectors, task.parts(), strict=False):
             if not rows.isfinite().all():
                 raise InputError(f"{folder}: features of {part.file} are not finite; the model's hidden states overflow")
         labels = [torch.from_numpy(part.labels) for part in (task.train, task.validation)]
-        train, validation, *labels = _placed(training.device, *features, *labels)
+        train, validation, *labels = _placed(training.device, *vectors, *labels)
         return ProbeData(train, labels[0], validation, labels[1], len(task.classes), width)
 
     def run(seeds: list[int]) -> tuple[list[dict[str, float]], dict[str, Any]]:
@@ -337,10 +327,10 @@ def probe_model(folder: Path, output: Path, task: Task, options: ProbeArguments,
         for part, file in zip(parts, task.parts(), strict=True):
             check_position(pool, part.lengths - 2, file.file)
         if options.features == "hidden":
-            features = [hidden_features(model, part, longest, pool, layer=options.layer) for part in parts]
-            return features, feature_width(pool, options.max_seq_length, model.config.hidden_size)
-        features = [conditional_features(model, part, longest - 2, pool) for part in parts]
-        return features, feature_width(pool, options.max_seq_length - 2, model.config.vocab_size)
+            vectors = [features.hidden_features(model, part, longest, pool, layer=options.layer) for part in parts]
+            return vectors, feature_width(pool, options.max_seq_length, model.config.hidden_size)
+        vectors = [features.conditional_features(model, part, longest - 2, pool) for part in parts]
+        return vectors, feature_width(pool, options.max_seq_length - 2, model.config.vocab_size)
 
     _measure(output, describe_model(folder), task, options, training, compute_features)
 
@@ -359,8 +349,8 @@ def probe_words(task: Task, options: ProbeArguments, training: DownstreamTrainin
             check_lengths(lengths, options.max_seq_length, part.file)
             check_position(options.pooling, lengths, part.file)
             sentences.append(words)
-        features = word_features(sentences, options.pooling)
-        return features, features[0].shape[1]
+        vectors = features.word_features(sentences, options.pooling)
+        return vectors, vectors[0].shape[1]
 
     _measure(folder, None, task, options, training, compute_features)
 
@@ -377,8 +367,8 @@ def probe_lookup_table(task: Task, options: ProbeArguments, training: Downstream
             check_lengths(words, options.max_seq_length, part.file)
             check_position(options.pooling, words, part.file)
         longest = max(int(words.max()) for words in lengths)
-        features = [table_features(table, longest, options.pooling, len(part)) for table, part in pairs]
-        return features, feature_width(options.pooling, options.max_seq_length - 2, len(pairs[0][0].words))
+        vectors = [features.table_features(table, longest, options.pooling, len(part)) for table, part in pairs]
+        return vectors, feature_width(options.pooling, options.max_seq_length - 2, len(pairs[0][0].words))
 
     model = {"name": LOOKUP_TABLE, "grammar_sha256": grammar_sha256}
     _measure(folder, model, task, options, training, compute_features)
