@@ -144,7 +144,10 @@ class Grammar:
         number = np.full(len(rules.symbols) + 1, -1)
         number[symbols] = np.arange(len(symbols))
         sides = np.column_stack([number[rules.left], number[rules.first], number[rules.second]])  # (R, 3)
-        _refuse_words_in_binary_rules(rules, sides)
+        for rule in np.flatnonzero((rules.second >= 0) & (sides < 0).any(axis=1))[:1]:
+            word = shown(rules.symbols[(rules.first if sides[rule, 1] < 0 else rules.second)[rule]])
+            wrong = f"{word} in a binary rule is a word (it is no left side)"
+            raise InputError(f"{rules.place(rule)}: {wrong}; give the word a nonterminal of its own")
 
         origin, probability = _merged(rules, sides[:, 0], first_rule)
         sides = sides[origin]
@@ -301,14 +304,6 @@ class Grammar:
         """
         flat, lengths = WordIndex(self.words).encode_texts(texts, source)
         return padded(flat, lengths, -1), lengths
-
-
-def _refuse_words_in_binary_rules(rules: WeightedRules, sides: np.ndarray) -> None:
-    """`sides`, (R, 3): the nonterminals of the rules, -1 for a word or no symbol."""
-    for rule in np.flatnonzero((rules.second >= 0) & (sides < 0).any(axis=1))[:1]:
-        word = shown(rules.symbols[(rules.first if sides[rule, 1] < 0 else rules.second)[rule]])
-        wrong = f"{word} in a binary rule is a word (it is no left side)"
-        raise InputError(f"{rules.place(rule)}: {wrong}; give the word a nonterminal of its own")
 
 
 def _merged(rules: WeightedRules, left: np.ndarray, first_rule: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

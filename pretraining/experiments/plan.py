@@ -330,10 +330,7 @@ class Planner:
             words += flag_words("run_ft", design.finetune)
             needs = _task_needs(task)
             self._add_records(models, f"finetune {label}", f"finetune_{task.name}.json", words, stage, needs)
-        self._measure_own(models)
-
-    def _measure_own(self, models: Run) -> None:
-        """The measurements that the study's author has written."""
+        # The measurements that the study's author has written.
         folders = [folder for seed in models.seeds for folder in models.models(seed)]
         for measurement, folder in itertools.product(self.design.measurements.values(), folders):
             record = f"{folder}/{measurement.name}.json"

@@ -439,9 +439,9 @@ class _Resolver:
                 raise table.error(f"labels: {count} is none of the label_counts {', '.join(map(str, label_counts))}", "labels")
         measured = tuple(label for label, labelled in tasks.items() if labelled.is_measured)
         names = table.take_list("tasks", str, measured)
-        name = f"{self._title(before)} to {self._title(after)}"
+        sides = [of.group if len(self.groups[of.group].steps) == 1 else f"{of.group}@{of.step}" for of in (before, after)]
         comparison = Comparison(
-            name=table.take("name", str, name),
+            name=table.take("name", str, " to ".join(sides)),
             claim=table.take("claim", str, ""),
             before=before,
             after=after,
@@ -454,9 +454,6 @@ class _Resolver:
         )
         table.finish()
         return comparison
-
-    def _title(self, models: Models) -> str:
-        return models.group if len(self.groups[models.group].steps) == 1 else f"{models.group}@{models.step}"
 
     def _check_pair(self, table: Table, before: Models, after: Models) -> None:
         """Refuse a comparison that says nothing about its groups."""
