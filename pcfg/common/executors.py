@@ -21,6 +21,8 @@ from pcfg.common.files import InputError
 
 RAY_RETRIES = 3  # of a task whose worker died
 CONNECT_SECONDS = 10
+# The beginning of a connection by HTTP/2, which Ray speaks: preface and empty frame of settings. A server answers by type 4.
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 
 def add_processes_argument(parser: argparse._ActionsContainer) -> None:
@@ -167,6 +169,8 @@ def _import_ray(address: str | None) -> types.ModuleType:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if address is None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on any system: use the loopback interface
+    else:
+        os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", str(2 * CONNECT_SECONDS))  # for Ray on this machine
     try:
         import ray
     except ImportError:
@@ -184,15 +188,21 @@ def _start_ray(ray: types.ModuleType, workers: int, address: str | None) -> None
         return
     try:
         if address != "auto":
-            # Ray would try for minutes to reach a missing address.
+            # Ray would try for minutes to reach a missing address, or what is not Ray.
             host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+            if not port.isdecimal() or not host:
+                raise ValueError("not HOST:PORT")
+            with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS) as head:
+                head.sendall(HTTP2)
+                if head.recv(4)[3:] != b"\4" and "RAY_USE_TLS" not in os.environ:
+                    raise OSError("something else listens")
         ray.init(address, **quiet)
     except (OSError, OverflowError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error.__cause__ or error).split())  # of other versions, Ray's is of many lines
+        reason = "it answers, but does not run on this machine" if reason.startswith("No node info found") else reason
         raise InputError(
-            f"--ray-address {address}: no Ray cluster answers there ({reason}); give HOST:PORT of its head or auto, "
-            "or leave it out to start Ray on this machine"
+            f"--ray-address {address}: no Ray cluster to join there ({reason}); give HOST:PORT of its head or auto, on a "
+            "machine of the cluster (ray start --address HOST:PORT), or leave it out to start Ray on this machine"
         ) from None
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -211,6 +212,7 @@ def describe_file(path: AnyPath) -> dict[str, str]:
 # A hash finds damage (a truncation, a flipped byte, files of two folders mixed up), not malice: whoever can write the folder
 # can write its hashes.
 FILES = "files"
+SIGHT = (0.2, 1.0, 4.0)  # seconds between looks for a file that another machine has made
 
 
 def check_file(path: Path, manifest: Path, content: dict, advice: str = "make it again", digest: str | None = None) -> None:
@@ -306,10 +308,18 @@ class Manifest:
     def add(self, name: str, **facts: Any) -> None:
         """Record the finished file `name`, with further facts (counts), and write the manifest.
 
-        Its size and SHA-256 are read from the file, unless they are among the facts, as from `pcfg.common.text.write_shard`.
+        Its size and SHA-256 are read from the file, unless they are among the facts, as from `pcfg.common.text.write_shard`. A
+        file that is not here in its size was made by another machine in a folder of its own.
         """
+        file = self.path.parent / name
+        for wait in (*SIGHT, None):
+            os.listdir(file.parent)  # a network's file system looks again for what another machine has made
+            if file.exists() and facts.get("size", file.stat().st_size) == file.stat().st_size:
+                break
+            if wait is None:
+                raise InputError(f"{file}: was made elsewhere and is not here; all machines need the same folder at this path")
+            time.sleep(wait)
         if "sha256" not in facts:
-            file = self.path.parent / name
             facts = {"size": file.stat().st_size, "sha256": sha256(file), **facts}
         self.content[FILES][name] = facts
         # By name: the order in which files are finished varies from run to run.

@@ -98,6 +98,7 @@ def _meet(rank: int, size: int) -> dist.Store:
     port = int(os.environ.get("MASTER_PORT", 29500))
     keys = [f"rank{other}" for other in range(size)]
     missing = keys[:1]
+    limit = datetime.timedelta(seconds=MEETING)
     deadline = time.monotonic() + MEETING
     # torchrun has a server of its own, and may start all ranks again.
     is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -108,7 +109,7 @@ def _meet(rank: int, size: int) -> dist.Store:
             with contextlib.suppress(OSError):
                 if store is None and not is_server:  # torch's own tries are pages of output
                     socket.create_connection((host, port), timeout=1).close()
-                store = store or dist.PrefixStore(attempt, dist.TCPStore(host, port, size, is_server, EXCHANGE, False, True))
+                store = store or dist.PrefixStore(attempt, dist.TCPStore(host, port, size, is_server, limit, False, True))
                 store.set(keys[rank], "")
                 missing = [key for key in keys if not store.check([key])]
             if missing and time.monotonic() > deadline:
@@ -123,6 +124,7 @@ def _meet(rank: int, size: int) -> dist.Store:
             f"MASTER_ADDR {host}, MASTER_PORT {port}: {reason}; is the port in use, or has rank 0 ended?"
         ) from None
     assert store is not None
+    store.set_timeout(EXCHANGE)
     return store
 
 

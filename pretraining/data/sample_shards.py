@@ -137,7 +137,7 @@ def _handle_strangers(shards: list[TextShard], manifest: Manifest, overwrite: bo
 
 
 def make_samples(shard: TextShard, recipe: Recipe, changed_words: frozenset[str], folder: Path) -> dict[str, dict[str, int]]:
-    """Write the sample shards of one text shard into `folder`; returns counts of each file, by name.
+    """Write the sample shards of one text shard into `folder`; returns size and counts of each file, by name.
 
     The counts are "samples"; of documents also "tokens", those that are "unknown" and "cut_sentences". `changed_words` are the
     words of the vocabulary that the tokenizer would split or change.
@@ -159,7 +159,7 @@ def make_samples(shard: TextShard, recipe: Recipe, changed_words: frozenset[str]
             rng = keyed_rng(recipe.seed, f"packing-{shard.split}", number)
             lengths = pack(lines, recipe.max_seq_length - 2, recipe.short_seq_prob, rng)
         write_samples(folder / name, _masked_blocks(flat, lengths, shard, recipe, number))
-        facts[name] = {"samples": len(lengths), **counts}
+        facts[name] = {"size": (folder / name).stat().st_size, "samples": len(lengths), **counts}
     return facts
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from pcfg.common import files
 from pcfg.common.executors import add_executor_arguments, end_if_asked, executor_options, run_jobs
 from pcfg.common.files import InputError
 from pcfg.common.text import read_texts
+from pretraining.sources.text_shards import Shard, TextFolder
 
 ROOT = Path(__file__).parents[3]
 LOCAL = [("processes", 1), ("processes", 2), ("threads", 2)]
@@ -255,6 +258,23 @@ def test_ray_gives_the_results_of_every_job_though_workers_are_killed(cluster, t
     assert cluster.is_initialized()  # what the caller started is left to the caller
 
 
+def written_elsewhere(shard):
+    """What a node answers that has written a shard into a folder of its own."""
+    return {"size": 5, "sha256": "0" * 64, "sentences": shard.sentences}
+
+
+def test_a_file_that_another_node_made_in_its_own_folder_is_missed(cluster, tmp_path, monkeypatch):
+    assert cluster.is_initialized()
+    monkeypatch.setattr(files, "SIGHT", (0.1,))
+    for content in (None, "cut"):
+        text = TextFolder(tmp_path, {}, [Shard("training", 0, 1)], overwrite=False)
+        if content is not None:
+            (tmp_path / "training0.txt").write_text(content)
+        with pytest.raises(InputError, match=r"/training0.txt: was made elsewhere and is not here; all machines need the same"):
+            text.write_shards(written_elsewhere, n_processes=2, executor="ray")
+        assert not (tmp_path / "manifest_pretraining.json").exists()
+
+
 def test_errors_of_jobs_on_ray_are_the_jobs_own(cluster, tmp_path):
     assert cluster.is_initialized()
     with pytest.raises(InputError) as refused:
@@ -275,12 +295,47 @@ def test_work_on_ray_that_nobody_waits_for_ends(cluster):
     assert time.monotonic() - started < 50
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "no-colon", "127.0.0.1:x", "127.0.0.1:123456789"])
-def test_an_address_without_a_cluster_is_refused(address, monkeypatch):
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("127.0.0.1:1", "Connection refused"),
+        ("no-colon", "not HOST:PORT"),
+        ("127.0.0.1:x", "not HOST:PORT"),
+        ("127.0.0.1:123456789", "Connection refused|port must be 0-65535"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused(address, reason, monkeypatch):
     ray = pytest.importorskip("ray", reason="Ray is not installed (tests/requirements.txt)")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    with pytest.raises(InputError, match=f"--ray-address {address}: no Ray cluster answers there"):
+    with pytest.raises(InputError, match=f"--ray-address {address}: no Ray cluster to join there .*{reason}"):
         list(run_jobs(math.factorial, [1], 2, "factorials", "ray", address))
+
+
+def test_a_port_that_is_not_rays_is_refused_at_once(monkeypatch):
+    ray = pytest.importorskip("ray", reason="Ray is not installed (tests/requirements.txt)")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def greet():
+        with server.accept()[0] as connection:
+            connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+            connection.recv(100)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=greet, daemon=True).start()
+        with pytest.raises(InputError, match=r"\(something else listens\); give HOST:PORT"):
+            list(run_jobs(math.factorial, [1], 2, "factorials", "ray", f"127.0.0.1:{server.getsockname()[1]}"))
+
+
+def test_the_versions_of_another_ray_are_in_its_line(monkeypatch):
+    ray = pytest.importorskip("ray", reason="Ray is not installed (tests/requirements.txt)")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def refuse(*_, **__):
+        raise ConnectionError("Failed to connect") from RuntimeError("Version mismatch:\n    Ray: 2.60.0\n    Python: 3.11.7\n")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(InputError, match="Version mismatch: Ray: 2.60.0 Python: 3.11.7"):
+        list(run_jobs(math.factorial, [1], 2, "factorials", "ray", "auto"))
 
 
 def test_a_missing_ray_is_said_so(monkeypatch):
