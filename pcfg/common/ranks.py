@@ -22,7 +22,7 @@ from pcfg.common.files import InputError, available_cores
 
 MEETING = 180.0  # seconds for all ranks to come together
 EXCHANGE = datetime.timedelta(minutes=30)  # for all ranks to take part in an exchange, as rank 0 may have work of its own
-WIDE = 128  # from this width of a model on, torch uses several threads
+WIDE = 64  # from this width of a model on, torch uses several threads
 
 
 class Ranks:

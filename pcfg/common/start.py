@@ -8,7 +8,7 @@ import os
 import signal
 
 INTERRUPTED = "interrupted; run the same command again to resume"
-SPINS = "5000"
+SPINS = "1000"
 
 if "OMP_WAIT_POLICY" not in os.environ:  # a user's own settings win
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
