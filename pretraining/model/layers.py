@@ -13,6 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pcfg.common.files import InputError
 from pretraining.model.config import ModelConfig
 
+# cuDNN takes half a second for each new shape, and nearly every batch is one.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 ACTIVATION_FUNCTIONS: dict[str, Callable] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "swish": F.silu}
 
 APEX_HELP = (

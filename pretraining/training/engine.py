@@ -168,9 +168,11 @@ def deepspeed_config(options: argparse.Namespace, world_size: int, arithmetic: s
         if getattr(options, name) is not None:
             config[name] = getattr(options, name)
     if arithmetic == "bfloat16":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # By default, ZeRO would sum the gradients of linear layers in bfloat16.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     if arithmetic == "float16":
         config["fp16"] = {"enabled": True, "loss_scale": 0, "min_loss_scale": LOWEST_LOSS_SCALE}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}  # the sum over micro-batches
     return config
 
 

@@ -104,28 +104,35 @@ def start_wandb(folder: Path, options: argparse.Namespace) -> Any:
 class LossWatch:
     """Checks that the losses of every step are finite, without making the host wait for the device.
 
-    On a GPU the losses of a step are read when the next step is queued, so that the device is never idle; on a CPU at once.
+    On a GPU the losses of a step are copied behind it, and read when the next step is queued, which runs on meanwhile; on a CPU
+    they are read at once.
     """
 
     def __init__(self, device: torch.device, names: Sequence[str], diverged: dict[str, str]):
         """`diverged` gets the reason by name of each member that is left out; the names begin the messages."""
         self._names = names
         self._diverged = diverged
-        self._delay = 0 if device.type == "cpu" else 1
-        self._unseen: list[tuple[str, dict[str, torch.Tensor]]] = []
+        self._is_cuda = device.type == "cuda"
+        self._unseen: list[tuple[str, dict[str, torch.Tensor], torch.cuda.Event | None]] = []
 
     def add(self, where: str, losses: dict[str, torch.Tensor]) -> None:
         """Add the losses (members,) of a step, the same on all ranks, so that all of them stop; checks those that are due.
 
         `where` is the step and the batch, for the message.
         """
-        self._unseen.append((where, losses))
-        self.settle(self._delay)
+        copies = {name: loss.to("cpu", non_blocking=True) for name, loss in losses.items()}  # into pinned memory
+        copied = torch.cuda.Event() if self._is_cuda else None
+        if copied is not None:
+            copied.record()
+        self._unseen.append((where, copies, copied))
+        self.settle(1 if self._is_cuda else 0)
 
     def settle(self, unseen: int = 0) -> None:
         """Check all steps but the last `unseen`."""
         while len(self._unseen) > unseen:
-            where, losses = self._unseen.pop(0)
+            where, losses, copied = self._unseen.pop(0)
+            if copied is not None:
+                copied.synchronize()
             for name, loss in losses.items():
                 for index, value in enumerate(loss.tolist()):
                     if not math.isfinite(value):

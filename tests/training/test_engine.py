@@ -42,11 +42,16 @@ def test_fp16_on_a_cpu_is_what_it_is_fast_at(monkeypatch, instructions, expected
     assert precision(parse("--fp16"), torch.device("cpu")) == expected
 
 
-@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16", "float16"])
-def test_one_step_of_sgd_is_the_gradient_in_every_precision(tiny_samples, monkeypatch, arithmetic):
-    # DeepSpeed asks the CPU for float16 instructions; slow ones are enough here.
+@pytest.fixture
+def cpu_takes_float16(monkeypatch):
+    """DeepSpeed asks the CPU for float16 instructions; slow ones are enough here."""
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
     monkeypatch.setattr(type(get_accelerator()), "supported_dtypes", lambda _: [torch.float32, torch.float16, torch.bfloat16])
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16", "float16"])
+@pytest.mark.usefixtures("cpu_takes_float16")
+def test_one_step_of_sgd_is_the_gradient_in_every_precision(tiny_samples, arithmetic):
     options = parse("--fp16" if arithmetic == "float16" else "")
     start_ranks(options)
     samples = read_samples(tiny_samples / "test_shard_0.hdf5")
@@ -67,3 +72,17 @@ def test_float16_is_never_without_zero():
     assert zero_stage(parse(), "float16") == 1
     assert zero_stage(parse("--zero_stage 2"), "float16") == 2
     assert zero_stage(parse(), "bfloat16") == 0
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.usefixtures("cpu_takes_float16")
+def test_float16_adds_up_micro_batches_in_float32(stage):
+    options = parse(f"--fp16 --zero_stage {stage}")
+    start_ranks(options)
+    engine = build_engine(options, build_model(command_line.model_config(options, 20, 10), seed=0), 1, "float16")
+    bias = engine.module.decoder_bias
+    # Next to 0.25, float16 has no number closer than 0.00024: each small part alone would be lost.
+    for part in [0.25, *[0.0001] * 100]:
+        engine.backward(part * bias.float().sum(), scale_wrt_gas=False)
+    engine.step()
+    torch.testing.assert_close(bias.float(), torch.full_like(bias, -0.1 * 0.26).float(), rtol=0.005, atol=0)

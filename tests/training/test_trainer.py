@@ -67,6 +67,12 @@ def test_one_step_is_the_gradient_of_the_padded_batch(train, tiny_samples, naive
     assert relative_error(before, load_model(final)) < 1e-5
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_zero_changes_no_step_in_bf16(train, zero_stage):
+    flags = f"{PLAIN_SGD} {NO_DROPOUT} --max_steps 1 --bf16"
+    assert_same_weights(train(flags, job="plain"), train(f"{flags} --zero_stage {zero_stage}", job="zero"))
+
+
 @pytest.mark.parametrize(
     "flags",
     [

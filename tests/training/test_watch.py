@@ -1,5 +1,6 @@
 import os
 import signal
+from unittest import mock
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ def test_the_cpu_is_looked_at_at_once():
         watch.add("step 3", {"loss": torch.tensor([2.0]), "other_loss": torch.tensor([float("inf")])})
 
 
-def test_a_gpu_is_looked_at_a_step_later():
+def test_a_gpu_is_looked_at_a_step_later(monkeypatch):
+    """`test_cuda.py` shows for what the host waits."""
+    monkeypatch.setattr(torch.cuda, "Event", mock.Mock)
     watch = LossWatch(torch.device("cuda"), [""], {})
     watch.add("step 1", {"loss": torch.tensor([float("inf")])})
     with pytest.raises(InputError, match="step 1: the loss is inf"):

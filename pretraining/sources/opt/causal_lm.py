@@ -28,6 +28,9 @@ from pretraining.data.vocabulary import hub_is_off
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# cuDNN takes half a second for each new shape, and each token of a batch is one.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 TOP_TOKENS = "top_tokens.json"
 FORMAT: Literal["top tokens, 1"] = "top tokens, 1"
 NO_CACHE = "--model-name: the model keeps no keys and values of earlier tokens; give a transformer"
