@@ -125,7 +125,8 @@ class Comparer:
             total = group.total(models.step, self.studies.groups)
             times = widest / width if width else 1.0
             members += [Member(group.label, seed, total, group.folders[f"{seed}@{models.step}"], times) for seed in group.seeds]
-        names = [rows.GAP_NAME, rows.TRACE, rows.HUTCHINSON, rows.BALANCED, rows.RELATIVE, rows.CONSTANT_SHARE]
+        loss = rows.GAP_NAME if self.tree.has_gaps else rows.MLM_LOSS
+        names = [loss, rows.TRACE, rows.HUTCHINSON, rows.BALANCED, rows.RELATIVE, rows.CONSTANT_SHARE]
         names += [name for solver in self.studies.readouts for name in self.accuracies(solver, self.studies.label_counts)]
         names += [f"finetune_{task}" for task in self.studies.finetuned]
         return Section(study.name, members, names, self.criterion)

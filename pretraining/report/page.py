@@ -146,13 +146,13 @@ def printed(analysis: Analysis) -> str:
                 texts.append(f"{basis(one)}\n{tables.comparison_block(one).text()}")
             texts += [table.text() for table in tables.section_tables(analysis, section)]
             texts += correlation_sentences(analysis, study.name)
-        return "\n\n".join([*texts, analysis.criterion.statement(), rule(analysis.studies.criteria)])
+        return "\n\n".join([*texts, analysis.criterion.statement(analysis.tree.has_gaps), rule(analysis.studies.criteria)])
     for section in analysis.sections:
         texts += enlarged_sentences(analysis, section.name)
     shown = [table for section in analysis.sections for table in tables.section_tables(analysis, section)]
     shown = [*(shown or [tables.model_table(analysis)]), tables.pair_table(analysis)]
     texts += [table.text() for table in shown if table.lines]
-    return "\n\n".join([*texts, analysis.criterion.statement()])
+    return "\n\n".join([*texts, analysis.criterion.statement(analysis.tree.has_gaps)])
 
 
 def _mark(one: Compared) -> str:
@@ -201,7 +201,7 @@ def write_page(path: Path | str, analysis: Analysis, plots: dict[str, list[Plot]
         if status.state in ("failed", "blocked")
     ]
     page = environment.get_template("report.html.jinja").render(
-        criterion=analysis.criterion.statement(),
+        criterion=analysis.criterion.statement(analysis.tree.has_gaps),
         rule=rule(studies.criteria) if studies else "",
         symmetries=SYMMETRIES if studies else (),
         sections=page_sections(analysis, plots),

@@ -26,7 +26,7 @@ from pcfg.common.files import atomic_open, atomic_path
 from pretraining.experiments.study import Studies
 from pretraining.report.analysis import Analysis
 from pretraining.report.comparisons import Compared, Quantity
-from pretraining.report.rows import BALANCED, CONSTANT_SHARE, GAP_NAME, LOOKUP_TABLE, RELATIVE, TRACE, TRANSFORMER
+from pretraining.report.rows import BALANCED, CONSTANT_SHARE, GAP_NAME, LOOKUP_TABLE, MLM_LOSS, RELATIVE, TRACE, TRANSFORMER
 from pretraining.report.sections import LABELS, Line, Section
 
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
@@ -319,13 +319,14 @@ class SectionPlots:
         suffix = "" if len(self.analysis.sections) == 1 else f"_{self.section.name}"
         curves = self.curves(studies.readouts[0])
         ends = [name for names in curves.values() for name in dict.fromkeys([names[-1], names[0]])]
-        loss = [name for name in (GAP_NAME, TRACE, BALANCED) if name in self.quantities]
+        loss = [name for name in (GAP_NAME, MLM_LOSS, TRACE, BALANCED) if name in self.quantities]
         names = loss + ends[1::-1]
         height = 1.1 + 0.42 * len(self.lines)
         reading = f"; every small point is one seed. {SEEDS} {FILLED.capitalize()}."
         probes = f" Accuracies: linear probes by {studies.readouts[0]}."
-        title = "Gap, flatness and accuracy"
-        caption = f"{title}{reading} Dotted line of the gap: the limit.{probes}"
+        title = "Loss, flatness and accuracy"
+        limit = " Dotted line of the gap: the limit." if GAP_NAME in loss else ""
+        caption = f"{title}{reading}{limit}{probes}"
         legend = self.legend(names, groups=False)
         self.add(f"{OVERVIEW}{suffix}", title, caption, self.by_line, names, legend, columns=len(names), size=(2.7, height))
         if further := [name for name in self.quantities if name in LABELS and name not in loss] + ends[2:]:

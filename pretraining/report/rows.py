@@ -83,6 +83,11 @@ class Tree:
         return [name for name in self.measured.columns.unique(0) if (name, "majority") in self.measured.columns]
 
     @property
+    def has_gaps(self) -> bool:
+        """Whether the entropy of the language is known; also where no loss is measured."""
+        return bool(self.measured[GAP]["value"].notna().any() or self.measured[SAMPLED_LOSS]["value"].isna().all())
+
+    @property
     def own_sizes(self) -> pd.Series:
         """The parameters of each model before it was enlarged."""
         return self.models["enlarged_from_parameters"].fillna(self.models["parameters"])

@@ -50,8 +50,13 @@ class SameLoss:
         """Whether the 95% interval of a difference of two losses lies inside +-`margin`."""
         return abs(difference) + Z * error <= self.margin
 
-    def statement(self) -> str:
-        """The criterion in words."""
+    def statement(self, has_gaps: bool = True) -> str:
+        """The criterion in words; without gaps no entropy is known."""
+        if not has_gaps:
+            return (
+                "No entropy is known. Two groups of models have the same loss if the 95% interval of the paired mean difference "
+                f"of their MLM losses lies inside ±{self.margin:g} nats, both over seeds and over sentences."
+            )
         return (
             f"Two models have the same loss if (a) the gap of each plus {Z:.2f} standard errors over sentences is at most "
             f"{self.max_gap:g} nats (saturated), and (b) the 95% interval of the paired mean difference of their gaps lies "

@@ -28,6 +28,7 @@ BY_RULE = "depends on the rule of enlarging"
 OPEN = "undecided"
 LABELS = {
     rows.GAP_NAME: "gap",
+    rows.MLM_LOSS: "MLM loss",
     rows.TRACE: "Fisher trace",
     rows.HUTCHINSON: "Hessian trace (Hutchinson)",
     rows.BALANCED: "balanced trace",

@@ -200,8 +200,9 @@ def flatness_table(analysis: Analysis, section: Section) -> Table:
         mark += NOT_SATURATED if line.saturated[0] < line.saturated[1] else ""
         row = {"group": line.group, "own parameters": _integer(line.parameters)} if section.is_shape else {}
         row |= _label(lines, line)
-        row["gap (nats)"] = "0 by construction" if line.kind == LOOKUP_TABLE else _shown(line.values[GAP_NAME])
-        row["saturated"] = _of(line.saturated)
+        if GAP_NAME in section.quantities:
+            row["gap (nats)"] = "0 by construction" if line.kind == LOOKUP_TABLE else _shown(line.values[GAP_NAME])
+            row["saturated"] = _of(line.saturated)
         for name in traces:
             if name == CONSTANT_SHARE:
                 row[f"{LABELS[name]} (%)"] = _shown(line.values[name], 0, 100.0)

@@ -288,6 +288,10 @@ def test_natural_text_is_compared_by_its_loss(tmp_path):
         write_json(path, record)
     [one] = analyse(collect(tmp_path), tmp_path).compared["mine"]
     assert one.obstacle is None and one.quantities[0].label == "MLM loss"
+    printed = report.printed(analyse(collect(tmp_path), tmp_path))
+    table = printed[printed.index("Loss and flatness") :].partition("Accuracies")[0]
+    assert "MLM loss" in table and "gap (nats)" not in table and "saturated " not in table.splitlines()[1]
+    assert "No entropy is known. Two groups of models have the same loss if" in printed
     assert analysis.headrooms["curve_pcfg_A_ridge_1000"].exists
     for seed in study_tree.SEEDS[:4]:
         inputs = {"other": read_json(tmp_path / f"models/base/seed{seed}/step0008000/hessian.json")["inputs"]["model"]}
