@@ -54,8 +54,8 @@ class SameLoss:
         """The criterion in words; without gaps no entropy is known."""
         if not has_gaps:
             return (
-                "No entropy is known. Two groups of models have the same loss if the 95% interval of the paired mean difference "
-                f"of their MLM losses lies inside ±{self.margin:g} nats, both over seeds and over sentences."
+                "No entropy is known. Two groups of models have the same loss if the 95% interval of the paired mean "
+                f"difference of their MLM losses lies inside ±{self.margin:g} nats, both over seeds and over sentences."
             )
         return (
             f"Two models have the same loss if (a) the gap of each plus {Z:.2f} standard errors over sentences is at most "
