@@ -198,7 +198,8 @@ def _start_ray(ray: types.ModuleType, workers: int, address: str | None) -> None
                     raise OSError("something else listens")
         ray.init(address, **quiet)
     except (OSError, OverflowError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())  # of other versions, Ray's is of many lines
+        # Ray's own has many lines: the versions, or a traceback with an exception of Ray at its end.
+        reason = " ".join(str(error.__cause__ or error).rpartition("ray.exceptions.")[2].split())[:400]
         reason = "it answers, but does not run on this machine" if reason.startswith("No node info found") else reason
         raise InputError(
             f"--ray-address {address}: no Ray cluster to join there ({reason}); give HOST:PORT of its head or auto, on a "
