@@ -30,9 +30,11 @@ DIALECT = re.compile(
     r"group|panel|cell|layer|head|column|run|node|symbol|document)\b"
     r"|\b(beside|hangs? on|as dear|told apart|when you like|goes on)\b"
 )
-PLACEHOLDERS = {"K": "2", "L": "0.3", "N": "3"}
-# Flags in the text that no parser of ours has: of pip, sbatch, DeepSpeed, prepare_*.sh and benchmark.sh.
+PLACEHOLDERS = {"K": "2", "L": "0.3", "N": "3", "%a": "3"}
+# Flags in the text that no parser of ours has: of pip, SLURM, DeepSpeed, torchrun, ray, prepare_*.sh and benchmark.sh.
 OTHER_FLAGS = {"--no-build-isolation", "--nodes", "--master_port", "--num_gpus", "--hostfile", "--small"}
+OTHER_FLAGS |= {"--partition", "--account", "--time", "--array", "--gpus-per-node", "--ntasks-per-node", "--cpus-per-task"}
+OTHER_FLAGS |= {"--signal", "--shutdown-timeout", "--head", "--port", "--address"}
 OTHER_FLAGS |= {"--only", "--scale", "--output", "--memory", "--folder"}
 SOURCES = ("pcfg", "opt", "corpus")
 SPELLED = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
@@ -106,7 +108,7 @@ def program(words: tuple[str, ...]) -> tuple:
     if words[0] == "deepspeed":
         words = ("python", *script_of_deepspeed(words[1:]))
     if words[0] == "sbatch":
-        words = words[1 + 2 * (words[1] == "--nodes") :]
+        words = tuple(itertools.dropwhile(lambda word: not word.endswith(".sbatch"), words))
     if words[:2] == ("python", "-m"):
         return module_of(words[2]), words[3:]
     path, arguments = words[words[0] in ("python", "bash") :][0], words[words[0] in ("python", "bash") :][1:]
