@@ -43,43 +43,29 @@ ranks() {
         "$root/.venv/bin/python" "$root/$1" "${@:2}"
 }
 
-# flag NAME WORD ...: the value of a flag, with `_` or `-` between its words; the last one wins.
-flag() {
-    local name=$1 value=
-    shift
-    while [ $# -gt 0 ]; do
-        case $1 in
-        "$name" | "${name//_/-}") value=${2-} ;;
-        "$name="* | "${name//_/-}="*) value=${1#*=} ;;
-        esac
-        shift
-    done
-    printf '%s\n' "$value"
-}
-
-# The whole training states under paths that begin with $1 (none if it is empty), each with what changes when it is rewritten.
-states() {
-    [ -z "$1" ] || find "$1"* -path '*/training_state/*' -name state.json -printf '%h\t%i %T@\n' 2>/dev/null | sort || true
-}
-
-# run_job PATHS COMMAND ...: runs the command of a batch file, and exits as it does. After a SIGTERM (code 143) that has saved a
-# state under paths that begin with PATHS, it requeues the job with REQUEUE=1, and else exits with 0: nothing has failed.
+# run_job PATTERN COMMAND ...: runs the command of a batch file, and exits as it does. After SIGTERM (code 143) with a line of
+# output that PATTERN matches, it requeues the job with REQUEUE=1, and else exits with 0: nothing has failed, nothing is lost.
 run_job() {
-    local before status=0 state
-    before=$(states "$1")
-    "${@:2}" || status=$?
-    state=$(comm -13 <(echo "$before") <(states "$1") | tail -n 1)
-    if [ "$status" != 143 ] || [ -z "$state" ]; then
-        exit "$status"
+    local notes reader status=0
+    notes=$(mktemp -d)
+    mkfifo "$notes/output"
+    # It reads on until the command has ended, whatever signals this job gets.
+    (trap '' TERM INT && exec sed -u "/$1/w $notes/saved" <"$notes/output") &
+    reader=$!
+    "${@:2}" >"$notes/output" || status=$?
+    wait "$reader" || true
+    if [ "$status" = 143 ] && [ -s "$notes/saved" ]; then
+        status=0
+        # A job that was cancelled or is being requeued already is not running.
+        if [ "${REQUEUE:-}" = 1 ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+            echo "ended by SIGTERM; requeued"
+            scontrol requeue "$SLURM_JOB_ID"
+        else
+            echo "ended by SIGTERM; go on: the same sbatch (REQUEUE=1 does so by itself)"
+        fi
     fi
-    # A job that was cancelled or is being requeued already is not running.
-    if [ "${REQUEUE:-}" = 1 ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
-        echo "ended by SIGTERM, training state ${state%%$'\t'*}; requeued"
-        scontrol requeue "$SLURM_JOB_ID"
-    else
-        echo "ended by SIGTERM, training state ${state%%$'\t'*}; go on: the same sbatch; REQUEUE=1 does so by itself"
-    fi
-    exit 0
+    rm -r "$notes"
+    exit "$status"
 }
 
 [ "${BASH_SOURCE[0]}" != "$0" ] || ranks "$@"
