@@ -67,14 +67,14 @@ class Works:
         return 1 / read_json(record)["seconds"]
 
     def trace(self) -> float:
-        data = ["--datafile", self.text / "testing0.txt", "--vocabfile", "vocab.txt", "--nsamples", self.sentences]
+        data = ["--datafile", self.text / "test0.txt", "--vocabfile", "vocab.txt", "--nsamples", self.sentences]
         where = ["--model-path", self.model, "--records-path", self.folder / "records", "--overwrite"]
         run_script(ROOT / "calculate_hessian.py", *where, *data)
         return self._rate("*hessian*.json")
 
     def _task(self, script: str, *flags: object) -> None:
         files = ["--train_file", self.text / "pcfg_C.csv", "--validation_file", self.text / "pcfg_C_validation.csv"]
-        files += ["--records_path", self.folder / "records", "--model_name_or_path", self.model, "--overwrite_output_dir"]
+        files += ["--records_path", self.folder / "records", "--model_name_or_path", self.model, "--overwrite"]
         run_script(ROOT / script, *files, "--max_seq_length", 8, "--num_train_epochs", 2, *flags)
 
     def probe(self) -> float:
