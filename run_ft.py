@@ -66,4 +66,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, memory="--per_device_train_batch_size")

@@ -56,4 +56,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, ranks=True)
+    run_main(main, ranks=True, memory="--train_micro_batch_size_per_gpu")

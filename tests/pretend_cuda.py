@@ -43,7 +43,7 @@ INDEXING = {
     *(aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default),
     *(aten._unsafe_index.Tensor, aten._unsafe_index_put.default),
 }
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+PRODUCTS = {aten.mm.default, aten.addmm.default}  # but for those of attention, which has a kernel
 _referenced_by_torch: list[object] = []  # what C++ has pointers to
 
 

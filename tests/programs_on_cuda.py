@@ -25,11 +25,12 @@ STEP = 3  # whose waits are counted
 def train(flags):
     from pretraining.evaluation.loss import gap_meter
     from pretraining.training import arguments
+    from pretraining.training.engine import EngineLearner
     from pretraining.training.pretrain import pretrain
     from pretraining.training.trainer import Trainer
     from tests.pretend_accelerator import deepspeed_on
 
-    follow_schedule, record = Trainer.follow_schedule, Trainer.record
+    follow_schedule, record, validation_loss = Trainer.follow_schedule, Trainer.record, EngineLearner.validation_loss
     step = {}
 
     def begin(self):
@@ -42,12 +43,17 @@ def train(flags):
             step["waits"] = device.waits[step["from"] :]
         record(self, losses)
 
-    Trainer.follow_schedule, Trainer.record = begin, end
+    def validate(self, batches):
+        batches = list(batches)
+        step["validation"] = [len(batch.input_ids) for batch in batches]
+        return validation_loss(self, batches)
+
+    Trainer.follow_schedule, Trainer.record, EngineLearner.validation_loss = begin, end, validate
     options = arguments.build_parser("").parse_args(flags)
     arguments.check(options)
     with PretendCuda() as device, deepspeed_on(device):
         folder = pretrain(options, gap_meter)
-    return {"folder": str(folder), "waits": step["waits"], **recorded(device)}
+    return {"folder": str(folder), **step, **recorded(device)}
 
 
 def recorded(device):
@@ -60,7 +66,8 @@ def measure(folder, text, rules):
     from pcfg.lookup import LookupTable
     from pretraining.data.contexts import from_texts, table_columns
     from pretraining.evaluation.features import conditional_features, hidden_features
-    from pretraining.evaluation.hessian import Sampling, Truth, estimate_trace
+    from pretraining.evaluation.hessian import Sampling, estimate_trace
+    from pretraining.evaluation.inputs import Truth
     from pretraining.evaluation.loss import context_losses
     from pretraining.model.checkpoints import load_model, load_vocabulary
 
@@ -78,7 +85,7 @@ def measure(folder, text, rules):
     measurements = {
         "fisher": lambda model: trace("fisher", model),
         "hutchinson": lambda model: trace("hutchinson", model),
-        "loss": lambda model: context_losses(model, contexts, table, columns),
+        "loss": lambda model: context_losses(model, contexts, truth),
         "hidden": lambda model: hidden_features(model, contexts, 10),
         "conditional": lambda model: conditional_features(model, contexts, 8),
     }

@@ -80,10 +80,11 @@ def _terminate(number: int, _: object) -> None:
     raise Interrupted(number)
 
 
-def run_main(main: Callable[[], None], ranks: bool = False) -> None:
+def run_main(main: Callable[[], None], ranks: bool = False, memory: str = "") -> None:
     """Run `main()`; ends with one line on stderr and exit code 2 for an `InputError`, 130 for Ctrl-C, 143 for SIGTERM.
 
     `ranks`: it shares its work among the ranks of a launcher. Others refuse several: all would write the same files.
+    `memory`: the flag to lower when a GPU has too little memory, which is then an error like an `InputError`.
 
     A closed stdout (`| head`) ends the program quietly with exit code 141, as SIGPIPE ends others. Characters that the encoding
     of stdout lacks are printed as escapes.
@@ -106,6 +107,11 @@ def run_main(main: Callable[[], None], ranks: bool = False) -> None:
             sys.stdout.flush()
     except InputError as error:
         print(f"{program_name()}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not memory or type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        print(f"{program_name()}: error: the GPU has not enough memory; give a smaller {memory}", file=sys.stderr)
         sys.exit(2)
     except UnicodeEncodeError as error:
         if not SURROGATES.search(error.object):

@@ -106,7 +106,7 @@ def hidden_features(
         for length in np.unique(contexts.lengths).tolist():
             rows = np.flatnonzero(contexts.lengths == length)
             distinct, inverse = np.unique(contexts.input_ids[rows, :length], axis=0, return_inverse=True)
-            sentences = torch.from_numpy(distinct).split(max(1, BATCH_TOKENS[device.type] // length))
+            sentences = torch.from_numpy(distinct).split(max(1, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"]) // length))
             encoded = [_pooled(encode(ids.to(device)), pool, positions).float().cpu() for ids in sentences]
             features[torch.from_numpy(rows)] = torch.cat(encoded)[torch.from_numpy(inverse.ravel())]
             progress.update(len(rows))

@@ -121,6 +121,7 @@ def finetune(
     training.prediction_loss_only = False
     training.remove_unused_columns = False  # the dataset has inputs of the model only
     training.dataloader_pin_memory = training.dataloader_pin_memory and training.device.type == "cuda"
+    training._n_gpu = min(training.n_gpu, 1)  # else the Trainer multiplies the batch by the number of GPUs
     training.metric_for_best_model = "accuracy"
     training.greater_is_better = True
     model = ClassificationModel(load_model(folder), max_seq_length, len(task.classes), seed)

@@ -108,13 +108,16 @@ class MaskedLM(nn.Module):
         return self.final_norm(self._through(last, hidden, mask, positions))
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Let torch.compile fuse the layers' operations, for any batch size and sentence length."""
+        """Let torch.compile fuse the layers' operations in training, for any batch size and sentence length."""
+        torch._dynamo.config.recompile_limit = 64  # above the 5 graphs of training and those of an adversarial term
         for layer in self.layers:
             layer.compile(dynamic=True, backend=backend)
 
     def _through(self, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
         """A layer's output; under activation checkpointing the backward pass recomputes its intermediate results."""
-        if self.activation_checkpointing and self.training:
+        if not self.training:
+            return layer.forward(*inputs)  # not compiled: measurements have other shapes and no gradients
+        if self.activation_checkpointing:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
@@ -124,7 +127,13 @@ class MaskedLM(nn.Module):
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab_size) of the words at positions with hidden states (..., hidden)."""
-        return F.linear(self.transform(hidden), self.embeddings.words.weight, self.decoder_bias)
+        weight, bias = self.embeddings.words.weight, self.decoder_bias
+        if not torch.is_autocast_enabled("cuda"):
+            return F.linear(self.transform(hidden), weight, bias)
+        # A product with rows of other lengths takes a slow kernel.
+        rows = -len(weight) % 64
+        logits = F.linear(self.transform(hidden), F.pad(weight, (0, 0, 0, rows)), F.pad(bias, (0, rows)))
+        return logits[..., : len(weight)]
 
     def forward(self, input_ids: Tensor, input_mask: Tensor | None, flat_positions: Tensor | None) -> Tensor:
         """Logits (M, vocab_size) at `flat_positions`, (M,) int64 indices into the flattened (batch * length).

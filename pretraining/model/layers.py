@@ -4,6 +4,7 @@ import importlib
 import math
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 ACTIVATION_FUNCTIONS: dict[str, Callable] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "swish": F.silu}
 
 APEX_HELP = (
-    "NVIDIA apex is not installed (the package of that name on PyPI is another project). Build it where CUDA is: "
-    "git clone https://github.com/NVIDIA/apex && cd apex && "
+    "It needs NVIDIA's apex (that on PyPI is another project), for --attention of commit 3c98f93d or before. "
+    "Build it where CUDA is: git clone https://github.com/NVIDIA/apex && cd apex && git checkout 3c98f93d && "
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
 )
 
@@ -38,8 +39,15 @@ def layer_norm(config: ModelConfig) -> nn.Module:
     if config.layer_norm_type == "rms_norm":
         return nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
     if config.layer_norm_type == "apex":
-        fused = import_apex("apex.normalization", "--layer_norm_type").FusedLayerNorm
-        return fused(config.hidden_size, eps=config.layer_norm_eps)
+        fused: Any = import_apex("apex.normalization", "--layer_norm_type").FusedLayerNorm
+
+        class ApexLayerNorm(fused):
+            def forward(self, hidden: Tensor) -> Tensor:
+                # Under autocast it would return bfloat16, and make the residual stream that; PyTorch's returns float32.
+                with torch.autocast(hidden.device.type, enabled=False):
+                    return super().forward(hidden.to(self.weight.dtype))
+
+        return ApexLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
@@ -65,7 +73,11 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 
 
 def apex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """`eager_attention` with apex's fused scale-mask-softmax, which has its own fallback for shapes without a kernel."""
+    """`eager_attention` with apex's fused scale-mask-softmax.
+
+    Its kernel takes half precision, lengths above 16 of a multiple of 4, and batch x heads of a multiple of 4; it computes
+    others by plain operations.
+    """
     functional = import_apex("apex.transformer.functional", "--attention")
     enums = import_apex("apex.transformer.enums", "--attention")
     softmax = functional.FusedScaleMaskSoftmax(
@@ -80,6 +92,15 @@ def apex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     hidden = None if mask is None else ~mask.expand(-1, -1, query.shape[-2], -1)  # apex's masks are True where hidden
     weights = softmax(query @ key.transpose(-1, -2), hidden)
     return F.dropout(weights, dropout, training=dropout > 0) @ value
+
+
+def attention_kernels(backend: str, device: torch.device, arithmetic: str) -> str:
+    """The kernels by which `sdpa_attention` and the other backends compute attention on a device, for the record of a run."""
+    if backend != "sdpa":
+        return backend
+    if device.type != "cuda":
+        return "sdpa: math"
+    return "sdpa: efficient" if arithmetic == "float32" else "sdpa: flash without padding, efficient with it"
 
 
 # Mean number of `positions` per sentence up to which keys and values are copied for each: that is faster for few.

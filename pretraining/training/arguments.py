@@ -99,7 +99,7 @@ def _add_data_and_model(parser: argparse.ArgumentParser) -> None:
     group.value("initializer_range", non_negative, 0.02, "standard deviation of new weights")
     group.value("encoder_ln_mode", LAYER_NORM_MODES, "pre-ln", "LayerNorm before each sub-layer, or after")
     group.value("layer_norm_type", LAYER_NORMS, "pytorch", "kind of LayerNorm")
-    group.value("attention", ATTENTIONS, "sdpa", "attention backend")
+    group.value("attention", ATTENTIONS, "sdpa", "attention backend; apex: NVIDIA's, of commit 3c98f93d or before")
     group.switch("layernorm_embedding", "accepted, changes nothing: the embeddings always have a LayerNorm")
 
 
@@ -201,7 +201,7 @@ def _add_validation_and_output(parser: argparse.ArgumentParser) -> None:
     group.value("validation_epochs_end", positive_int, 1, "the same in the last part")
     group.value("validation_begin_proportion", probability, 0.1, "first part, as a proportion of training")
     group.value("validation_end_proportion", probability, 0.1, "last part, as a proportion of training")
-    group.value("validation_micro_batch", positive_int, 16, "sentences per forward pass")
+    group.value("validation_micro_batch", positive_int, 16, "sentences per forward pass; on CUDA at least 65,536 tokens")
     group.value("rule-path", str, None, "the samples' grammar: validations also measure the gap to the entropy (default: none)")
     text = "steps between two measurements of the gap, which saved models then have as well (default: at validations only)"
     group.value("gap_steps", positive_int, None, text)

@@ -18,6 +18,7 @@ from pretraining.data.vocabulary import Vocabulary, resolve_tokenizer
 from pretraining.model import checkpoints
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
+from pretraining.model.layers import attention_kernels
 from pretraining.training import state
 from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.arguments import check_accumulation, differences, job_folder, member_folders, model_config, seeds_of
@@ -186,6 +187,8 @@ def run_facts(
         world_size=ranks.size,
         threads=torch.get_num_threads(),
         precision=arithmetic,
+        device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type,
+        attention=attention_kernels(config.attention, ranks.device, arithmetic),
         zero_stage=zero_stage(options, arithmetic),
         **{name: value for name, value in optional.items() if value is not None},
     )
@@ -207,6 +210,8 @@ def announce(options: argparse.Namespace, facts: RunFacts, start: State | None, 
         print("--layernorm_embedding: changes nothing, the embeddings always have a LayerNorm")
     if options.fp16 and facts.precision != "float16":
         print(f"warning: --fp16 needs CUDA; training in {facts.precision} instead")
+    elif facts.precision == "float32" and ranks.device.type == "cuda" and facts.stacked is None:
+        print("note: float32, the slowest arithmetic of a GPU; --bf16 is several times as fast")
     if facts.stacked is not None:
         how = "stacked" if facts.stacked.vmap else "in turn, since stacking models of this size would gain less than 1.2"
         print(f"{len(facts.stacked.seeds)} seeds, {how}, without DeepSpeed's engine")

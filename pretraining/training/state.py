@@ -84,6 +84,8 @@ class RunFacts(Schema, extra="ignore"):
     world_size: int
     threads: int | None = None  # of torch, in each rank; rounding depends on it
     precision: str
+    device: str | None = None  # cpu, or the name of the GPU of the main rank; states of earlier versions lack it
+    attention: str | None = None  # the kernels that compute it
     zero_stage: int
     adversarial: dict[str, str] | None = None  # name and SHA-256 of the labelled file of the term
     # SHA-256 of the weights that training began with, if they were not new; with several members by seed

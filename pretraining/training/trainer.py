@@ -30,6 +30,7 @@ from pretraining.training.state import Progress, RunFacts
 
 STATE_FOLDER = "training_state"
 Z = 1.96  # of a 95% interval
+VALIDATION_TOKENS = 65_536  # per forward pass on CUDA, at least: smaller ones would not keep it busy
 FORECAST_STEPS = 10  # after which a run knows how long its steps take
 
 
@@ -294,6 +295,8 @@ class Trainer:
             for index in range(len(shards.paths)):
                 samples = shards.read(index)
                 size = self.options.validation_micro_batch
+                if ranks.device.type == "cuda":
+                    size = max(size, VALIDATION_TOKENS // shards.max_seq_length)
                 for rows in rank_micro_batches(samples, np.arange(len(samples)), size, ranks.rank, ranks.size):
                     if len(rows):
                         batch = micro_batch(samples, rows)

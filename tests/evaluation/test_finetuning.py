@@ -114,3 +114,9 @@ def test_trainer_agrees_with_a_plain_loop(tiny_model, parts, task, tmp_path):
     right = (naive(ids, mask)["logits"].argmax(-1).numpy() == task.validation.labels).mean()
     assert got == pytest.approx(right, abs=0.011)  # a sentence or two may lie on the border
     assert 0.4 < right < 0.99  # neither untrained nor too easy to tell anything
+
+
+def test_several_gpus_train_with_the_batch_that_was_asked_for(tiny_model, parts, task):
+    several = arguments(num_train_epochs=1)
+    several._n_gpu = 2 + several.n_gpu  # as transformers sets it on a machine with two
+    assert finetune(tiny_model, task, list(parts), LENGTH, several, 0)["steps"] == 10  # 300 sentences in batches of 32

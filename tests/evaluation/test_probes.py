@@ -100,6 +100,12 @@ def test_hidden_features_of_a_layer_and_of_one_word(model, tiny_model, texts, co
         hidden_features(model, contexts, LENGTH, layer=last + 1)
 
 
+def test_hidden_features_on_a_device_without_a_limit_of_its_own(model, contexts, monkeypatch):
+    expected = hidden_features(model, contexts, LENGTH)
+    monkeypatch.delitem(BATCH_TOKENS, "cpu")
+    torch.testing.assert_close(hidden_features(model, contexts, LENGTH), expected)
+
+
 def test_word_features():
     parts = [[["a", "b"], ["b", "b", "c"]], [["b", "c"], ["a", "b", "d"]]]
     train, validation = word_features(parts)  # columns: a at 0, b at 1, b at 0, c at 2

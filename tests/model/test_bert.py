@@ -1,6 +1,8 @@
 import dataclasses
 import importlib.util
 import math
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -107,7 +109,7 @@ def test_activation_checkpointing_changes_nothing():
 
 
 def test_compiled_layers_compute_the_same():
-    model = random_model(num_hidden_layers=1).double()
+    model = random_model(num_hidden_layers=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double().train()
     inputs = [(torch.randint(1, 30, (size, 6)), None, torch.tensor([1, 8])) for size in (2, 3)]
     expected = [model(*each) for each in inputs]
     names = list(model.state_dict())
@@ -161,8 +163,27 @@ def test_number_of_parameters_is_that_of_the_model(mode, norm):
 @pytest.mark.skipif(HAS_APEX, reason="apex is installed")
 @pytest.mark.parametrize("flag", [{"layer_norm_type": "apex"}, {"attention": "apex"}])
 def test_missing_apex_says_how_to_build_it(flag):
-    with pytest.raises(InputError, match="--no-build-isolation"):
+    with pytest.raises(InputError, match="--attention of commit 3c98f93d or before.* git checkout 3c98f93d .*-build-isolation"):
         MaskedLM(dataclasses.replace(CONFIG, **flag))
+
+
+class CastingNorm(torch.nn.LayerNorm):
+    """Like apex's FusedLayerNorm, which takes and returns the type of autocast."""
+
+    def forward(self, hidden):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        return super().forward(hidden).to(dtype)
+
+
+def test_the_residual_stream_is_float32_with_the_norm_of_apex(monkeypatch):
+    plain = random_model(num_hidden_layers=3)
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.normalization", SimpleNamespace(FusedLayerNorm=CastingNorm))
+    fused = random_model(num_hidden_layers=3, layer_norm_type="apex")
+    ids = torch.randint(1, 30, (3, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused.encode(ids).dtype == torch.float32
+        assert torch.equal(fused.encode(ids), plain.encode(ids))
 
 
 @pytest.mark.skipif(not HAS_APEX, reason="NVIDIA apex is not installed")

@@ -1,3 +1,4 @@
+import functools
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from pcfg.common.files import InputError, keyed_rng, read_json
 from pcfg.grammar import Grammar
 from pcfg.sampler import Sampler
 from pretraining.data.samples import read_samples
+from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, load_vocabulary
 from pretraining.training import trainer
 from pretraining.training.batches import global_batches
@@ -166,6 +168,8 @@ def test_model_folders_appear_when_asked_for(train):
     assert [found[name]["step"] for name in sorted(found)] == [0, 3, 4, 6]
     assert [facts["final"] for _, facts in sorted(found.items())] == [False, False, False, True]
     assert found["step0000004"]["epoch"] == 2
+    last = found["step0000006"]
+    assert (last["device"], last["precision"], last["attention"]) == ("cpu", "float32", "sdpa: math")
     states = sorted(path.name for path in (final.parent / "training_state").glob("step*"))
     assert states == ["step0000004", "step0000006"]
 
@@ -329,3 +333,17 @@ def test_time_left_is_shown(train, capsys):
 def test_what_changes_memory_changes_no_step(train, flag):
     plain, other = (curve(train(f"{NO_DROPOUT} {flags}", job=job).parent) for flags, job in (("", "plain"), (flag, "other")))
     assert [loss for _, loss, _, _ in plain] == pytest.approx([loss for _, loss, _, _ in other], rel=1e-5)
+
+
+def test_only_training_is_compiled_and_below_the_limit(train, tiny_rules, monkeypatch):
+    graphs = []  # whether each is for training
+
+    def backend(graph, _):
+        graphs.append(torch.is_grad_enabled())
+        return graph.forward
+
+    monkeypatch.setattr(MaskedLM, "compile_layers", functools.partialmethod(MaskedLM.compile_layers, backend=backend))
+    torch._dynamo.reset()
+    flags = "--compile --max_steps 12 --do_validation --max_steps_per_epoch 4 --validation_epochs 1"
+    train(f"{flags} --rule-path {tiny_rules} --gap_sentences 20 --gap_steps 4")
+    assert all(graphs) and 2 <= len(graphs) < 10 < torch._dynamo.config.recompile_limit

@@ -179,6 +179,7 @@ class Language:
         self.device = causal_lm.find_device(options.device)
         is_fast = self.device == "cuda" and torch.cuda.is_bf16_supported()
         self.dtype = options.dtype or ("bfloat16" if is_fast else "float32")
+        options.batch_size = options.batch_size or (8192 if self.device == "cuda" else 256)
         self.jobs = 1 if self.device == "cuda" else min(options.n_processes, os.cpu_count() or 1)
         self.model, self.tokenizer, self.sha256 = causal_lm.load_causal_lm(options.model_name, self.device, DTYPES[self.dtype])
         start_id, end_id = self._special_ids()
@@ -275,7 +276,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shard_arguments(sizes, length_limit=24)
     running = parser.add_argument_group("running")
     running.add_argument("--seed", type=non_negative_int, default=0, help="seed of all random numbers; default 0")
-    running.add_argument("--batch-size", type=positive_int, default=256, help="sentences per batch; default 256")
+    running.add_argument("--batch-size", type=positive_int, help="sentences per batch; default 256, on cuda 8192")
     running.add_argument("--device", choices=("cpu", "cuda"), help="where the model runs; default: cuda if available")
     text = "number format of the model's arithmetic; default: bfloat16 on a cuda device that supports it, else float32"
     running.add_argument("--dtype", choices=DTYPES, help=text)

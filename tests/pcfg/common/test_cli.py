@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pcfg.common.cli import Parser, Progress, file_name, folder_name, non_negative_int, positive_int, probability, run_main
 from pcfg.common.files import InputError
@@ -29,6 +30,16 @@ def test_an_input_error_is_one_line_and_exit_code_2(capsys, monkeypatch):
     assert stopped.value.code == 2
     output = capsys.readouterr()
     assert output.err == "script.py: error: rules.txt:3: no such thing; give another\n" and output.out == ""
+
+
+def test_too_little_memory_of_a_gpu_names_the_flag_to_lower(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["folder/script.py"])
+    with pytest.raises(SystemExit) as stopped:
+        run_main(raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), memory="--bs")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "script.py: error: the GPU has not enough memory; give a smaller --bs\n"
+    with pytest.raises(RuntimeError):
+        run_main(raising(RuntimeError()), memory="--bs")
 
 
 def test_an_interrupt_is_exit_code_130(capsys):
