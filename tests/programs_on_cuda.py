@@ -1,6 +1,7 @@
 """Parts of the project on the pretended CUDA device, in a process of its own; the last line of the output is a JSON object.
 
 python tests/programs_on_cuda.py train FLAGS ...       pre-training; the host's waits in its third step
+python tests/programs_on_cuda.py train_grouped FLAGS   the same, with attention as for many masks per sentence
 python tests/programs_on_cuda.py measure MODEL TEXT    traces, loss and features of a model, on the CPU and there
 python tests/programs_on_cuda.py sample                sentences of a language model
 """
@@ -16,6 +17,7 @@ import json
 
 import torch
 
+from pretraining.model import layers
 from tests import pretend_cuda
 from tests.pretend_cuda import PretendCuda
 
@@ -119,5 +121,7 @@ def sample():
 if __name__ == "__main__":
     pretend_cuda.install()
     name, *arguments = sys.argv[1:]
-    result = train(arguments) if name == "train" else globals()[name](*arguments)
+    if name == "train_grouped":
+        layers.MOST_COPIES = 0
+    result = train(arguments) if name.startswith("train") else globals()[name](*arguments)
     print(json.dumps(result, default=lambda value: collections.Counter(value)))

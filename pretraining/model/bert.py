@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretraining.model.config import ModelConfig
-from pretraining.model.layers import ACTIVATION_FUNCTIONS, SelfAttention, layer_norm
+from pretraining.model.layers import ACTIVATION_FUNCTIONS, Places, SelfAttention, layer_norm
 
 
 class Embeddings(nn.Module):
@@ -52,9 +52,9 @@ class Layer(nn.Module):
     def feed_forward(self, hidden: Tensor) -> Tensor:
         return self.dropout(self.output(self.activation(self.intermediate(hidden))))
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None = None, places: Places = None) -> Tensor:
         """(batch, length, hidden) -> the same, or (M, 1, hidden) at `positions` (see `SelfAttention`)."""
-        attended = self.attention(self.attention_norm(hidden) if self.pre_ln else hidden, mask, positions)
+        attended = self.attention(self.attention_norm(hidden) if self.pre_ln else hidden, mask, positions, places)
         if positions is not None:
             hidden = hidden.flatten(0, 1)[positions].unsqueeze(1)  # (M, 1, hidden)
         hidden = hidden + self.dropout(attended)
@@ -91,7 +91,9 @@ class MaskedLM(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def encode(self, input_ids: Tensor, input_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def encode(
+        self, input_ids: Tensor, input_mask: Tensor | None = None, positions: Tensor | None = None, places: Places = None
+    ) -> Tensor:
         """Hidden states after the last LayerNorm: (batch, length, hidden), or (M, 1, hidden) for `positions`.
 
         Args:
@@ -105,7 +107,7 @@ class MaskedLM(nn.Module):
         *layers, last = self.layers
         for layer in layers:
             hidden = self._through(layer, hidden, mask)
-        return self.final_norm(self._through(last, hidden, mask, positions))
+        return self.final_norm(self._through(last, hidden, mask, positions, places))
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """Let torch.compile fuse the layers' operations in training, for any batch size and sentence length."""
@@ -113,7 +115,7 @@ class MaskedLM(nn.Module):
         for layer in self.layers:
             layer.compile(dynamic=True, backend=backend)
 
-    def _through(self, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _through(self, layer: nn.Module, *inputs: Tensor | Places) -> Tensor:
         """A layer's output; under activation checkpointing the backward pass recomputes its intermediate results."""
         if not self.training:
             return layer.forward(*inputs)  # not compiled: measurements have other shapes and no gradients
@@ -135,12 +137,12 @@ class MaskedLM(nn.Module):
         logits = F.linear(self.transform(hidden), F.pad(weight, (0, 0, 0, rows)), F.pad(bias, (0, rows)))
         return logits[..., : len(weight)]
 
-    def forward(self, input_ids: Tensor, input_mask: Tensor | None, flat_positions: Tensor | None) -> Tensor:
-        """Logits (M, vocab_size) at `flat_positions`, (M,) int64 indices into the flattened (batch * length).
+    def forward(self, input_ids: Tensor, input_mask: Tensor | None, positions: Tensor | None, places: Places = None) -> Tensor:
+        """Logits (M, vocab_size) at `positions`, (M,) int64 indices into the flattened (batch * length).
 
-        For None as `flat_positions` it is `encode`: hidden states (batch, length, hidden) of all positions. DeepSpeed's engine
+        For None as `positions` it is `encode`: hidden states (batch, length, hidden) of all positions. DeepSpeed's engine
         passes on this method alone.
         """
-        if flat_positions is None:
+        if positions is None:
             return self.encode(input_ids, input_mask)
-        return self.predict(self.encode(input_ids, input_mask, flat_positions).squeeze(1))
+        return self.predict(self.encode(input_ids, input_mask, positions, places).squeeze(1))

@@ -14,8 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pcfg.common.files import InputError
 from pretraining.model.config import ModelConfig
 
-# cuDNN takes half a second for each new shape, and nearly every batch is one.
-torch.backends.cuda.enable_cudnn_sdp(False)
+torch.backends.cuda.enable_cudnn_sdp(False)  # it takes half a second for each new shape, which nearly every batch is
 
 ACTIVATION_FUNCTIONS: dict[str, Callable] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "swish": F.silu}
 
@@ -73,11 +72,7 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 
 
 def apex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """`eager_attention` with apex's fused scale-mask-softmax.
-
-    Its kernel takes half precision, lengths above 16 of a multiple of 4, and batch x heads of a multiple of 4; it computes
-    others by plain operations.
-    """
+    """`eager_attention` with apex's fused scale-mask-softmax, which has its own fallback for shapes without a kernel."""
     functional = import_apex("apex.transformer.functional", "--attention")
     enums = import_apex("apex.transformer.enums", "--attention")
     softmax = functional.FusedScaleMaskSoftmax(
@@ -96,16 +91,24 @@ def apex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 
 def attention_kernels(backend: str, device: torch.device, arithmetic: str) -> str:
     """The kernels by which `sdpa_attention` and the other backends compute attention on a device, for the record of a run."""
-    if backend != "sdpa":
-        return backend
-    if device.type != "cuda":
-        return "sdpa: math"
-    return "sdpa: efficient" if arithmetic == "float32" else "sdpa: flash without padding, efficient with it"
+    on_cuda = "efficient" if arithmetic == "float32" else "flash without padding, efficient with it"
+    return f"sdpa: {on_cuda if device.type == 'cuda' else 'math'}" if backend == "sdpa" else backend
 
 
 # Mean number of `positions` per sentence up to which keys and values are copied for each: that is faster for few.
 MOST_COPIES = 8
 ATTENTION_FUNCTIONS = {"sdpa": sdpa_attention, "eager": eager_attention, "apex": apex_attention}
+Places = tuple[Tensor, int] | None
+
+
+def places_by_sentence(positions: Tensor, batch: int, length: int) -> tuple[Tensor, int]:
+    """The place in (batch * most) of each of `positions` in (batch * length), (M,) int64 on the CPU, and most, per sentence."""
+    sentence = positions // length
+    counts = sentence.bincount(minlength=batch)
+    order = positions.argsort()
+    column = torch.empty_like(positions)  # of each position among those of its sentence
+    column[order] = torch.arange(len(positions)) - (counts.cumsum(0) - counts)[sentence[order]]
+    return sentence * counts.max() + column, int(counts.max())
 
 
 class SelfAttention(nn.Module):
@@ -122,7 +125,7 @@ class SelfAttention(nn.Module):
         self.attend = ATTENTION_FUNCTIONS[config.attention]
         self.most_copies: float = MOST_COPIES
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None = None, places: Places = None) -> Tensor:
         """Attention of every position, (batch, length, hidden), or of `positions`, (M, 1, hidden), to its whole sentence.
 
         Args:
@@ -133,7 +136,7 @@ class SelfAttention(nn.Module):
         split = self.qkv(hidden).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)  # (batch, heads, length, head_dim) each
         if positions is not None and len(positions) > self.most_copies * batch:
-            return self._by_sentence(query, key, value, mask, positions)
+            return self._by_sentence(split, mask, positions, places or places_by_sentence(positions.cpu(), batch, length))
         if positions is not None:
             query = split[:, :, 0].flatten(0, 1)[positions].unsqueeze(2)  # (M, heads, 1, head_dim)
             sentence = positions // length
@@ -143,18 +146,15 @@ class SelfAttention(nn.Module):
         context = self.attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.output(context.transpose(1, 2).flatten(2))
 
-    def _by_sentence(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+    def _by_sentence(self, split: Tensor, mask: Tensor | None, positions: Tensor, places: tuple[Tensor, int]) -> Tensor:
         """The result of `forward` for `positions`, without copies of a sentence's keys and values for each of them.
 
-        The positions of a sentence are its queries, (batch, heads, most, head_dim), `most` the maximum number per sentence.
+        The positions of a sentence are its queries, (batch, heads, most, head_dim).
         """
-        batch, heads, length, size = query.shape
-        sentence = positions // length
-        order = positions.argsort()
-        counts = sentence.bincount(minlength=batch)
-        column = torch.empty_like(positions)  # of each position among those of its sentence
-        column[order] = torch.arange(len(positions), device=positions.device) - (counts.cumsum(0) - counts)[sentence[order]]
-        queries = query.new_zeros(batch, int(counts.max()), heads, size)
-        queries = queries.index_put((sentence, column), query.transpose(1, 2).flatten(0, 1)[positions])
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        place, most = places
+        batch, heads, _, size = query.shape
+        queries = query.new_zeros(batch * most, heads, size)
+        queries = queries.index_put((place,), query.transpose(1, 2).flatten(0, 1)[positions]).view(batch, most, heads, size)
         context = self.attend(queries.transpose(1, 2), key, value, mask, self.dropout if self.training else 0.0)
-        return self.output(context.transpose(1, 2)[sentence, column].flatten(1).unsqueeze(1))
+        return self.output(context.transpose(1, 2).flatten(0, 1)[place].flatten(1).unsqueeze(1))

@@ -15,6 +15,8 @@ from torch import nn
 
 from pcfg.common.files import InputError, keyed_rng
 from pretraining.data.samples import Samples
+from pretraining.model import layers
+from pretraining.model.layers import Places, places_by_sentence
 
 # The cost of a micro-batch in addition to its tokens, in tokens: measured on CPU, near the minimum over a wide range.
 OVERHEAD_TOKENS = 64
@@ -38,12 +40,14 @@ class MicroBatch:
     input_mask: torch.Tensor | None  # (batch, length) bool, False at padding; None without padding
     flat_positions: torch.Tensor  # (masked,) int64, masked positions as indices into batch * length
     labels: torch.Tensor  # (masked,) int64, the original words
+    places: Places = None  # `places_by_sentence` of the masked positions, if they are many
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
         mask = None if self.input_mask is None else to_device(self.input_mask, device)
         positions = to_device(self.flat_positions, device)
-        return MicroBatch(to_device(self.input_ids, device), mask, positions, to_device(self.labels, device))
+        places = None if self.places is None else (to_device(self.places[0], device), self.places[1])
+        return MicroBatch(to_device(self.input_ids, device), mask, positions, to_device(self.labels, device), places)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -60,11 +64,13 @@ def micro_batch(samples: Samples, rows: np.ndarray) -> MicroBatch:
     length = int(lengths.max())
     positions = samples.masked_lm_positions[rows]  # (batch, P), 0 without a mask
     row, column = np.nonzero(positions)
+    flat_positions = torch.from_numpy(row * length + positions[row, column])
     return MicroBatch(
         input_ids=torch.from_numpy(samples.input_ids[rows, :length].astype(np.int64)),
         input_mask=None if lengths.min() == length else torch.from_numpy(mask[:, :length].copy()),
-        flat_positions=torch.from_numpy(row * length + positions[row, column]),
+        flat_positions=flat_positions,
         labels=torch.from_numpy(samples.masked_lm_ids[rows][row, column].astype(np.int64)),
+        places=places_by_sentence(flat_positions, len(rows), length) if len(row) > layers.MOST_COPIES * len(rows) else None,
     )
 
 
@@ -122,7 +128,7 @@ def cuts(lengths: np.ndarray, size: int, overhead: int) -> list[tuple[int, int]]
 
 def masked_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Sum over the masked positions of -log f(x)[w], in nats: a scalar, float32 or wider."""
-    logits = model(batch.input_ids, batch.input_mask, batch.flat_positions)  # (masked, vocab_size)
+    logits = model(batch.input_ids, batch.input_mask, batch.flat_positions, batch.places)  # (masked, vocab_size)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide), batch.labels, reduction="sum")
 

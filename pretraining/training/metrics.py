@@ -104,8 +104,7 @@ def start_wandb(folder: Path, options: argparse.Namespace) -> Any:
 class LossWatch:
     """Checks that the losses of every step are finite, without making the host wait for the device.
 
-    On a GPU the losses of a step are copied behind it, and read when the next step is queued, which runs on meanwhile; on a CPU
-    they are read at once.
+    On a GPU a step's losses are copied behind it, and read when the next step is queued; on a CPU they are read at once.
     """
 
     def __init__(self, device: torch.device, names: Sequence[str], diverged: dict[str, str]):

@@ -30,7 +30,6 @@ from pretraining.training.state import Progress, RunFacts
 
 STATE_FOLDER = "training_state"
 Z = 1.96  # of a 95% interval
-VALIDATION_TOKENS = 65_536  # per forward pass on CUDA, at least: smaller ones would not keep it busy
 FORECAST_STEPS = 10  # after which a run knows how long its steps take
 
 
@@ -294,9 +293,8 @@ class Trainer:
             nonlocal masks
             for index in range(len(shards.paths)):
                 samples = shards.read(index)
-                size = self.options.validation_micro_batch
-                if ranks.device.type == "cuda":
-                    size = max(size, VALIDATION_TOKENS // shards.max_seq_length)
+                least = 65_536 // shards.max_seq_length if ranks.device.type == "cuda" else 1  # less would not keep it busy
+                size = max(least, self.options.validation_micro_batch)
                 for rows in rank_micro_batches(samples, np.arange(len(samples)), size, ranks.rank, ranks.size):
                     if len(rows):
                         batch = micro_batch(samples, rows)

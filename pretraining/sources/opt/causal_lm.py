@@ -28,8 +28,7 @@ from pretraining.data.vocabulary import hub_is_off
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# cuDNN takes half a second for each new shape, and each token of a batch is one.
-torch.backends.cuda.enable_cudnn_sdp(False)
+torch.backends.cuda.enable_cudnn_sdp(False)  # it takes half a second for each new shape, as every token of a batch has
 
 TOP_TOKENS = "top_tokens.json"
 FORMAT: Literal["top tokens, 1"] = "top tokens, 1"
