@@ -49,7 +49,7 @@ def test_what_belongs_to_one_start_is_left(config):
     ("name", "value"),
     [
         *(("lr", "fast"), ("lr", "0.1"), ("lr", [0.1]), ("lr", None), ("lr", True), ("hidden_size", 12.5), ("hidden_size", -1)),
-        *(("fp16", "true"), ("fp16", 1), ("curve", "round"), ("job_name", 3), ("job_name", None), ("save_steps", [3, 1])),
+        *(("fp16", "true"), ("fp16", 1), ("curve", "round"), ("job_name", 3), ("save_steps", [3, 1])),
         *(("save_steps", 3), ("save_steps", ["a"]), ("dataset_path", None), ("seed", {"a": 1})),
     ],
 )
