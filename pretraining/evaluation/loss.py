@@ -151,7 +151,7 @@ def context_losses(
             without a table.
     """
     check_length(contexts, model.config.max_position_embeddings, source)
-    ranks = ranks or Ranks()
+    rank, size = (ranks.rank, ranks.size) if ranks else (0, 1)
     device = next(model.parameters()).device
     batch_size = batch_size or (256 if device.type == "cpu" else 8192)
     table = None if truth is None else truth.table
@@ -179,7 +179,7 @@ def context_losses(
     sentences = len(contexts.lengths)
     window = max(1, min(WINDOW_SENTENCES, WINDOW_NUMBERS // (int(contexts.counts.max()) * len(columns))))
     with (
-        Progress(total=len(label), desc="loss", unit="context", leave=False, disable=not ranks.is_main) as progress,
+        Progress(total=len(label), desc="loss", unit="context", leave=False, disable=rank > 0) as progress,
         map_on_cores(device) as run,
         # The choice of the attention kernel is global: a thread would undo that of another.
         contextlib.nullcontext() if run is map else sdpa_kernel(SDPBackend.MATH),
@@ -187,13 +187,13 @@ def context_losses(
         for low in range(0, sentences, window):
             high = min(low + window, sentences)
             batches = _batches(contexts, np.arange(offsets[low], offsets[high]), batch_size)
-            own = itertools.islice(batches, ranks.rank, None, ranks.size)
+            own = itertools.islice(batches, rank, None, size)
             # (contexts of the window, words) float64
             conditionals = table.conditionals(low, high) if table is not None and is_exact else None
             for contexts_measured in run(partial(measure, conditionals=conditionals, first=offsets[low]), own):
-                progress.update(contexts_measured * ranks.size)
-    ranks.sum_on_host(sampled)
-    ranks.sum_on_host(gap)
+                progress.update(contexts_measured * size)
+    if ranks is not None:
+        sampled, gap = map(ranks.sum_on_host, (sampled, gap))
     if table is None:
         return sampled, None
     return sampled, gap if is_exact else table.log_true[: len(sampled)] + sampled
