@@ -193,7 +193,8 @@ def context_losses(
             for contexts_measured in run(partial(measure, conditionals=conditionals, first=offsets[low]), own):
                 progress.update(contexts_measured * size)
     if ranks is not None:
-        sampled, gap = map(ranks.sum_on_host, (sampled, gap))
+        ranks.sum_on_host(sampled)
+        ranks.sum_on_host(gap)
     if table is None:
         return sampled, None
     return sampled, gap if is_exact else table.log_true[: len(sampled)] + sampled
