@@ -147,7 +147,7 @@ def test_programs_that_do_not_share_their_work_refuse_several_ranks(capsys, monk
     assert capsys.readouterr().err.endswith(
         ": error: WORLD_SIZE 4: its work is not shared among ranks; start it by python alone\n"
     )
-    listed = subprocess.run(["git", "grep", "-l", "run_main(main, ranks=True)"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "grep", "-l", "run_main(main, ranks=True"], cwd=ROOT, capture_output=True, text=True)
     assert {"calculate_hessian.py", "calculate_loss.py", "run_pretraining.py"} == {*listed.stdout.split()} - {
         "tests/pcfg/common/test_cli.py"
     }
