@@ -12,6 +12,7 @@ from pretraining.training.engine import Schedule
 def options(**changes):
     values = {"lr": 0.5, "lr_schedule": "step", "curve": "linear", "max_steps": 50, "total_training_time": 24.0}
     values |= {"warmup_proportion": 0.2, "num_warmup_steps": 5, "decay_rate": 0.9, "decay_step": 4}
+    values |= {"output_dir": "out", "job_name": "job", "current_run_id": ""}
     return argparse.Namespace(**(values | changes))
 
 
