@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pcfg.common.cli import (
     non_negative,
     non_negative_int,
     number,
+    positive,
     positive_int,
     probability,
 )
@@ -50,7 +50,6 @@ ENGINE_ONLY = (
 OF_ONE_START = frozenset({"config", "resume", "overwrite", "local_rank"})
 
 
-positive = number("positive", float, lambda value: 0.0 < value < math.inf, "a finite number above 0")
 decay = number("decay", float, lambda value: 0.0 <= value < 1.0, "in [0, 1)")  # weight of the past in a running mean
 
 

@@ -69,6 +69,7 @@ class Trainer:
         progress = self.progress
         self.members = self.data.members
         self.schedule = Schedule.from_options(self.options)
+        self.is_timed = self.options.lr_schedule == "time"  # whether positions in the schedule are hours, not steps
         self.clock = clock(progress.hours)
         self.states = job_folder(self.options) / STATE_FOLDER
         self.metrics: Metrics | None = None
@@ -114,7 +115,7 @@ class Trainer:
             self.advance(batches, losses)
             self.record(losses)
             self.validate_and_save(is_end_of_epoch=batches[0].is_last)
-            if self.progress.step == self._first_step + FORECAST_STEPS and self.options.lr_schedule == "time":
+            if self.progress.step == self._first_step + FORECAST_STEPS and self.is_timed:
                 self.warn_of_warmup(self._end(), "when this run ends")
         if not self.stop_reason():
             self.interrupt()
@@ -164,7 +165,7 @@ class Trainer:
         """Agree with all ranks on the time and on signals, and determine the learning rate of the step."""
         progress = self.progress
         progress.hours, self.is_interrupted = self.ranks.agree(self.clock(), self.signals.received is not None)
-        self.lr = self.schedule(progress.hours if self.options.lr_schedule == "time" else progress.step)
+        self.lr = self.schedule(self._position())
 
     def advance(self, batches: list[GlobalBatch], losses: dict[str, torch.Tensor]) -> None:
         """Count the step that has ended, and check that its losses are finite and its float16 arithmetic works."""
@@ -218,9 +219,8 @@ class Trainer:
         """Print a warning if the learning rate is in its warmup at `position`, in the schedule's unit."""
         warmup = self.schedule.warmup
         if self.ranks.is_main and self.trunk is None and 0 < position <= warmup:
-            is_timed = self.options.lr_schedule == "time"
             flag = "--num_warmup_steps" if self.options.lr_schedule in ("constant_step", "wsd") else "--warmup_proportion"
-            unit, or_else = ("hours", " or --total_training_time") if is_timed else ("steps", "")
+            unit, or_else = ("hours", " or --total_training_time") if self.is_timed else ("steps", "")
             print(
                 f"warning: {when}, the learning rate still rises: {position:.3g} of {warmup:.3g} {unit} of warmup; "
                 f"give a smaller {flag}{or_else}, or train longer",
@@ -229,9 +229,11 @@ class Trainer:
 
     def _end(self) -> float:
         """The position in the schedule at which the run ends if its limits hold, at the mean speed since this process began."""
-        return (
-            self.progress.hours + self._seconds_left() / 3600 if self.options.lr_schedule == "time" else self.options.max_steps
-        )
+        return self.progress.hours + self._seconds_left() / 3600 if self.is_timed else self.options.max_steps
+
+    def _position(self) -> float:
+        """The present position in the schedule."""
+        return self.progress.hours if self.is_timed else self.progress.step
 
     def _is_folder_due(self, is_end_of_epoch: bool) -> bool:
         """Whether a time marker has passed, or a number of epochs after which a model folder is saved."""
@@ -249,8 +251,7 @@ class Trainer:
         progress = self.progress
         if not options.do_validation:
             return False
-        is_timed = options.lr_schedule == "time"
-        part = progress.hours / options.total_training_time if is_timed else progress.step / options.max_steps
+        part = progress.hours / options.total_training_time if self.is_timed else progress.step / options.max_steps
         every = options.validation_epochs
         if part < options.validation_begin_proportion:
             every = options.validation_epochs_begin
@@ -427,8 +428,7 @@ class Trainer:
             self.interrupt()
         if self.ranks.is_main:
             print(f"finished: {self.stop_reason()}")
-            is_timed = self.options.lr_schedule == "time"
-            self.warn_of_warmup(self.progress.hours if is_timed else self.progress.step, "at the end")
+            self.warn_of_warmup(self._position(), "at the end")
         folder = self.save_model(final=True)
         diverged = dict(self.progress.diverged)
         # Of several ranks there is one model, whose divergence has ended the run. Nothing is exchanged here: a thread of gloo
