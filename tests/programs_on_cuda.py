@@ -1,7 +1,6 @@
 """Parts of the project on the pretended CUDA device, in a process of its own; the last line of the output is a JSON object.
 
 python tests/programs_on_cuda.py train FLAGS ...       pre-training; the host's waits in its third step
-python tests/programs_on_cuda.py train_grouped FLAGS   the same, with attention as for many masks per sentence
 python tests/programs_on_cuda.py measure MODEL TEXT    traces, loss and features of a model, on the CPU and there
 python tests/programs_on_cuda.py sample                sentences of a language model
 """
@@ -17,7 +16,6 @@ import json
 
 import torch
 
-from pretraining.model import layers
 from tests import pretend_cuda
 from tests.pretend_cuda import PretendCuda
 
@@ -26,7 +24,7 @@ STEP = 3  # whose waits are counted
 
 def train(flags):
     from pretraining.evaluation.loss import gap_meter
-    from pretraining.training import arguments
+    from pretraining.training import arguments, batches
     from pretraining.training.engine import EngineLearner
     from pretraining.training.pretrain import pretrain
     from pretraining.training.trainer import Trainer
@@ -45,11 +43,12 @@ def train(flags):
             step["waits"] = device.waits[step["from"] :]
         record(self, losses)
 
-    def validate(self, batches):
-        batches = list(batches)
-        step["validation"] = [len(batch.input_ids) for batch in batches]
-        return validation_loss(self, batches)
+    def validate(self, parts):
+        parts = list(parts)
+        step["validation"] = [sum(number for number, *_ in part.blocks) for part in parts]
+        return validation_loss(self, parts)
 
+    batches.BLOCK_COST["cuda"] = batches.BLOCK_COST["cpu"]  # the micro-batches of a CPU
     Trainer.follow_schedule, Trainer.record, EngineLearner.validation_loss = begin, end, validate
     options = arguments.build_parser("").parse_args(flags)
     arguments.check(options)
@@ -121,7 +120,5 @@ def sample():
 if __name__ == "__main__":
     pretend_cuda.install()
     name, *arguments = sys.argv[1:]
-    if name == "train_grouped":
-        layers.MOST_COPIES = 0
-    result = train(arguments) if name.startswith("train") else globals()[name](*arguments)
+    result = train(arguments) if name == "train" else globals()[name](*arguments)
     print(json.dumps(result, default=lambda value: collections.Counter(value)))

@@ -28,7 +28,7 @@ from pretraining.evaluation.spectrum import hessian_operator
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model
 from pretraining.model.config import ModelConfig
-from pretraining.training.batches import masked_loss, micro_batch
+from pretraining.training.batches import Packing, masked_loss, micro_batch
 from tests.bert_tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -136,7 +136,7 @@ def test_the_plain_loop_has_the_loss_of_ours(tiny_samples, tmp_path, sparse):
     loop = imported("naive_training").PlainLoop(config, samples, torch.device("cpu"), sparse)
     loop.model.save_pretrained(tmp_path)
     rows = np.arange(40)
-    batch = micro_batch(samples, rows)
+    batch = micro_batch(samples, rows, Packing())
     expected = masked_loss(load_model(tmp_path), batch) / len(batch.labels)
     torch.testing.assert_close(loop.loss(rows), expected)
 

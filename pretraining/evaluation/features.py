@@ -97,9 +97,9 @@ def hidden_features(
     def encode(ids: Tensor) -> Tensor:
         if layer in (None, layers):
             return model.encode(ids)
-        hidden = model.embeddings(ids)
+        hidden = model.embeddings(ids, torch.arange(ids.shape[1], device=device))
         for module in model.layers[:layer]:
-            hidden = module(hidden, None)
+            hidden = module(hidden, [(*ids.shape, False)], None)
         return hidden
 
     with Progress(total=len(features), desc="features", unit="sentence", leave=False) as progress:

@@ -168,7 +168,7 @@ def context_losses(
     def measure(batch: tuple, conditionals: np.ndarray | None, first: int) -> int:
         """Fill in a batch's entries of `sampled` and `gap`; `conditionals` are P at the contexts from `first` on."""
         ids, flat, rows, which = batch
-        hidden = model.encode(ids.to(device), None, flat.to(device)).squeeze(1)  # (k, hidden)
+        hidden = model.encode(ids.to(device), None, flat.to(device))  # (k, hidden)
         log_f = decoder.log_probabilities(model.transform(hidden)).cpu()[which]  # (m, words)
         sampled[rows] = -log_f[np.arange(len(rows)), label[rows]].numpy()
         if conditionals is not None:

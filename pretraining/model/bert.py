@@ -4,13 +4,16 @@ Sources: Devlin et al. 2019 (post-LN); Xiong et al. 2020, section 3 (pre-LN); Iz
 pre-LN encoder has a LayerNorm after the embeddings and one after the last layer.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretraining.model.config import ModelConfig
-from pretraining.model.layers import ACTIVATION_FUNCTIONS, Places, SelfAttention, layer_norm
+from pretraining.model.layers import ACTIVATION_FUNCTIONS, Blocks, SelfAttention, layer_norm
 
 
 class Embeddings(nn.Module):
@@ -24,11 +27,10 @@ class Embeddings(nn.Module):
         self.norm = layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(batch, length) int64 -> (batch, length, hidden)."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Of tokens and their positions in the sentences, int64 of one shape: (..., hidden)."""
         # Samples here are one segment: token type 0 everywhere.
-        summed = self.words(input_ids) + self.positions(positions) + self.token_types.weight[0]
+        summed = self.words(input_ids) + self.positions(position_ids) + self.token_types.weight[0]
         return self.dropout(self.norm(summed))
 
 
@@ -48,20 +50,37 @@ class Layer(nn.Module):
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.compiled: list[Callable] = []
 
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        return self.dropout(self.output(self.activation(self.intermediate(hidden))))
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Compile the two methods around attention, for training: measurements have other shapes and no gradients."""
+        self.compiled = [torch.compile(half, *arguments, **options) for half in (self.before_attention, self.after_attention)]
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None = None, places: Places = None) -> Tensor:
-        """(batch, length, hidden) -> the same, or (M, 1, hidden) at `positions` (see `SelfAttention`)."""
-        attended = self.attention(self.attention_norm(hidden) if self.pre_ln else hidden, mask, positions, places)
-        if positions is not None:
-            hidden = hidden.flatten(0, 1)[positions].unsqueeze(1)  # (M, 1, hidden)
-        hidden = hidden + self.dropout(attended)
+    def before_attention(self, hidden: Tensor) -> Tensor:
+        """Queries, keys and values: (..., hidden) -> (..., 3 hidden)."""
+        return self.attention.qkv(self.attention_norm(hidden) if self.pre_ln else hidden)
+
+    def after_attention(self, hidden: Tensor, context: Tensor) -> Tensor:
+        """The layer's output from its input and the contexts of `SelfAttention`, all (..., hidden)."""
+        hidden = hidden + self.dropout(self.attention.output(context))
         if self.pre_ln:
             return hidden + self.feed_forward(self.feed_forward_norm(hidden))
         hidden = self.attention_norm(hidden)
         return self.feed_forward_norm(hidden + self.feed_forward(hidden))
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        return self.dropout(self.output(self.activation(self.intermediate(hidden))))
+
+    def forward(self, hidden: Tensor, blocks: Blocks, mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
+        """(..., hidden) of N tokens -> the same, or (M, hidden) at `positions`; blocks and mask as in `SelfAttention`."""
+        before, after = self.before_attention, self.after_attention
+        if self.compiled and self.training:
+            before, after = self.compiled
+        context = self.attention(before(hidden).flatten(0, -2), blocks, mask)
+        if positions is not None:
+            return after(hidden.flatten(0, -2)[positions], context[positions])
+        # A view of a tensor is another graph for torch.compile.
+        return after(hidden, context if hidden.dim() == 2 else context.view(hidden.shape))
 
 
 class MaskedLM(nn.Module):
@@ -92,34 +111,44 @@ class MaskedLM(nn.Module):
             nn.init.zeros_(module.bias)
 
     def encode(
-        self, input_ids: Tensor, input_mask: Tensor | None = None, positions: Tensor | None = None, places: Places = None
+        self,
+        input_ids: Tensor,
+        input_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        blocks: Blocks | None = None,
     ) -> Tensor:
-        """Hidden states after the last LayerNorm: (batch, length, hidden), or (M, 1, hidden) for `positions`.
+        """Hidden states after the last LayerNorm: those of all N tokens, of the shape of `input_ids`, or (M, hidden).
+
+        The tokens are a batch of sentences padded to one length, or sentences packed one after the other, whose `position_ids`
+        and `blocks` (see `SelfAttention`) are given.
 
         Args:
-            input_ids: (batch, length) int64.
-            input_mask: (batch, length), 1 for a token, 0 for padding; None without padding. Results at padding have no meaning.
-            positions: (M,) int64 indices into the flattened (batch * length) of the positions to return; None for all. The last
-                layer computes these alone, since no later layer reads the others.
+            input_ids: (batch, length) or (N,) int64.
+            input_mask: of the same shape, not 0 for a token, 0 for padding; None without padding. Results at padding have no
+                meaning.
+            positions: (M,) int64 indices into the N tokens of those to return; None for all. The last layer computes these
+                alone, since no later layer reads the others.
         """
-        mask = None if input_mask is None else input_mask.bool()[:, None, None, :]  # (batch, 1, 1, length)
-        hidden = self.embeddings(input_ids)  # (batch, length, hidden)
+        if position_ids is None or blocks is None:
+            sentences, length = input_ids.shape
+            position_ids = torch.arange(length, device=input_ids.device)
+            blocks = [(sentences, length, input_mask is not None)]
+        mask = None if input_mask is None else input_mask.bool().flatten()
+        hidden = self.embeddings(input_ids, position_ids)
         *layers, last = self.layers
         for layer in layers:
-            hidden = self._through(layer, hidden, mask)
-        return self.final_norm(self._through(last, hidden, mask, positions, places))
+            hidden = self._through(layer, hidden, blocks, mask)
+        return self.final_norm(self._through(last, hidden, blocks, mask, positions))
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Let torch.compile fuse the layers' operations in training, for any batch size and sentence length."""
-        torch._dynamo.config.recompile_limit = 64  # above the 5 graphs of training and those of an adversarial term
+        """Let torch.compile fuse the layers' operations outside attention in training, for any number of tokens."""
         for layer in self.layers:
             layer.compile(dynamic=True, backend=backend)
 
-    def _through(self, layer: nn.Module, *inputs: Tensor | Places) -> Tensor:
+    def _through(self, layer: nn.Module, *inputs: Tensor | Blocks | None) -> Tensor:
         """A layer's output; under activation checkpointing the backward pass recomputes its intermediate results."""
-        if not self.training:
-            return layer.forward(*inputs)  # not compiled: measurements have other shapes and no gradients
-        if self.activation_checkpointing:
+        if self.training and self.activation_checkpointing:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
@@ -137,12 +166,17 @@ class MaskedLM(nn.Module):
         logits = F.linear(self.transform(hidden), F.pad(weight, (0, 0, 0, rows)), F.pad(bias, (0, rows)))
         return logits[..., : len(weight)]
 
-    def forward(self, input_ids: Tensor, input_mask: Tensor | None, positions: Tensor | None, places: Places = None) -> Tensor:
-        """Logits (M, vocab_size) at `positions`, (M,) int64 indices into the flattened (batch * length).
+    def forward(
+        self,
+        input_ids: Tensor,
+        input_mask: Tensor | None,
+        positions: Tensor | None,
+        position_ids: Tensor | None = None,
+        blocks: Blocks | None = None,
+    ) -> Tensor:
+        """Logits (M, vocab_size) at `positions`; `encode`, whose arguments these are, for None as `positions`.
 
-        For None as `positions` it is `encode`: hidden states (batch, length, hidden) of all positions. DeepSpeed's engine
-        passes on this method alone.
+        DeepSpeed's engine passes on this method alone.
         """
-        if positions is None:
-            return self.encode(input_ids, input_mask)
-        return self.predict(self.encode(input_ids, input_mask, positions, places).squeeze(1))
+        hidden = self.encode(input_ids, input_mask, positions, position_ids, blocks)
+        return hidden if positions is None else self.predict(hidden)

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -95,20 +95,8 @@ def attention_kernels(backend: str, device: torch.device, arithmetic: str) -> st
     return f"sdpa: {on_cuda if device.type == 'cuda' else 'math'}" if backend == "sdpa" else backend
 
 
-# Mean number of `positions` per sentence up to which keys and values are copied for each: that is faster for few.
-MOST_COPIES = 8
 ATTENTION_FUNCTIONS = {"sdpa": sdpa_attention, "eager": eager_attention, "apex": apex_attention}
-Places = tuple[Tensor, int] | None
-
-
-def places_by_sentence(positions: Tensor, batch: int, length: int) -> tuple[Tensor, int]:
-    """The place in (batch * most) of each of `positions` in (batch * length), (M,) int64 on the CPU, and most, per sentence."""
-    sentence = positions // length
-    counts = sentence.bincount(minlength=batch)
-    order = positions.argsort()
-    column = torch.empty_like(positions)  # of each position among those of its sentence
-    column[order] = torch.arange(len(positions)) - (counts.cumsum(0) - counts)[sentence[order]]
-    return sentence * counts.max() + column, int(counts.max())
+Blocks = Sequence[tuple[int, int, bool]]  # number of sentences, length of each, and whether some are padded to it
 
 
 class SelfAttention(nn.Module):
@@ -123,38 +111,24 @@ class SelfAttention(nn.Module):
         if config.attention == "apex":
             import_apex("apex.transformer.functional", "--attention")  # fail when the model is built
         self.attend = ATTENTION_FUNCTIONS[config.attention]
-        self.most_copies: float = MOST_COPIES
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None = None, places: Places = None) -> Tensor:
-        """Attention of every position, (batch, length, hidden), or of `positions`, (M, 1, hidden), to its whole sentence.
+    def forward(self, qkv: Tensor, blocks: Blocks, mask: Tensor | None) -> Tensor:
+        """Contexts (N, hidden), before the output projection, of tokens with queries, keys and values (N, 3 hidden).
 
         Args:
-            mask: (batch, 1, 1, length) bool, True at tokens; None without padding.
-            positions: (M,) int64 indices into the flattened (batch * length); None for all positions.
+            blocks: the sentences, block by block; rows after the last block are no token, and get zeros.
+            mask: (N,) bool, True at tokens; None without padding.
         """
-        batch, length, width = hidden.shape
-        split = self.qkv(hidden).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = split.permute(2, 0, 3, 1, 4)  # (batch, heads, length, head_dim) each
-        if positions is not None and len(positions) > self.most_copies * batch:
-            return self._by_sentence(split, mask, positions, places or places_by_sentence(positions.cpu(), batch, length))
-        if positions is not None:
-            query = split[:, :, 0].flatten(0, 1)[positions].unsqueeze(2)  # (M, heads, 1, head_dim)
-            sentence = positions // length
-            key = key[sentence]  # (M, heads, length, head_dim)
-            value = value[sentence]
-            mask = None if mask is None else mask[sentence]
-        context = self.attend(query, key, value, mask, self.dropout if self.training else 0.0)
-        return self.output(context.transpose(1, 2).flatten(2))
-
-    def _by_sentence(self, split: Tensor, mask: Tensor | None, positions: Tensor, places: tuple[Tensor, int]) -> Tensor:
-        """The result of `forward` for `positions`, without copies of a sentence's keys and values for each of them.
-
-        The positions of a sentence are its queries, (batch, heads, most, head_dim).
-        """
-        query, key, value = split.permute(2, 0, 3, 1, 4)
-        place, most = places
-        batch, heads, _, size = query.shape
-        queries = query.new_zeros(batch * most, heads, size)
-        queries = queries.index_put((place,), query.transpose(1, 2).flatten(0, 1)[positions]).view(batch, most, heads, size)
-        context = self.attend(queries.transpose(1, 2), key, value, mask, self.dropout if self.training else 0.0)
-        return self.output(context.transpose(1, 2).flatten(0, 1)[place].flatten(1).unsqueeze(1))
+        sizes = [sentences * length for sentences, length, _ in blocks]
+        rest = len(qkv) - sum(sizes)
+        parts = qkv.split([*sizes, rest])
+        masks = [None] * len(blocks) if mask is None else mask.split(sizes)
+        contexts = []
+        for (sentences, length, is_padded), part, visible in zip(blocks, parts, masks, strict=False):
+            query, key, value = part.view(sentences, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            visible = visible.view(sentences, 1, 1, length) if is_padded and visible is not None else None
+            context = self.attend(query, key, value, visible, self.dropout if self.training else 0.0)
+            contexts.append(context.transpose(1, 2).reshape(sentences * length, -1))
+        if rest:
+            contexts.append(qkv.new_zeros(rest, qkv.shape[1] // 3))
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)

@@ -1,4 +1,4 @@
-"""From a shard of samples to micro-batches with little padding.
+"""From a shard of samples to micro-batches of packed sentences.
 
 A global batch is the same set of samples for any number of ranks and any size of micro-batches. How it is grouped changes
 neither the loss nor the gradient (see `pretraining.training.trainer`).
@@ -7,19 +7,22 @@ neither the loss nor the gradient (see `pretraining.training.trainer`).
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from pcfg.common.files import InputError, keyed_rng
 from pretraining.data.samples import Samples
-from pretraining.model import layers
-from pretraining.model.layers import Places, places_by_sentence
+from pretraining.model.config import ModelConfig
+from pretraining.model.layers import Blocks
 
-# The cost of a micro-batch in addition to its tokens, in tokens: measured on CPU, near the minimum over a wide range.
-OVERHEAD_TOKENS = 64
+# The cost of attention to one block of sentences more, in multiply-adds of a layer's matrices, by device type.
+BLOCK_COST = {"cpu": 4e6, "cuda": 2.5e9}  # measured on one core; estimated
+MOST_TOKENS = {"cpu": 16_384, "cuda": 65_536}  # of a micro-batch, by device type
+IGNORED = -100  # label of a position that `F.cross_entropy` leaves out
 
 
 @dataclasses.dataclass
@@ -32,22 +35,51 @@ class GlobalBatch:
     is_last: bool  # whether its epoch ends with it
 
 
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How sentences become micro-batches; it changes neither the loss nor the gradient."""
+
+    overhead: float = 64.0  # the cost of a block of sentences in addition to its tokens, in tokens
+    most_tokens: int = MOST_TOKENS["cpu"]  # of a micro-batch
+    has_few_shapes: bool = False  # numbers of tokens and masks are `rounded`, since the backend prepares each one anew
+
+    @classmethod
+    def of(cls, config: ModelConfig, device: torch.device, arithmetic: str) -> "Packing":
+        """That of a model on a device, in the arithmetic of `pretraining.training.engine.precision`."""
+        kind = device.type if device.type in MOST_TOKENS else "cuda"
+        products = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size  # of a token in a layer
+        return cls(BLOCK_COST[kind] / products, MOST_TOKENS[kind], arithmetic != "float32")
+
+
 @dataclasses.dataclass
 class MicroBatch:
-    """Sentences of one forward pass, as long as the longest of them."""
+    """Sentences of one forward pass, packed one after the other in the order of their lengths; the inputs of `MaskedLM`.
 
-    input_ids: torch.Tensor  # (batch, length) int64
-    input_mask: torch.Tensor | None  # (batch, length) bool, False at padding; None without padding
-    flat_positions: torch.Tensor  # (masked,) int64, masked positions as indices into batch * length
-    labels: torch.Tensor  # (masked,) int64, the original words
-    places: Places = None  # `places_by_sentence` of the masked positions, if they are many
+    Where there are several members, all tensors have them as first axis.
+    """
+
+    input_ids: torch.Tensor  # (N,) int64
+    input_mask: torch.Tensor | None  # (N,) bool, False at padding; None without padding
+    positions: torch.Tensor  # (M,) int64, masked positions as indices into N
+    position_ids: torch.Tensor  # (N,) int64, of each token in its sentence
+    labels: torch.Tensor  # (M,) int64, the original words, or `IGNORED`
+    blocks: Blocks  # number of sentences, their length, whether some of them are padded to it
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
+        """The same with `function` of each tensor."""
+        return self.of({name: function(tensor) for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+    def of(self, tensors: dict[str, Any]) -> "MicroBatch":
+        """The same with other `tensors`."""
+        return dataclasses.replace(self, **tensors)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
-        mask = None if self.input_mask is None else to_device(self.input_mask, device)
-        positions = to_device(self.flat_positions, device)
-        places = None if self.places is None else (to_device(self.places[0], device), self.places[1])
-        return MicroBatch(to_device(self.input_ids, device), mask, positions, to_device(self.labels, device), places)
+        return self.map(lambda tensor: to_device(tensor, device))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -57,80 +89,138 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def micro_batch(samples: Samples, rows: np.ndarray) -> MicroBatch:
+def micro_batch(samples: Samples, rows: np.ndarray, packing: Packing) -> MicroBatch:
     """The samples `rows`, (batch,) int with batch >= 1, as tensors."""
-    mask = samples.input_mask[rows] != 0  # (batch, T)
-    lengths = mask.sum(1)
-    length = int(lengths.max())
-    positions = samples.masked_lm_positions[rows]  # (batch, P), 0 without a mask
-    row, column = np.nonzero(positions)
-    flat_positions = torch.from_numpy(row * length + positions[row, column])
+    return pack([(samples, rows)], packing).map(lambda tensor: tensor[0])
+
+
+def pack(members: Sequence[tuple[Samples, np.ndarray]], packing: Packing) -> MicroBatch:
+    """Samples of several members, the same number of rows of each, as one micro-batch with the members as first axis.
+
+    Each member's sentences are sorted by length. Those at one place have one length for all members, and blocks of similar
+    length are padded to the longest of them where that costs less than a block more, by `cuts`. A member with fewer masks than
+    another one has labels `IGNORED` in their place.
+    """
+    order, cut = sort_and_cut(np.stack([sentence_lengths(*member) for member in members]), packing.overhead)
+    input_ids, input_mask, masks, words = (
+        np.stack([getattr(samples, name)[rows[own]] for (samples, rows), own in zip(members, order, strict=True)])
+        for name in ("input_ids", "input_mask", "masked_lm_positions", "masked_lm_ids")
+    )
+    lengths = input_mask.sum(2, dtype=np.int64)  # (members, sentences)
+    longest = np.concatenate([np.full(end - start, lengths[:, start:end].max()) for start, end in cut])  # (sentences,)
+    starts = longest.cumsum() - longest
+    sentence = np.repeat(np.arange(len(longest)), longest)  # of each token, (N,)
+    column = np.arange(len(sentence)) - starts[sentence]
+    blocks = [(end - start, int(longest[start]), bool((lengths[:, start:end] < longest[start]).any())) for start, end in cut]
+
+    is_mask = (masks != 0).reshape(len(members), -1)
+    most = int(is_mask.sum(1).max())
+    chosen = np.argsort(~is_mask, axis=1, kind="stable")[:, :most]  # the masks of a member come first
+    flat = np.take_along_axis((masks + starts[:, None]).reshape(len(members), -1), chosen, 1)
+    labels = np.take_along_axis(np.where(is_mask, words.reshape(len(members), -1), IGNORED), chosen, 1)
+
+    more_tokens = rounded(len(sentence)) - len(sentence) if packing.has_few_shapes else 0
+    more_masks = rounded(most) - most if packing.has_few_shapes else 0
+
+    def tensor(array: np.ndarray, more: int, value: int = 0) -> torch.Tensor:
+        return torch.from_numpy(np.pad(array, ((0, 0), (0, more)), constant_values=value).astype(np.int64))
+
+    mask = torch.from_numpy(input_mask[:, sentence, column] != 0) if any(is_padded for *_, is_padded in blocks) else None
     return MicroBatch(
-        input_ids=torch.from_numpy(samples.input_ids[rows, :length].astype(np.int64)),
-        input_mask=None if lengths.min() == length else torch.from_numpy(mask[:, :length].copy()),
-        flat_positions=flat_positions,
-        labels=torch.from_numpy(samples.masked_lm_ids[rows][row, column].astype(np.int64)),
-        places=places_by_sentence(flat_positions, len(rows), length) if len(row) > layers.MOST_COPIES * len(rows) else None,
+        input_ids=tensor(input_ids[:, sentence, column], more_tokens),
+        input_mask=mask,
+        positions=tensor(flat, more_masks),
+        position_ids=tensor(np.tile(column, (len(members), 1)), more_tokens),
+        labels=tensor(labels, more_masks, IGNORED),
+        blocks=blocks,
     )
 
 
-def rank_micro_batches(samples: Samples, rows: np.ndarray, size: int, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
-    """The micro-batches of one rank, arrays of rows: `rows` sorted by length, dealt to the ranks in turn, and cut by `cuts`.
+def rounded(number: int) -> int:
+    """`number` rounded up by at most a 16th, and by less than 256: in a run it takes few values.
+
+    >>> rounded(15), rounded(100), rounded(3901), rounded(60_300)
+    (15, 100, 3968, 60416)
+    """
+    unit = min(256, 1 << max(0, (number // 16).bit_length() - 1))
+    return -(-number // unit) * unit
+
+
+def sentence_lengths(samples: Samples, rows: np.ndarray) -> np.ndarray:
+    """(rows,) int64: number of tokens of each."""
+    return samples.input_mask[rows].sum(1, dtype=np.int64)
+
+
+def rank_micro_batches(
+    samples: Samples, rows: np.ndarray, size: int, packing: Packing, rank: int = 0, world_size: int = 1
+) -> list[np.ndarray]:
+    """The micro-batches of one rank, arrays of rows: `rows` by length, dealt to the ranks in turn, and cut by `portions`.
 
     Ranks work on similar lengths at the same time, and all have the same number of micro-batches. On a rank without a row left
     for it, the last one is empty.
     """
-    lengths = samples.input_mask[rows].sum(1, dtype=np.int64)
+    lengths = sentence_lengths(samples, rows)
     order = np.argsort(lengths, kind="stable")
     longest = lengths[order][np.minimum(np.arange(world_size - 1, len(rows) + world_size - 1, world_size), len(rows) - 1)]
     own = rows[order][rank::world_size]
-    return [own[start:end] for start, end in cuts(longest, size, OVERHEAD_TOKENS)]
+    return [own[start:end] for start, end in portions(longest, size, packing.most_tokens)]
 
 
-def sort_and_cut(lengths: np.ndarray, size: int, overhead: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def portions(lengths: np.ndarray, size: int, most_tokens: int) -> list[tuple[int, int]]:
+    """Starts and ends of micro-batches of at most `size` sentences, and of about `most_tokens` tokens if one has so few.
+
+    >>> portions(np.array([3, 3, 4, 9, 9, 9]), size=2, most_tokens=20)
+    [(0, 2), (2, 4), (4, 5), (5, 6)]
+    """
+    total = lengths.cumsum()
+    number = math.ceil(total[-1] / most_tokens)
+    ends = np.unique(np.searchsorted(total, total[-1] * np.arange(1, number + 1) / number)) + 1
+    parts: list[tuple[int, int]] = []
+    for start, end in itertools.pairwise([0, *ends.tolist()]):
+        pieces = math.ceil((end - start) / size)
+        points = [start + (end - start) * piece // pieces for piece in range(pieces + 1)]
+        parts += itertools.pairwise(points)
+    return parts
+
+
+def sort_and_cut(lengths: np.ndarray, overhead: float) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """The order, (members, n) int64, of each member's sentences by their `lengths` (members, n), and `cuts` that all share."""
     order = np.argsort(lengths, axis=1, kind="stable")
-    return order, cuts(np.take_along_axis(lengths, order, 1).max(0), size, overhead)
+    return order, cuts(np.take_along_axis(lengths, order, 1).max(0), overhead)
 
 
-def cuts(lengths: np.ndarray, size: int, overhead: int) -> list[tuple[int, int]]:
-    """Starts and ends of micro-batches of sentences sorted by length, at the minimum cost.
+def cuts(lengths: np.ndarray, overhead: float) -> list[tuple[int, int]]:
+    """Starts and ends of blocks of sentences sorted by length, at the minimum cost.
 
-    A micro-batch of m sentences with at most L tokens costs m L + `overhead` tokens. A dynamic program over distinct lengths
-    finds the cheapest of all ways to cut where the length changes. Parts of more than `size` sentences are then cut evenly.
-    `lengths` are (n,) int64, ascending, n >= 1.
+    A block of m sentences with at most L tokens costs m L + `overhead` tokens. A dynamic program over distinct lengths finds
+    the cheapest of all ways to cut where the length changes. `lengths` are (n,) int64, ascending, n >= 1.
 
-    >>> cuts(np.array([3, 3, 4, 9, 9, 9]), size=2, overhead=4)
-    [(0, 2), (2, 3), (3, 4), (4, 6)]
+    >>> cuts(np.array([3, 3, 4, 9, 9, 9]), overhead=4)
+    [(0, 3), (3, 6)]
     """
     ends = [*(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]  # of the runs of equal lengths
     best = [0.0]  # cost of all sentences before a run
-    start_of = [0]  # index of the run with which the last micro-batch before a run starts
+    start_of = [0]  # index of the run with which the last block before a run starts
     for end in ends:
         longest = int(lengths[end - 1])
-        costs = [
-            before + math.ceil((end - start) / size) * overhead + (end - start) * longest
-            for before, start in zip(best, [0, *ends], strict=False)
-        ]
+        costs = [before + overhead + (end - start) * longest for before, start in zip(best, [0, *ends], strict=False)]
         cheapest = min(range(len(costs)), key=costs.__getitem__)
         best.append(costs[cheapest])
         start_of.append(cheapest)
     cut_points = [len(lengths)]
     run = len(ends)
     while run:
-        start = [0, *ends][start_of[run]]
-        end = ends[run - 1]
-        parts = math.ceil((end - start) / size)
-        cut_points += [start + (end - start) * part // parts for part in reversed(range(parts))]
         run = start_of[run]
+        cut_points.append([0, *ends][run])
     return list(itertools.pairwise(cut_points[::-1]))
 
 
-def masked_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+def masked_loss(model: Callable[..., torch.Tensor], batch: MicroBatch) -> torch.Tensor:
     """Sum over the masked positions of -log f(x)[w], in nats: a scalar, float32 or wider."""
-    logits = model(batch.input_ids, batch.input_mask, batch.flat_positions, batch.places)  # (masked, vocab_size)
+    inputs = (batch.input_ids, batch.input_mask, batch.positions, batch.position_ids, batch.blocks)
+    logits = model(*inputs)  # (M, vocab_size)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide), batch.labels, reduction="sum")
+    return F.cross_entropy(logits.to(wide), batch.labels, reduction="sum", ignore_index=IGNORED)
 
 
 def count_masks(samples: Samples, rows: np.ndarray) -> int:

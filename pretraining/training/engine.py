@@ -17,7 +17,7 @@ from torch import nn
 from pcfg.common.files import InputError
 from pcfg.common.ranks import Ranks
 from pretraining.model.bert import MaskedLM
-from pretraining.training.batches import GlobalBatch, MicroBatch, masked_loss
+from pretraining.training.batches import GlobalBatch, MicroBatch, Packing, masked_loss
 from pretraining.training.learner import Learner, Member, backward_pass
 from pretraining.training.sam import ascent
 from pretraining.training.state import SafeCheckpointEngine
@@ -201,6 +201,7 @@ class EngineLearner(Learner):
         self._options = options
         self._ranks = ranks
         self._is_scaled = arithmetic == "float16"
+        self.packing = Packing.of(model.config, ranks.device, arithmetic)
 
     @property
     def loss_scale(self) -> float | None:
@@ -226,7 +227,12 @@ class EngineLearner(Learner):
         ranks = self._ranks
         # DeepSpeed averages gradients over ranks; its division by the number of accumulation steps is turned off.
         backward = functools.partial(self.engine.backward, scale_wrt_gas=False)
-        losses = backward_pass(self._options, self.engine, step, batch, member, backward, ranks.rank, ranks.size)
+        # Autocast keeps its casts of the weights until the outermost context ends: one per step, in place of one per
+        # micro-batch. This context is not under autocast itself, nor are the backward passes in it.
+        with torch.autocast(ranks.device.type, enabled=False):
+            losses = backward_pass(
+                self._options, self.engine, step, batch, member, self.packing, backward, ranks.rank, ranks.size
+            )
         return {name: ranks.sum_on_device(share) for name, share in losses.items()}
 
     def step(self, lr: float) -> None:

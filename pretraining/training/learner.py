@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from pcfg.common.files import keyed_rng
 from pretraining.model.bert import MaskedLM
 from pretraining.training.adversarial import AdversarialTerm
-from pretraining.training.batches import GlobalBatch, MicroBatch, count_masks, masked_loss, micro_batch, rank_micro_batches
+from pretraining.training.batches import (
+    GlobalBatch,
+    MicroBatch,
+    Packing,
+    count_masks,
+    masked_loss,
+    micro_batch,
+    rank_micro_batches,
+)
 from pretraining.training.sample_stream import Shards
 
 
@@ -30,6 +38,8 @@ class Member:
 
 class Learner(Protocol):
     """The models of a run with their optimizer, at one step; all ranks call its methods together."""
+
+    packing: Packing
 
     @property
     def loss_scale(self) -> float | None:
@@ -72,6 +82,7 @@ def backward_pass(
     step: int,
     batch: GlobalBatch,
     member: Member,
+    packing: Packing,
     backward: Callable[[Tensor], object] = Tensor.backward,
     rank: int = 0,
     world_size: int = 1,
@@ -88,9 +99,10 @@ def backward_pass(
     torch.manual_seed(int(keyed_rng(member.stream, "dropout", step, rank).integers(1 << 63)))
     masks = count_masks(batch.samples, batch.rows)
     loss = torch.zeros(1, device=device)
-    for rows in rank_micro_batches(batch.samples, batch.rows, options.train_micro_batch_size_per_gpu, rank, world_size):
+    size = options.train_micro_batch_size_per_gpu
+    for rows in rank_micro_batches(batch.samples, batch.rows, size, packing, rank, world_size):
         # A rank without a row takes one times 0: all ranks go through the same collectives.
-        part = micro_batch(batch.samples, rows if len(rows) else batch.rows[:1]).to(device)
+        part = micro_batch(batch.samples, rows if len(rows) else batch.rows[:1], packing).to(device)
         share = masked_loss(model, part) * (len(rows) > 0) / masks
         # The loss of a step is the mean over the masked positions of the GLOBAL batch, so that grouping changes nothing. Every
         # rank knows their number without communication.

@@ -9,14 +9,12 @@ DeepSpeed's engine has no part in it: one rank, float32.
 
 import argparse
 import copy
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
@@ -26,14 +24,21 @@ from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
 from pretraining.model.layers import SelfAttention, eager_attention
 from pretraining.training.adversarial import AdversarialTerm, ridge_validation_loss
-from pretraining.training.batches import GlobalBatch, MicroBatch, count_masks, masked_loss, sort_and_cut
+from pretraining.training.batches import (
+    GlobalBatch,
+    MicroBatch,
+    Packing,
+    count_masks,
+    masked_loss,
+    pack,
+    portions,
+    sentence_lengths,
+)
 from pretraining.training.engine import build_optimizer
 from pretraining.training.learner import Learner, Member, backward_pass
 from pretraining.training.sam import ascent
 from pretraining.training.state import SafeCheckpointEngine
 
-OVERHEAD = 128  # cost of a micro-batch of small models, in tokens of a member: measured on CPU, near a flat minimum
-IGNORED = -100  # label of a position that `F.cross_entropy` leaves out
 ELEMENTWISE = ("adamw", "adam", "sgd")  # optimizers for which the extent of a tensor has no meaning
 STATE_FILE = "stacked.pt"  # of a training state
 
@@ -75,10 +80,8 @@ class Stack:
         self.models = models
         self.base = copy.deepcopy(models[0]).to("meta").train()  # the structure, without weights
         for module in self.base.modules():
-            if isinstance(module, SelfAttention):
-                module.most_copies = math.inf  # vmap can't count the positions of a sentence
-                if models[0].decoder_bias.device.type != "cpu":
-                    module.attend = eager_attention  # not every kernel of a GPU knows vmap
+            if isinstance(module, SelfAttention) and models[0].decoder_bias.device.type != "cpu":
+                module.attend = eager_attention  # not every kernel of a GPU knows vmap
         self.leaves: dict[str, Tensor] = {}  # (members, *shape)
         self.weights: list[Tensor] = []  # (members, numbers): of matrices and tables; of the other parameters
         self.gradients: list[Tensor] = []  # the same
@@ -126,13 +129,10 @@ class Stack:
     def masked_losses(self, batch: MicroBatch) -> Tensor:
         """`masked_loss` of each member on its part of a batch whose tensors have the members as first axis: (members,)."""
 
-        def loss(parameters: dict[str, Tensor], ids: Tensor, mask: Tensor | None, positions: Tensor, labels: Tensor) -> Tensor:
-            logits = functional_call(self.base, parameters, (ids, mask, positions))  # (masked, vocab_size)
-            return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+        def loss(parameters: dict[str, Tensor], tensors: dict[str, Tensor]) -> Tensor:
+            return masked_loss(lambda *inputs: functional_call(self.base, parameters, inputs), batch.of(tensors))
 
-        axes = (0, 0, None if batch.input_mask is None else 0, 0, 0)
-        inputs = (batch.input_ids, batch.input_mask, batch.flat_positions, batch.labels)
-        return vmap(loss, axes, randomness="different")(self.leaves, *inputs)
+        return vmap(loss, randomness="different")(self.leaves, batch.tensors())
 
     def adversarial_losses(self, terms: list[AdversarialTerm], step: int) -> Tensor:
         """`AdversarialTerm.loss` of each member for its term, all of one file: (members,) float64."""
@@ -150,48 +150,20 @@ class Stack:
         return vmap(ridge_validation_loss, (0, 0, 0, 0, None))(*parts, term.ridge)
 
 
-def stacked_micro_batches(batches: Sequence[GlobalBatch], size: int) -> list[MicroBatch]:
+def stacked_micro_batches(batches: Sequence[GlobalBatch], size: int, packing: Packing) -> list[MicroBatch]:
     """Micro-batches of all members at once, of at most `size` sentences each: tensors with the members as first axis.
-
-    Each member's sentences are sorted by length; the cuts are those of the longest at each place. A member with fewer masks
-    than another one has labels `IGNORED` in their place.
 
     Args:
         batches: one per member, of equal size.
     """
-    samples = [batch.samples for batch in batches]
-    rows = np.stack([batch.rows for batch in batches])  # (members, sentences)
-
-    def take(name: str) -> np.ndarray:
-        if all(one is samples[0] for one in samples):
-            return getattr(samples[0], name)[rows]
-        return np.stack([getattr(one, name)[own] for one, own in zip(samples, rows, strict=True)])
-
-    arrays = [take(name) for name in ("input_ids", "input_mask", "masked_lm_positions", "masked_lm_ids")]
-    order, parts = sort_and_cut(arrays[1].sum(2, dtype=np.int64), size, OVERHEAD)
-    arrays = [np.take_along_axis(array, order[..., None], 1) for array in arrays]
-    return [_stacked(*(array[:, start:end] for array in arrays)) for start, end in parts]
-
-
-def _stacked(input_ids: np.ndarray, input_mask: np.ndarray, positions: np.ndarray, words: np.ndarray) -> MicroBatch:
-    """One of the `stacked_micro_batches`; the arrays are those of `Samples`, with the members as first axis."""
-    members, sentences, _ = input_ids.shape
-    length = int(input_mask.sum(2).max())
-    mask = input_mask[:, :, :length] != 0
-    is_mask = (positions != 0).reshape(members, -1)
-    flat = (positions + length * np.arange(sentences)[:, None]).reshape(members, -1)
-    labels = np.where(is_mask, words.reshape(members, -1), IGNORED)
-    if not is_mask.all():
-        most = is_mask.sum(1).max()
-        order = np.argsort(~is_mask, axis=1, kind="stable")[:, :most]
-        flat = np.take_along_axis(flat, order, 1)
-        labels = np.take_along_axis(labels, order, 1)
-    return MicroBatch(
-        input_ids=torch.from_numpy(input_ids[:, :, :length].astype(np.int64)),
-        input_mask=None if mask.all() else torch.from_numpy(mask),
-        flat_positions=torch.from_numpy(flat.astype(np.int64)),
-        labels=torch.from_numpy(labels.astype(np.int64)),
-    )
+    lengths = np.stack([sentence_lengths(batch.samples, batch.rows) for batch in batches])
+    order = np.argsort(lengths, axis=1, kind="stable")
+    rows = [batch.rows[own] for batch, own in zip(batches, order, strict=True)]
+    longest = np.take_along_axis(lengths, order, 1).max(0)
+    return [
+        pack([(batch.samples, own[start:end]) for batch, own in zip(batches, rows, strict=True)], packing)
+        for start, end in portions(longest, size, packing.most_tokens)
+    ]
 
 
 class StackedLearner(Learner):
@@ -204,6 +176,7 @@ class StackedLearner(Learner):
         self._options = options
         self._stack = Stack([model.to(device).train() for model in models])
         self._device = device
+        self.packing = Packing.of(models[0].config, device, "float32")
         self._accumulate = self._together if is_stacked else self._in_turn
         parameters = self._stack.optimized(options.optimizer_type in ELEMENTWISE)
         self._optimizer = build_optimizer(options, parameters)
@@ -225,7 +198,7 @@ class StackedLearner(Learner):
         torch.manual_seed(int(keyed_rng(first, "stacked dropout", step, *others).integers(1 << 63)))
         masks = torch.tensor([count_masks(batch.samples, batch.rows) for batch in batches], device=self._device)
         loss = torch.zeros(len(batches), device=self._device)
-        for part in stacked_micro_batches(batches, self._options.train_micro_batch_size_per_gpu):
+        for part in stacked_micro_batches(batches, self._options.train_micro_batch_size_per_gpu, self.packing):
             shares = self._stack.masked_losses(part.to(self._device)) / masks
             shares.sum().backward()
             loss += shares.detach()
@@ -238,7 +211,7 @@ class StackedLearner(Learner):
 
     def _in_turn(self, step: int, batches: Sequence[GlobalBatch], members: Sequence[Member]) -> dict[str, Tensor]:
         triples = zip(self.models(), batches, members, strict=True)
-        losses = [backward_pass(self._options, model, step, batch, member) for model, batch, member in triples]
+        losses = [backward_pass(self._options, model, step, batch, member, self.packing) for model, batch, member in triples]
         return {name: torch.cat([own[name] for own in losses]) for name in losses[0]}
 
     def step(self, lr: float) -> None:

@@ -21,7 +21,7 @@ from pcfg.common.ranks import Ranks
 from pretraining.model.checkpoints import save_model
 from pretraining.training import branches, state
 from pretraining.training.arguments import job_folder, member_folders
-from pretraining.training.batches import GlobalBatch, MicroBatch, global_batches, micro_batch, rank_micro_batches
+from pretraining.training.batches import GlobalBatch, MicroBatch, count_masks, global_batches, micro_batch, rank_micro_batches
 from pretraining.training.engine import LOWEST_LOSS_SCALE, Schedule
 from pretraining.training.learner import Learner, Member
 from pretraining.training.metrics import LossWatch, Metrics, Signals, diverged_error
@@ -286,6 +286,7 @@ class Trainer:
         Sums and counts are added over all batches and ranks; there is one division, at the end.
         """
         ranks = self.ranks
+        packing = self.learner.packing
         shards = self.data.test
         assert shards is not None
         masks = 0
@@ -294,13 +295,12 @@ class Trainer:
             nonlocal masks
             for index in range(len(shards.paths)):
                 samples = shards.read(index)
-                least = 65_536 // shards.max_seq_length if ranks.device.type == "cuda" else 1  # less would not keep it busy
+                least = packing.most_tokens // shards.max_seq_length if ranks.device.type == "cuda" else 1  # to keep it busy
                 size = max(least, self.options.validation_micro_batch)
-                for rows in rank_micro_batches(samples, np.arange(len(samples)), size, ranks.rank, ranks.size):
+                for rows in rank_micro_batches(samples, np.arange(len(samples)), size, packing, ranks.rank, ranks.size):
                     if len(rows):
-                        batch = micro_batch(samples, rows)
-                        masks += len(batch.labels)
-                        yield batch
+                        masks += count_masks(samples, rows)
+                        yield micro_batch(samples, rows, packing)
 
         losses = self.learner.validation_loss(batches())
         total = ranks.sum_on_host(np.array([*losses.tolist(), masks], dtype=np.float64))

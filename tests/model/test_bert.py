@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from pcfg.common.files import InputError
-from pretraining.model import layers
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import LAYER_NORM_MODES, ModelConfig
 from pretraining.model.layers import eager_attention, sdpa_attention
@@ -58,21 +57,29 @@ def test_padding_changes_nothing(mode, norm):
 
 @pytest.mark.parametrize("mode", ["pre-ln", "post-ln"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_many_masks_a_sentence_are_few_with_copies_of_keys(mode, attention, monkeypatch):
-    """In any order, twice, and with a sentence that has none: outputs and gradients."""
-    ids, mask = torch.randint(1, 30, (4, 9)), torch.ones(4, 9, dtype=torch.long)
-    ids[1, 5:] = mask[1, 5:] = 0
-    chosen = torch.tensor([30, 2, 3, 4, 9, 10, 11, 12, 13, 27, 28, 0, 2, 35, 29])  # the third sentence has none
-    outputs, gradients = [], []
-    for most in (8, 0):
-        monkeypatch.setattr(layers, "MOST_COPIES", most)
-        model = random_model(encoder_ln_mode=mode, attention=attention).double()
-        outputs.append(model.predict(model.encode(ids, mask, chosen)))
-        outputs[-1].square().sum().backward()
-        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    assert outputs[0].shape == (15, 1, 30)
-    assert torch.allclose(*outputs, atol=1e-12)
-    assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(*gradients, strict=True))
+def test_packed_sentences_are_those_of_a_padded_batch(mode, attention):
+    """Outputs and gradients, with chosen positions in any order, twice, and a sentence that has none."""
+    model = random_model(encoder_ln_mode=mode, attention=attention).double()
+    lengths = [3, 3, 4, 6, 9]
+    ids = torch.randint(1, 30, (5, 9))
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    chosen = torch.tensor([37, 2, 0, 10, 28, 2, 44])  # of 9 tokens each; the third sentence has none
+    expected = model(ids, mask, chosen)
+    # Two blocks, the second of which is padded to 9 tokens, and two rows of no sentence.
+    blocks = [(2, 3, False), (3, 9, True)]
+    row, column = torch.tensor([(row, column) for row, width in enumerate([3, 3, 9, 9, 9]) for column in range(width)]).T
+    packed = torch.cat([ids[row, column], torch.tensor([0, 0])])
+    position_ids = torch.cat([column, torch.tensor([0, 0])])
+    place = {(r, c): index for index, (r, c) in enumerate(zip(row.tolist(), column.tolist(), strict=True))}
+    positions = torch.tensor([place[divmod(flat, 9)] for flat in chosen.tolist()])
+    found = model(packed, mask[row, column], positions, position_ids, blocks)
+    assert torch.allclose(found, expected, atol=1e-12)
+    weights = torch.randn_like(expected)
+    pairs = [torch.autograd.grad((logits * weights).sum(), list(model.parameters())) for logits in (found, expected)]
+    assert all(torch.allclose(one, other, atol=1e-10) for one, other in zip(*pairs, strict=True))
+    everywhere = model(packed, mask[row, column], None, position_ids, blocks)
+    is_token = mask[row, column]
+    assert torch.allclose(everywhere[:-2][is_token], model.encode(ids, mask)[row, column][is_token], atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["pre-ln", "post-ln"])

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from pcfg.common.files import read_json
-from pretraining.model import layers
 from pretraining.training.metrics import read_metrics
 from tests.training.conftest import SMALL
 
@@ -46,9 +45,9 @@ def on_cuda(forks):
 def train_on_cuda(on_cuda, tiny_samples, tmp_path):
     """Trains as `train` does, without a record before the end, on the pretended device."""
 
-    def run(flags, name="train"):
+    def run(flags):
         fixed = ["--dataset_path", tiny_samples, "--output_dir", tmp_path, "--job_name", "cuda"]
-        return on_cuda(name, *fixed, *SMALL.split(), *flags.split(), "--print_steps", 100)
+        return on_cuda("train", *fixed, *SMALL.split(), *flags.split(), "--print_steps", 100)
 
     return run
 
@@ -88,15 +87,6 @@ def test_float32_is_that_of_the_cpu_bit_for_bit(train, train_on_cuda, flags, dee
     assert [name for name in here if not torch.equal(here[name], found[name])] == []
     assert "note: float32, the slowest arithmetic of a GPU; --bf16 is" in there["output"]
     check(there, deepspeed_waits)
-
-
-@long
-def test_many_masks_per_sentence(train, train_on_cuda, monkeypatch):
-    there = train_on_cuda(PLAIN, "train_grouped")
-    monkeypatch.setattr(layers, "MOST_COPIES", 0)
-    here, found = weights(train(PLAIN, job="cpu")), weights(there["folder"])
-    assert [name for name in here if not torch.equal(here[name], found[name])] == []
-    check(there, 0)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from deepspeed.accelerator import get_accelerator
 
 from pretraining.data.samples import read_samples
 from pretraining.training import arguments as command_line
-from pretraining.training.batches import masked_loss, micro_batch
+from pretraining.training.batches import Packing, masked_loss, micro_batch
 from pretraining.training.engine import build_engine, precision, start_ranks, zero_stage
 from pretraining.training.pretrain import build_model
 
@@ -55,7 +55,7 @@ def test_one_step_of_sgd_is_the_gradient_in_every_precision(tiny_samples, arithm
     options = parse("--fp16" if arithmetic == "float16" else "")
     start_ranks(options)
     samples = read_samples(tiny_samples / "test_shard_0.hdf5")
-    batch = micro_batch(samples, np.arange(64))
+    batch = micro_batch(samples, np.arange(64), Packing())
     config = command_line.model_config(options, samples.attributes["vocab_size"], 10)
     exact, model = build_model(config, seed=0), build_model(config, seed=0)
     (masked_loss(exact, batch) / len(batch.labels)).backward()

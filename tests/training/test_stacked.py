@@ -19,11 +19,11 @@ from pretraining.model.config import ModelConfig
 from pretraining.training import arguments as command_line
 from pretraining.training import trainer
 from pretraining.training.adversarial import AdversarialTerm
-from pretraining.training.batches import GlobalBatch
+from pretraining.training.batches import IGNORED, GlobalBatch, Packing
 from pretraining.training.learner import Member
 from pretraining.training.metrics import read_metrics
 from pretraining.training.pretrain import finished_model
-from pretraining.training.stacked import IGNORED, Stack, StackedLearner, is_worth_stacking, stacked_micro_batches
+from pretraining.training.stacked import Stack, StackedLearner, is_worth_stacking, stacked_micro_batches
 
 LONG = bool(os.environ.get("LONG_TESTS"))
 NO_DROPOUT = "--hidden_dropout_prob 0 --attention_probs_dropout_prob 0"
@@ -91,15 +91,16 @@ def members_of(number):
     return [Member(seed, seed, None, None, None) for seed in range(number)]
 
 
+@pytest.mark.parametrize("packing", [Packing(0), Packing(20), Packing(1e6)])
 @pytest.mark.parametrize("masks", [1, 3, 9])
 @pytest.mark.parametrize("fields", [{}, {"encoder_ln_mode": "post-ln", "layer_norm_type": "rms_norm"}, {"attention": "eager"}])
-def test_losses_and_gradients_are_those_of_each_model_alone(masks, fields, naive_loss):
+def test_losses_and_gradients_are_those_of_each_model_alone(masks, fields, packing, naive_loss):
     samples = ragged_samples(60, 12, masks)
     alone = small_models(3, **fields)
     stack = Stack(small_models(3, **fields))
     batches = global_batches_of(samples, 3)
     total = torch.zeros(3)
-    for part in stacked_micro_batches(batches, size=10):
+    for part in stacked_micro_batches(batches, 10, packing):
         losses = stack.masked_losses(part)
         losses.sum().backward()
         total += losses.detach()
@@ -116,7 +117,7 @@ def test_losses_and_gradients_are_those_of_each_model_alone(masks, fields, naive
 def test_micro_batches_hold_each_members_rows_once_and_cut_all_at_the_same_places():
     samples = ragged_samples(80, 12, 3)
     batches = global_batches_of(samples, 4)
-    parts = stacked_micro_batches(batches, size=7)
+    parts = stacked_micro_batches(batches, 7, Packing(10))
     for index, batch in enumerate(batches):
         expected, actual = [], []
         for row in batch.rows:
@@ -125,17 +126,18 @@ def test_micro_batches_hold_each_members_rows_once_and_cut_all_at_the_same_place
         masks = 0
         for part in parts:
             mask = torch.ones_like(part.input_ids) if part.input_mask is None else part.input_mask
-            ids = part.input_ids[index]
-            actual += [row[: int(own.sum())].tolist() for row, own in zip(ids, mask[index], strict=True)]
+            sizes = [length for number, length, _ in part.blocks for _ in range(number)]
+            rows = zip(part.input_ids[index].split(sizes), mask[index].split(sizes), strict=True)
+            actual += [row[: int(own.sum())].tolist() for row, own in rows]
             masks += int((part.labels[index] != IGNORED).sum())
         assert sorted(actual) == sorted(expected)
         assert masks == np.count_nonzero(samples.masked_lm_positions[batch.rows])
-    assert max(part.input_ids.shape[1] for part in parts) <= 7
+    assert max(sum(number for number, *_ in part.blocks) for part in parts) <= 7
 
 
 def test_a_stack_of_one_length_has_no_mask_and_no_ignored_label():
     samples = ragged_samples(40, 3, 1)
-    (part,) = stacked_micro_batches(global_batches_of(samples, 2), size=32)
+    (part,) = stacked_micro_batches(global_batches_of(samples, 2), 32, Packing())
     assert part.input_mask is None
     assert (part.labels != IGNORED).all()
 

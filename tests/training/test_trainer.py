@@ -335,7 +335,7 @@ def test_what_changes_memory_changes_no_step(train, flag):
     assert [loss for _, loss, _, _ in plain] == pytest.approx([loss for _, loss, _, _ in other], rel=1e-5)
 
 
-def test_only_training_is_compiled_and_below_the_limit(train, tiny_rules, monkeypatch):
+def test_only_training_is_compiled_in_two_graphs(train, tiny_rules, monkeypatch):
     graphs = []  # whether each is for training
 
     def backend(graph, _):
@@ -346,4 +346,4 @@ def test_only_training_is_compiled_and_below_the_limit(train, tiny_rules, monkey
     torch._dynamo.reset()
     flags = "--compile --max_steps 12 --do_validation --max_steps_per_epoch 4 --validation_epochs 1"
     train(f"{flags} --rule-path {tiny_rules} --gap_sentences 20 --gap_steps 4")
-    assert all(graphs) and 2 <= len(graphs) < 10 < torch._dynamo.config.recompile_limit
+    assert graphs == [True, True]  # before and after attention
