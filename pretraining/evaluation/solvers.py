@@ -30,6 +30,7 @@ from typing import cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainingArguments, get_scheduler
@@ -45,9 +46,8 @@ STRENGTHS = tuple(10.0**-power for power in range(7))  # lambda, from the strong
 HELD_OUT = 5  # one of 5 training sentences is held out
 # Nats above the minimum, at most: for the choice of the strength, and for the result.
 ROUGH = 1e-4
-FINE = 1e-6
+FINE = 1e-7
 MAX_ITERATIONS = 2000
-ITERATIONS_PER_CHECK = 20
 NEGLIGIBLE = 1e-5  # times the mean of a column: a standard deviation that is only rounding in float32
 # A probe by AdamW is unfinished if this share of more steps lowers its training loss by more than so many nats.
 FURTHER_STEPS = 0.1
@@ -238,8 +238,9 @@ def fit_lbfgs(
 ) -> Optimum:
     """The minimum of J(W, b); see the module.
 
-    J is lambda-strongly convex in W, so J - min J <= ||grad J||^2 / (2 lambda) (Boyd and Vandenberghe 2004, eq. 9.9; b is
-    counted as if it were penalised). Iterations end when this bound is at most `tolerance`, or J stops falling in float32.
+    J is lambda-strongly convex in W, so J - min J <= ||grad J||^2 / (2 lambda) (Boyd and Vandenberghe 2004, eq. 9.9; for b
+    lambda is at most the share of the rarest class, its curvature at W = 0). Iterations end when this bound is at most
+    `tolerance`, or J stops falling in the dtype of the features.
 
     Args:
         features: (n, d), standardised.
@@ -250,43 +251,44 @@ def fit_lbfgs(
         start: initial point; None for W = 0 and the frequencies of the classes.
     """
     weights = features.new_ones(len(labels)) if weights is None else weights
-    total = weights.sum()
+    shares = weights / weights.sum()
     counts = features.new_zeros(classes).index_add_(0, labels, weights)
-    weight = features.new_zeros(classes, features.shape[1]) if start is None else start.head.weight.detach().clone()
-    bias = torch.where(counts > 0, (counts / total).log(), NO_CLASS)
+    weight = features.new_zeros(classes, features.shape[1]) if start is None else start.head.weight
+    bias = torch.where(counts > 0, (counts / weights.sum()).log(), NO_CLASS)
     if start is not None:  # it may have been fitted to other classes
         bias = torch.where((counts > 0) & (start.head.bias > NO_CLASS), start.head.bias, bias)
-    parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    # Its own tests (largest element of the gradient, last step) do not bound the distance to the minimum: switched off.
-    optimizer = torch.optim.LBFGS(
-        parameters,
-        max_iter=ITERATIONS_PER_CHECK,
-        tolerance_grad=0,
-        tolerance_change=torch.finfo(features.dtype).tiny,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        losses = F.cross_entropy(F.linear(features, weight, bias), labels, reduction="none")
-        # A class without weight may have no probability: 0 x infinity is NaN.
-        loss = torch.where(weights > 0, losses, 0.0) @ weights / total + strength / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    best = math.inf
+    one_hot = F.one_hot(labels, classes).to(features)
+    curvature = torch.full((features.shape[1] + 1,), strength).to(features.device, torch.float64)  # of J, at least
+    curvature[-1] = min(strength, float(counts[counts > 0].min() / weights.sum()))
     excess = math.inf
-    for _ in range(MAX_ITERATIONS // ITERATIONS_PER_CHECK):
-        optimizer.step(objective)
-        loss = objective().item()  # again, since the line search may have ended at another point
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        excess = sum(gradient.square().sum().item() for gradient in gradients) / (2 * strength)
-        if excess <= tolerance or loss >= best:
-            break
-        best = loss
+
+    def head_of(point: np.ndarray) -> Tensor:
+        """(classes, d + 1): W and b."""
+        return torch.from_numpy(point).to(features).view(classes, -1)
+
+    def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal excess
+        head = head_of(point)
+        log_p = torch.addmm(head[:, -1], features, head[:, :-1].T).log_softmax(1)  # (n, classes)
+        # A class without weight may have no probability: 0 x infinity is NaN.
+        losses = torch.where(shares > 0, -log_p.gather(1, labels[:, None])[:, 0], 0.0)
+        residuals = (log_p.exp() - one_hot) * shares[:, None]
+        gradient = torch.cat([residuals.T @ features + strength * head[:, :-1], residuals.sum(0)[:, None]], 1)
+        loss = losses.double() @ shares.double() + strength / 2 * head[:, :-1].double().square().sum()
+        excess = float(gradient.double().square().sum(0) @ curvature.reciprocal()) / 2
+        return float(loss), gradient.double().cpu().numpy().ravel()
+
+    def stop(_: np.ndarray) -> None:
+        if excess <= tolerance:
+            raise StopIteration
+
+    options = {"maxcor": 20, "maxiter": MAX_ITERATIONS, "maxfun": 2 * MAX_ITERATIONS, "ftol": 0.0, "gtol": 0.0}
+    first = torch.cat([weight, bias[:, None]], 1).double().cpu().numpy().ravel()
+    found = minimize(objective, first, jac=True, method="L-BFGS-B", callback=stop, options=options)
+    objective(found.x)  # its excess
     head = nn.utils.skip_init(nn.Linear, features.shape[1], classes)
-    head.weight, head.bias = (nn.Parameter(parameter.detach(), requires_grad=False) for parameter in parameters)
+    last = head_of(found.x)
+    head.weight, head.bias = (nn.Parameter(part.contiguous(), requires_grad=False) for part in (last[:, :-1], last[:, -1]))
     return Optimum(head, excess)
 
 
