@@ -34,7 +34,7 @@ ranks() {
     cores=$((${SLURM_CPUS_ON_NODE:-1} / number))
     cores=$((cores > 0 ? cores : 1))
     export MASTER_ADDR=${nodes%%$'\n'*} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-    export LOCAL_WORLD_SIZE=$number OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
+    export LOCAL_WORLD_SIZE=$number
     # The numbers of a rank differ from task to task, so they are looked up there and not here.
     # shellcheck disable=SC2016
     await 'scancel --signal=TERM "$SLURM_JOB_ID"' srun --kill-on-bad-exit=1 --ntasks=$((number * SLURM_JOB_NUM_NODES)) \

@@ -124,7 +124,7 @@ stop() {
     exit 143
 }
 trap stop TERM
-echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS" >"$NOTES/rank$RANK"
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT ${OMP_NUM_THREADS-unset}" >"$NOTES/rank$RANK"
 while :; do sleep 0.05; done
 """
 # One training, started by the words of --launcher; as the runner does, it passes SIGTERM on.
@@ -180,7 +180,7 @@ def test_a_slurm_job_passes_sigterm_to_its_ranks_and_ends_as_they_do(slurm, tmp_
     assert script in srun and "scancel --signal=TERM 7" in calls
     assert not (tmp_path / "killed").exists()
     ranks = [(tmp_path / f"rank{rank}").read_text() for rank in range(4)]
-    assert ranks == [f"{rank} {rank % 2} 4 2 127.0.0.1 20007 4\n" for rank in range(4)]
+    assert ranks == [f"{rank} {rank % 2} 4 2 127.0.0.1 20007 unset\n" for rank in range(4)]
     assert name != "pretrain" or srun.endswith("--output_dir OUT --job_name=seed3 OUT/seed3")
     is_requeued = (state, requeue) == ("RUNNING", "1")
     assert ("scontrol requeue 7" in calls) == is_requeued and ("; requeued" in printed) == is_requeued

@@ -129,9 +129,13 @@ def _meet(rank: int, size: int) -> dist.Store:
 
 
 def cores_of_rank() -> int:
-    """The cores for this process: OMP_NUM_THREADS, else its share of the machine's among the ranks there."""
+    """The cores for this process: OMP_NUM_THREADS, else its share of the machine's (or SLURM job's) among the ranks there.
+
+    srun may have bound the process to its share already.
+    """
     ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return _threads_of_user() or max(1, available_cores() // ranks)
+    cores = int(os.environ.get("SLURM_CPUS_ON_NODE", available_cores()))
+    return _threads_of_user() or max(1, min(available_cores(), cores // ranks))
 
 
 def _threads_of_user() -> int:

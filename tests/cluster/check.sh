@@ -143,7 +143,7 @@ check_tasks() {
     mkdir -p "$lab/show/.venv/bin"
     ln -sf /bin/bash "$lab/show/.venv/bin/python"
     cat >"$lab/show/show" <<'END'
-echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $SLURM_CPUS_PER_TASK $MASTER_ADDR $CUDA_VISIBLE_DEVICES
+echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $SLURM_CPUS_PER_TASK $SLURM_CPUS_ON_NODE $MASTER_ADDR $CUDA_VISIBLE_DEVICES
 END
     sed '/^set -euo/,$d' "$root/scripts/pretrain_slurm.sbatch" >"$lab/out/show.sbatch"
     printf 'source %q\nroot=%q\nranks show\n' "$root/scripts/slurm_ranks.sh" "$lab/show" >>"$lab/out/show.sbatch"
@@ -151,12 +151,12 @@ END
         # shellcheck disable=SC2086
         on nodea sbatch --wait ${flags//_/ } -o "$lab/out/show$flags.log" "$lab/out/show.sbatch" >/dev/null
         printed=$(sort -n "$lab/out/show$flags.log" | tail -n 1)
-        verdict "4, 7: sbatch ${flags//_/ }: the last of $wanted (rank, local rank, ranks, per node, cores, master, GPUs)" \
+        verdict "4, 7: sbatch ${flags//_/ }: the last of $wanted (rank, local rank, ranks, per node, cores, cores of the node, master, GPUs)" \
             [ "$printed" = "$wanted" ]
     done <<END
---nodes_2 15 7 16 8 8 nodea 0,1,2,3,4,5,6,7
---gpus-per-node_4_--ntasks-per-node_4 7 3 8 4 8 nodea 0,1,2,3
---gpus-per-node_0_--ntasks-per-node_2_--cpus-per-task_16 3 1 4 2 16 nodea
+--nodes_2 15 7 16 8 8 64 nodea 0,1,2,3,4,5,6,7
+--gpus-per-node_4_--ntasks-per-node_4 7 3 8 4 8 32 nodea 0,1,2,3
+--gpus-per-node_0_--ntasks-per-node_2_--cpus-per-task_16 3 1 4 2 16 32 nodea
 END
 }
 

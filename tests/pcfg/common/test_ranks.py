@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[3]
         (WIDE, {}, 8),
         (WIDE, {"LOCAL_WORLD_SIZE": "2"}, 4),
         (WIDE, {"LOCAL_SIZE": "16"}, 1),
+        (WIDE, {"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "32"}, 8),  # bound to its share by srun
+        (WIDE, {"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "8"}, 2),  # not bound
+        (32, {"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "32"}, 1),
         (32, {"OMP_NUM_THREADS": "3"}, 3),
         (WIDE, {"OMP_NUM_THREADS": "3,2", "LOCAL_WORLD_SIZE": "2"}, 3),
         (32, {"OMP_NUM_THREADS": "many"}, 1),
