@@ -119,8 +119,7 @@ def pack(members: Sequence[tuple[Samples, np.ndarray]], packing: Packing) -> Mic
     flat = np.take_along_axis((masks + starts[:, None]).reshape(len(members), -1), chosen, 1)
     labels = np.take_along_axis(np.where(is_mask, words.reshape(len(members), -1), IGNORED), chosen, 1)
 
-    more_tokens = rounded(len(sentence)) - len(sentence) if packing.has_few_shapes else 0
-    more_masks = rounded(most) - most if packing.has_few_shapes else 0
+    more_tokens, more_masks = (rounded(n) - n if packing.has_few_shapes else 0 for n in (len(sentence), most))
 
     def tensor(array: np.ndarray, more: int, value: int = 0) -> torch.Tensor:
         return torch.from_numpy(np.pad(array, ((0, 0), (0, more)), constant_values=value).astype(np.int64))
@@ -170,7 +169,7 @@ def portions(lengths: np.ndarray, size: int, most_tokens: int) -> list[tuple[int
     """Starts and ends of micro-batches of at most `size` sentences, and of about `most_tokens` tokens if one has so few.
 
     >>> portions(np.array([3, 3, 4, 9, 9, 9]), size=2, most_tokens=20)
-    [(0, 2), (2, 4), (4, 5), (5, 6)]
+    [(0, 2), (2, 4), (4, 6)]
     """
     total = lengths.cumsum()
     number = math.ceil(total[-1] / most_tokens)
@@ -199,20 +198,15 @@ def cuts(lengths: np.ndarray, overhead: float) -> list[tuple[int, int]]:
     [(0, 3), (3, 6)]
     """
     ends = [*(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]  # of the runs of equal lengths
-    best = [0.0]  # cost of all sentences before a run
-    start_of = [0]  # index of the run with which the last block before a run starts
+    best: list[tuple[float, list[tuple[int, int]]]] = [(0.0, [])]  # cost and blocks of all sentences before a run
     for end in ends:
         longest = int(lengths[end - 1])
-        costs = [before + overhead + (end - start) * longest for before, start in zip(best, [0, *ends], strict=False)]
-        cheapest = min(range(len(costs)), key=costs.__getitem__)
-        best.append(costs[cheapest])
-        start_of.append(cheapest)
-    cut_points = [len(lengths)]
-    run = len(ends)
-    while run:
-        run = start_of[run]
-        cut_points.append([0, *ends][run])
-    return list(itertools.pairwise(cut_points[::-1]))
+        starts = zip(best, [0, *ends], strict=False)
+        cost, blocks, start = min(
+            (cost + overhead + (end - start) * longest, blocks, start) for (cost, blocks), start in starts
+        )
+        best.append((cost, [*blocks, (start, end)]))
+    return best[-1][1]
 
 
 def masked_loss(model: Callable[..., torch.Tensor], batch: MicroBatch) -> torch.Tensor:

@@ -33,7 +33,7 @@ from pcfg.grammar import find_rules
 from pretraining.data.samples import Samples, read_samples
 from pretraining.evaluation.loss import gap_meter
 from pretraining.training import arguments as command_line
-from pretraining.training.batches import GlobalBatch, count_masks, masked_loss, micro_batch, rank_micro_batches
+from pretraining.training.batches import GlobalBatch, Packing, count_masks, masked_loss, micro_batch, rank_micro_batches
 from pretraining.training.engine import build_optimizer, cpu_has_bfloat16, start_ranks
 from pretraining.training.pretrain import build_learner, build_model, load_data, run_facts
 from pretraining.training.state import Progress
@@ -103,14 +103,15 @@ class Bench:
         options = self.training_options()
         model = build_model(command_line.model_config(options, vocab_size, LENGTH), 0).to(self.device).train()
         optimizer = build_optimizer(options, model)
-        arithmetic = torch.bfloat16 if options.bf16 else None
+        packing = Packing.of(model.config, self.device, "bfloat16" if options.bf16 else "float32")
 
         def step(rows):
             masks = count_masks(self.samples, rows)
-            for part in rank_micro_batches(self.samples, rows, options.train_micro_batch_size_per_gpu):
-                with torch.autocast(self.device.type, arithmetic, enabled=arithmetic is not None):
-                    loss = masked_loss(model, micro_batch(self.samples, part).to(self.device))
-                (loss / masks).backward()
+            with torch.autocast(self.device.type, enabled=False):  # keeps the casts of the weights
+                for part in rank_micro_batches(self.samples, rows, options.train_micro_batch_size_per_gpu, packing):
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=options.bf16):
+                        loss = masked_loss(model, micro_batch(self.samples, part, packing).to(self.device))
+                    (loss / masks).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clipping)
             optimizer.step()
             optimizer.zero_grad()
