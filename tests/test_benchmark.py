@@ -29,6 +29,7 @@ from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model
 from pretraining.model.config import ModelConfig
 from pretraining.training.batches import Packing, masked_loss, micro_batch
+from pretraining.training.engine import cpu_has_bfloat16
 from tests.bert_tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -116,15 +117,15 @@ def test_the_table_of_probes_comes_out(tiny_rules, tmp_path):
 
 
 def test_the_table_of_training_comes_out(tiny_rules, tmp_path):
-    sizes = "--scale 0.01 --hidden-size 16 --layers 1 --heads 2 --batch 16 --cores 1".split()
+    sizes = "--scale 0.01 --hidden-size 16 --layers 1 --heads 2 --batch 16 --cores 1 --dropout 0".split()
     done = benchmark("pretraining", "--rule-path", tiny_rules, *sizes, "--output", tmp_path / "t.md", "--only", "compact")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split(" | ") for line in (tmp_path / "t.md").read_text().splitlines() if line.startswith("| ")]
-    assert [line[0].removeprefix("| training, 13 words").lstrip(", ") for line in lines[2:]] == [
-        "",
-        "sparse baseline",
-        "DeepSpeed's overhead",
-        "useful arithmetic",
+    arithmetics = ["float32", "bfloat16"] if cpu_has_bfloat16() else ["float32"]
+    assert [line[0].removeprefix("| ") for line in lines[2:]] == [
+        f"13 words, {arithmetic}, dropout 0, {what}"
+        for arithmetic in arithmetics
+        for what in ("plain loop", "sparse loop", "without DeepSpeed", "peak")
     ]
     assert all(float(line[2].replace(",", "")) > 0 and float(line[3].replace(",", "")) > 0 for line in lines[2:])
 

@@ -156,7 +156,7 @@ def deepspeed_config(options: argparse.Namespace, world_size: int, arithmetic: s
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": options.gradient_clipping,
+        "gradient_clipping": options.gradient_clipping if zero_stage(options, arithmetic) else 0,
         "prescale_gradients": options.prescale_gradients,
         "wall_clock_breakdown": options.wall_clock_breakdown,
         "zero_optimization": {"stage": zero_stage(options, arithmetic)},
@@ -186,7 +186,15 @@ def build_engine(options: argparse.Namespace, model: nn.Module, world_size: int,
         os.environ["LOCAL_RANK"] = str(max(0, options.local_rank))
     try:
         config = deepspeed_config(options, world_size, arithmetic)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(options, model), config=config)
+        optimizer = build_optimizer(options, model)
+        if options.gradient_clipping and not config["gradient_clipping"]:
+
+            def clip(*_: object) -> None:
+                # Without ZeRO, DeepSpeed clips parameter by parameter, and the host waits for the norms.
+                nn.utils.clip_grad_norm_(list(model.parameters()), options.gradient_clipping)
+
+            optimizer.register_step_pre_hook(clip)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     finally:
         if is_alone:
             del os.environ["LOCAL_RANK"]

@@ -11,8 +11,8 @@ On a GPU, the README's encoder:
     bash scripts/benchmark.sh pretraining --bf16 --hidden-size 1024 --layers 16 --heads 16 --batch 4096 --micro-batch 4096
 
 Rates are sentences per second of wall-clock time. All contenders train on the same samples of the grammar, padded to 32 tokens
-in the file, with dropout 0.1 and AdamW. They take turns, and the median of their turns counts. The baseline and its variants
-are in naive_training.py.
+in the file, with the same dropout, arithmetic and AdamW. They take turns, and the median of their turns counts. The baseline
+and its variants are in naive_training.py. Goals are at dropout 0.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.options, self.folder = options, folder
-        self.sizes = {}
+        self.plain = {}  # rates of the plain loop, by vocabulary, arithmetic and dropout
         text, self.data = folder / "text", folder / "samples"
         number = max(4 * options.batch, round(100_000 * min(1.0, options.scale)))
         counts = ["--sentence-num", number, "--shard-num", 1, "--test-shard-num", 0]
@@ -76,7 +76,7 @@ class Bench:
         files = ["--dataset_path", self.data, "--tokenizer_name", "bert-large-uncased", "--output_dir", self.folder / "models"]
         sizes = ["--train_batch_size", options.batch, "--train_micro_batch_size_per_gpu", options.micro_batch]
         schedule = ["--lr_schedule", "step", "--max_steps", 1_000_000, "--print_steps", 1_000_000, "--report_to", "none"]
-        words = [*files, *model, *sizes, *schedule, *(["--bf16"] if options.bf16 else []), *flags]
+        words = [*files, *model, *sizes, *schedule, *flags]
         return command_line.build_parser("").parse_args([str(word) for word in words])
 
     def trainer(self, vocab_size: int, job: str, *flags) -> Trainer:
@@ -98,9 +98,9 @@ class Bench:
         trainer.learner.step(trainer.lr)
         trainer.advance(batches, losses)
 
-    def plain_step(self, vocab_size: int):
+    def plain_step(self, vocab_size: int, *flags):
         """The same model, batches and optimizer as the trainer's, in a loop without DeepSpeed."""
-        options = self.training_options()
+        options = self.training_options(*flags)
         model = build_model(command_line.model_config(options, vocab_size, LENGTH), 0).to(self.device).train()
         optimizer = build_optimizer(options, model)
         packing = Packing.of(model.config, self.device, "bfloat16" if options.bf16 else "float32")
@@ -141,9 +141,9 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def peak(self) -> float:
-        """FLOP/s of a large matrix product, in the arithmetic of the contenders: the best of some."""
-        dtype = torch.bfloat16 if self.options.bf16 else torch.float32
+    def peak(self, bf16: bool) -> float:
+        """FLOP/s of a large matrix product: the best of some."""
+        dtype = torch.bfloat16 if bf16 else torch.float32
         size = 8192 if self.device.type == "cuda" else 2048
         one, other = torch.randn(2, size, size, device=self.device).to(dtype)
         seconds = []
@@ -171,72 +171,80 @@ def useful_flops(samples: Samples, config) -> float:
     return float(3 * 2 * (products + attention + head).mean())
 
 
-def training_rows(bench: Bench, what: str, vocab_size: int, goal_ratio: float | None) -> list[Row]:
-    trainer = bench.trainer(vocab_size, f"v{vocab_size}")
+def training_rows(bench: Bench, vocab_size: int, bf16: bool, dropout: float) -> list[Row]:
+    name = f"{vocab_size:,} words, {'bfloat16' if bf16 else 'float32'}, dropout {dropout:g}"
+    flags = ["--hidden_dropout_prob", dropout, "--attention_probs_dropout_prob", dropout, "--bf16", str(bf16).lower()]
+    trainer = bench.trainer(vocab_size, f"{vocab_size}-{bf16}-{dropout}", *flags)
     config = trainer.learner.models()[0].config
+    threads = torch.get_num_threads()
 
-    arithmetic = torch.bfloat16 if bench.options.bf16 else None
-    rates = bench.rates(
-        {
-            "ours": lambda rows: bench.train(trainer, [rows]),
-            "loop": bench.plain_step(vocab_size),
-            "plain": PlainLoop(config, bench.samples, bench.device, sparse=False, autocast=arithmetic).step,
-            "sparse": PlainLoop(config, bench.samples, bench.device, sparse=True, autocast=arithmetic).step,
-        }
-    )
+    def on_one_thread(rows: np.ndarray) -> None:
+        torch.set_num_threads(1)
+        bench.train(trainer, [rows])
+        torch.set_num_threads(threads)
+
+    autocast = torch.bfloat16 if bf16 else None
+    contenders = {
+        "ours": lambda rows: bench.train(trainer, [rows]),
+        "loop": bench.plain_step(vocab_size, *flags),
+        "plain": PlainLoop(config, bench.samples, bench.device, sparse=False, autocast=autocast).step,
+        "sparse": PlainLoop(config, bench.samples, bench.device, sparse=True, autocast=autocast).step,
+    }
+    if threads > 1 and bench.device.type == "cpu":
+        contenders["one thread"] = on_one_thread
+    rates = bench.rates(contenders)
     trainer.metrics.close()
-    bench.sizes[what] = rates
-    peak, flops = bench.peak(), useful_flops(bench.samples, config)
-    name = f"training, {vocab_size:,} words"
+    bench.plain[vocab_size, bf16, dropout] = rates["plain"]
+    flops = useful_flops(bench.samples, config)
+    is_full = vocab_size == FULL_VOCABULARY
+
+    def row(what: str, baseline: float, goal: float | None, note: str) -> Row:
+        return Row(f"{name}, {what}", rates["ours"], RATE, baseline, goal_ratio=None if dropout else goal, note=note)
+
+    plain_goal = (5 if bf16 else 8) if is_full else None
+    sparse_goal = None if is_full else 3 if bf16 else 2
     padded = f"a plain loop over transformers' model, padded to {LENGTH} tokens"
+    rows = [
+        row("plain loop", rates["plain"], plain_goal, f"baseline: {padded}"),
+        row("sparse loop", rates["sparse"], sparse_goal, "the same with logits at masked positions only"),
+        row("without DeepSpeed", rates["loop"], 0.95, "the same step in a plain loop, without DeepSpeed, records and checks"),
+    ]
+    if "one thread" in rates:
+        rows.append(row("one thread", rates["one thread"], 1, f"ours on one thread, against {threads}"))
+    full = bench.plain.get((FULL_VOCABULARY, bf16, dropout))
+    if full is not None and not is_full:
+        note = "the grammar's own vocabulary in place of BERT's, as generate_pretraining.py writes it by default"
+        rows.append(row(f"plain loop with {FULL_VOCABULARY:,}", full, 12, note))
+    peak_goal = (0.07 if is_full else 0.12) if bf16 else 0.55
+    note = f"baseline: product of two large matrices; {number_text(flops / 1e6)} million useful FLOPs a sentence"
+    useful, peak = rates["ours"] * flops / 1e9, bench.peak(bf16) / 1e9
+    rows.append(Row(f"{name}, peak", useful, "GFLOP/s", peak, goal_ratio=None if dropout else peak_goal, note=note))
+    return rows
+
+
+def variants(bench: Bench, vocab_size: int) -> list[Row]:
+    """The rows of all arithmetics and dropouts."""
     return [
-        Row(name, rates["ours"], RATE, rates["plain"], goal_ratio=goal_ratio, note=f"baseline: {padded}"),
-        Row(
-            f"{name}, sparse baseline",
-            rates["ours"],
-            RATE,
-            rates["sparse"],
-            note="the same with logits at masked positions only",
-        ),
-        Row(
-            f"{name}, DeepSpeed's overhead",
-            rates["ours"],
-            RATE,
-            rates["loop"],
-            goal_ratio=0.95,
-            note="baseline: the same step in a plain loop, without DeepSpeed, records and checks",
-        ),
-        Row(
-            f"{name}, useful arithmetic",
-            rates["ours"] * flops / 1e9,
-            "GFLOP/s",
-            peak / 1e9,
-            goal_ratio=0.45,
-            note=f"baseline: product of two large matrices; {number_text(flops / 1e6)} million useful FLOPs a sentence",
-        ),
+        row
+        for bf16 in bench.options.bf16
+        for dropout in bench.options.dropout
+        for row in training_rows(bench, vocab_size, bf16, dropout)
     ]
 
 
 def full_rows(bench: Bench) -> list[Row]:
-    return training_rows(bench, "full", FULL_VOCABULARY, 12)
+    return variants(bench, FULL_VOCABULARY)
 
 
 def compact_rows(bench: Bench) -> list[Row]:
-    size = int(bench.samples.attributes["vocab_size"])
-    rows = training_rows(bench, "compact", size, None)
-    if "full" in bench.sizes:
-        ours, plain = bench.sizes["compact"]["ours"], bench.sizes["full"]["plain"]
-        what = f"training, {size} words, against the plain loop with {FULL_VOCABULARY:,}"
-        note = "the grammar's own vocabulary in place of BERT's, as generate_pretraining.py writes it by default"
-        rows.append(Row(what, ours, RATE, plain, goal_ratio=20, note=note))
-    return rows
+    return variants(bench, int(bench.samples.attributes["vocab_size"]))
 
 
 def stacked_rows(bench: Bench) -> list[Row]:
     """Small models of eight seeds in one run, next to one model after the other by DeepSpeed's engine."""
     size = int(bench.samples.attributes["vocab_size"])
     shape = ["--hidden_size", 32, "--num_hidden_layers", 2, "--num_attention_heads", 2, "--intermediate_size", 128]
-    flags = [*shape, "--hidden_dropout_prob", 0, "--attention_probs_dropout_prob", 0, "--bf16", "false"]
+    flags = [*shape, "--hidden_dropout_prob", 0, "--attention_probs_dropout_prob", 0]
     single = bench.trainer(size, "single", *flags)
     stacked = bench.trainer(size, "stacked", *flags, "--seeds", ",".join(map(str, range(SEEDS))))
 
@@ -279,7 +287,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rule-path", default="rule_deep_mlm.txt", help="rules file; default rule_deep_mlm.txt")
     for name, size in (("hidden-size", 256), ("layers", 4), ("heads", 4), ("batch", 256), ("micro-batch", 256)):
         parser.add_argument(f"--{name}", type=positive_int, default=size, help=f"default {size}")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16; default: where the CPU has instructions for it")
+    text = "bfloat16 alone; default: float32, and bfloat16 on GPUs and on CPUs that have instructions for it"
+    parser.add_argument("--bf16", action="store_true", help=text)
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0, 0.1], help="default 0 0.1")
     return parser
 
 
@@ -287,16 +297,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     use_cores(options.cores)
     torch.set_num_threads(options.cores)
-    options.bf16 = options.bf16 or (not torch.cuda.is_available() and cpu_has_bfloat16())
+    options.bf16 = [True] if options.bf16 else [False, True] if torch.cuda.is_available() or cpu_has_bfloat16() else [False]
     options.rules = find_rules(options.rule_path).resolve()
     folder = Path(tempfile.mkdtemp())
     try:
         bench = Bench(options, folder)
         device = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
         shape = f"hidden {options.hidden_size}, {options.layers} layers, batches of {options.batch}"
-        facts = (
-            f"{shape}, {'bfloat16' if options.bf16 else 'float32'}, {device}; {machine('torch', 'deepspeed', 'transformers')}"
-        )
+        facts = f"{shape}, {device}; {machine('torch', 'deepspeed', 'transformers')}"
         rows = []
         for name in options.only or ROWS:
             print(f"measuring: {name}", flush=True)
