@@ -9,7 +9,7 @@ if [ -n "$(missing)" ]; then
     missing | sed 's/^/check.sh: needs /' >&2
     exit 2
 fi
-bash "$root/scripts/setup.sh" || exit
+bash "$root/scripts/setup.sh" "$root/requirements.txt" "$root/tests/requirements.txt" || exit
 lab=$(mktemp -d /var/tmp/cluster.XXXXXX)
 python=$root/.venv/bin/python
 small=(--tokenizer_name bert-large-uncased --dataset_path "$lab/my samples" --hidden_size 32 --num_hidden_layers 2
