@@ -14,7 +14,6 @@ import pandas as pd
 import pydantic_core
 
 from pcfg.common.files import AnyPath, write_json
-from pcfg.common.schema import Schema
 from pretraining.experiments.study import Criteria, Decision, Status, Studies, Study, read_decision, read_statuses, read_studies
 from pretraining.report import intervals
 from pretraining.report.comparisons import Compared, Comparer
@@ -25,15 +24,6 @@ from pretraining.report.sections import EnlargedPair, Line, Section, Summary, co
 from pretraining.report.verdicts import Headroom
 
 SCHEMA = 3  # of results.json
-
-
-class Correlated(Schema):
-    """The correlation of an accuracy with the balanced trace over the saturated models of a study, or with a trace or gap."""
-
-    section: str
-    accuracy: str
-    against: str
-    correlation: Correlation
 
 
 @dataclasses.dataclass
@@ -48,7 +38,8 @@ class Analysis:
     pairs: dict[str, list[EnlargedPair]] = dataclasses.field(default_factory=dict)  # by section
     studies: Studies | None = None
     compared: dict[str, list[Compared]] = dataclasses.field(default_factory=dict)  # by study
-    correlations: list[Correlated] = dataclasses.field(default_factory=list)
+    # correlations: by section and accuracy, with the balanced trace over the saturated models
+    correlations: dict[str, dict[str, Correlation]] = dataclasses.field(default_factory=dict)
     headrooms: dict[str, Headroom] = dataclasses.field(default_factory=dict)  # by accuracy
     controls: dict[str, dict[str, Summary]] = dataclasses.field(default_factory=dict)  # by control and accuracy
     decisions: list[Decision] = dataclasses.field(default_factory=list)
@@ -94,7 +85,7 @@ def analyse_studies(tree: Tree, folder: Path, studies: Studies, criterion: SameL
         {section.name: section.lines(tree) for section in sections},
         studies=studies,
         compared=compared,
-        correlations=[correlated for section in sections for correlated in _correlations(tree, comparer, section)],
+        correlations={section.name: _correlations(tree, comparer, section) for section in sections},
         headrooms=comparer.headrooms,
         controls={
             name: {accuracy: summary([comparer.number(of, accuracy) for of in folders]) for accuracy in comparer.headrooms}
@@ -107,20 +98,19 @@ def analyse_studies(tree: Tree, folder: Path, studies: Studies, criterion: SameL
     )
 
 
-def _correlations(tree: Tree, comparer: Comparer, section: Section) -> list[Correlated]:
+def _correlations(tree: Tree, comparer: Comparer, section: Section) -> dict[str, Correlation]:
     """Each accuracy of the first readout against the balanced trace, over the saturated models."""
     studies = comparer.studies
     roots = {group.label: group.root(studies.groups) for group in studies.groups.values()}
     saturated = {m.model: m for m in section.members if section.is_saturated(tree, m)}
-    correlations = []
+    correlations = {}
     for name in comparer.accuracies(studies.readouts[0], studies.label_counts):
         points = [
             (member.number(tree, BALANCED)[0], member.number(tree, name)[0], f"{roots[member.group]} seed {member.seed}")
             for member in saturated.values()
         ]
         x, y, runs = pd.DataFrame(points, columns=["x", "y", "run"]).dropna().T.to_numpy()
-        correlation = correlate(x, y, runs.tolist(), f"{section.name}, {name}, {BALANCED}")
-        correlations.append(Correlated(section=section.name, accuracy=name, against=BALANCED, correlation=correlation))
+        correlations[name] = correlate(x, y, runs.tolist(), f"{section.name}, {name}, {BALANCED}")
     return correlations
 
 
@@ -190,7 +180,11 @@ def write_results(path: Path | str, analysis: Analysis) -> None:
         "choices": analysis.decisions,
         "lines": analysis.lines,
         "enlarged": analysis.pairs,
-        "correlations": analysis.correlations,
+        "correlations": [
+            {"section": section, "accuracy": accuracy, "against": BALANCED, "correlation": correlation}
+            for section, of_section in analysis.correlations.items()
+            for accuracy, correlation in of_section.items()
+        ],
         "paper": {
             name: json.loads(frame.to_json(orient="records", double_precision=15)) for name, frame in analysis.paper.items()
         },

@@ -96,7 +96,8 @@ def basis(one: Compared) -> str:
 def correlation_sentences(analysis: Analysis, section: str) -> list[str]:
     """How accuracies go with the balanced trace over the saturated models of a study."""
     texts = []
-    for label, r in [(analysis.label(of.accuracy), of.correlation) for of in analysis.correlations if of.section == section]:
+    for accuracy, r in analysis.correlations.get(section, {}).items():
+        label = analysis.label(accuracy)
         if r.spearman is not None:
             bounds = "[{:+.2f}, {:+.2f}]".format(*r.spearman_interval) if r.spearman_interval else "no interval"
             rough = ", rough with so few runs" if r.runs < FEWEST else ""

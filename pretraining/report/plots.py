@@ -283,14 +283,18 @@ class SectionPlots:
         self,
         name: str,
         title: str,
-        caption: str,
+        text: str,
         draw: Callable[[Axes, Any], None],
         what: Sequence,
-        legend: list[Line2D],
         columns: int = COLUMNS,
         size: tuple[float, float] = PANEL,
+        has_legend: bool = True,
+        **legend: bool,
     ) -> None:
-        """Write NAME.png and NAME.svg, a panel for each of `what`, next to each other in `columns`, each of `size` inches."""
+        """Write NAME.png and NAME.svg, a panel for each of `what`, next to each other in `columns`, each of `size` inches.
+
+        `text` is the caption after the title, `legend` the arguments of the method.
+        """
         figure, axes = _make_figure(len(what), columns, size)
         panels = []
         for place, (panel, of_panel) in enumerate(zip(axes, what, strict=True)):
@@ -302,8 +306,10 @@ class SectionPlots:
             panels.append((" ".join(label.split()), _in_base64(_png(single))))
             if columns > COLUMNS and place % columns:  # the groups are named once
                 panel.set_yticklabels([])
-        if legend:
-            options = {"handles": legend, "ncols": min(3, len(legend)), "frameon": False, "fontsize": 9}
+        if has_legend:
+            names = [name for of_panel in what for name in ([of_panel] if isinstance(of_panel, str) else of_panel)]
+            handles = self.legend(names, **legend)
+            options: dict[str, Any] = {"handles": handles, "ncols": min(3, len(handles)), "frameon": False, "fontsize": 9}
             figure.legend(loc="outside lower center", **options)
             alone_legend = Figure(figsize=(2 * PANEL[0], 1))
             alone_legend.legend(loc="center", **options)
@@ -312,7 +318,7 @@ class SectionPlots:
         with atomic_open(self.output / f"{name}.png", "wb") as file:
             file.write(picture)
         _save_svg(figure, self.output / f"{name}.svg")
-        self.plots.append(Plot(name, title, caption, panels, _in_base64(picture) if columns > COLUMNS else ""))
+        self.plots.append(Plot(name, title, title + text, panels, _in_base64(picture) if columns > COLUMNS else ""))
 
     def draw_study(self, studies: Studies) -> None:
         """The plots of a study: overview, changes, label curves, accuracy against balanced trace."""
@@ -325,30 +331,26 @@ class SectionPlots:
         reading = f"; every small point is one seed. {SEEDS} {FILLED.capitalize()}."
         probes = f" Accuracies: linear probes by {studies.readouts[0]}."
         title = "Loss, flatness and accuracy"
-        limit = " Dotted line of the gap: the limit." if GAP_NAME in loss else ""
-        caption = f"{title}{reading}{limit}{probes}"
-        legend = self.legend(names, groups=False)
-        self.add(f"{OVERVIEW}{suffix}", title, caption, self.by_line, names, legend, columns=len(names), size=(2.7, height))
+        text = f"{reading}{' Dotted line of the gap: the limit.' if GAP_NAME in loss else ''}{probes}"
+        self.add(f"{OVERVIEW}{suffix}", title, text, self.by_line, names, len(names), (2.7, height), groups=False)
         if further := [name for name in self.quantities if name in LABELS and name not in loss] + ends[2:]:
             title = "Further measures of flatness, and further accuracies"
-            legend = self.legend(further, groups=False)
             size = (PANEL[0], height)
-            self.add(f"further{suffix}", title, f"{title}{reading}{probes}", self.by_line, further, legend, size=size)
+            self.add(f"further{suffix}", title, reading + probes, self.by_line, further, size=size, groups=False)
         changes = [name for name in (TRACE, BALANCED, RELATIVE, *ends) if any(q.change for _, q in self.compared_with(name))]
         if changes:
             title = "Changes with their 95% intervals"
-            caption = f"{title}; grey: the margin. Filled: the interval lies off 0."
+            text = "; grey: the margin. Filled: the interval lies off 0."
             size = (PANEL[0], 1.1 + 0.3 * max(len(self.compared_with(name)) for name in changes))
-            self.add(f"changes{suffix}", title, caption, self.changes, changes, [], size=size)
+            self.add(f"changes{suffix}", title, text, self.changes, changes, size=size, has_legend=False)
         if curves:
             title = "Accuracy against the number of labelled sentences"
-            legend = self.legend(ends, lines=True, majority=True)
-            self.add(f"curves{suffix}", title, f"{title}. {SEEDS}", self.label_curve, [*curves.values()], legend)
+            what = [*curves.values()]
+            self.add(f"curves{suffix}", title, f". {SEEDS}", self.label_curve, what, lines=True, majority=True)
         if ends and BALANCED in self.quantities:
             title = "Accuracy against balanced trace, one point per model"
             pairs = [(name, BALANCED) for name in ends]
-            caption = f"{title}. {FILLED.capitalize()}."
-            self.add(f"accuracy_against_balanced{suffix}", title, caption, self.against_trace, pairs, self.legend(ends))
+            self.add(f"accuracy_against_balanced{suffix}", title, f". {FILLED.capitalize()}.", self.against_trace, pairs)
 
     def draw_models(self) -> None:
         """The plots of models that nobody planned."""
@@ -359,18 +361,13 @@ class SectionPlots:
             traces = [trace for trace in self.quantities if trace.startswith(TRACE)]
             pairs = list(itertools.product(self.accuracies, traces))
             title = "Gap, trace and accuracy during training, and accuracy against trace"
-            what = [*self.quantities, *pairs[:1]]
-            legend = self.legend(self.quantities, lines=True)
-            self.add(OVERVIEW, title, f"{title}. {READING}", self.during_training, what, legend)
+            self.add(OVERVIEW, title, f". {READING}", self.during_training, [*self.quantities, *pairs[:1]], lines=True)
             title = "Last checkpoints: gap, trace and accuracy against size"
-        legend = self.legend(self.quantities)
-        self.add(f"{name}_against_size", title, f"{title}. {READING}", self.against_size, self.quantities, legend)
+        self.add(f"{name}_against_size", title, f". {READING}", self.against_size, self.quantities)
         if pairs:
             title = "Accuracy against trace, one point per model"
-            caption = f"{title}, ± the standard errors of its own measurements. {FILLED.capitalize()}. "
-            caption += "Dotted: the majority class."
-            legend = self.legend(self.accuracies)
-            self.add(f"{name}_accuracy_against_trace", title, caption, self.against_trace, pairs, legend)
+            text = f", ± the standard errors of its own measurements. {FILLED.capitalize()}. Dotted: the majority class."
+            self.add(f"{name}_accuracy_against_trace", title, text, self.against_trace, pairs)
 
 
 def write_plots(output: Path | str, analysis: Analysis) -> dict[str, list[Plot]]:
@@ -450,13 +447,11 @@ def _make_figure(panels: int, columns: int, size: tuple[float, float]) -> tuple[
     lines = math.ceil(panels / columns)
     layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.06)  # inches around each panel
     figure = Figure(figsize=(size[0] * columns, size[1] * lines + 0.6), layout=layout)
-    axes = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
-    for unused in axes[panels:]:
-        unused.remove()
-    for panel in axes[:panels]:
+    axes = [figure.add_subplot(lines, columns, place + 1) for place in range(panels)]
+    for panel in axes:
         panel.grid(True, color="0.9", linewidth=0.6)
         panel.set_axisbelow(True)
-    return figure, axes[:panels]
+    return figure, axes
 
 
 def _save_svg(figure: Figure, path: Path) -> None:

@@ -73,9 +73,8 @@ class SameLoss:
             over_seeds: 95% interval of the mean difference of the losses; None where there is none.
             over_sentences: the mean difference and (a bound of) its standard error; None where no error is known.
         """
-        if unsaturated := [name for name, gap in (gaps or {}).items() if not self.is_saturated(*gap)]:
-            name = max(unsaturated, key=lambda name: (gaps or {})[name])
-            gap, error = (gaps or {})[name]
+        if unsaturated := {name: pair for name, pair in (gaps or {}).items() if not self.is_saturated(*pair)}:
+            name, (gap, error) = max(unsaturated.items(), key=lambda item: item[1])
             others = f" (and {len(unsaturated) - 1} more)" if len(unsaturated) > 1 else ""
             return f"{name} is not saturated, gap {gap:.4f} ± {error:.4f} nats{others}"
         if over_seeds is None:
