@@ -96,17 +96,15 @@ class Labeller:
         self, grammar: Grammar, task: str, span: int | str | None = None, rule: str | None = None, position: int | None = None
     ):
         _check_arguments(task, span, rule, position)
-        self.task = task
+        self.task = task_name(task, span, position)
         self.span = TASK_SPANS.get(task) if span is None else span
         self.rule = rule or {STATE_TASK: "posterior", DEPTH_TASK: "most probable parse"}.get(task, "likelihood")
         self.words = Words(0, self.span if isinstance(self.span, int) else None)
         if task == SPAN_TASK:
             self.words = Words.parse(str(span))
-            self.task = f"{task}_{self.words.start}-{'end' if self.words.stop is None else self.words.stop}"
             self.span = str(self.words)
         elif position is not None:
             self.words = Words(position - 1, None)
-            self.task = f"{task}{position}"
         self.min_words = self.words.shortest() if task in (SPAN_TASK, STATE_TASK) else 1
         self._symbols, self._ids, self.names = _candidates(grammar, task, position)
         self._chart = Chart(grammar)
@@ -130,6 +128,14 @@ class Labeller:
                 if tied is not None:
                     tied[rows] = equal
         return np.where(best < 0, -1, self._ids[best])
+
+
+def task_name(task: str, span: int | str | None, position: int | None) -> str:
+    """A task in the names of files, see `Labeller.task`."""
+    if task == SPAN_TASK:
+        words = Words.parse(str(span))
+        return f"{task}_{words.start}-{'end' if words.stop is None else words.stop}"
+    return f"{task}{position}" if task == STATE_TASK else task
 
 
 def _check_arguments(task: str, span: int | str | None, rule: str | None, position: int | None) -> None:

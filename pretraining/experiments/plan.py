@@ -88,7 +88,7 @@ class Planner:
         self.steps: list[Step] = []
         self.selection: dict[str, Run] = {}  # by group: models of the selection seeds
         self.decided: dict[str, str] = {}  # by choice: the name of the command that decides it
-        self.measured = [labelled.task for labelled in design.tasks.values() if labelled.is_measured]
+        self.measured = [task for task in design.tasks.values() if task.is_measured]
 
     def plan(self) -> tuple[list[Step], Studies]:
         """All commands, each after those that it needs, and `study.json` without registrations."""
@@ -108,7 +108,7 @@ class Planner:
         studies = Studies(
             **{name: getattr(design, name) for name in same},
             tasks=tuple(self.measured),
-            finetuned=tuple(design.tasks[label].task.name for label in design.finetuned),
+            finetuned=tuple(design.tasks[label].name for label in design.finetuned),
             selection=base.group.model_copy(update={"seeds": base.seeds, "folders": folders}),
             controls=controls,
             choices=tuple(design.choices.values()),
@@ -148,10 +148,10 @@ class Planner:
         words = flag_words("generate_samples", design.samples)
         words = ["python", "generate_samples.py", "--dir", "$OUT/data", "-o", SAMPLES, *words]
         self._add("data", "samples", words, needs=("text",))
-        for label, labelled in design.tasks.items():
-            if labelled.task.generate:
+        for label, task in design.tasks.items():
+            if task.generate:
                 words = ["python", "generate_downstream.py", "--save-path", "$OUT/data"]
-                self._add("data", f"task {label}", words + flag_words("generate_downstream", labelled.task.generate))
+                self._add("data", f"task {label}", words + flag_words("generate_downstream", task.generate))
         if design.has_conditionals:
             if design.has_grammar:
                 words = ["pcfg.lookup", "--rule-path", str(design.text["rule_path"])]
@@ -179,7 +179,7 @@ class Planner:
         steps = (0, *group.steps) if is_base else group.steps
         references = references_of(flags)
         choices = tuple(name for name in references if name in design.choices)
-        tasks = [design.tasks[name.removeprefix("tasks.")].task for name in references if name not in choices]
+        tasks = [design.tasks[name.removeprefix("tasks.")] for name in references if name not in choices]
         needs = ["samples", *(need for task in tasks for need in _task_needs(task)), *(self.decided[name] for name in choices)]
         words = flag_words("run_pretraining", {name: self._resolved(flag) for name, flag in flags.items()})
         words += self._saving(group, steps)
@@ -218,7 +218,7 @@ class Planner:
         match = REFERENCE.fullmatch(flag) if isinstance(flag, str) else None
         if match is None or not match[1].startswith("tasks."):
             return flag
-        task = self.design.tasks[match[1].removeprefix("tasks.")].task
+        task = self.design.tasks[match[1].removeprefix("tasks.")]
         train_file = self._labelled_files(task)[0]
         return train_file.replace(".csv", "_adversarial.csv") if task.generate.get("adversarial_num") else train_file
 
@@ -325,7 +325,7 @@ class Planner:
                 self._add_records(one, f"{estimator} seed {seed}", file, words, stage, (LOOKUP,) if truth else needs)
         self._measure_accuracy(models, self.measured, stage)
         for label in design.finetuned:
-            task = design.tasks[label].task
+            task = design.tasks[label]
             words = ["python", "run_ft.py", "--model_name_or_path", f"$OUT/{models.folder}", *self._transfer_words(task)]
             words += flag_words("run_ft", design.finetune)
             needs = _task_needs(task)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pcfg.common.files import InputError
 from pcfg.grammar import Grammar, find_rules
-from pcfg.labels import Words
+from pcfg.labels import task_name
 from pretraining.data.tasks import GLUE
 from pretraining.experiments.flags import REFERENCE, actions, take_flags
 from pretraining.experiments.study import Choice, Comparison, Criteria, Flags, Group, Measurement, Models, Study, Task
@@ -25,14 +25,6 @@ TOKENIZER = "bert-large-uncased"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Labelled:
-    """A task of a study file."""
-
-    task: Task
-    is_measured: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Design:
     """What study files ask for, resolved; everything below the studies is shared by them."""
 
@@ -40,7 +32,7 @@ class Design:
     scale: str
     text: Flags
     samples: Flags
-    tasks: dict[str, Labelled]  # by label
+    tasks: dict[str, Task]  # by label
     groups: dict[str, Group]
     base: Models
     selection_seeds: tuple[int, ...]
@@ -240,8 +232,8 @@ class _Resolver:
             defaults |= {"single_mask": True, "max_seq_length": text.get("length_limit", 32) + 1}  # [CLS], the words, [SEP]
         return {"test_shard_num": 1, **text}, defaults | samples
 
-    def _tasks(self, text: Flags) -> dict[str, Labelled]:
-        tasks: dict[str, Labelled] = {}
+    def _tasks(self, text: Flags) -> dict[str, Task]:
+        tasks: dict[str, Task] = {}
         files: dict[str, str] = {}
         for label, table in self.tables["tasks"].items():
             is_measured = table.take("measured", bool, True)
@@ -265,7 +257,7 @@ class _Resolver:
                 if "task_type" not in generate or "rule_path" not in generate:
                     raise table.error("give task_type and a grammar, or train_file and validation_file of your own")
                 try:
-                    name = task_file(generate)
+                    name = f"pcfg_{task_name(generate['task_type'], generate.get('span'), generate.get('position'))}"
                 except InputError as error:
                     raise table.error(str(error), "span") from None
                 paths = [f"data/{name}.csv", f"data/{name}_validation.csv"]
@@ -274,19 +266,18 @@ class _Resolver:
                     f"the same file name as tasks.{files[name]} ({name}.csv), which names the records; one is enough"
                 )
             files[name] = label
-            names = {"name": name, "label": label, "task_name": glue}
-            task = Task(**names, train_file=paths[0], validation_file=paths[1], generate=generate)
-            tasks[label] = Labelled(task=task, is_measured=is_measured)
-        if not any(labelled.is_measured for labelled in tasks.values()):
+            facts: dict[str, Any] = {"name": name, "label": label, "task_name": glue, "is_measured": is_measured}
+            tasks[label] = Task(**facts, train_file=paths[0], validation_file=paths[1], generate=generate)
+        if not any(task.is_measured for task in tasks.values()):
             raise self.top.error('no tasks; give at least one, such as [tasks.A] with task_type = "A"', "tasks")
         return tasks
 
-    def _task(self, table: Table, name: str, label: str, tasks: dict[str, Labelled]) -> Task:
+    def _task(self, table: Table, name: str, label: str, tasks: dict[str, Task]) -> Task:
         """The measured task that a key names."""
-        possible = [other for other, labelled in tasks.items() if labelled.is_measured]
+        possible = [other for other, task in tasks.items() if task.is_measured]
         if label not in possible:
             raise table.error(f"{name}: task {label!r} is unknown{suggestion(label, possible)}", name)
-        return tasks[label].task
+        return tasks[label]
 
     # groups
 
@@ -369,7 +360,7 @@ class _Resolver:
 
     # what is done with the groups
 
-    def _choices(self, tasks: dict[str, Labelled]) -> dict[str, Choice]:
+    def _choices(self, tasks: dict[str, Task]) -> dict[str, Choice]:
         choices = {}
         for name, table in self.tables["choices"].items():
             users = [group.name for group in self.groups.values() if f"{{{name}}}" in map(str, group.flags.values())]
@@ -412,7 +403,7 @@ class _Resolver:
             measurements[name] = Measurement(name=name, command=words, **texts)
         return measurements
 
-    def _comparisons(self, tasks: dict[str, Labelled], label_counts: tuple[int, ...]) -> tuple[Comparison, ...]:
+    def _comparisons(self, tasks: dict[str, Task], label_counts: tuple[int, ...]) -> tuple[Comparison, ...]:
         rows = self.top.take("comparisons", list, [])
         if not rows:
             raise self.top.error("no comparisons; give at least one [[comparisons]] with before and after")
@@ -429,7 +420,7 @@ class _Resolver:
             comparisons = [comparison.model_copy(update={"primary": True}) for comparison in comparisons]
         return tuple(comparisons)
 
-    def _comparison(self, table: Table, tasks: dict[str, Labelled], label_counts: tuple[int, ...]) -> Comparison:
+    def _comparison(self, table: Table, tasks: dict[str, Task], label_counts: tuple[int, ...]) -> Comparison:
         before = self._models(table, "before", table.take("before", str))
         after = self._models(table, "after", table.take("after", str))
         self._check_pair(table, before, after)
@@ -437,7 +428,7 @@ class _Resolver:
         for count in labels:
             if count not in label_counts:
                 raise table.error(f"labels: {count} is none of the label_counts {', '.join(map(str, label_counts))}", "labels")
-        measured = tuple(label for label, labelled in tasks.items() if labelled.is_measured)
+        measured = tuple(label for label, task in tasks.items() if task.is_measured)
         names = table.take_list("tasks", str, measured)
         sides = [of.group if len(self.groups[of.group].steps) == 1 else f"{of.group}@{of.step}" for of in (before, after)]
         comparison = Comparison(
@@ -502,14 +493,3 @@ class _Resolver:
 def references_of(flags: Flags) -> list[str]:
     """The names in braces among the values of flags."""
     return [match[1] for value in flags.values() if isinstance(value, str) and (match := REFERENCE.fullmatch(value))]
-
-
-def task_file(flags: Flags) -> str:
-    """The name of the file of generate_downstream.py with these flags, without .csv."""
-    kind = flags["task_type"]
-    if kind == "state":
-        return f"pcfg_state{flags.get('position')}"
-    if kind == "span":
-        words = Words.parse(str(flags.get("span")))
-        return f"pcfg_span_{words.start}-{'end' if words.stop is None else words.stop}"
-    return f"pcfg_{kind}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, MinLen
+from pydantic import Field
 
 from pcfg.common.files import AnyPath, InputError, read_json, write_json
 from pcfg.common.schema import Schema, parse_schema, read_schema, write_schema
@@ -38,6 +39,7 @@ class Task(Schema):
     validation_file: str
     generate: Flags  # of generate_downstream.py; empty for one's own files
     task_name: str | None = None  # of GLUE, whose columns the files have; None for text,label
+    is_measured: bool = Field(default=True, exclude=True)  # `study.json` has only those that are
 
 
 class Choice(Schema):

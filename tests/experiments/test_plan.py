@@ -285,7 +285,7 @@ def test_studies_of_the_users_own_data(name, scale, inputs, text, tmp_path):
     lay_out(tmp_path, inputs)
     design = resolve(path, scale)
     assert {key: design.text[key] for key in text} == {key: str(tmp_path / value) for key, value in text.items()}
-    files = {file for labelled in design.tasks.values() for file in (labelled.task.train_file, labelled.task.validation_file)}
+    files = {file for task in design.tasks.values() for file in (task.train_file, task.validation_file)}
     assert files == {str(tmp_path / name) for name in inputs if "." in name and "vocab" not in name}
     steps, studies = plan(path, scale)
     check_flags(steps)

@@ -7,9 +7,10 @@ import pytest
 
 import generate_downstream
 from pcfg.common.files import InputError
+from pcfg.labels import task_name
 from pretraining.experiments.flags import flag_words
 from pretraining.experiments.plan import Planner
-from pretraining.experiments.resolve import merge, resolve, task_file
+from pretraining.experiments.resolve import merge, resolve
 
 TINY = Path(__file__).with_name("tiny.toml")
 COMPARISON = '[[comparisons]]\nbefore = "base@first"\nafter = "on"\n'
@@ -43,7 +44,7 @@ def test_the_tiny_study():
     choice = design.choices["weight"]
     assert (choice.group, choice.flag, choice.values) == ("adversarial", "adversarial_weight", (0.1, 0.2))
     assert adversarial.flags["adversarial_file"] == "{tasks.A}"
-    task = design.tasks["A"].task
+    task = design.tasks["A"]
     assert (task.name, task.train_file, task.generate["rule_path"]) == ("pcfg_A", "data/pcfg_A.csv", "rule_mini_headroom.txt")
     [sgd, adversarial] = design.studies[0].comparisons
     assert (sgd.name, sgd.labels, sgd.tasks, sgd.flatness, sgd.primary) == ("base@2 to on", (40,), ("pcfg_A",), "falls", True)
@@ -163,8 +164,8 @@ def test_files_next_to_the_study_and_ones_own_labels(tmp_path):
     own = '[tasks.mine]\ntrain_file = "mine.csv"\nvalidation_file = "mine_validation.csv"\n\n[trace]'
     path = study(tmp_path, ("rule_mini_headroom.txt", "my_rules.txt"), ("[trace]", own))
     design = resolve(path, None)
-    assert design.text["rule_path"] == str(tmp_path / "my_rules.txt") == design.tasks["A"].task.generate["rule_path"]
-    task = design.tasks["mine"].task
+    assert design.text["rule_path"] == str(tmp_path / "my_rules.txt") == design.tasks["A"].generate["rule_path"]
+    task = design.tasks["mine"]
     assert (task.name, task.train_file, task.generate) == ("mine", str(tmp_path / "mine.csv"), {})
     path = study(tmp_path, ("[trace]", own.replace('"mine.csv"', '"none.csv"')))
     with pytest.raises(InputError, match=r":\d+: train_file: .*none.csv: no such file"):
@@ -182,7 +183,7 @@ def test_files_next_to_the_study_and_ones_own_labels(tmp_path):
     ],
 )
 def test_tasks_have_the_names_of_their_files(flags, name, tmp_path):
-    assert task_file(flags) == name
+    assert f"pcfg_{task_name(flags['task_type'], flags.get('span'), flags.get('position'))}" == name
     words = flag_words(
         "generate_downstream", {**flags, "rule_path": "rule_mini_headroom.txt", "sentence_num": 5, "validation_num": 2}
     )
@@ -237,7 +238,7 @@ after = "other"
     design = resolve(path, None)
     assert design.text["dataset"] == str(tmp_path / "data/glue")
     assert design.groups["base"].flags["tokenizer_name"] == "own"
-    task = design.tasks["pairs"].task
+    task = design.tasks["pairs"]
     assert (task.name, task.train_file) == ("qnli", str(tmp_path / "data/glue/train.tsv"))
     steps, _ = Planner(design, ["python"]).plan()
     commands = {step.name: step.command for step in steps}
