@@ -314,7 +314,7 @@ class LabelledSentences:
             labelled = np.flatnonzero(ids >= 0)[: number - rows]
             rows += len(labelled)
             ties += int(tied[labelled].sum())
-            blocks.append(self._sampler.to_text(tokens[ours[labelled]], lengths[ours[labelled]], blank_line=False))
+            blocks.append(self._sampler.to_text(tokens[ours[labelled]], lengths[ours[labelled]]))
             labels.append(ids[labelled])
             hashes.append(hashed[ours[labelled]])
             # Sentences after the last row are not counted: they were not dropped for want of a label.

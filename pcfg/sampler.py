@@ -109,17 +109,16 @@ class Sampler:
             # The empty line stands between two sentences, so the last one has none.
             yield text.data[: size - 1], words
 
-    def to_text(self, tokens: np.ndarray, lengths: np.ndarray, blank_line: bool) -> bytes:
-        """The sentences as UTF-8 text, one per line, with an empty line between two if `blank_line`."""
-        words = tokens[tokens >= 0]
-        size = int(self._spelling[words, 1].sum()) + blank_line * len(lengths)
+    def to_text(self, tokens: np.ndarray, lengths: np.ndarray) -> bytes:
+        """The sentences as UTF-8 text, one per line."""
+        size = int(self._spelling[tokens[tokens >= 0], 1].sum())
         text = np.empty(size + CHUNK, dtype=np.uint8)
-        _spell_all(tokens, lengths, self._spelling, self._letters, blank_line, text)
-        return text[: max(size - blank_line, 0)].tobytes()
+        _spell_all(tokens, lengths, self._spelling, self._letters, text)
+        return text[:size].tobytes()
 
     def texts(self, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
         """The sentences as strings, words separated by spaces."""
-        return self.to_text(tokens, lengths, blank_line=False).decode().split("\n")[:-1]
+        return self.to_text(tokens, lengths).decode().split("\n")[:-1]
 
 
 def _refuse_infinite_length(grammar: Grammar) -> None:
@@ -198,9 +197,7 @@ def _alias_table(probability):
     """Vose's construction: column i gives i with probability own_share[i], else other[i]; columns are uniform."""
     size = len(probability)
     scaled = probability.copy()
-    total = 0.0
-    for value in probability:
-        total += value
+    total = probability.sum()
     own_share = np.ones(size)
     other = np.arange(size)
     # One stack from each end: columns below 1 from the front, the others from the back.
@@ -345,11 +342,8 @@ def _draw_text(state, columns, threshold, outcomes, least, width, spelling, lett
 
 
 @numba.njit(cache=True)
-def _spell_all(tokens, lengths, spelling, letters, blank_line, text):
-    """Spell sentences, with an empty line after each if `blank_line`."""
+def _spell_all(tokens, lengths, spelling, letters, text):
+    """Spell sentences one after the other."""
     place = 0
     for sentence in range(len(lengths)):
         place = _spell(tokens[sentence], lengths[sentence], spelling, letters, text, place)
-        if blank_line:
-            text[place] = 10
-            place += 1

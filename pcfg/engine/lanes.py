@@ -71,35 +71,32 @@ def store(_, array, row, value):  # noqa: ARG001 (numba's protocol)
     return signature, generate
 
 
-def _repeat(builder, vector, scalar):
-    undefined = ir.Constant(vector, ir.Undefined)
-    index = ir.IntType(32)
-    first = builder.insert_element(undefined, scalar, index(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(index, vector.count), None))
-
-
 @kernel
 def splat(_, scalar):
     """A vector of `scalar` (float32 or float64) in all lanes."""
 
     def generate(context, builder, signature, arguments):
-        return _repeat(builder, context.get_value_type(signature.return_type), arguments[0])
+        vector = context.get_value_type(signature.return_type)
+        undefined = ir.Constant(vector, ir.Undefined)
+        index = ir.IntType(32)
+        first = builder.insert_element(undefined, arguments[0], index(0))
+        return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(index, vector.count), None))
 
     return LanesType(scalar)(scalar), generate
 
 
-def _call(builder, name, arguments):
-    vector = arguments[0].type
+def _fused(builder, *vectors):
+    vector = vectors[0].type
     kind = "f32" if isinstance(vector.element, ir.FloatType) else "f64"
-    function_type = ir.FunctionType(vector, [vector] * len(arguments))
-    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.{name}.v{vector.count}{kind}")
-    return builder.call(function, arguments)
+    function_type = ir.FunctionType(vector, [vector] * 3)
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.fmuladd.v{vector.count}{kind}")
+    return builder.call(function, vectors)
 
 
 @kernel
 def multiply_add(_, first, second, third):
     """first * second + third, fused where the machine can."""
-    return first(first, second, third), lambda _context, builder, _signature, vectors: _call(builder, "fmuladd", vectors)
+    return first(first, second, third), lambda _context, builder, _signature, vectors: _fused(builder, *vectors)
 
 
 @kernel
@@ -167,9 +164,6 @@ def log(_, value):
         def integer(number):
             return ir.Constant(integers, [number] * vector.count)
 
-        def fused(first, second, third):
-            return _call(builder, "fmuladd", [first, second, third])
-
         one = offset << mantissa
         bits = builder.add(builder.bitcast(arguments[0], integers), integer(one - root))
         exponent = builder.sub(builder.ashr(bits, integer(mantissa)), integer(offset))
@@ -179,10 +173,10 @@ def log(_, value):
         square = builder.fmul(s, s)
         polynomial = real(coefficients[-1])
         for coefficient in coefficients[-2::-1]:
-            polynomial = fused(polynomial, square, real(coefficient))
+            polynomial = _fused(builder, polynomial, square, real(coefficient))
         half = builder.fmul(real(0.5), builder.fmul(f, f))
         k = builder.sitofp(exponent, vector)
-        tail = fused(s, fused(polynomial, square, half), builder.fmul(k, real(low)))
+        tail = _fused(builder, s, _fused(builder, polynomial, square, half), builder.fmul(k, real(low)))
         return builder.fadd(builder.fmul(k, real(high)), builder.fadd(builder.fsub(tail, half), f))
 
     return value(value), generate

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     (folder / "rules.txt").write_text(RULES)
     sampler = Sampler(Grammar.read(folder / "rules.txt"), 12)
     for name, seed in (("text.txt", 0), ("other.txt", 1)):
-        (folder / name).write_bytes(sampler.to_text(*sampler.sample(300, np.random.default_rng(seed)), blank_line=True))
+        (folder / name).write_bytes(sampler.to_text(*sampler.sample(300, np.random.default_rng(seed))))
     return folder
 
 

@@ -94,10 +94,9 @@ def test_text_has_the_words_and_an_empty_line_between_sentences():
     sampler = Sampler(grammar, 3)
     tokens = np.array([[0, 1, -1], [1, -1, -1], [0, 0, 0]], dtype=np.int32)
     lengths = np.array([2, 1, 3], dtype=np.int32)
-    assert sampler.to_text(tokens, lengths, blank_line=True).decode() == "a größe\n\ngröße\n\na a a\n"
-    assert sampler.to_text(tokens, lengths, blank_line=False).decode() == "a größe\ngröße\na a a\n"
+    assert sampler.to_text(tokens, lengths).decode() == "a größe\ngröße\na a a\n"
     assert sampler.texts(tokens, lengths) == ["a größe", "größe", "a a a"]
-    assert sampler.to_text(tokens[:0], lengths[:0], blank_line=True) == b"" and sampler.texts(tokens[:0], lengths[:0]) == []
+    assert sampler.to_text(tokens[:0], lengths[:0]) == b"" and sampler.texts(tokens[:0], lengths[:0]) == []
 
 
 # Around the 16 bytes that are moved at once, and beyond, with letters of two and three bytes.
