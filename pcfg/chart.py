@@ -28,7 +28,7 @@ all is repeated in float64.
 import collections
 import concurrent.futures
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -36,9 +36,6 @@ from pcfg.common.files import InputError, available_cores
 from pcfg.engine.chart_plan import MAX_WORDS, ChartPlans, offsets
 from pcfg.engine.sweeps import best_sweep, chart_sweep, score_sweep, word_sweep
 from pcfg.grammar import Grammar
-
-if TYPE_CHECKING:
-    from nltk.tree import ProbabilisticTree
 
 # The exponent of c(T)^T: values of a whole sentence are at most 2^RANGE. The factor is never above 2^64 per word.
 RANGE = {"float32": 96, "float64": 960}
@@ -225,15 +222,24 @@ class Chart:
 
         Ties take the rule and the split that come first. None for a sentence that the grammar cannot derive.
         """
+        # nltk takes a second to import, which only trees are worth.
+        from nltk.tree import ProbabilisticTree, Tree
+
         tokens, lengths = self._checked(tokens, lengths)
         trees: list = [None] * len(lengths)
-        words = np.array(self.grammar.words, dtype=object)
+        names = self.grammar.names
         scale = np.log2(self._column_scale)
 
         def build(row: int, nodes: list, value: float, factor: float) -> None:
             sentence = tokens[row, : lengths[row]]
-            probability = np.log2(value) - lengths[row] * np.log2(factor) + scale[sentence].sum()
-            trees[row] = _tree(nodes, words[sentence], self.grammar.names, float(probability))
+            leaves = [self.grammar.words[word] for word in sentence]
+            # Backwards through the pre-order, the children of a node are the last trees that were finished, the first on top.
+            finished: list[Tree] = []
+            for symbol, children in reversed(nodes):
+                parts = [finished.pop() for _ in range(children)] if children else [leaves.pop()]
+                finished.append(Tree(names[symbol], parts))
+            probability = float(np.log2(value) - lengths[row] * np.log2(factor) + scale[sentence].sum())
+            trees[row] = ProbabilisticTree(names[nodes[0][0]], list(finished[0]), logprob=probability)
 
         self._for_each_parse(tokens, lengths, build)
         return trees
@@ -247,7 +253,7 @@ class Chart:
         depths = np.full(len(lengths), -1)
 
         def measure(row: int, nodes: list, *_: float) -> None:
-            finished: list[int] = []  # depths of subtrees, as in `_tree`
+            finished: list[int] = []  # depths of subtrees, as in `parses`
             for _symbol, children in reversed(nodes):
                 finished.append(1 + max((finished.pop() for _ in range(children)), default=0))
             depths[row] = finished[0]
@@ -363,17 +369,3 @@ def _best(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     best = scores.max(axis=1, initial=0)
     equal = scores >= (best * (1 - TIE))[:, None]
     return np.where(best > 0, np.argmax(equal, axis=1), -1), (best > 0) & (np.count_nonzero(equal, axis=1) > 1)
-
-
-def _tree(nodes: list, words: list[str], names: list[str], log2_probability: float) -> "ProbabilisticTree":
-    """The `nltk.Tree` of a derivation from its nodes in pre-order, [nonterminal, number of children], and its words."""
-    # nltk takes a second to import, which only trees are worth.
-    from nltk.tree import ProbabilisticTree, Tree
-
-    # Backwards through the pre-order, the children of a node are the last trees that were finished, the first one on top.
-    finished: list[Tree] = []
-    leaves = list(words)
-    for symbol, children in reversed(nodes):
-        parts = [finished.pop() for _ in range(children)] if children else [leaves.pop()]
-        finished.append(Tree(names[symbol], parts))
-    return ProbabilisticTree(names[nodes[0][0]], list(finished[0]), logprob=log2_probability)

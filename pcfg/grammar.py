@@ -230,7 +230,14 @@ class Grammar:
     @classmethod
     def read(cls, path: Path | str) -> "Grammar":
         """The grammar in a file in the rules format, or in nltk's PCFG format if a line that is no comment has `->`."""
-        return cls(parse_grammar(decoded(Path(path)), str(path)))
+        source = str(path)
+        text = decoded(Path(path))
+        if control := CONTROL_CHARACTER.search(text):
+            line = text.count("\n", 0, control.start()) + 1
+            raise InputError(f"{source}:{line}: the control character {control[0]!r}; a grammar is plain text in UTF-8")
+        lines = text.split("\n")
+        is_nltk = "->" in text and any("->" in line for line in lines if not line.lstrip().startswith("#"))
+        return cls(parse_nltk(lines, source) if is_nltk else parse_rules(lines, source))
 
     @classmethod
     def from_rules(cls, rules: list[tuple[str, tuple[str, ...], float]], source: str = "rules") -> "Grammar":
@@ -348,18 +355,6 @@ def parse_probabilities(texts: list[str], source: str, lines: list[int]) -> list
         except ValueError:
             raise InputError(f"{source}:{line}: probability {shown(text)} is not a number") from None
     return numbers
-
-
-def parse_grammar(text: str, source: str) -> WeightedRules:
-    """The rules of a text in nltk's PCFG format if a line that is no comment has `->`, else in the rules format."""
-    control = CONTROL_CHARACTER.search(text)
-    if control:
-        line = text.count("\n", 0, control.start()) + 1
-        raise InputError(f"{source}:{line}: the control character {control[0]!r}; a grammar is plain text in UTF-8")
-    lines = text.split("\n")
-    if "->" in text and any("->" in line for line in lines if not line.lstrip().startswith("#")):
-        return parse_nltk(lines, source)
-    return parse_rules(lines, source)
 
 
 def parse_rules(lines: list[str], source: str) -> WeightedRules:

@@ -164,8 +164,14 @@ def _candidates(grammar: Grammar, task: str, position: int | None) -> tuple[np.n
         # A path has at most one binary rule or emission per word, and a chain of unary rules before each.
         deepest = min(int(grammar.longest[0]), MAX_WORDS) * (1 + _longest_chain(grammar))
         return np.empty(0, np.int64), np.empty(0, np.int64), [str(depth) for depth in range(deepest + 1)]
-    by_name = sorted(range(len(grammar.names)), key=grammar.names.__getitem__)
-    symbols = _start_children(grammar) if task == "A" else np.array(by_name)
+    symbols = np.array(sorted(range(len(grammar.names)), key=grammar.names.__getitem__))
+    if task == "A":
+        symbols = grammar.unary[grammar.unary[:, 0] == 0, 1]
+        if not len(symbols):
+            raise InputError(
+                f"--task-type A: the start symbol {grammar.names[0]!r} has no unary rules, so there are no classes; "
+                "take --task-type span --span START:STOP, B or C, or write a grammar with rules such as 'S S1 0.5'"
+            )
     return symbols, np.arange(len(symbols)), [grammar.names[symbol] for symbol in symbols]
 
 
@@ -178,16 +184,6 @@ def _longest_chain(grammar: Grammar) -> int:
         if parent != child:
             chain[parent] = max(chain[parent], size[parent] + chain[child])
     return int(chain.max())
-
-
-def _start_children(grammar: Grammar) -> np.ndarray:
-    children = grammar.unary[grammar.unary[:, 0] == 0, 1]
-    if not len(children):
-        raise InputError(
-            f"--task-type A: the start symbol {grammar.names[0]!r} has no unary rules, so there are no classes; "
-            "take --task-type span --span START:STOP, B or C, or write a grammar with rules such as 'S S1 0.5'"
-        )
-    return children
 
 
 def hidden_states(grammar: Grammar, position: int) -> tuple[np.ndarray, np.ndarray, list[str]]:

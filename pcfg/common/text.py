@@ -78,8 +78,7 @@ def csv_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[int], list[dict
     rows: list[dict] = []
     try:
         names = reader.fieldnames or []
-        missing = [column for column in columns if column not in names]
-        if missing:
+        if missing := [column for column in columns if column not in names]:
             header = ",".join(names)
             raise InputError(f"{path}:1: no column {missing[0]!r}; the header is {header!r}; columns needed: {columns}")
         for row in reader:

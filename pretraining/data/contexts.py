@@ -94,8 +94,7 @@ def from_texts(texts: list[str], vocabulary: Vocabulary, source: object, table: 
 
 def table_columns(table: LookupTable, vocabulary: Vocabulary, source: object) -> np.ndarray:
     """(words,) int64: the vocabulary id of each word of a lookup table."""
-    missing = [word for word in table.words if word not in vocabulary.ids]
-    if missing:
+    if missing := [word for word in table.words if word not in vocabulary.ids]:
         raise InputError(f"{source}: word {missing[0]!r} is not in the vocabulary; give the vocabulary of the table")
     return np.array([vocabulary.ids[word] for word in table.words])
 

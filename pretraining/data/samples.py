@@ -138,8 +138,7 @@ class Samples:
 
 def _refuse_first(problems: dict[str, np.ndarray], first: int, source: object) -> None:
     """Refuse the first sample of a block that has one of the problems, (rows, any) bool by description."""
-    rows = {problem: int(wrong.any(axis=1).argmax()) for problem, wrong in problems.items() if wrong.any()}
-    if rows:
+    if rows := {problem: int(wrong.any(axis=1).argmax()) for problem, wrong in problems.items() if wrong.any()}:
         problem = min(rows, key=rows.__getitem__)
         _refuse(source, f"sample {first + rows[problem]}: {problem}")
 

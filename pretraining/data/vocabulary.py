@@ -77,8 +77,7 @@ class Vocabulary:
                 last = self.ids[word] + 1
                 text = f"entry {word!r} is on line {last} too, and tokenizers take the last one"
                 raise InputError(f"{source}:{index + 1}: {text}; {advice}")
-        missing = [token for token in SPECIAL_TOKENS if token not in self.ids]
-        if missing:
+        if missing := [token for token in SPECIAL_TOKENS if token not in self.ids]:
             raise InputError(f"{source}: special token {missing[0]} is missing; the file needs {' '.join(SPECIAL_TOKENS)}")
         if self.words[0] != SPECIAL_TOKENS[0]:
             raise InputError(f"{source}:1: the first entry is {self.words[0]!r}, not [PAD]; [PAD] must have the id 0")
@@ -195,19 +194,11 @@ def _check_same_entries(tokenizer: Any, vocabulary: Vocabulary, source: object) 
         )
 
 
-def changed_words(tokenizer: Any, words: list[str]) -> list[str]:
-    """Those of `words` that the tokenizer doesn't turn into one token that is the word: unknown, split or changed ones."""
-    if not words:
-        return []
+def check_single_tokens(tokenizer: Any, words: list[str]) -> None:
+    """Check that the tokenizer turns each word, of at least one, into one token that is the word."""
     ids = tokenizer.get_vocab()
     encoded = tokenizer(words, add_special_tokens=False)["input_ids"]
-    return [word for word, pieces in zip(words, encoded, strict=True) if pieces != [ids.get(word)]]
-
-
-def check_single_tokens(tokenizer: Any, words: list[str]) -> None:
-    """Check that each word is one token."""
-    changed = changed_words(tokenizer, words)
-    if changed:
+    if changed := [word for word, pieces in zip(words, encoded, strict=True) if pieces != [ids.get(word)]]:
         raise InputError(
             f"word {changed[0]!r} is not one token: the tokenizer {tokenizer.name_or_path} makes "
             f"{' '.join(tokenizer.tokenize(changed[0]))} of it ({len(changed)} such words); "

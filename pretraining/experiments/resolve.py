@@ -330,8 +330,7 @@ class _Resolver:
             if "model_name_or_path" in flags:
                 raise table.error("start: model_name_or_path is given as well; leave one of them out", "start")
             models_of_start = self._models(table, "start", start, (*below, name), train)
-            missing = set(seeds) - set(self.groups[models_of_start.group].seeds)
-            if missing:
+            if missing := set(seeds) - set(self.groups[models_of_start.group].seeds):
                 raise table.error(f"start: {models_of_start.group} has no seed {min(missing)}", "start")
         group = Group(name=name, label=label, flags=flags, start=models_of_start, seeds=seeds, steps=steps, folders={})
         folders = {f"{seed}@{step}": group.folder(seed, step) for seed in seeds for step in steps}

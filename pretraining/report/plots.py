@@ -435,8 +435,7 @@ def _draw_points(axes: Axes, style: Style, points: list[Point], line: bool = Fal
     if line:
         axes.plot(x, y, color=style.colour, linestyle=style.dash, linewidth=1.3)
     for state, face in ((True, style.colour), (False, "white")):
-        of_state = [(a, b) for a, b, is_filled in zip(x, y, filled, strict=True) if is_filled == state]
-        if of_state:
+        if of_state := [(a, b) for a, b, is_filled in zip(x, y, filled, strict=True) if is_filled == state]:
             colours: dict[str, Any] = {"markerfacecolor": face, "markeredgecolor": style.colour}
             axes.plot(*zip(*of_state, strict=True), marker=style.marker, linestyle="none", **colours)
 

@@ -349,15 +349,6 @@ def accuracy_label(name: str, tasks: Mapping[str, str] | None = None) -> str:
     return f"{'fine-tuning' if kind == 'finetune' else kind.replace('_', ' ')} {task}"
 
 
-def _flat(values: pd.DataFrame) -> pd.DataFrame:
-    """A frame of quantities and parts with the columns of a CSV file; counts as integers."""
-    flat = values.copy()
-    counts = [column for column in values.columns if column[1] in COUNTS]
-    flat[counts] = flat[counts].astype("Int64")
-    flat.columns = pd.Index([quantity if part == "value" else f"{quantity}_{part}" for quantity, part in values.columns])
-    return flat
-
-
 def write_csv(path: Path | str, frame: pd.DataFrame) -> None:
     """Write a frame without its index: full precision, booleans as yes and no, nothing for what is missing."""
     words = {True: "yes", False: "no"}
@@ -375,8 +366,11 @@ def results(tree: Tree, criterion: SameLoss, reference: str | None, identity: pd
     """
     measured = tree.measured.copy()
     measured.loc[tree.models["kind"] == LOOKUP_TABLE, [(GAP, "value"), ("gap_pairs", "value")]] = 0.0  # by construction
+    counts = [column for column in measured.columns if column[1] in COUNTS]
+    measured[counts] = measured[counts].astype("Int64")
+    measured.columns = pd.Index([quantity if part == "value" else f"{quantity}_{part}" for quantity, part in measured.columns])
     of_losses = losses(tree, criterion, reference)[LOSS_COLUMNS[2:]]
-    table = pd.concat([tree.models, _flat(measured), identity.reindex(tree.models.index), of_losses], axis=1)
+    table = pd.concat([tree.models, measured, identity.reindex(tree.models.index), of_losses], axis=1)
     # An enlarged model's job says by which rule it came about.
     enlarged = tree.models["enlarged_rule"].notna()
     suffix = " x " + table["enlarged_times"].astype(str) + ", " + table["enlarged_rule"].astype(str)

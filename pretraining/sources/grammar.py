@@ -28,19 +28,14 @@ def vocabulary_bytes(grammar: Grammar, vocab_file: str | None) -> bytes:
     for token in SPECIAL_TOKENS:
         if token in grammar.words:
             raise InputError(f"{token}: a special token as a word of the grammar; rename the word")
-    if vocab_file is None:
-        vocabulary = Vocabulary([*SPECIAL_TOKENS, *grammar.words])
-        _refuse_changed_words(grammar, vocabulary)
-        return "".join(f"{word}\n" for word in vocabulary.words).encode()
-    vocabulary = Vocabulary.read(vocab_file)
-    missing = [word for word in grammar.words if word not in vocabulary.ids]
-    if missing:
+    vocabulary = Vocabulary([*SPECIAL_TOKENS, *grammar.words]) if vocab_file is None else Vocabulary.read(vocab_file)
+    if missing := [word for word in grammar.words if word not in vocabulary.ids]:
         raise InputError(
             f"{vocab_file}: {missing[0]!r} is not in this vocabulary ({len(missing)} of {len(grammar.words)} words "
             "missing); one word must be one token: give another vocabulary, or leave --vocab-file out"
         )
     _refuse_changed_words(grammar, vocabulary)
-    return Path(vocab_file).read_bytes()
+    return Path(vocab_file).read_bytes() if vocab_file else "".join(f"{word}\n" for word in vocabulary.words).encode()
 
 
 def _refuse_changed_words(grammar: Grammar, vocabulary: Vocabulary) -> None:

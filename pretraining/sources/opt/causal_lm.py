@@ -75,8 +75,7 @@ def load_causal_lm(name: str, device: str, dtype: torch.dtype) -> tuple["PreTrai
             "of one, or its name on the hub"
         ) from error
     model, report = loaded
-    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if missing:
+    if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise InputError(
             f"--model-name {name}: its weights lack {missing[0]} ({len(missing)} such) that a {type(model).__name__} needs; "
             "give a model that was saved with its causal head"
@@ -200,14 +199,6 @@ class RestrictedLM:
     def of(cls, model: "PreTrainedModel", restriction: Restriction) -> "RestrictedLM":
         """The language of a restriction and its model."""
         return cls(model, restriction.kept, restriction.start_id, restriction.end_id, restriction.max_tokens)
-
-    @classmethod
-    def from_folder(cls, folder: Path | str, model_name: str, device: str, dtype: torch.dtype) -> "RestrictedLM":
-        """The language that the text in a folder was drawn from; the other arguments are those of `load_causal_lm`."""
-        restriction = read_restriction(folder)
-        model, _, digest = load_causal_lm(model_name, device, dtype)
-        check_model(restriction, folder, model_name, digest)
-        return cls.of(model, restriction)
 
     def ids(self, tokens: torch.Tensor) -> torch.Tensor:
         """Columns as ids of the model's vocabulary, of the same shape, int64."""

@@ -37,7 +37,8 @@ from pcfg.common.files import InputError, check_space, disk_errors, keyed_rng, r
 from pcfg.common.text import read_texts
 from pcfg.common.words import WordIndex
 from pcfg.lookup import TableOrigin, add_table_arguments, print_table, stored_dtype
-from pretraining.sources.opt.causal_lm import RestrictedLM, Restriction, find_device, read_restriction
+from pretraining.sources.opt import causal_lm
+from pretraining.sources.opt.causal_lm import RestrictedLM, Restriction, read_restriction
 from pretraining.sources.opt.conditionals import LogJoints, MaskedTexts, conditionals
 
 BLOCK_CONTEXTS = 4096  # whose conditionals are in memory at a time: 64 MiB of float64 at 2,000 words
@@ -204,7 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def write_table(options: argparse.Namespace, restriction: Restriction, selection: Selection, origin: TableOrigin) -> None:
     """Compute the table of the command line, or resume its computation."""
-    device = find_device(options.device)
+    device = causal_lm.find_device(options.device)
     texts, which = MaskedTexts.of(selection.flat, selection.lengths, selection.sentence, selection.position)
     facts = {
         "language_sha256": origin.language_sha256,
@@ -214,8 +215,9 @@ def write_table(options: argparse.Namespace, restriction: Restriction, selection
         "device": device,
     }
     columns = len(restriction.kept)
-    restricted = RestrictedLM.from_folder(options.data_path, options.model_name, device, torch.float32)
-    joints = LogJoints(restricted, texts, options.batch_tokens)
+    model, _, digest = causal_lm.load_causal_lm(options.model_name, device, torch.float32)
+    causal_lm.check_model(restriction, options.data_path, options.model_name, digest)
+    joints = LogJoints(RestrictedLM.of(model, restriction), texts, options.batch_tokens)
     stored_bytes = 0 if origin.stored == "none" else np.dtype(origin.stored).itemsize
     check_space(options.save_path, 8 * joints.rows + stored_bytes * len(which) * columns)
     path = Path(options.save_path)

@@ -134,7 +134,8 @@ def count_tokens(
 def choose_tokens(counts: np.ndarray, tokens: dict[int, bytes], number: int, end_id: int) -> tuple[list[int], list[str]]:
     """The ids and the pieces of the `number` most frequent tokens that can be words of the data, ties by id.
 
-    `counts`, (vocabulary,), are of all tokens of the model; `tokens` has the bytes of those that are not special, by id.
+    `counts`, (vocabulary,), are of all tokens of the model; `tokens` has the bytes of the tokenizer's, which may be more, by id
+    without the special ones.
     """
     ids: dict[bytes, int] = {}
     for index in np.argsort(-counts, kind="stable").tolist():
@@ -241,9 +242,7 @@ class Language:
         }
 
     def _choose_tokens(self, counts: np.ndarray) -> tuple[list[int], list[str]]:
-        # A tokenizer may have more tokens than its model.
-        tokens = {index: token for index, token in token_bytes(self.tokenizer).items() if index < len(counts)}
-        return choose_tokens(counts, tokens, self.top_tokens, self._ends["end_id"])
+        return choose_tokens(counts, token_bytes(self.tokenizer), self.top_tokens, self._ends["end_id"])
 
     def restriction(self) -> Restriction:
         """The kept tokens: those of --top-tokens-file, else the most frequent ones of a sample."""

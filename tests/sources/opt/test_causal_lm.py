@@ -10,7 +10,15 @@ import torch
 
 from pcfg.common.files import InputError, read_json, write_json
 from pcfg.common.schema import write_schema
-from pretraining.sources.opt.causal_lm import FORMAT, TOP_TOKENS, RestrictedLM, Restriction, load_causal_lm, read_restriction
+from pretraining.sources.opt.causal_lm import (
+    FORMAT,
+    TOP_TOKENS,
+    RestrictedLM,
+    Restriction,
+    check_model,
+    load_causal_lm,
+    read_restriction,
+)
 
 
 @pytest.fixture(scope="module")
@@ -167,11 +175,11 @@ def test_the_restriction_and_its_model(opt_folder, loaded, tmp_path):
     restriction = RESTRICTION.model_copy(update={"model_sha256": loaded[2]})
     write_schema(tmp_path / TOP_TOKENS, restriction)
     assert read_restriction(tmp_path) == read_restriction(tmp_path / TOP_TOKENS) == restriction
-    restricted = RestrictedLM.from_folder(tmp_path, str(opt_folder), "cpu", torch.float32)
+    check_model(restriction, tmp_path, str(opt_folder), loaded[2])
+    restricted = RestrictedLM.of(loaded[0], restriction)
     assert restricted.kept.tolist() == [9, 300] and restricted.max_tokens == 23
-    write_schema(tmp_path / TOP_TOKENS, RESTRICTION)
     with pytest.raises(InputError, match=f"is of another model, opt .*this one's {loaded[2][:12]}"):
-        RestrictedLM.from_folder(tmp_path, str(opt_folder), "cpu", torch.float32)
+        check_model(RESTRICTION, tmp_path, str(opt_folder), loaded[2])
 
 
 @pytest.mark.parametrize(
