@@ -113,10 +113,8 @@ def dirichlet(rng: np.random.Generator, size: int, concentration: float) -> np.n
 def save_grammar(module: str, options: argparse.Namespace, rules: list[WeightedRule], states: bool = False) -> None:
     """Write the rules file of a command line, whose header has the command and facts, and print the facts.
 
-    Probabilities have nine digits: more would depend on how the machine's logarithm rounds.
-
-    Args:
-        states: whether the grammar is a hidden Markov model, for the facts.
+    Probabilities have nine digits: more would depend on how the machine's logarithm rounds. `states`: whether the grammar is a
+    hidden Markov model, for the facts.
     """
     rules = [(left, right, float(f"{share:.9g}")) for left, right, share in rules]
     grammar = Grammar.from_rules(rules, options.save_path)

@@ -18,12 +18,7 @@ AnySchema = TypeVar("AnySchema", bound=Schema)
 
 
 def parse_schema(schema: type[AnySchema], content: dict, source: object, advice: str) -> AnySchema:
-    """The object of a schema in the content of a JSON file.
-
-    Args:
-        source: the file, for messages.
-        advice: what the user can do about a damaged file.
-    """
+    """The object of a schema in the content of the JSON file `source`; `advice`: what a user can do about a damaged one."""
     try:
         # As JSON again: in strict mode a Python list is no tuple, but a JSON array is.
         return schema.model_validate_json(json.dumps(content))

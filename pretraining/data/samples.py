@@ -243,12 +243,9 @@ def _compressed(array: np.ndarray, dataset: h5py.Dataset) -> bytes:
 
 
 def read_samples(path: AnyPath, vocabulary: Vocabulary | None = None) -> Samples:
-    """The samples in an HDF5 file.
+    """The samples in an HDF5 file; `vocabulary`: theirs, for files of other programs, which do not say it.
 
     The file is read once: the bytes that are compared with the manifest are those that the samples are taken from.
-
-    Args:
-        vocabulary: of the samples, for files of other programs, which do not say it.
     """
     with _open(Path(path), vocabulary) as (file, attributes):
         samples = _parse(file, attributes, path)

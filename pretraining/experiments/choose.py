@@ -42,12 +42,7 @@ def accuracy_of(folder: str, task: str, solver: str, labels: int) -> float:
 
 
 def decide(choice: Choice, seeds: tuple[int, ...], gaps: Values, accuracies: Values, reference: list[float] | None) -> Decision:
-    """The decision of a choice.
-
-    Args:
-        accuracies: only for the rule `lowest_accuracy`.
-        reference: gaps of the choice's reference.
-    """
+    """The decision of a choice; `accuracies`: only for the rule `lowest_accuracy`; `reference`: gaps of the choice's."""
     means = {value: mean_of(gaps[value]) for value in sorted(gaps)}
     start = min(mean.value for mean in means.values()) if reference is None else mean_of(reference).value
     limit = None if choice.rule == "lowest_gap" else start + choice.tolerance

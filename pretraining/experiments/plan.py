@@ -76,11 +76,7 @@ class Run:
 
 
 class Planner:
-    """Collects the commands of a design.
-
-    Args:
-        launcher: words that start run_pretraining.py for one seed, instead of `python`.
-    """
+    """Collects the commands of a design; `launcher`: words that start run_pretraining.py for one seed, instead of `python`."""
 
     def __init__(self, design: Design, launcher: list[str]):
         self.design = design
@@ -168,11 +164,7 @@ class Planner:
     # training
 
     def _train(self, group: Group, above: str, job: str, seeds: tuple[int, ...], value: tuple[str, float] | None = None) -> Run:
-        """Train a group's models of some seeds, in one process if they are stacked.
-
-        Args:
-            value: a flag and its value, of a candidate of a choice.
-        """
+        """Train a group's models of some seeds, in one process if stacked; `value`: flag and value of a choice's candidate."""
         design = self.design
         is_base = above == "selection" and group.name == design.base.group
         flags = group.flags | dict([value] if value else [])

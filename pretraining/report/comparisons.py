@@ -253,8 +253,7 @@ class Comparer:
     ) -> Quantity:
         """An accuracy with its verdict, and with that on the claim where both sides are expected to change.
 
-        Args:
-            flatness: its verdict; None where no direction is expected of it.
+        `flatness` is its verdict; None where no direction is expected of it.
         """
         state = self.headrooms.get(quantity.name, Headroom(None, "not known"))
         if refusal is None and not state.exists:

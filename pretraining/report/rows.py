@@ -327,10 +327,7 @@ def accuracy_order(name: str) -> tuple:
 
 
 def accuracy_label(name: str, tasks: Mapping[str, str] | None = None) -> str:
-    """The name of an accuracy for people.
-
-    Args:
-        tasks: by names of tasks in records their names for people.
+    """The name of an accuracy for people; `tasks`: by names of tasks in records theirs for people.
 
     >>> accuracy_label("probe_pcfg_B"), accuracy_label("finetune_pcfg_B"), accuracy_label("curve_pcfg_B_ridge_1000")
     ('probe B', 'fine-tuning B', 'B, 1,000 labels (ridge)')
@@ -359,11 +356,7 @@ def write_csv(path: Path | str, frame: pd.DataFrame) -> None:
 
 
 def results(tree: Tree, criterion: SameLoss, reference: str | None, identity: pd.DataFrame) -> pd.DataFrame:
-    """The content of `results.csv`.
-
-    Args:
-        identity: by model further columns, such as group and seed.
-    """
+    """The content of `results.csv`; `identity`: by model further columns, such as group and seed."""
     measured = tree.measured.copy()
     measured.loc[tree.models["kind"] == LOOKUP_TABLE, [(GAP, "value"), ("gap_pairs", "value")]] = 0.0  # by construction
     counts = [column for column in measured.columns if column[1] in COUNTS]

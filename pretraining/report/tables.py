@@ -68,8 +68,7 @@ def _number(
 ) -> str:
     """`value ± error`, with a mark behind; empty where there is no value.
 
-    Args:
-        digits: behind the point; None for two digits of the error, but at most `MOST_DIGITS`.
+    `digits` behind the point; None for two digits of the error, but at most `MOST_DIGITS`.
     """
     if value is None or pd.isna(value):
         return ""
