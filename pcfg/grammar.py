@@ -419,8 +419,7 @@ def parse_nltk(lines: list[str], source: str) -> WeightedRules:
         raise InputError(f"{source}:{len(lines)}: the file ends in a line that is to go on; remove its last \\, or complete it")
     if start is not None and not any(production.left == start for production in productions):
         raise InputError(f"{source}: the start symbol {shown(start)} has no rule")
-    if start is not None:
-        productions.sort(key=lambda production: production.left != start)
+    productions.sort(key=lambda production: production.left != start)  # without a start all as they are
     return _binarised(productions, source)
 
 

@@ -104,7 +104,7 @@ class TableOrigin:
     chosen: dict | None = None  # how positions were chosen; None where it has all
 
     def is_complete(self, path: Path | str) -> bool:
-        """Whether this table is at `path`; refuses a table of another origin."""
+        """Whether this table is at `path`, which is printed; refuses a table of another origin."""
         if not Path(path).exists():
             return False
         table = LookupTable.open(path)
@@ -120,6 +120,7 @@ class TableOrigin:
             difference = f"made with other sentences or positions ({sizes})"
         if difference is not None:
             raise InputError(f"{path}: {difference}; give another --save-path, or --overwrite to replace it")
+        print(f"{path}: skipped, complete already")
         return True
 
     def write(
@@ -400,9 +401,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     grammar = Grammar.read(find_rules(options.rule_path))
     origin = TableOrigin("grammar", grammar.sha256, options.datafile, stored_dtype(options))
-    if not options.overwrite and origin.is_complete(options.save_path):
-        print(f"{options.save_path}: skipped, complete already")
-    else:
+    if options.overwrite or not origin.is_complete(options.save_path):
         redone = write_table(options.save_path, grammar, origin)
         print(f"{options.save_path}: {redone} sentences were too improbable for float32 and repeated in float64")
     print_table(options.save_path)

@@ -307,14 +307,8 @@ def read_recipe(options: argparse.Namespace) -> tuple[Recipe, Tokenizer | None]:
     if path.suffix == ".json":
         check_same_tokenizer(path, vocabulary, bool(options.do_lower_case))
     own = None if documents else find_own_tokenizer(options.dir, vocabulary)
-    rule = MaskingRule(
-        masked_lm_prob=options.masked_lm_prob,
-        max_predictions=max_predictions,
-        mask_token_prob=options.mask_token_prob,
-        random_token_prob=options.random_token_prob,
-        single_mask=options.single_mask,
-        pieces=documents,
-    )
+    flags = {name: getattr(options, name) for name in ("masked_lm_prob", "mask_token_prob", "random_token_prob", "single_mask")}
+    rule = MaskingRule(**flags, max_predictions=max_predictions, pieces=documents)
     recipe = Recipe(
         vocabulary=vocabulary,
         do_lower_case=bool(options.do_lower_case) and own is None,

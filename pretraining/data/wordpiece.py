@@ -80,17 +80,13 @@ def write_tokenizer(
         name: for `resolve_tokenizer`.
         do_lower_case: that of `wordpiece`; None for another tokenizer, whose tokenizer.json is complete.
     """
-    own = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    bert = {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": do_lower_case,
-        "strip_accents": None,
-        "tokenize_chinese_chars": True,
-    }
+    kind: dict = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if do_lower_case is not None:
+        kind = {"do_lower_case": do_lower_case, "strip_accents": None, "tokenize_chinese_chars": True}
+        kind["tokenizer_class"] = "BertTokenizer"
     with atomic_open(folder / "tokenizer.json") as file:  # tokenizers' own save() reports a full disk as a bare Exception
         file.write(tokenizer.to_str(pretty=True))
     special = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
-    kind = own if do_lower_case is None else bert
     configuration = {**kind, **special, "backend": "tokenizers", "model_max_length": max_length}
     write_json(folder / "tokenizer_config.json", {**dict(sorted(configuration.items())), "name_or_path": name})
     vocabulary.write(folder / VOCABULARY_FILE)

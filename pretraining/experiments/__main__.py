@@ -28,8 +28,8 @@ import torch
 from pcfg.common.cli import Parser, positive_int, run_main
 from pcfg.common.files import InputError, available_cores
 from pretraining.experiments.plan import STAGES, Planner, Step, fingerprint
-from pretraining.experiments.resolve import Design, merge, resolve
-from pretraining.experiments.runner import ROOT, Runner, is_done, lock
+from pretraining.experiments.resolve import ROOT, Design, merge, resolve
+from pretraining.experiments.runner import Runner, is_done, lock
 from pretraining.experiments.study import Registration, Studies, read_decision, read_statuses, read_studies, write_studies
 
 # Of the commands: nothing from a network.

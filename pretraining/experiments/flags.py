@@ -10,22 +10,20 @@ from pretraining.experiments.study import Flags
 from pretraining.experiments.study_file import Table, suggestion
 
 REFERENCE = re.compile(r"\{([\w.-]+)\}")  # to the value of a choice, or {tasks.NAME}: to the training file of a task
-# Flags that the plan sets, by script.
-_RECORDS = frozenset({"model_path", "overwrite", "help", "compare", "compare_with", "vocabfile"})
-_TRANSFER = frozenset({"model_name_or_path", "train_file", "validation_file", "output_dir", "overwrite", "help"})
-PLANNED = {
-    "generate_pretraining": frozenset({"save_path", "overwrite", "help"}),
-    "generate_samples": frozenset({"dir", "output_dir", "overwrite", "help"}),
-    "generate_downstream": frozenset({"save_path", "overwrite", "help"}),
-    "run_pretraining": frozenset(
-        {
-            *("seed", "seeds", "max_steps", "save_steps", "branch_steps", "dataset_path", "output_dir", "job_name"),
-            *("config", "resume", "overwrite", "local_rank", "load_training_checkpoint", "load_checkpoint_id", "help"),
-        }
+# Flags that the plan sets, by script, in addition to --overwrite and --help.
+_RECORDS = ("model_path", "compare", "compare_with", "vocabfile")
+_TRANSFER = ("model_name_or_path", "train_file", "validation_file", "output_dir")
+PLANNED: dict[str, tuple[str, ...]] = {
+    "generate_pretraining": ("save_path",),
+    "generate_samples": ("dir", "output_dir"),
+    "generate_downstream": ("save_path",),
+    "run_pretraining": (
+        *("seed", "seeds", "max_steps", "save_steps", "branch_steps", "dataset_path", "output_dir", "job_name"),
+        *("config", "resume", "local_rank", "load_training_checkpoint", "load_checkpoint_id"),
     ),
     "calculate_loss": _RECORDS,
-    "calculate_hessian": _RECORDS | {"estimator"},
-    "run_lp": _TRANSFER | {"solver", "features", "rule_path", "condprobfile_train", "condprobfile_validation"},
+    "calculate_hessian": (*_RECORDS, "estimator"),
+    "run_lp": (*_TRANSFER, "solver", "features", "rule_path", "condprobfile_train", "condprobfile_validation"),
     "run_ft": _TRANSFER,
 }
 
@@ -65,16 +63,12 @@ def _problem(action: argparse.Action, value: Any) -> str | None:
 
 
 def take_flags(table: Table, script: str, *arguments: str, references: frozenset[str] = frozenset()) -> Flags:
-    """All that is left in a table, as flags of a script.
-
-    Args:
-        references: what a value in braces may name.
-    """
+    """All that is left in a table, as flags of a script; `references`: what a value in braces may name."""
     known = actions(script, *arguments)
     flags = {}
     for given, value in list(table.values.items()):
         name = given.replace("-", "_")
-        if name in PLANNED[script]:
+        if name in (*PLANNED[script], "overwrite", "help"):
             raise table.error(f"{given}: a study sets this flag of {script}.py itself; leave it out", given)
         if name not in known:
             hint = suggestion(name, [*known, *table.known])

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from pcfg.common.files import disk_errors
 from pretraining.experiments.plan import Step
+from pretraining.experiments.resolve import ROOT
 from pretraining.experiments.study import Status, read_decision, read_statuses, write_statuses
 from pretraining.model.checkpoints import is_model_folder
 
-ROOT = Path(__file__).parents[2]
 LOCK_FILE = ".running"
 # Exit codes of a command, or the negative number of the signal that has ended it.
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
@@ -67,14 +67,9 @@ def lock(out: Path) -> Iterator[int]:
 
 
 class Runner:
-    """Runs the steps of a plan.
+    """Runs the steps of a plan, each after those that it depends on, in the folder `out`, `jobs` commands at a time.
 
-    Args:
-        steps: each after those that it depends on.
-        out: folder of everything.
-        jobs: commands at a time.
-        environment: of the commands, in addition to this process's.
-        descriptor: of the lock, which the commands inherit.
+    `environment` is theirs in addition to this process's; `descriptor` is of the lock, which they inherit.
     """
 
     def __init__(self, steps: list[Step], out: Path, jobs: int, environment: dict[str, str], descriptor: int):

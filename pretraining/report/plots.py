@@ -56,11 +56,6 @@ def _is_accuracy(name: str) -> bool:
     return name not in LABELS
 
 
-def _scale(name: str) -> float:
-    """The factor to the unit of the axis: per cent for accuracies."""
-    return 100.0 if _is_accuracy(name) else 1.0
-
-
 @dataclasses.dataclass(frozen=True)
 class Plot:
     """A plot of the page."""
@@ -114,12 +109,13 @@ class SectionPlots:
         """A line's mean at `x`; filled if all its models are saturated."""
         value = line.values[name]
         number, known = line.saturated
-        scale = _scale(name)
+        scale = 100.0 if _is_accuracy(name) else 1.0
         return x, (value.mean or 0.0) * scale, 0.0, (value.error or 0.0) * scale, number == known > 0
 
     def by_line(self, axes: Axes, name: str) -> None:
         """Groups below each other: every seed as a small point, and the mean with its error."""
         values: list[float] = []
+        scale = 100.0 if _is_accuracy(name) else 1.0  # per cent
         for place, line in enumerate(self.lines):
             if not line.values[name].n:
                 continue
@@ -128,7 +124,7 @@ class SectionPlots:
             _draw_points(axes, style, [(y, x, error, 0.0, filled)])
             members = [member for member in self.section.members if (member.group, member.step) == (line.group, line.step)]
             numbers = [member.number(self.tree, name)[0] for member in members]
-            single = [number * _scale(name) for number in numbers if number is not None]
+            single = [number * scale for number in numbers if number is not None]
             if len(single) > 1:
                 below = [place + 0.25] * len(single)
                 axes.plot(single, below, marker=style.marker, color=style.colour, markersize=2.5, alpha=0.6, linestyle="none")
@@ -143,8 +139,7 @@ class SectionPlots:
     def controls(self, name: str, majority: bool = False) -> dict[str, float]:
         """The controls of an accuracy in %, by their names in legends.
 
-        Args:
-            majority: also that of the majority class, which in a study lies far below and would hide differences of models.
+        `majority`: also that of the majority class, which in a study lies far below and would hide differences of models.
         """
         measured = self.tree.measured[name]
         values = {"majority class": measured["majority"].max()} if majority or not self.analysis.studies else {}

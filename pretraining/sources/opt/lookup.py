@@ -250,9 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     language = "language model, or other kept tokens"
     digest = language_sha256(restriction)
     origin = TableOrigin(language, digest, options.datafile, stored, len(selection.lengths), selection.rule)
-    if not options.overwrite and origin.is_complete(options.save_path):
-        print(f"{options.save_path}: skipped, complete already")
-    else:
+    if options.overwrite or not origin.is_complete(options.save_path):
         write_table(options, restriction, selection, origin)
     print_table(options.save_path)
 

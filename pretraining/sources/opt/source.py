@@ -308,26 +308,21 @@ def generate(options: argparse.Namespace) -> None:
             if path.exists():
                 raise InputError(f"{path}: not of this script; give another --save-path, or --overwrite to replace it")
     try:
-        _write_text(options, language, text)
+        if all(map(text.manifest.is_complete, TOKEN_FILES)):
+            restriction = causal_lm.read_restriction(folder)
+        else:
+            restriction = language.restriction()
+            write_tokens(restriction, text)
+        restricted = RestrictedLM.of(language.model, restriction)
+        draw = functools.partial(draw_text, restricted, restriction.pieces, options.batch_size)
+        if text.missing_shards:
+            batch, _ = next(draw(options.batch_size, keyed_rng(options.seed, "language-model-plan")))
+            description = f"sentences of at most {restricted.max_tokens} of {len(restriction.pieces):,} pieces"
+            text.check_disk((len(batch) + 1) / options.batch_size, description)
+        sentences = sum(shard.sentences for shard in text.missing_shards)
+        with tqdm(total=sentences, desc="sentences", unit="", unit_scale=True, position=1, disable=not sentences) as progress:
+            write = functools.partial(make_shard, draw, folder, options.seed, options.batch_size, progress.update)
+            text.write_shards(write, n_processes=language.jobs, executor="threads")
     except torch.OutOfMemoryError as error:
         message = f"--batch-size {options.batch_size}: not enough memory on {language.device}; give a smaller one"
         raise InputError(message) from error
-
-
-def _write_text(options: argparse.Namespace, language: Language, text: TextFolder) -> None:
-    folder = options.save_path
-    if all(map(text.manifest.is_complete, TOKEN_FILES)):
-        restriction = causal_lm.read_restriction(folder)
-    else:
-        restriction = language.restriction()
-        write_tokens(restriction, text)
-    restricted = RestrictedLM.of(language.model, restriction)
-    draw = functools.partial(draw_text, restricted, restriction.pieces, options.batch_size)
-    if text.missing_shards:
-        batch, _ = next(draw(options.batch_size, keyed_rng(options.seed, "language-model-plan")))
-        description = f"sentences of at most {restricted.max_tokens} of {len(restriction.pieces):,} pieces"
-        text.check_disk((len(batch) + 1) / options.batch_size, description)
-    sentences = sum(shard.sentences for shard in text.missing_shards)
-    with tqdm(total=sentences, desc="sentences", unit="", unit_scale=True, position=1, disable=not sentences) as progress:
-        write = functools.partial(make_shard, draw, folder, options.seed, options.batch_size, progress.update)
-        text.write_shards(write, n_processes=language.jobs, executor="threads")
