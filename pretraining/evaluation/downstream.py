@@ -35,8 +35,7 @@ class DownstreamArguments:
     _argument_group_name = "model and data"
 
     model_name_or_path: str | None = flag(
-        default=None,
-        help="model folder, folder with model folders at any depth (measured one by one), or a name on the hub",
+        default=None, help="model folder, folder with model folders at any depth (measured one by one), or a name on the hub"
     )
     tokenizer_name: str | None = flag(
         default=None, help="tokenizer, looked up in the model folder first; its vocabulary must be that of the model"

@@ -152,10 +152,7 @@ def _batch_size(training: TrainingArguments) -> int:
 
 def _optimizer(head: nn.Linear, training: TrainingArguments) -> torch.optim.Optimizer:
     """AdamW on the head."""
-    groups = [
-        {"params": [head.weight], "weight_decay": training.weight_decay},
-        {"params": [head.bias], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [head.weight], "weight_decay": training.weight_decay}, {"params": [head.bias], "weight_decay": 0.0}]
     betas = (training.adam_beta1, training.adam_beta2)
     return torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, eps=training.adam_epsilon, fused=True)
 
