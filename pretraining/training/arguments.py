@@ -120,7 +120,7 @@ def _add_optimizer_and_batches(parser: argparse.ArgumentParser) -> None:
 
     group = _Group(parser, "batches")
     group.value("train_batch_size", positive_int, 4096, "sentences per step, over all ranks")
-    group.value("train_micro_batch_size_per_gpu", positive_int, 32, "maximum sentences per forward pass, of similar length")
+    group.value("train_micro_batch_size_per_gpu", positive_int, 32, "maximum sentences per forward pass")
     text = "accepted; if given, train_batch_size must be train_micro_batch_size_per_gpu x ranks x this (default: not given)"
     group.value("gradient_accumulation_steps", positive_int, None, text)
 
