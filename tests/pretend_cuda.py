@@ -155,6 +155,7 @@ class _Functions(TorchFunctionMode):
             args, kwargs = tree_map(held, (args, kwargs))
         if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[0], CudaTensor):
             self.owner.note_attention(*args, **kwargs)
+            return self.owner.attend(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -165,6 +166,7 @@ class PretendCuda(TorchDispatchMode):
         operations: number of those queued so far.
         waits: (reason, the project's line, operations queued since the point that the host waits for) of each wait of the host.
         attention: how often each kernel would be taken.
+        attend: what computes attention instead.
         plans: the shapes for which cuDNN would build a plan.
         unaligned: lines of 16-bit products of matrices with rows of no multiple of 16 bytes.
     """
@@ -174,6 +176,7 @@ class PretendCuda(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.pinned = {}
+        self.attend = torch.nn.functional.scaled_dot_product_attention
         self.clear()
 
     def clear(self):

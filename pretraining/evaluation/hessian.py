@@ -330,8 +330,11 @@ def _fisher_values(
 def draw_probe(model: MaskedLM, kind: str, seed: int, block: int, draw: int) -> list[torch.Tensor]:
     """The probe of a block and draw: one tensor per parameter of `measured_parameters`, a function of the key alone."""
     rng = keyed_rng(seed, f"hutchinson probes, {kind}", block, draw)
-    parameters = measured_parameters(model).values()
-    return [torch.from_numpy(PROBES[kind](rng, tuple(p.shape))).to(p.device, p.dtype) for p in parameters]
+    parameters = list(measured_parameters(model).values())
+    drawn = torch.cat([torch.from_numpy(PROBES[kind](rng, tuple(p.shape))).flatten() for p in parameters])
+    # In one piece, as the host waits for each copy to a GPU.
+    pieces = drawn.to(parameters[0].device).to(parameters[0].dtype).split([p.numel() for p in parameters])
+    return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
 
 
 def loss_gradients(

@@ -25,7 +25,6 @@ contribute to the normaliser, as a sum of exponentials in float32. That sum's re
 negative by it.
 """
 
-import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +36,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pcfg.common.cli import Progress
 from pcfg.common.files import keyed_rng
@@ -181,8 +179,6 @@ def context_losses(
     with (
         Progress(total=len(label), desc="loss", unit="context", leave=False, disable=rank > 0) as progress,
         map_on_cores(device) as run,
-        # The choice of the attention kernel is global: a thread would undo that of another.
-        contextlib.nullcontext() if run is map else sdpa_kernel(SDPBackend.MATH),
     ):
         for low in range(0, sentences, window):
             high = min(low + window, sentences)

@@ -18,10 +18,8 @@ from pretraining.data.contexts import concatenate, from_texts, sentence_batch
 from pretraining.data.masking import check_lengths
 from pretraining.data.tasks import read_labelled_part
 from pretraining.data.vocabulary import Vocabulary
-from pretraining.training.batches import sort_and_cut, to_device
+from pretraining.training.batches import Packing, by_length, cuts, seed_dropout, to_device
 
-# The cost of a forward pass in addition to its tokens, in tokens: measured on CPU, near the minimum over a wide range.
-OVERHEAD_TOKENS = 64
 Encoder = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # of ids and mask
 FourTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -118,7 +116,7 @@ class AdversarialTerm:
 
         `model` is a `MaskedLM`, or DeepSpeed's engine of one, in training mode, with dropout.
         """
-        torch.manual_seed(int(keyed_rng(self._seed, "adversarial dropout", step).integers(1 << 63)))
+        seed_dropout(self._seed, "adversarial dropout", step)
 
         def encode(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             mask = None if mask is None else mask[0]
@@ -135,11 +133,11 @@ class AdversarialTerm:
                 padding. It gets sentences of similar length: each member's, sorted, are cut at the same places.
         """
         half = self._size // 2
-        order, blocks = sort_and_cut(self._contexts.lengths[rows], OVERHEAD_TOKENS)
-        by_length = np.take_along_axis(rows, order, 1)
+        order, longest = by_length(self._contexts.lengths[rows])
+        rows_by_length = np.take_along_axis(rows, order, 1)
         encoded = []
-        for start, end in blocks:
-            block = by_length[:, start:end]
+        for start, end in cuts(longest, Packing.overhead):
+            block = rows_by_length[:, start:end]
             ids, is_token = sentence_batch(self._contexts, block.ravel())
             mask = None if is_token.all() else to_device(is_token.view(*block.shape, -1), device)
             encoded.append(encode(to_device(ids.view(*block.shape, -1), device), mask))

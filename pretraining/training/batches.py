@@ -82,6 +82,15 @@ class MicroBatch:
         return self.map(lambda tensor: to_device(tensor, device))
 
 
+def seed_dropout(seed: int, purpose: str, *index: int) -> None:
+    """Make the dropout masks drawn from here on a function of the key, as in `keyed_rng`."""
+    number = int(keyed_rng(seed, purpose, *index).integers(1 << 63))
+    # `torch.manual_seed` takes a millisecond: it keeps the call stack for each kind of device that is not there.
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(number)
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the host on another device; the host does not wait for it."""
     if device.type == "cuda":
@@ -101,17 +110,18 @@ def pack(members: Sequence[tuple[Samples, np.ndarray]], packing: Packing) -> Mic
     length are padded to the longest of them where that costs less than a block more, by `cuts`. A member with fewer masks than
     another one has labels `IGNORED` in their place.
     """
-    order, cut = sort_and_cut(np.stack([sentence_lengths(*member) for member in members]), packing.overhead)
+    order, longest = by_length(np.stack([sentence_lengths(*member) for member in members]))
+    cut = cuts(longest, packing.overhead)
     input_ids, input_mask, masks, words = (
         np.stack([getattr(samples, name)[rows[own]] for (samples, rows), own in zip(members, order, strict=True)])
         for name in ("input_ids", "input_mask", "masked_lm_positions", "masked_lm_ids")
     )
     lengths = input_mask.sum(2, dtype=np.int64)  # (members, sentences)
-    longest = np.concatenate([np.full(end - start, lengths[:, start:end].max()) for start, end in cut])  # (sentences,)
-    starts = longest.cumsum() - longest
-    sentence = np.repeat(np.arange(len(longest)), longest)  # of each token, (N,)
+    padded = np.repeat([longest[end - 1] for _, end in cut], [end - start for start, end in cut])  # lengths, (sentences,)
+    starts = padded.cumsum() - padded
+    sentence = np.repeat(np.arange(len(padded)), padded)  # of each token, (N,)
     column = np.arange(len(sentence)) - starts[sentence]
-    blocks = [(end - start, int(longest[start]), bool((lengths[:, start:end] < longest[start]).any())) for start, end in cut]
+    blocks = [(end - start, int(padded[start]), bool((lengths[:, start:end] < padded[start]).any())) for start, end in cut]
 
     is_mask = (masks != 0).reshape(len(members), -1)
     most = int(is_mask.sum(1).max())
@@ -158,9 +168,8 @@ def rank_micro_batches(
     Ranks work on similar lengths at the same time, and all have the same number of micro-batches. On a rank without a row left
     for it, the last one is empty.
     """
-    lengths = sentence_lengths(samples, rows)
-    order = np.argsort(lengths, kind="stable")
-    longest = lengths[order][np.minimum(np.arange(world_size - 1, len(rows) + world_size - 1, world_size), len(rows) - 1)]
+    (order,), longest = by_length(sentence_lengths(samples, rows)[None])
+    longest = longest[np.minimum(np.arange(world_size - 1, len(rows) + world_size - 1, world_size), len(rows) - 1)]
     own = rows[order][rank::world_size]
     return [own[start:end] for start, end in portions(longest, size, packing.most_tokens)]
 
@@ -182,10 +191,10 @@ def portions(lengths: np.ndarray, size: int, most_tokens: int) -> list[tuple[int
     return parts
 
 
-def sort_and_cut(lengths: np.ndarray, overhead: float) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The order, (members, n) int64, of each member's sentences by their `lengths` (members, n), and `cuts` that all share."""
+def by_length(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order, (members, n) int64, of each member's sentences by `lengths` (members, n); the longest at each place, (n,)."""
     order = np.argsort(lengths, axis=1, kind="stable")
-    return order, cuts(np.take_along_axis(lengths, order, 1).max(0), overhead)
+    return order, np.take_along_axis(lengths, order, 1).max(0)
 
 
 def cuts(lengths: np.ndarray, overhead: float) -> list[tuple[int, int]]:

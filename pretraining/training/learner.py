@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pcfg.common.files import keyed_rng
 from pretraining.model.bert import MaskedLM
 from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.batches import (
@@ -20,6 +19,7 @@ from pretraining.training.batches import (
     masked_loss,
     micro_batch,
     rank_micro_batches,
+    seed_dropout,
 )
 from pretraining.training.sample_stream import Shards
 
@@ -96,7 +96,7 @@ def backward_pass(
         backward: adds the gradient of a scalar to those of the parameters.
     """
     device = next(model.parameters()).device
-    torch.manual_seed(int(keyed_rng(member.stream, "dropout", step, rank).integers(1 << 63)))
+    seed_dropout(member.stream, "dropout", step, rank)
     masks = count_masks(batch.samples, batch.rows)
     loss = torch.zeros(1, device=device)
     size = options.train_micro_batch_size_per_gpu

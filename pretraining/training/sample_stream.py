@@ -1,14 +1,13 @@
 """The shards of a dataset, as training reads them: checked, masked, and the next one in advance."""
 
 import contextlib
+import copy
 import functools
 import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-
-import numpy as np
 
 from pcfg.common.files import AnyPath, InputError, keyed_rng
 from pretraining.data.masking import MaskingRule, remask
@@ -21,8 +20,9 @@ PATIENCE = 10.0  # seconds to wait for an unneeded reading at the end: a file sy
 class Shards(contextlib.AbstractContextManager):
     """Shards of one split in the order of their numbers, repeated without end.
 
-    While shard `index` is in use, a thread reads `index` + 1, checks it and masks it: at most two are in memory. A single file
-    is read once. `close`, or the end of a `with` block, ends the thread; so does the end of the process.
+    While shard `index` is in use, a thread reads `index` + 1, checks it and masks it: at most two are in memory. A file that
+    any stream has in memory is not read again. `close`, or the end of a `with` block, ends the thread; so does the end of the
+    process.
 
     Args:
         vocabulary: of the samples; others are refused.
@@ -37,14 +37,17 @@ class Shards(contextlib.AbstractContextManager):
         self.paths = sample_paths(folder, split)[:first]
         if not self.paths:
             raise InputError(f"{folder}: has no {split}_shard_*.hdf5; make them with generate_samples.py")
-        self.split = split
         self.vocabulary = vocabulary
-        self._seed = dynamic
         attributes = read_attributes(self.paths[0], vocabulary)
         check_same_vocabulary(attributes, vocabulary, self.paths[0])
         if dynamic is not None:
             MaskingRule.from_attributes(attributes, self.paths[0])
         self.max_seq_length = int(attributes["max_seq_length"])
+        self._files = _Files(vocabulary, self.max_seq_length)
+        self._begin(dynamic)
+
+    def _begin(self, seed: int | None) -> None:
+        self._seed = seed
         self._newest: tuple[tuple, Samples] | None = None
         self._ahead: list[_Reading] = []  # one or none
         weakref.finalize(self, _end, self._ahead)
@@ -53,14 +56,16 @@ class Shards(contextlib.AbstractContextManager):
         """The same shards with the dynamic masks of another seed; these themselves if that changes nothing."""
         if self._seed in (None, seed):
             return self
-        return Shards(self.paths[0].parent, self.split, self.vocabulary, len(self.paths), seed)
+        other = copy.copy(self)
+        other._begin(seed)
+        return other
 
     def path(self, index: int) -> Path:
         """The file of shard `index`, which may be above the number of files."""
         return self.paths[index % len(self.paths)]
 
-    def read(self, index: int) -> Samples:
-        """The samples of `path(index)`; starts reading the next shard."""
+    def read(self, index: int, ahead: bool = True) -> Samples:
+        """The samples of `path(index)`; `ahead`: starts reading the next shard."""
         key = self._key(index)
         if self._newest is None or self._newest[0] != key:
             if self._ahead and self._ahead[0].key == key:
@@ -70,8 +75,8 @@ class Shards(contextlib.AbstractContextManager):
                 self.close()
                 samples = self._loading(index)()
             self._newest = (key, samples)
-            if self._key(index + 1) != key:
-                self._ahead.append(_Reading(self._key(index + 1), self._loading(index + 1)))
+        if ahead and not self._ahead and self._key(index + 1) != key:
+            self._ahead.append(_Reading(self._key(index + 1), self._loading(index + 1)))
         return self._newest[1]
 
     def close(self) -> None:
@@ -87,32 +92,35 @@ class Shards(contextlib.AbstractContextManager):
 
     def _loading(self, index: int) -> Callable[[], Samples]:
         """A function that returns the samples of shard `index`; it holds no reference to this object."""
-        path = self.path(index)
-        rng = None
-        if self._seed is not None:
-            rng = keyed_rng(self._seed, "dynamic masking", shard_number(path), index)
-        # New masks of the same file need no reading.
-        loaded = self._newest[1] if self._newest is not None and self._newest[0][0] == path else None
-        return functools.partial(_load, path, self.vocabulary, self.max_seq_length, loaded, rng)
+        return functools.partial(self._files.load, self.path(index), self._seed, index)
 
 
-def _load(
-    path: Path, vocabulary: Vocabulary, max_seq_length: int, loaded: Samples | None, rng: np.random.Generator | None
-) -> Samples:
-    """The samples of a file, or `loaded` if given; with new masks, if there is a generator."""
-    samples = loaded
-    if samples is None:
-        samples = read_samples(path, vocabulary)
-        samples.check_vocabulary(vocabulary, path)
-        if samples.attributes["max_seq_length"] != max_seq_length:
-            raise InputError(
-                f"{path}: its samples have {samples.attributes['max_seq_length']} tokens, those of the first shard "
-                f"{max_seq_length}; make all shards of a folder with one --max_seq_length"
-            )
-    if rng is None:
-        return samples
-    rule = MaskingRule.from_attributes(samples.attributes, path)
-    return remask(samples, rule, vocabulary, rng, in_place=loaded is None)
+class _Files:
+    """The files of a folder for all streams of a run: what one of them has in memory is not read again."""
+
+    def __init__(self, vocabulary: Vocabulary, max_seq_length: int):
+        self._vocabulary, self._max_seq_length = vocabulary, max_seq_length
+        self._in_memory: weakref.WeakValueDictionary[Path, Samples] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()  # threads may ask for one file at a time
+
+    def load(self, path: Path, seed: int | None, index: int) -> Samples:
+        """The samples of a file; with new masks, if there is a seed."""
+        with self._lock:
+            samples = self._in_memory.get(path)  # of any stream: new masks take the place of any others
+            if is_new := samples is None:
+                samples = read_samples(path, self._vocabulary)
+                samples.check_vocabulary(self._vocabulary, path)
+                if samples.attributes["max_seq_length"] != self._max_seq_length:
+                    raise InputError(
+                        f"{path}: its samples have {samples.attributes['max_seq_length']} tokens, those of the first shard "
+                        f"{self._max_seq_length}; make all shards of a folder with one --max_seq_length"
+                    )
+            if seed is not None:
+                rng = keyed_rng(seed, "dynamic masking", shard_number(path), index)
+                rule = MaskingRule.from_attributes(samples.attributes, path)
+                samples = remask(samples, rule, self._vocabulary, rng, in_place=is_new)
+            self._in_memory[path] = samples
+            return samples
 
 
 class _Reading(threading.Thread):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from pcfg.common.files import InputError, keyed_rng
+from pcfg.common.files import InputError
 from pretraining.data.contexts import concatenate
 from pretraining.model.bert import MaskedLM
 from pretraining.model.config import ModelConfig
@@ -28,10 +28,12 @@ from pretraining.training.batches import (
     GlobalBatch,
     MicroBatch,
     Packing,
+    by_length,
     count_masks,
     masked_loss,
     pack,
     portions,
+    seed_dropout,
     sentence_lengths,
 )
 from pretraining.training.engine import build_optimizer
@@ -80,7 +82,7 @@ class Stack:
         self.models = models
         self.base = copy.deepcopy(models[0]).to("meta").train()  # the structure, without weights
         for module in self.base.modules():
-            if isinstance(module, SelfAttention) and models[0].decoder_bias.device.type != "cpu":
+            if isinstance(module, SelfAttention):
                 module.attend = eager_attention  # not every kernel of a GPU knows vmap
         self.leaves: dict[str, Tensor] = {}  # (members, *shape)
         self.weights: list[Tensor] = []  # (members, numbers): of matrices and tables; of the other parameters
@@ -156,10 +158,8 @@ def stacked_micro_batches(batches: Sequence[GlobalBatch], size: int, packing: Pa
     Args:
         batches: one per member, of equal size.
     """
-    lengths = np.stack([sentence_lengths(batch.samples, batch.rows) for batch in batches])
-    order = np.argsort(lengths, axis=1, kind="stable")
+    order, longest = by_length(np.stack([sentence_lengths(batch.samples, batch.rows) for batch in batches]))
     rows = [batch.rows[own] for batch, own in zip(batches, order, strict=True)]
-    longest = np.take_along_axis(lengths, order, 1).max(0)
     return [
         pack([(batch.samples, own[start:end]) for batch, own in zip(batches, rows, strict=True)], packing)
         for start, end in portions(longest, size, packing.most_tokens)
@@ -195,7 +195,7 @@ class StackedLearner(Learner):
     def _together(self, step: int, batches: Sequence[GlobalBatch], members: Sequence[Member]) -> dict[str, Tensor]:
         # One stream for all: with dropout a member is a run of its own, another one than with --seed.
         first, *others = (member.stream for member in members)
-        torch.manual_seed(int(keyed_rng(first, "stacked dropout", step, *others).integers(1 << 63)))
+        seed_dropout(first, "stacked dropout", step, *others)
         masks = torch.tensor([count_masks(batch.samples, batch.rows) for batch in batches], device=self._device)
         loss = torch.zeros(len(batches), device=self._device)
         for part in stacked_micro_batches(batches, self._options.train_micro_batch_size_per_gpu, self.packing):

@@ -18,6 +18,7 @@ import torch
 from pcfg.common.cli import Interrupted
 from pcfg.common.files import InputError
 from pcfg.common.ranks import Ranks
+from pretraining.data.samples import Samples
 from pretraining.model.checkpoints import save_model
 from pretraining.training import branches, state
 from pretraining.training.arguments import job_folder, member_folders
@@ -125,18 +126,18 @@ class Trainer:
         """The global batches from here on, one per member, epoch by epoch, until no further step is due."""
         while not self.stop_reason() and not self.is_interrupted:
             epochs = [self._epoch(member) for member in self.members]
-            number = len(epochs[0])  # of steps, the same for all members
+            number = len(epochs[0][1])  # of steps, the same for all members
             # A training state may come from a run with larger shards or smaller batches.
             for index in range(min(self.progress.batch, number - 1), number):
-                yield [epoch[index] for epoch in epochs]
+                yield [GlobalBatch(samples, rows[index], index, index == number - 1) for samples, rows in epochs]
                 if self.stop_reason() or self.is_interrupted:
                     return
 
-    def _epoch(self, member: Member) -> list[GlobalBatch]:
-        """The global batches of a member in the present epoch."""
+    def _epoch(self, member: Member) -> tuple[Samples, np.ndarray]:
+        """The samples of a member in the present epoch, and the rows of each global batch, (batches, train_batch_size)."""
         options = self.options
         epoch = self.progress.epoch
-        samples = member.train.read(epoch)
+        samples = member.train.read(epoch, ahead=False)
         path = member.train.path(epoch)
         if len(samples) < (options.cooldown_batch_size or 0):
             raise InputError(
@@ -144,9 +145,11 @@ class Trainer:
                 "smaller batch or larger shards"
             )
         all_rows = global_batches(len(samples), options.train_batch_size, member.stream, epoch, path)
-        all_rows = all_rows[: options.max_steps_per_epoch]  # (batches, train_batch_size)
-        last = len(all_rows) - 1
-        return [GlobalBatch(samples, rows, index, is_last=index == last) for index, rows in enumerate(all_rows)]
+        all_rows = all_rows[: options.max_steps_per_epoch]
+        end = self.progress.step + len(all_rows) - self.progress.batch  # of the epoch
+        if epoch + 1 < options.num_epochs and (options.max_steps is None or end < options.max_steps):
+            member.train.read(epoch)  # and the next one, in advance
+        return samples, all_rows
 
     def stop_reason(self) -> str | None:
         """Why no further step is due; None if one is."""

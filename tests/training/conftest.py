@@ -7,10 +7,12 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from pcfg.common.text import read_texts, write_labelled
 from pretraining.data.samples import read_samples
 from pretraining.data.vocabulary import Vocabulary
+from pretraining.training import trainer
 from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.batches import global_batches
 
@@ -19,6 +21,35 @@ SMALL = (
     "--intermediate_size 32 --lr 5e-3 --train_batch_size 32 --train_micro_batch_size_per_gpu 8 --lr_schedule step "
     "--max_steps 8 --print_steps 1"
 )
+NO_DROPOUT = "--hidden_dropout_prob 0 --attention_probs_dropout_prob 0"
+PLAIN_SGD = (
+    "--optimizer_type sgd --sgd_momentum 0 --weight_decay 0 --gradient_clipping 0 --lr_schedule constant_step "
+    "--num_warmup_steps 0 --curve const --lr 1.0"
+)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def crash_after_saving(monkeypatch, number):
+    """Make the run die when its training state number `number` has been written."""
+    save, saved = trainer.Trainer.save_state, []
+
+    def dying(self):
+        save(self)
+        saved.append(self.progress.step)
+        if len(saved) == number:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "save_state", dying)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +61,6 @@ def train_in(tiny_samples):
     from pcfg.common.cli import Interrupted
     from pretraining.evaluation.loss import gap_meter
     from pretraining.training import arguments as command_line
-    from pretraining.training import trainer
     from pretraining.training.pretrain import pretrain
 
     def run(folder, flags="", job="job", data=tiny_samples, now=time.monotonic):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from safetensors.torch import load_file
 
 from pcfg.common.files import InputError, read_json
 from pretraining.data.vocabulary import Vocabulary
@@ -16,12 +15,7 @@ from pretraining.model.config import ModelConfig
 from pretraining.training import pretrain, trainer
 from pretraining.training.adversarial import AdversarialTerm, ridge_validation_loss
 from pretraining.training.metrics import read_metrics
-
-NO_DROPOUT = "--hidden_dropout_prob 0 --attention_probs_dropout_prob 0"
-PLAIN_SGD = (
-    "--optimizer_type sgd --sgd_momentum 0 --weight_decay 0 --gradient_clipping 0 --lr_schedule constant_step "
-    "--num_warmup_steps 0 --curve const --lr 1.0"
-)
+from tests.training.conftest import NO_DROPOUT, PLAIN_SGD, assert_same_weights
 
 
 @pytest.fixture
@@ -38,15 +32,6 @@ def make_term(labelled, tiny_data):
         return AdversarialTerm(path, size, 1e-3, Vocabulary.read(tiny_data / "vocab.txt"), positions, 42)
 
     return make
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(first, second):
-    first, second = weights(first), weights(second)
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def curve(job):

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from pcfg.common.files import read_json
 from pretraining.training.metrics import read_metrics
-from tests.training.conftest import SMALL
+from tests.training.conftest import NO_DROPOUT, SMALL, assert_same_weights
 
 VERSION = "2.13"  # of `pretend_cuda`, which must not be imported here
 PROGRAM = Path(__file__).parents[1] / "programs_on_cuda.py"
@@ -24,7 +23,6 @@ pytestmark = pytest.mark.skipif(
 )
 long = pytest.mark.skipif(not os.environ.get("LONG_TESTS"), reason="a further variant of the same path; LONG_TESTS=1")
 PLAIN = "--gradient_clipping 0"
-NO_DROPOUT = "--hidden_dropout_prob 0 --attention_probs_dropout_prob 0"  # cuDNN takes no dropout of 0.1
 
 
 @pytest.fixture(scope="session")
@@ -56,10 +54,6 @@ def last_record(folder):
     return read_metrics(Path(folder).parent / "metrics.jsonl")[-1]
 
 
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
-
-
 def check(there, deepspeed_waits):
     """No plan of cuDNN; in a step the host waits so often in DeepSpeed, and once for the loss of the step before it."""
     assert there["plans"] == 0
@@ -81,10 +75,17 @@ def check(there, deepspeed_waits):
         pytest.param(f"{PLAIN} --sam_rho 0.05", 0, marks=long),
     ],
 )
-def test_float32_is_that_of_the_cpu_bit_for_bit(train, train_on_cuda, flags, deepspeed_waits):
-    there = train_on_cuda(flags)
-    here, found = weights(train(flags, job="cpu")), weights(there["folder"])
-    assert [name for name in here if not torch.equal(here[name], found[name])] == []
+def test_float32_is_that_of_the_cpu_bit_for_bit_with_states_of_each_other(train, train_on_cuda, flags, deepspeed_waits):
+    flags += " --save_steps 1,5"
+
+    def going_on(folder, step):
+        return f"{flags} --load_training_checkpoint {folder.parent / 'training_state'} --load_checkpoint_id step{step:07d}"
+
+    undisturbed = train(f"{flags} --keep_checkpoints 3", job="cpu")
+    there = train_on_cuda(f"{going_on(undisturbed, 1)} --keep_checkpoints 2")
+    moved = Path(there["folder"])
+    assert_same_weights(undisturbed, moved)
+    assert_same_weights(undisturbed, train(going_on(moved, 5), job="back"))
     assert "note: float32, the slowest arithmetic of a GPU; --bf16 is" in there["output"]
     check(there, deepspeed_waits)
 

@@ -5,31 +5,17 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from pcfg.common.files import InputError, read_json
 from pretraining.model.checkpoints import load_model
-from pretraining.training import pretrain, trainer
+from pretraining.training import pretrain
 from pretraining.training.metrics import read_metrics
 from pretraining.training.sam import ascent
+from tests.training.conftest import NO_DROPOUT, PLAIN_SGD, assert_same_weights, crash_after_saving, weights
 
 LONG = bool(os.environ.get("LONG_TESTS"))
-NO_DROPOUT = "--hidden_dropout_prob 0 --attention_probs_dropout_prob 0"
-PLAIN_SGD = (
-    "--optimizer_type sgd --sgd_momentum 0 --weight_decay 0 --gradient_clipping 0 --lr_schedule constant_step "
-    "--num_warmup_steps 0 --curve const --lr 1.0"
-)
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(first, second):
-    first, second = weights(first), weights(second)
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def losses(job):
@@ -154,13 +140,7 @@ def test_a_rho_of_zero_changes_nothing(train):
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(train, monkeypatch):
     flags = f"--sam_rho 0.1 --save_steps 3 --max_steps {8 if LONG else 5}"
     undisturbed = train(flags, job="undisturbed")
-    save = trainer.Trainer.save_state
-
-    def dying(self):
-        save(self)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.Trainer, "save_state", dying)
+    crash_after_saving(monkeypatch, 1)
     with pytest.raises(KeyboardInterrupt):
         train(flags, job="killed")
     monkeypatch.undo()

@@ -50,11 +50,11 @@ def is_same(first, second) -> bool:
 
 @pytest.fixture
 def reads(monkeypatch):
-    """(file name, thread) of every file that is read."""
+    """Name of every file that is read, and whether by the main thread."""
     found = []
 
     def spy(path, vocabulary):
-        found.append((path.name, threading.current_thread()))
+        found.append((path.name, threading.current_thread() is threading.main_thread()))
         return read_samples(path, vocabulary)
 
     monkeypatch.setattr(module, "read_samples", spy)
@@ -68,8 +68,7 @@ def test_shards_come_in_order_over_and_over_and_are_read_by_a_thread(tmp_path, r
             assert is_same(shards.read(index), read_samples(tmp_path / f"train_shard_{index % 3}.hdf5"))
             assert shards.read(index) is shards.read(index)
     assert [name for name, _ in reads] == [f"train_shard_{index % 3}.hdf5" for index in range(8)]
-    assert reads[0][1] is threading.main_thread()
-    assert all(thread is not threading.main_thread() and not thread.is_alive() for _, thread in reads[1:])
+    assert [is_main for _, is_main in reads] == [True] + 7 * [False]
 
 
 def test_a_single_file_is_read_once_and_nothing_ahead(tmp_path, reads):
@@ -78,6 +77,19 @@ def test_a_single_file_is_read_once_and_nothing_ahead(tmp_path, reads):
     first = shards.read(0)
     assert all(shards.read(index) is first for index in range(5))
     assert [name for name, _ in reads] == ["train_shard_0.hdf5"]
+
+
+def test_a_file_is_read_once_for_all_streams_at_the_same_time(tmp_path, reads):
+    make_folder(tmp_path, 3)
+    with Shards(tmp_path, "train", VOCABULARY, dynamic=1) as first, first.of_stream(2) as second:
+        for index in (0, 1):
+            found = [shards.read(index, ahead=index > 0) for shards in (first, second)]
+            assert not is_same(*found)
+            alone = Shards(tmp_path, "train", VOCABULARY, dynamic=2).read(index, ahead=False)
+            assert is_same(found[1], alone)
+            del found, alone
+    # Those that are read alone are every second one.
+    assert sorted(name[12] for name, _ in reads) == list("00112")
 
 
 def test_another_shard_than_the_next_can_be_asked_for(tmp_path, reads):

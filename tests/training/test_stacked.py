@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from pcfg.common.files import InputError, read_json, sha256
 from pretraining.data.samples import Samples
@@ -24,22 +24,13 @@ from pretraining.training.learner import Member
 from pretraining.training.metrics import read_metrics
 from pretraining.training.pretrain import finished_model
 from pretraining.training.stacked import Stack, StackedLearner, is_worth_stacking, stacked_micro_batches
+from tests.training.conftest import NO_DROPOUT, assert_same_weights, weights
 
 LONG = bool(os.environ.get("LONG_TESTS"))
-NO_DROPOUT = "--hidden_dropout_prob 0 --attention_probs_dropout_prob 0"
 DROPOUT = "--hidden_dropout_prob 0.1 --attention_probs_dropout_prob 0.1"
 SEEDS = "--seeds 3,4,5"
 STEPS = 20 if LONG else 8
 WSD = f"--lr_schedule wsd --num_warmup_steps 2 --branch_steps {STEPS // 2} --cooldown_steps 5 --cooldown_batch_size 48"
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(first, second):
-    first, second = weights(first), weights(second)
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def distance(folder, other):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from safetensors.torch import load_file
 
 from pcfg.common.files import InputError, read_json, write_sealed
 from pretraining.training import engine, pretrain, state, trainer
 from pretraining.training.metrics import Metrics, read_metrics
 from pretraining.training.state import SafeCheckpointEngine
+from tests.training.conftest import assert_same_weights
 
 SAVING = "--save_steps 2,4,6"
 
@@ -66,11 +66,6 @@ def flip_a_byte(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-
-
-def assert_same_weights(first, second):
-    first, second = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_damaged_state_is_reported_and_the_last_whole_one_is_taken(train, states, capsys):

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from pcfg.chart import Chart
 from pcfg.common.files import InputError, keyed_rng, read_json
@@ -21,41 +20,12 @@ from pretraining.training.batches import global_batches
 from pretraining.training.metrics import read_metrics
 from pretraining.training.sample_stream import Shards
 from pretraining.training.state import latest as read_latest
-
-NO_DROPOUT = "--hidden_dropout_prob 0 --attention_probs_dropout_prob 0"
-PLAIN_SGD = (
-    "--optimizer_type sgd --sgd_momentum 0 --weight_decay 0 --gradient_clipping 0 --lr_schedule constant_step "
-    "--num_warmup_steps 0 --curve const --lr 1.0"
-)
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(first, second):
-    first, second = weights(first), weights(second)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+from tests.training.conftest import NO_DROPOUT, PLAIN_SGD, assert_same_weights, crash_after_saving
 
 
 def curve(job):
     """Step, loss and learning rate (or validation loss) of each record."""
     return [(r["step"], r.get("loss"), r.get("lr"), r.get("validation_loss")) for r in read_metrics(job / "metrics.jsonl")]
-
-
-def crash_after_saving(monkeypatch, number):
-    """Make the run die when its training state number `number` has been written."""
-    save, saved = trainer.Trainer.save_state, []
-
-    def dying(self):
-        save(self)
-        saved.append(self.progress.step)
-        if len(saved) == number:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.Trainer, "save_state", dying)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
@@ -169,7 +139,7 @@ def test_model_folders_appear_when_asked_for(train):
     assert [facts["final"] for _, facts in sorted(found.items())] == [False, False, False, True]
     assert found["step0000004"]["epoch"] == 2
     last = found["step0000006"]
-    assert (last["device"], last["precision"], last["attention"]) == ("cpu", "float32", "sdpa: math")
+    assert (last["device"], last["precision"], last["attention"]) == ("cpu", "float32", "sdpa: eager")
     states = sorted(path.name for path in (final.parent / "training_state").glob("step*"))
     assert states == ["step0000004", "step0000006"]
 
