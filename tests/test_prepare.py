@@ -35,8 +35,8 @@ def measured(folder, done):
     return loss
 
 
-def test_opt(tmp_path):
-    loss = measured(tmp_path, prepare("prepare_opt", tmp_path))
+def test_opt(forks, tmp_path):
+    loss = measured(tmp_path, prepare("prepare_opt", tmp_path, **forks.environment()))
     table = LookupTable.open(tmp_path / "data" / "lookup.hdf5")
     entropy = table.mean_entropy().by_pairs()[0]
     assert loss["entropy"]["pairs"]["mean"] == pytest.approx(entropy, abs=1e-6)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import special
 
 from pcfg.common.files import InputError
 
@@ -87,7 +87,7 @@ def wilson(share: float, number: int) -> tuple[float, float]:
     >>> round(low, 5), round(high, 5)
     (0.99617, 1.0)
     """
-    z = stats.norm.ppf(0.975)
+    z = special.ndtri(0.975)
     middle = share + z * z / (2 * number)
     half = z * np.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
     return float((middle - half) / (1 + z * z / number)), float((middle + half) / (1 + z * z / number))

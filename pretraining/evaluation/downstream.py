@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+from scipy import special
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -265,7 +265,7 @@ def describe_accuracy(record: AccuracyRecord) -> str:
     errors = ["no standard error with one seed"]
     if record.standard_error is not None:
         seeds = len(record.accuracies)
-        half = stats.t.ppf(0.975, seeds - 1) * record.standard_error
+        half = special.stdtrit(seeds - 1, 0.975) * record.standard_error
         errors = [f"standard error {100 * record.standard_error:.2f} over {seeds} seeds, 95% by Student's t ± {100 * half:.2f}"]
     low, high = wilson(record.value, record.n)
     errors.append(f"95% by Wilson for {record.n} sentences {100 * low:.2f} to {100 * high:.2f}")
