@@ -43,6 +43,7 @@ INDEXING = {
     *(aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default),
     *(aten._unsafe_index.Tensor, aten._unsafe_index_put.default),
 }
+LOAD_STATE_DICT = torch.nn.Module.load_state_dict
 PRODUCTS = {aten.mm.default, aten.addmm.default}  # but for those of attention, which has a kernel
 _referenced_by_torch: list[object] = []  # what C++ has pointers to
 
@@ -155,7 +156,6 @@ class _Functions(TorchFunctionMode):
             args, kwargs = tree_map(held, (args, kwargs))
         if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[0], CudaTensor):
             self.owner.note_attention(*args, **kwargs)
-            return self.owner.attend(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -166,7 +166,6 @@ class PretendCuda(TorchDispatchMode):
         operations: number of those queued so far.
         waits: (reason, the project's line, operations queued since the point that the host waits for) of each wait of the host.
         attention: how often each kernel would be taken.
-        attend: what computes attention instead.
         plans: the shapes for which cuDNN would build a plan.
         unaligned: lines of 16-bit products of matrices with rows of no multiple of 16 bytes.
     """
@@ -176,7 +175,6 @@ class PretendCuda(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.pinned = {}
-        self.attend = torch.nn.functional.scaled_dot_product_attention
         self.clear()
 
     def clear(self):
@@ -303,6 +301,16 @@ def _exit_inference(self, *_):
     torch.set_grad_enabled(self._before)
 
 
+def _load_state_dict(module, *args, **kwargs):
+    """Module.load_state_dict that copies, as on other devices: a tensor that is swapped loses its hooks."""
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(False)
+    try:
+        return LOAD_STATE_DICT(module, *args, **kwargs)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
 def _swap_tensors(first, second):
     """torch.utils.swap_tensors for tensors with weak references, too: DeepSpeed has some."""
     first.__class__, second.__class__ = second.__class__, first.__class__
@@ -330,6 +338,7 @@ def patched_torch():
         (torch.cuda, "synchronize"): lambda *_: PretendCuda.current.wait("synchronize"),
         (torch.cuda, "Event"): Event,
         (torch.utils, "swap_tensors"): _swap_tensors,
+        (torch.nn.Module, "load_state_dict"): _load_state_dict,
         (torch.inference_mode, "__enter__"): _enter_inference,
         (torch.inference_mode, "__exit__"): _exit_inference,
     }

@@ -24,7 +24,6 @@ STEP = 3  # whose waits are counted
 
 def train(flags):
     from pretraining.evaluation.loss import gap_meter
-    from pretraining.model.layers import eager_attention
     from pretraining.training import arguments, batches
     from pretraining.training.engine import EngineLearner
     from pretraining.training.pretrain import pretrain
@@ -54,7 +53,6 @@ def train(flags):
     options = arguments.build_parser("").parse_args(flags)
     arguments.check(options)
     with PretendCuda() as device, deepspeed_on(device):
-        device.attend = lambda query, key, value, attn_mask, dropout_p: eager_attention(query, key, value, attn_mask, dropout_p)
         folder = pretrain(options, gap_meter)
     return {"folder": str(folder), **step, **recorded(device)}
 

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pcfg.common.files import read_json
+from pretraining.model.layers import ATTENTION_FUNCTIONS
 from pretraining.training.metrics import read_metrics
 from tests.training.conftest import NO_DROPOUT, SMALL, assert_same_weights
 
@@ -50,6 +53,12 @@ def train_on_cuda(on_cuda, tiny_samples, tmp_path):
     return run
 
 
+def math_attention(query, key, value, mask, dropout):
+    """By the kernel that computes for the pretended device."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+
+
 def last_record(folder):
     return read_metrics(Path(folder).parent / "metrics.jsonl")[-1]
 
@@ -75,7 +84,10 @@ def check(there, deepspeed_waits):
         pytest.param(f"{PLAIN} --sam_rho 0.05", 0, marks=long),
     ],
 )
-def test_float32_is_that_of_the_cpu_bit_for_bit_with_states_of_each_other(train, train_on_cuda, flags, deepspeed_waits):
+def test_float32_is_that_of_the_cpu_bit_for_bit_with_states_of_each_other(
+    train, train_on_cuda, monkeypatch, flags, deepspeed_waits
+):
+    monkeypatch.setitem(ATTENTION_FUNCTIONS, "sdpa", math_attention)
     flags += " --save_steps 1,5"
 
     def going_on(folder, step):
