@@ -16,7 +16,7 @@ FORBIDDEN = {
 }
 # A researcher can read the project only if it stays small: Python outside tests.
 MAX_FILES = 112
-MAX_LINES = 22_846
+MAX_LINES = 22_849
 # File names that several folders have: each is the counterpart of the others.
 COUNTERPARTS = {"__init__.py", "__main__.py", "grammar.py", "lookup.py", "source.py", "enlarge.py"}
 

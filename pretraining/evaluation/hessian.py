@@ -332,8 +332,7 @@ def draw_probe(model: MaskedLM, kind: str, seed: int, block: int, draw: int) -> 
     rng = keyed_rng(seed, f"hutchinson probes, {kind}", block, draw)
     parameters = list(measured_parameters(model).values())
     drawn = torch.cat([torch.from_numpy(PROBES[kind](rng, tuple(p.shape))).flatten() for p in parameters])
-    # In one piece, as the host waits for each copy to a GPU.
-    pieces = drawn.to(parameters[0].device).to(parameters[0].dtype).split([p.numel() for p in parameters])
+    pieces = drawn.to(parameters[0].device).to(parameters[0].dtype).split([p.numel() for p in parameters])  # one copy
     return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
 
 

@@ -310,12 +310,11 @@ def _measure_curve(
 
 def _placed(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors on a GPU if they fit into half of its free memory; otherwise unchanged."""
-    if device.type != "cuda":
-        return tensors
-    torch.cuda.empty_cache()  # what the model has used counts as free
-    if 2 * sum(tensor.nbytes for tensor in tensors) > torch.cuda.mem_get_info(device)[0]:
-        return tensors
-    return tuple(tensor.to(device) for tensor in tensors)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the model has used counts as free
+        if 2 * sum(tensor.nbytes for tensor in tensors) <= torch.cuda.mem_get_info(device)[0]:
+            return tuple(tensor.to(device) for tensor in tensors)
+    return tensors
 
 
 def probe_model(folder: Path, output: Path, task: Task, options: ProbeArguments, training: DownstreamTrainingArguments) -> None:

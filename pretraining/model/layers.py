@@ -55,15 +55,18 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     Query, key, value and result are (batch, heads, length, head_dim); the mask is (batch, 1, 1, length) bool, True for visible
     keys, or None. An attention weight is dropped with probability `dropout`.
     """
-    # (batch, heads, keys, queries): over short rows of keys the CPU's softmax takes 4 times as long.
-    scores = key @ query.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    if mask is not None:
-        scores = scores.masked_fill(~mask.transpose(-1, -2), torch.finfo(scores.dtype).min)
-    return F.dropout(scores.softmax(-2), dropout, training=dropout > 0).transpose(-1, -2) @ value
+    with torch.autocast(query.device.type, enabled=False):  # scores and weights are float32 or wider
+        wide = torch.promote_types(query.dtype, torch.float32)
+        # (batch, heads, keys, queries): over short rows of keys the CPU's softmax takes 4 times as long.
+        scores = key.to(wide) @ query.to(wide).transpose(-1, -2) / math.sqrt(query.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(~mask.transpose(-1, -2), torch.finfo(wide).min)
+        weights = F.dropout(scores.softmax(-2), dropout, training=dropout > 0)
+        return (weights.transpose(-1, -2) @ value.to(wide)).to(query.dtype)
 
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """`eager_attention` by PyTorch's kernels for GPUs; on the CPU itself, which is as fast as its kernels or faster."""
+    """`eager_attention` by PyTorch's kernels for GPUs; on the CPU itself, which is as fast on short sentences or faster."""
     if query.device.type == "cpu":
         return eager_attention(query, key, value, mask, dropout)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)

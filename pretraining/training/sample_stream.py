@@ -100,13 +100,14 @@ class _Files:
 
     def __init__(self, vocabulary: Vocabulary, max_seq_length: int):
         self._vocabulary, self._max_seq_length = vocabulary, max_seq_length
-        self._in_memory: weakref.WeakValueDictionary[Path, Samples] = weakref.WeakValueDictionary()
+        self._in_memory: weakref.WeakValueDictionary[tuple[Path, int | None], Samples] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()  # threads may ask for one file at a time
 
     def load(self, path: Path, seed: int | None, index: int) -> Samples:
         """The samples of a file; with new masks, if there is a seed."""
         with self._lock:
-            samples = self._in_memory.get(path)  # of any stream: new masks take the place of any others
+            # Of any stream: new masks take the place of any others.
+            samples = next((found for (other, _), found in self._in_memory.items() if other == path), None)
             if is_new := samples is None:
                 samples = read_samples(path, self._vocabulary)
                 samples.check_vocabulary(self._vocabulary, path)
@@ -119,7 +120,7 @@ class _Files:
                 rng = keyed_rng(seed, "dynamic masking", shard_number(path), index)
                 rule = MaskingRule.from_attributes(samples.attributes, path)
                 samples = remask(samples, rule, self._vocabulary, rng, in_place=is_new)
-            self._in_memory[path] = samples
+            self._in_memory[path, seed] = samples
             return samples
 
 

@@ -124,9 +124,14 @@ class Trainer:
 
     def batches(self) -> Iterator[list[GlobalBatch]]:
         """The global batches from here on, one per member, epoch by epoch, until no further step is due."""
+        options = self.options
         while not self.stop_reason() and not self.is_interrupted:
             epochs = [self._epoch(member) for member in self.members]
             number = len(epochs[0][1])  # of steps, the same for all members
+            end = self.progress.step + number - self.progress.batch  # of the epoch
+            if self.progress.epoch + 1 < options.num_epochs and (options.max_steps is None or end < options.max_steps):
+                for member in self.members:
+                    member.train.read(self.progress.epoch)  # and the next one, in advance
             # A training state may come from a run with larger shards or smaller batches.
             for index in range(min(self.progress.batch, number - 1), number):
                 yield [GlobalBatch(samples, rows[index], index, index == number - 1) for samples, rows in epochs]
@@ -145,11 +150,7 @@ class Trainer:
                 "smaller batch or larger shards"
             )
         all_rows = global_batches(len(samples), options.train_batch_size, member.stream, epoch, path)
-        all_rows = all_rows[: options.max_steps_per_epoch]
-        end = self.progress.step + len(all_rows) - self.progress.batch  # of the epoch
-        if epoch + 1 < options.num_epochs and (options.max_steps is None or end < options.max_steps):
-            member.train.read(epoch)  # and the next one, in advance
-        return samples, all_rows
+        return samples, all_rows[: options.max_steps_per_epoch]
 
     def stop_reason(self) -> str | None:
         """Why no further step is due; None if one is."""
@@ -297,7 +298,7 @@ class Trainer:
         def batches() -> Iterator[MicroBatch]:
             nonlocal masks
             for index in range(len(shards.paths)):
-                samples = shards.read(index)
+                samples = shards.read(index, ahead=index + 1 < len(shards.paths))
                 least = packing.most_tokens // shards.max_seq_length if ranks.device.type == "cuda" else 1  # to keep it busy
                 size = max(least, self.options.validation_micro_batch)
                 for rows in rank_micro_batches(samples, np.arange(len(samples)), size, packing, ranks.rank, ranks.size):

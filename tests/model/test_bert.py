@@ -37,7 +37,29 @@ def naive_attention(query, key, value, mask):
     return out
 
 
-@pytest.mark.parametrize("attend", [eager_attention, sdpa_attention])
+class OnGpu(torch.Tensor):
+    device = SimpleNamespace(type="cuda")
+
+
+def sdpa_on_gpu(query, *inputs):
+    """What `sdpa_attention` calls for a GPU."""
+    return sdpa_attention(query.as_subclass(OnGpu), *inputs).as_subclass(torch.Tensor)
+
+
+def test_attention_in_bfloat16_has_float32_scores():
+    half = [tensor.bfloat16().requires_grad_() for tensor in 4 * torch.randn(3, 8, 4, 13, 64)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = eager_attention(*half, None, 0.0)
+    found.sum().backward()
+    rounded = [tensor.detach().double().requires_grad_() for tensor in half]
+    expected = eager_attention(*rounded, None, 0.0)
+    expected.sum().backward()
+    assert found.dtype == torch.bfloat16
+    for one, other in ((found, expected), *((a.grad, b.grad) for a, b in zip(half, rounded, strict=True))):
+        assert (one - other).norm() < 3e-3 * other.norm()
+
+
+@pytest.mark.parametrize("attend", [eager_attention, sdpa_on_gpu])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_against_a_loop(attend, masked):
     query, key, value = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64)

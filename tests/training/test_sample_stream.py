@@ -84,12 +84,22 @@ def test_a_file_is_read_once_for_all_streams_at_the_same_time(tmp_path, reads):
     with Shards(tmp_path, "train", VOCABULARY, dynamic=1) as first, first.of_stream(2) as second:
         for index in (0, 1):
             found = [shards.read(index, ahead=index > 0) for shards in (first, second)]
+            for seed, samples in enumerate(found, start=1):
+                assert is_same(samples, Shards(tmp_path, "train", VOCABULARY, dynamic=seed).read(index, ahead=False))
             assert not is_same(*found)
-            alone = Shards(tmp_path, "train", VOCABULARY, dynamic=2).read(index, ahead=False)
-            assert is_same(found[1], alone)
-            del found, alone
-    # Those that are read alone are every second one.
-    assert sorted(name[12] for name, _ in reads) == list("00112")
+            del found, samples
+    # Those that are read alone are two of three.
+    assert sorted(name[12] for name, _ in reads) == list("0001112")
+
+
+def test_a_branch_leaves_the_file_of_its_trunk_in_memory(tmp_path, reads):
+    make_folder(tmp_path, 1)
+    with Shards(tmp_path, "train", VOCABULARY, dynamic=1) as trunk:
+        held = trunk.read(0, ahead=False)
+        for seed in (2, 3):
+            trunk.of_stream(seed).read(1, ahead=False)
+        trunk.read(1, ahead=False)
+    assert len(reads) == 1 and len(held)
 
 
 def test_another_shard_than_the_next_can_be_asked_for(tmp_path, reads):

@@ -15,7 +15,7 @@ from pcfg.sampler import Sampler
 from pretraining.data.samples import read_samples
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model, load_vocabulary
-from pretraining.training import trainer
+from pretraining.training import sample_stream, trainer
 from pretraining.training.batches import global_batches
 from pretraining.training.metrics import read_metrics
 from pretraining.training.sample_stream import Shards
@@ -65,6 +65,14 @@ def test_resumed_and_undisturbed_runs_agree_bit_for_bit(train, monkeypatch, flag
     assert_same_weights(undisturbed, resumed)
     assert curve(undisturbed.parent) == curve(resumed.parent)
     assert read_json(resumed / "args.json")["samples_seen"] == 8 * 32
+
+
+@pytest.mark.parametrize(("steps", "epochs", "shards"), [(2, 9, "0"), (3, 9, "01"), (4, 9, "01"), (9, 2, "01")])
+def test_only_the_shards_of_a_run_are_read(train, monkeypatch, steps, epochs, shards):
+    read, names = sample_stream.read_samples, []
+    monkeypatch.setattr(sample_stream, "read_samples", lambda path, words: names.append(path.name) or read(path, words))
+    train(f"--max_steps {steps} --num_epochs {epochs} --max_steps_per_epoch 2")
+    assert sorted(names) == [f"train_shard_{shard}.hdf5" for shard in shards]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "lamb", "adafactor", "sgd"])
