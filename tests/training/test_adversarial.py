@@ -12,10 +12,10 @@ from pretraining.data.vocabulary import Vocabulary
 from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model
 from pretraining.model.config import ModelConfig
-from pretraining.training import pretrain, trainer
+from pretraining.training import pretrain
 from pretraining.training.adversarial import AdversarialTerm, ridge_validation_loss
 from pretraining.training.metrics import read_metrics
-from tests.training.conftest import NO_DROPOUT, PLAIN_SGD, assert_same_weights
+from tests.training.conftest import NO_DROPOUT, PLAIN_SGD, assert_same_weights, crash_after_saving
 
 
 @pytest.fixture
@@ -145,19 +145,14 @@ def test_a_weight_of_zero_changes_nothing(train, labelled):
 
 
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(train, term_flags, monkeypatch):
-    flags, save = f"--save_steps 3,6 {term_flags(1)}", trainer.Trainer.save_state
+    flags = f"--save_steps 3,6 {term_flags(1)}"
     undisturbed = train(flags, job="undisturbed")
     assert [step for step, _, term in curve(undisturbed.parent) if 0 < term < 2] == list(range(1, 9))
 
-    def dying(self):
-        save(self)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.Trainer, "save_state", dying)
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            crash_after_saving(patch, 1)
             train(flags, job="killed")
-    monkeypatch.undo()
     resumed = train(flags, job="killed")
     assert_same_weights(undisturbed, resumed)
     assert curve(undisturbed.parent) == curve(resumed.parent)

@@ -17,14 +17,13 @@ from pretraining.model.bert import MaskedLM
 from pretraining.model.checkpoints import load_model
 from pretraining.model.config import ModelConfig
 from pretraining.training import arguments as command_line
-from pretraining.training import trainer
 from pretraining.training.adversarial import AdversarialTerm
 from pretraining.training.batches import IGNORED, GlobalBatch, Packing
 from pretraining.training.learner import Member
 from pretraining.training.metrics import read_metrics
 from pretraining.training.pretrain import finished_model
 from pretraining.training.stacked import Stack, StackedLearner, is_worth_stacking, stacked_micro_batches
-from tests.training.conftest import NO_DROPOUT, assert_same_weights, weights
+from tests.training.conftest import NO_DROPOUT, assert_same_weights, crash_after_saving, weights
 
 LONG = bool(os.environ.get("LONG_TESTS"))
 DROPOUT = "--hidden_dropout_prob 0.1 --attention_probs_dropout_prob 0.1"
@@ -250,17 +249,9 @@ def test_a_killed_run_resumes_bit_for_bit(train, monkeypatch):
     steps = 8 if LONG else 6
     flags = f"{SEEDS} {DROPOUT} --dynamic_masking --max_steps_per_epoch 3 --save_steps 3,5 --max_steps {steps}"
     undisturbed = train(flags, job="undisturbed")
-    save = trainer.Trainer.save_state
-
-    def dying(self):
-        save(self)
-        if self.progress.step == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.Trainer, "save_state", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash_after_saving(patch, 2)
         train(flags, job="killed")
-    monkeypatch.undo()
     resumed = train(flags, job="killed")
     for seed in (3, 4, 5):
         name = f"seed{seed}/step000000{steps}"
